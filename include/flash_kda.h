@@ -1,0 +1,225 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * libflashkda: Kimi Delta Attention (KDA), the gated delta rule with one decay per channel.
+ *
+ * KDA replaces a growing key/value cache by a state S [K, V] per value head. Token by token
+ * (Kimi Linear, arXiv:2510.26692, section 3; docs/maths.md gives every form this library uses):
+ *
+ *     S <- diag(exp(a_t)) S                   decay; a_t <= 0 is the log decay of each channel
+ *     S <- S + beta_t k_t (v_t - S^T k_t)^T   delta rule; beta_t is the step
+ *     o_t = scale * S^T q_t                   read-out
+ *
+ * How to use it, from the first call to the last:
+ *
+ *  1. Describe every tensor by a DLPack DLTensor. The device in it chooses the backend, strides are
+ *     honoured, nothing is copied or kept after the call.
+ *  2. Fill a flash_kda_prefill_args, started from FLASH_KDA_PREFILL_ARGS_INIT.
+ *  3. Ask flash_kda_prefill_workspace_size() how much scratch memory the call needs, and bring it.
+ *  4. Call flash_kda_prefill(). A status other than FLASH_KDA_OK means that nothing was written;
+ *     flash_kda_last_error() says in a sentence which argument was wrong.
+ *
+ * The library never prints, aborts, exits or keeps a reference to an argument. Every function may be
+ * called from several threads at once, as long as the calls do not write the same memory.
+ *
+ * Shapes: B batch, T tokens, N sequences, H query/key heads, HV value heads (a multiple of H; value
+ * head h reads query/key head h / (HV / H)), K and V head dims of keys and values.
+ */
+#ifndef FLASH_KDA_H
+#define FLASH_KDA_H
+
+#include <dlpack/dlpack.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define FLASH_KDA_API __attribute__((visibility("default")))
+#else
+#define FLASH_KDA_API
+#endif
+
+/* ---- Version, status, errors ------------------------------------------------------------------ */
+
+/* Semantic version. Fields are only ever appended to the argument structs, whose first member carries
+ * their size, so that a program built against 0.x keeps working with a later 0.y of the same soname. */
+#define FLASH_KDA_VERSION_MAJOR 0
+#define FLASH_KDA_VERSION_MINOR 1
+#define FLASH_KDA_VERSION_PATCH 0
+
+/* Version of the library at run time, for example "0.1.0". */
+FLASH_KDA_API const char *flash_kda_version(void);
+
+typedef enum flash_kda_status {
+    FLASH_KDA_OK = 0,
+    FLASH_KDA_ERROR_INVALID_ARGUMENT = 1,    /* rank, shape, dtype, stride, range, aliasing ... */
+    FLASH_KDA_ERROR_UNSUPPORTED = 2,         /* backend, device or level not in this build or machine */
+    FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL = 3, /* see flash_kda_prefill_workspace_size */
+} flash_kda_status;
+
+/* Name of a status, for example "FLASH_KDA_ERROR_UNSUPPORTED". Never NULL. */
+FLASH_KDA_API const char *flash_kda_status_name(flash_kda_status status);
+
+/* The sentence that belongs to the last failed call of this thread: which argument, what it was, what
+ * was expected. Never NULL; empty if no call of this thread has failed. Valid until the thread's next
+ * failing call. */
+FLASH_KDA_API const char *flash_kda_last_error(void);
+
+/* ---- Backends ---------------------------------------------------------------------------------- */
+
+typedef enum flash_kda_backend {
+    FLASH_KDA_BACKEND_AUTO = 0,      /* by the device of q: the CPU backend for host memory */
+    FLASH_KDA_BACKEND_REFERENCE = 1, /* the oracle: token recurrence in fp64, one thread, exact and slow */
+    FLASH_KDA_BACKEND_CPU = 2,       /* chunked form, SIMD, OpenMP */
+    FLASH_KDA_BACKEND_CUDA = 3,      /* not in this version */
+} flash_kda_backend;
+
+/* Name of a backend ("auto", "reference", "cpu", "cuda"); NULL for a value that is none. */
+FLASH_KDA_API const char *flash_kda_backend_name(flash_kda_backend backend);
+
+/* 1 if this build can run the backend on this machine, else 0. */
+FLASH_KDA_API int flash_kda_backend_available(flash_kda_backend backend);
+
+/* Levels of the CPU backend that this build has and this CPU can run, lowest first, ended by NULL:
+ * "generic", then "avx2", "avx512", "avx512bf16" on x86-64 or "neon" on AArch64. */
+FLASH_KDA_API const char *const *flash_kda_cpu_levels(void);
+
+/* The level that the next call would run on: the highest of flash_kda_cpu_levels(), or the one that the
+ * environment variable FLASH_KDA_CPU names. NULL, with flash_kda_last_error(), if it names a level that
+ * cannot run here. */
+FLASH_KDA_API const char *flash_kda_cpu_level(void);
+
+/* ---- Prefill ----------------------------------------------------------------------------------- */
+
+/* How the log decay a [HV, K] of a token comes from g. */
+typedef enum flash_kda_gate {
+    FLASH_KDA_GATE_NONE = 0,     /* a = g */
+    FLASH_KDA_GATE_SOFTPLUS = 1, /* a = -exp(A_log) softplus(g + dt_bias) */
+    FLASH_KDA_GATE_SIGMOID = 2,  /* a = lower_bound sigmoid(exp(A_log) (g + dt_bias)) */
+} flash_kda_gate;
+
+/* How the step of a token comes from beta. */
+typedef enum flash_kda_beta {
+    FLASH_KDA_BETA_GIVEN = 0,         /* beta itself */
+    FLASH_KDA_BETA_SIGMOID = 1,       /* sigmoid(beta) */
+    FLASH_KDA_BETA_TWICE_SIGMOID = 2, /* 2 sigmoid(beta): allows negative eigenvalues */
+} flash_kda_beta;
+
+/* Order of the last two dimensions of every state: [.., V, K] (FlashKDA, serving engines) or
+ * [.., K, V] (flash-linear-attention). Below, states are written [.., V, K]. */
+typedef enum flash_kda_state_layout {
+    FLASH_KDA_STATE_V_FIRST = 0,
+    FLASH_KDA_STATE_K_FIRST = 1,
+} flash_kda_state_layout;
+
+typedef enum flash_kda_flags {
+    /* q and k are divided by sqrt(sum of squares + 1e-6), per token and head. */
+    FLASH_KDA_QK_NORM = 1 << 0,
+    /* A sequence's bits do not depend on what it is batched with nor on num_threads. Costs speed only
+     * where there are many more threads than sequences times value heads. */
+    FLASH_KDA_BATCH_INVARIANT = 1 << 1,
+} flash_kda_flags;
+
+/*
+ * Arguments of prefill. Every pointer may be NULL unless it says "required"; what is NULL costs nothing.
+ *
+ * dtypes: "float" below is fp32, fp16 or bf16, chosen for each tensor by itself. Arithmetic is fp32; on
+ * level avx512bf16 the large products take bf16 operands (accumulated in fp32) if q, k, v and out are all
+ * bf16. Ask for an fp32 out to have fp32 arithmetic there too.
+ *
+ * Strides: free and not negative (a stride of 0 on an input repeats it), but the last dimension of q, k,
+ * v, g, out, dt_bias and of every state must be contiguous. A strides pointer of NULL means compact.
+ *
+ * Memory: out, final_state and checkpoints may overlap neither each other nor an input nor the
+ * workspace, with two exceptions: final_state may be initial_state itself (same address, dtype and
+ * strides: in place), and checkpoints may be the state pool itself if both are addressed by indices.
+ *
+ * cu_seqlens, state_indices and the checkpoint_* index tensors of the CPU backends live in host memory.
+ */
+typedef struct flash_kda_prefill_args {
+    size_t struct_size; /* sizeof(flash_kda_prefill_args), set by FLASH_KDA_PREFILL_ARGS_INIT */
+
+    /* -- Inputs and output -- */
+    const DLTensor *q;       /* required, float [B, T, H, K], 1 <= K <= 256 */
+    const DLTensor *k;       /* required, float [B, T, H, K] */
+    const DLTensor *v;       /* required, float [B, T, HV, V], V >= 1 */
+    const DLTensor *g;       /* required, float [B, T, HV, K]: raw gate, or the log decay in nats a token */
+    const DLTensor *beta;    /* required, float [B, T, HV] */
+    const DLTensor *A_log;   /* float [HV]; NULL: exp(A_log) is 1. Not with FLASH_KDA_GATE_NONE */
+    const DLTensor *dt_bias; /* float [HV, K]; NULL: 0. Not with FLASH_KDA_GATE_NONE */
+    const DLTensor *out;     /* required, float [B, T, HV, V], written */
+
+    /* -- What to compute -- */
+    flash_kda_gate gate;
+    double lower_bound; /* sigmoid gate only: in [-5, 0), nats a token */
+    flash_kda_beta beta_mode;
+    double scale;   /* 0: 1 / sqrt(K) */
+    uint32_t flags; /* flash_kda_flags */
+
+    /* -- Packed sequences: B = 1, sequence n is tokens cu_seqlens[n] .. cu_seqlens[n + 1] - 1 -- */
+    const DLTensor *cu_seqlens; /* int32 or int64 [N + 1], from 0 to T, never falling; NULL: N = B dense
+                                   sequences of T tokens. A sequence may be empty: its state passes through */
+
+    /* -- States, fp32 or bf16, each by itself -- */
+    flash_kda_state_layout state_layout; /* of initial_state, final_state and checkpoints */
+    const DLTensor *initial_state;       /* [N, HV, V, K] or, with state_indices, [slots, HV, V, K]; NULL: 0 */
+    const DLTensor *final_state;         /* same shape, written */
+    const DLTensor *state_indices;       /* int32 [N]: the slot of each sequence in initial_state and
+                                            final_state, no slot twice; -1: padding, nothing of that sequence
+                                            is read or written, its rows of out and checkpoints included */
+
+    /* -- Interior checkpoints: checkpoints with either checkpoint_every or checkpoint_offsets -- */
+    const DLTensor *checkpoints; /* fp32 or bf16, written; its shape is said below */
+    int64_t checkpoint_every;    /* n > 0: row j of a sequence is its state after min((j + 1) n, length) tokens,
+                                    for every row there is, at most ceil(length / n) of them.
+                                    Dense: checkpoints is [B, rows, HV, V, K].
+                                    Packed: checkpoints is [rows of all sequences, HV, V, K] */
+    const DLTensor *checkpoint_cu_starts; /* int32 or int64 [N + 1], required with cu_seqlens and
+                                             checkpoint_every: sequence n has the rows checkpoint_cu_starts[n] ..
+                                             checkpoint_cu_starts[n + 1] - 1 */
+    const DLTensor *checkpoint_indices;   /* int32 [rows of all sequences], with checkpoint_cu_starts: row r is
+                                             written to checkpoints[checkpoint_indices[r]]; -1: not at all */
+    const DLTensor *checkpoint_offsets;   /* int32 or int64 [N] or [N, C]: tokens of its sequence after which the
+                                             state is kept, 0 to its length; -1: none. checkpoints is
+                                             [N, HV, V, K] or [N, C, HV, V, K] */
+
+    /* -- How to compute -- */
+    flash_kda_backend backend;
+    int32_t num_threads; /* CPU backend: 1 to 1024; 0 takes OpenMP's default */
+} flash_kda_prefill_args;
+
+#ifdef __cplusplus
+#define FLASH_KDA_PREFILL_ARGS_INIT {sizeof(flash_kda_prefill_args)}
+#else
+#define FLASH_KDA_PREFILL_ARGS_INIT {.struct_size = sizeof(flash_kda_prefill_args)}
+#endif
+
+/* Bytes of scratch memory that flash_kda_prefill() needs for these arguments, in host memory, to *bytes.
+ * It depends on shapes, dtypes, num_threads and, for packed sequences, on N, not on the data; it does not
+ * grow with T. Errors: as flash_kda_prefill(). */
+FLASH_KDA_API flash_kda_status flash_kda_prefill_workspace_size(const flash_kda_prefill_args *args,
+                                                                size_t *bytes);
+
+/* Runs KDA over whole sequences: writes out and, where asked for, final_state and checkpoints.
+ *
+ * workspace: at least flash_kda_prefill_workspace_size() bytes at any alignment, owned by the caller, not
+ * in use by another call; may be NULL if that size is 0. Its contents before and after mean nothing.
+ *
+ * Results are the same bits from run to run with the same arguments on the same machine.
+ * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED,
+ * FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL; everything is checked before anything is written. */
+FLASH_KDA_API flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *args, void *workspace,
+                                                 size_t workspace_bytes);
+
+/* Describes in one line how flash_kda_prefill() would run these arguments: backend, level, arithmetic,
+ * threads, split. Writes at most size bytes to text, always ended by 0. Errors: as flash_kda_prefill(). */
+FLASH_KDA_API flash_kda_status flash_kda_prefill_describe(const flash_kda_prefill_args *args, char *text,
+                                                          size_t size);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* FLASH_KDA_H */

@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: MIT */
+/* Which backends this build has, and which one runs where. */
+#include "api/backend.h"
+
+#include "api/status.h"
+
+#include <stdbool.h>
+
+static const char *const names[] = {
+    [FLASH_KDA_BACKEND_AUTO] = "auto",
+    [FLASH_KDA_BACKEND_REFERENCE] = "reference",
+    [FLASH_KDA_BACKEND_CPU] = "cpu",
+    [FLASH_KDA_BACKEND_CUDA] = "cuda",
+};
+
+static const struct kda_backend *const backends[] = {
+    [FLASH_KDA_BACKEND_AUTO] = &kda_cpu_backend,
+    [FLASH_KDA_BACKEND_REFERENCE] = &kda_reference_backend,
+    [FLASH_KDA_BACKEND_CPU] = &kda_cpu_backend,
+    [FLASH_KDA_BACKEND_CUDA] = NULL,
+};
+
+static bool known(flash_kda_backend backend) { return (unsigned)backend < sizeof names / sizeof *names; }
+
+const char *flash_kda_backend_name(flash_kda_backend backend) { return known(backend) ? names[backend] : NULL; }
+
+int flash_kda_backend_available(flash_kda_backend backend) { return known(backend) && backends[backend]; }
+
+const struct kda_backend *kda_backend_for(flash_kda_backend backend, DLDevice device) {
+    if (!known(backend)) {
+        kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT, "backend is %d; expected a flash_kda_backend", (int)backend);
+        return NULL;
+    }
+    if (!backends[backend]) {
+        kda_fail(FLASH_KDA_ERROR_UNSUPPORTED, "backend is %s, which this build does not have", names[backend]);
+        return NULL;
+    }
+    if (device.device_type != kDLCPU && device.device_type != kDLCUDAHost) {
+        kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
+                 "q is on DLPack device %d:%d, for which this build has no backend; expected host memory (%d)",
+                 (int)device.device_type, device.device_id, (int)kDLCPU);
+        return NULL;
+    }
+    return backends[backend];
+}

@@ -1,0 +1,26 @@
+/* SPDX-License-Identifier: MIT */
+/* The table of backends: one row a backend, one column an operation. */
+#ifndef KDA_API_BACKEND_H
+#define KDA_API_BACKEND_H
+
+#include "api/problem.h"
+
+#include <stddef.h>
+
+struct kda_backend {
+    const char *name;
+    flash_kda_status (*prefill_workspace_size)(const struct kda_prefill *p, size_t *bytes);
+    /* workspace is aligned to KDA_WORKSPACE_ALIGNMENT and as large as asked for. */
+    flash_kda_status (*prefill)(const struct kda_prefill *p, void *workspace);
+    flash_kda_status (*prefill_describe)(const struct kda_prefill *p, char *text, size_t size);
+};
+
+enum { KDA_WORKSPACE_ALIGNMENT = 64 };
+
+/* The backend that runs tensors on this device, or NULL with an error. */
+const struct kda_backend *kda_backend_for(flash_kda_backend backend, DLDevice device);
+
+extern const struct kda_backend kda_reference_backend;
+extern const struct kda_backend kda_cpu_backend;
+
+#endif

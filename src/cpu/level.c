@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: MIT */
+/* Which levels this build has, which this CPU can run, which one was asked for. */
+#include "cpu/level.h"
+
+#include "api/status.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* The name of the environment variable that forces a level. */
+#define LEVEL_VARIABLE "FLASH_KDA_CPU"
+
+static const struct kda_cpu_level levels[] = {
+    {"generic", &kda_generic_kernels, NULL},
+#if defined(__x86_64__)
+    {"avx2", &kda_avx2_kernels, NULL},
+    {"avx512", &kda_avx512_kernels, NULL},
+    {"avx512bf16", &kda_avx512_kernels, &kda_avx512bf16_kernels},
+#elif defined(__aarch64__)
+    {"neon", &kda_neon_kernels, NULL},
+#endif
+};
+
+enum { LEVELS = sizeof levels / sizeof *levels };
+
+/* How many of `levels` this CPU can run: each needs all that the ones before it need. */
+static int runnable(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return 1;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (!__builtin_cpu_supports("avx512bf16"))
+        return 3;
+#endif
+    return LEVELS;
+}
+
+const struct kda_cpu_level *kda_cpu_level(void) {
+    int count = runnable();
+    const char *forced = getenv(LEVEL_VARIABLE);
+    if (!forced || !*forced)
+        return &levels[count - 1];
+    for (int i = 0; i < LEVELS; i++)
+        if (!strcmp(forced, levels[i].name)) {
+            if (i < count)
+                return &levels[i];
+            kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
+                     "the environment variable " LEVEL_VARIABLE
+                     " is %s, which this CPU cannot run; expected %s or lower",
+                     forced, levels[count - 1].name);
+            return NULL;
+        }
+    kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
+             "the environment variable " LEVEL_VARIABLE
+             " is %.40s; expected a level of this build, generic to %s",
+             forced, levels[LEVELS - 1].name);
+    return NULL;
+}
+
+const char *const *flash_kda_cpu_levels(void) {
+    /* Built once per thread, so that no call needs a lock. */
+    static _Thread_local const char *names[LEVELS + 1];
+    int count = runnable();
+    for (int i = 0; i < count; i++)
+        names[i] = levels[i].name;
+    names[count] = NULL;
+    return names;
+}
+
+const char *flash_kda_cpu_level(void) {
+    const struct kda_cpu_level *level = kda_cpu_level();
+    return level ? level->name : NULL;
+}

@@ -1,0 +1,11 @@
+/* SPDX-License-Identifier: MIT */
+/* The kernels of prefill for level neon. */
+#include "cpu/neon/simd.h"
+
+#include "cpu/products_fp32.h"
+
+#include "cpu/prefill_tmpl.h"
+
+#include "cpu/level.h"
+
+const struct kda_cpu_kernels kda_neon_kernels = KDA_KERNELS;

@@ -1,0 +1,398 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The CPU backend's prefill: how chains of tokens are shared out among threads.
+ *
+ * A run is a range of one chain's tokens with a state and a batch of prepared chunks. Two schedules:
+ *   apart     a thread takes a run and works it alone; for many chains.
+ *   together  all runs advance side by side: chunks of all runs are prepared by all threads, then tiles of all
+ *             runs are applied by all threads; for few chains. Same bits as apart.
+ * With many more threads than tiles, a sequence is also split into segments: a first pass finds what each
+ * segment does to a state (A, B), a scan gives every segment its true state, a second pass writes the outputs.
+ */
+#include "api/backend.h"
+#include "api/status.h"
+#include "cpu/denormals.h"
+#include "cpu/level.h"
+
+#include <omp.h>
+#include <stdio.h>
+#include <string.h>
+
+enum {
+    BATCH_APART = 4,     /* chunks prepared at a time: few, so that they stay in a core's own cache */
+    BATCH_TOGETHER = 16, /* many, so that threads seldom wait for each other */
+    MIN_SEGMENT = 256,   /* tokens */
+    MAX_SEGMENTS = 64,
+    MIN_WORK = 4 << 20, /* multiply-adds that are worth another thread */
+};
+
+struct plan {
+    const struct kda_cpu_level *level;
+    const struct kda_cpu_kernels *kernels;
+    int64_t chains;
+    int64_t tiles;          /* of V, of one chain */
+    int64_t identity_tiles; /* of K, for a segment's A; 0 without segments */
+    int threads, segments, batch;
+    bool together;
+};
+
+struct run {
+    struct kda_chain chain;
+    int64_t position;  /* first token that no prepared chunk holds */
+    int64_t prepared;  /* chunks */
+    bool has_identity; /* also runs the identity, without outputs: the first pass over a segment */
+    bool resumed;      /* its tiles already hold the state to start from */
+    struct kda_chunk *chunks;
+    struct kda_tile *tiles;
+};
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* ---- Plan -------------------------------------------------------------------------------------- */
+
+static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan) {
+    const struct kda_cpu_level *level = kda_cpu_level();
+    if (!level)
+        return FLASH_KDA_ERROR_UNSUPPORTED;
+    bool bf16 =
+        p->q.dtype == KDA_BF16 && p->k.dtype == KDA_BF16 && p->v.dtype == KDA_BF16 && p->out.dtype == KDA_BF16;
+    *plan = (struct plan){.level = level,
+                          .kernels = bf16 && level->bf16 ? level->bf16 : level->fp32,
+                          .chains = p->sequences * p->value_heads,
+                          .tiles = kda_tiles(p->value_dim),
+                          .segments = 1};
+
+    double work =
+        (double)p->batches * (double)p->tokens * (double)(p->value_heads * p->key_dim * p->value_dim) * 4;
+    int wanted = p->num_threads ? p->num_threads : (int)min64(omp_get_max_threads(), KDA_MAX_THREADS);
+    plan->threads = work / MIN_WORK + 1 < wanted ? (int)(work / MIN_WORK) + 1 : wanted;
+
+    int64_t columns = max64(plan->chains * plan->tiles, 1), most = min64(p->tokens / MIN_SEGMENT, MAX_SEGMENTS);
+    int64_t segments = min64(plan->threads / columns + 1, most);
+    if (segments >= 3 && !p->batch_invariant) {
+        plan->segments = (int)segments;
+        plan->identity_tiles = kda_tiles(p->key_dim);
+    }
+    bool even = !p->cu_seqlens.data && plan->chains % plan->threads == 0;
+    plan->together = plan->threads > 1 && (plan->segments > 1 || (plan->chains < 4 * plan->threads && !even));
+    plan->batch = plan->together ? BATCH_TOGETHER : BATCH_APART;
+    return FLASH_KDA_OK;
+}
+
+/* Runs that are in memory at the same time. */
+static int64_t plan_runs(const struct plan *plan) {
+    return plan->together ? plan->chains * plan->segments : plan->threads;
+}
+
+/* ---- Workspace: the one place where its layout is written ---------------------------------------- */
+
+/* Hands out memory from `next`, or only counts if that is NULL. */
+struct arena {
+    char *next;
+    size_t used;
+};
+
+static void *take(struct arena *arena, size_t count, size_t size) {
+    size_t bytes =
+        (count * size + KDA_WORKSPACE_ALIGNMENT - 1) / KDA_WORKSPACE_ALIGNMENT * KDA_WORKSPACE_ALIGNMENT;
+    void *memory = arena->next ? arena->next + arena->used : NULL;
+    arena->used += bytes;
+    return memory;
+}
+
+static void lay_out_chunk(const struct plan *plan, size_t Kp, struct arena *arena, struct kda_chunk *chunk) {
+    struct kda_chunk laid = {
+        .carry = take(arena, Kp, sizeof(float)),
+        .beta = take(arena, KDA_CHUNK, sizeof(float)),
+        .L = take(arena, (size_t)KDA_CHUNK * KDA_CHUNK, sizeof(float)),
+        .M = take(arena, (size_t)KDA_CHUNK * KDA_CHUNK, sizeof(float)),
+        .queries_keys = take(arena, 2 * KDA_CHUNK * Kp, plan->kernels->operand_size),
+        .keys_to_end = take(arena, KDA_CHUNK * Kp, plan->kernels->operand_size),
+    };
+    if (chunk)
+        *chunk = laid;
+}
+
+static void lay_out_tile(const struct plan *plan, size_t Kp, struct arena *arena, struct kda_tile *tile) {
+    struct kda_tile laid = {.S = take(arena, Kp * KDA_TILE, sizeof(float)), .products = NULL};
+    if (plan->kernels->products_size)
+        laid.products = take(arena, Kp * KDA_TILE, plan->kernels->products_size);
+    if (tile)
+        *tile = laid;
+}
+
+/* All runs of a plan; NULL while counting. */
+static struct run *lay_out(const struct kda_prefill *p, const struct plan *plan, struct arena *arena) {
+    size_t Kp = (size_t)kda_padded_key_dim(p), tiles = (size_t)(plan->tiles + plan->identity_tiles);
+    int64_t count = plan_runs(plan);
+    struct run *runs = take(arena, (size_t)count, sizeof *runs);
+    for (int64_t i = 0; i < count; i++) {
+        struct kda_chunk *chunks = take(arena, (size_t)plan->batch, sizeof *chunks);
+        struct kda_tile *states = take(arena, tiles, sizeof *states);
+        for (int n = 0; n < plan->batch; n++)
+            lay_out_chunk(plan, Kp, arena, chunks ? chunks + n : NULL);
+        for (size_t n = 0; n < tiles; n++)
+            lay_out_tile(plan, Kp, arena, states ? states + n : NULL);
+        if (runs)
+            runs[i] = (struct run){.chunks = chunks, .tiles = states};
+    }
+    return runs;
+}
+
+static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *bytes) {
+    struct plan plan;
+    flash_kda_status status = make_plan(p, &plan);
+    if (status)
+        return status;
+    struct arena counter = {NULL, 0};
+    lay_out(p, &plan, &counter);
+    *bytes = counter.used;
+    return FLASH_KDA_OK;
+}
+
+/* ---- One run ----------------------------------------------------------------------------------- */
+
+/* Segment s of a chain; beyond the last it is empty. Segments start at whole chunks. */
+static struct kda_chain chain_segment(const struct kda_prefill *p, const struct plan *plan, int64_t index,
+                                      int s) {
+    struct kda_chain chain = {.sequence = index / p->value_heads, .head = index % p->value_heads};
+    chain.tokens = kda_sequence(p, chain.sequence);
+    int64_t length = chain.tokens.slot < 0 ? 0 : chain.tokens.length;
+    int64_t share = max64((length + plan->segments - 1) / plan->segments, MIN_SEGMENT);
+    if (plan->segments == 1)
+        share = length;
+    share = (share + KDA_CHUNK - 1) / KDA_CHUNK * KDA_CHUNK;
+    chain.begin = min64(length, s * share);
+    chain.end = min64(length, chain.begin + share);
+    return chain;
+}
+
+static bool is_padding(const struct run *run) { return run->chain.tokens.slot < 0; }
+
+static void start_run(struct run *run, struct kda_chain chain) {
+    run->chain = chain;
+    run->position = chain.begin;
+    run->prepared = 0;
+}
+
+static struct kda_tile_io tile_io(const struct kda_prefill *p, const struct plan *plan, const struct run *run,
+                                  int64_t tile) {
+    if (tile >= plan->tiles)
+        return (struct kda_tile_io){.column = (tile - plan->tiles) * KDA_TILE, .columns = KDA_TILE};
+    int64_t column = tile * KDA_TILE;
+    return (struct kda_tile_io){.column = column,
+                                .columns = min64(KDA_TILE, p->value_dim - column),
+                                .has_values = true,
+                                .has_outputs = !run->has_identity};
+}
+
+static void store_checkpoints(const struct kda_prefill *p, const struct plan *plan, const struct run *run,
+                              int64_t position, const struct kda_tile_io *io, const struct kda_tile *tile) {
+    int64_t cursor = 0;
+    struct kda_state state;
+    while ((state = kda_checkpoint_at(p, run->chain.sequence, position, run->chain.head, &cursor)).data)
+        plan->kernels->store_state(p, state, io, tile);
+}
+
+static void store_final(const struct kda_prefill *p, const struct plan *plan, const struct run *run,
+                        const struct kda_tile_io *io, const struct kda_tile *tile) {
+    const struct kda_chain *chain = &run->chain;
+    struct kda_state state = kda_state_at(p, &p->final_state, chain->tokens.slot, chain->head);
+    if (state.data && chain->end == chain->tokens.length)
+        plan->kernels->store_state(p, state, io, tile);
+}
+
+static void set_identity(const struct kda_prefill *p, const struct plan *plan, const struct kda_tile_io *io,
+                         struct kda_tile *tile) {
+    int64_t Kp = kda_padded_key_dim(p);
+    for (int64_t c = 0; c < Kp; c++)
+        for (int64_t j = 0; j < KDA_TILE; j++)
+            tile->S[c * KDA_TILE + j] = c == io->column + j;
+    plan->kernels->refresh(p, tile);
+}
+
+/* The state a run starts from. */
+static void begin_tile(const struct kda_prefill *p, const struct plan *plan, struct run *run, int64_t index) {
+    const struct kda_chain *chain = &run->chain;
+    struct kda_tile_io io = tile_io(p, plan, run, index);
+    struct kda_tile *tile = &run->tiles[index];
+    bool first = chain->begin == 0 && !run->has_identity;
+    if (is_padding(run) || run->resumed || (!first && !run->has_identity))
+        return;
+    if (!io.has_values) {
+        set_identity(p, plan, &io, tile);
+        return;
+    }
+    struct kda_state none = {.data = NULL};
+    plan->kernels->load_state(
+        p, first ? kda_state_at(p, &p->initial_state, chain->tokens.slot, chain->head) : none, &io, tile);
+    if (first)
+        store_checkpoints(p, plan, run, 0, &io, tile);
+    if (first && chain->end == 0) /* an empty sequence is done at once */
+        store_final(p, plan, run, &io, tile);
+}
+
+/* Decides the run's next chunks: up to a batch, none across a checkpoint. */
+static void plan_chunks(const struct kda_prefill *p, const struct plan *plan, struct run *run) {
+    run->prepared = 0;
+    while (run->prepared < plan->batch && run->position < run->chain.end) {
+        struct kda_chunk *chunk = &run->chunks[run->prepared++];
+        int64_t end = min64(run->chain.end, run->position + KDA_CHUNK);
+        chunk->first = run->position;
+        chunk->count = min64(end, kda_next_checkpoint(p, run->chain.sequence, run->position)) - run->position;
+        run->position += chunk->count;
+    }
+}
+
+/* Takes a tile of the state through the prepared chunks. */
+static void advance_tile(const struct kda_prefill *p, const struct plan *plan, const struct run *run,
+                         int64_t index) {
+    struct kda_tile_io io = tile_io(p, plan, run, index);
+    struct kda_tile *tile = &run->tiles[index];
+    for (int64_t i = 0; i < run->prepared; i++) {
+        const struct kda_chunk *chunk = &run->chunks[i];
+        plan->kernels->apply(p, &run->chain, chunk, &io, tile);
+        if (io.has_outputs)
+            store_checkpoints(p, plan, run, chunk->first + chunk->count, &io, tile);
+    }
+    if (io.has_outputs && run->prepared && run->position == run->chain.end)
+        store_final(p, plan, run, &io, tile);
+}
+
+/* ---- Schedules; called by every thread of a team -------------------------------------------------- */
+
+static void run_apart(const struct kda_prefill *p, const struct plan *plan, struct run *runs) {
+    struct run *run = &runs[omp_get_thread_num()];
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < plan->chains; i++) {
+        start_run(run, chain_segment(p, plan, i, 0));
+        for (int64_t n = 0; n < plan->tiles; n++)
+            begin_tile(p, plan, run, n);
+        for (plan_chunks(p, plan, run); run->prepared; plan_chunks(p, plan, run)) {
+            for (int64_t n = 0; n < run->prepared; n++)
+                plan->kernels->prepare(p, &run->chain, &run->chunks[n]);
+            for (int64_t n = 0; n < plan->tiles; n++)
+                advance_tile(p, plan, run, n);
+        }
+    }
+}
+
+/* Works `count` runs to their ends. *chunks is shared by the team. */
+static void run_together(const struct kda_prefill *p, const struct plan *plan, struct run *runs, int64_t count,
+                         int64_t *chunks) {
+    int64_t tiles = plan->tiles + plan->identity_tiles;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count * tiles; i++)
+        if (i % tiles < plan->tiles || runs[i / tiles].has_identity)
+            begin_tile(p, plan, &runs[i / tiles], i % tiles);
+    for (;;) {
+#pragma omp single
+        {
+            *chunks = 0;
+            for (int64_t i = 0; i < count; i++) {
+                plan_chunks(p, plan, &runs[i]);
+                *chunks += runs[i].prepared;
+            }
+        }
+        if (!*chunks)
+            return;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count * plan->batch; i++)
+            if (i % plan->batch < runs[i / plan->batch].prepared)
+                plan->kernels->prepare(p, &runs[i / plan->batch].chain,
+                                       &runs[i / plan->batch].chunks[i % plan->batch]);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count * tiles; i++)
+            if (i % tiles < plan->tiles || runs[i / tiles].has_identity)
+                advance_tile(p, plan, &runs[i / tiles], i % tiles);
+    }
+}
+
+/* Gives every segment of a chain its true state, in the tiles of the run before it:
+ * the state after segment s is B_s + A_s times the state before it. */
+static void scan_segments(const struct kda_prefill *p, const struct plan *plan, struct run *runs,
+                          int64_t tile) {
+    for (int s = 1; s + 1 < plan->segments; s++)
+        plan->kernels->compose(p, runs[s].tiles + plan->tiles, &runs[s - 1].tiles[tile], &runs[s].tiles[tile]);
+}
+
+/* First pass: every chain's first segment as it is, the others but the last for their (A, B). */
+static void start_first_pass(const struct kda_prefill *p, const struct plan *plan, struct run *runs) {
+    for (int64_t i = 0; i < plan->chains; i++)
+        for (int s = 0; s < plan->segments; s++) {
+            struct run *run = &runs[i * plan->segments + s];
+            start_run(run, chain_segment(p, plan, i, s));
+            run->has_identity = s > 0;
+            if (s > 0 && s == plan->segments - 1)
+                run->chain.end = run->chain.begin;
+        }
+}
+
+/* Second pass: every segment but the first, from the state that the scan left in the run before it. */
+static void start_second_pass(const struct kda_prefill *p, const struct plan *plan, struct run *runs) {
+    for (int64_t i = 0; i < plan->chains; i++)
+        for (int s = plan->segments - 1; s >= 0; s--) {
+            struct run *run = &runs[i * plan->segments + s];
+            struct kda_chain chain = chain_segment(p, plan, i, s);
+            if (s == 0)
+                chain.begin = chain.end;
+            start_run(run, chain);
+            run->has_identity = false;
+            run->resumed = true;
+            if (s > 0)
+                run->tiles = runs[i * plan->segments + s - 1].tiles;
+        }
+}
+
+static void run_segments(const struct kda_prefill *p, const struct plan *plan, struct run *runs,
+                         int64_t *chunks) {
+    int64_t count = plan->chains * plan->segments;
+#pragma omp single
+    start_first_pass(p, plan, runs);
+    run_together(p, plan, runs, count, chunks);
+    if (plan->segments == 1)
+        return;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < plan->chains * plan->tiles; i++)
+        scan_segments(p, plan, runs + i / plan->tiles * plan->segments, i % plan->tiles);
+#pragma omp single
+    start_second_pass(p, plan, runs);
+    run_together(p, plan, runs, count, chunks);
+}
+
+/* ---- Entries ----------------------------------------------------------------------------------- */
+
+static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
+    struct plan plan;
+    flash_kda_status status = make_plan(p, &plan);
+    if (status)
+        return status;
+    struct arena arena = {workspace, 0};
+    struct run *runs = lay_out(p, &plan, &arena);
+    int64_t chunks = 0;
+#pragma omp parallel num_threads(plan.threads)
+    {
+        uint64_t mode = kda_flush_denormals();
+        if (plan.together)
+            run_segments(p, &plan, runs, &chunks);
+        else
+            run_apart(p, &plan, runs);
+        kda_set_float_mode(mode);
+    }
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t size) {
+    struct plan plan;
+    flash_kda_status status = make_plan(p, &plan);
+    if (status)
+        return status;
+    snprintf(text, size, "cpu: level %s, %s products, %lld chains on %d thread%s, %s, %d segment%s",
+             plan.level->name, plan.kernels == plan.level->bf16 ? "bf16" : "fp32", (long long)plan.chains,
+             plan.threads, plan.threads == 1 ? "" : "s", plan.together ? "together" : "apart", plan.segments,
+             plan.segments == 1 ? "" : "s");
+    return FLASH_KDA_OK;
+}
+
+const struct kda_backend kda_cpu_backend = {"cpu", workspace_size, prefill, describe};

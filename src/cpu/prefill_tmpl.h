@@ -1,0 +1,417 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The kernels of prefill, written once for all levels. A level's prefill.c includes its simd.h, one of the
+ * products headers, and then this file, which defines the static functions that its table of kernels names.
+ *
+ * No exponent in here is ever positive: inside a chunk, decays between two tokens are products of the tokens'
+ * own exp(a) <= 1, so nothing overflows whatever the gate, and a hard reset (a = -inf) is exactly 0. Only the
+ * carry of the state uses the exponential of a sum, kept as exp(sum) - 1 so that slow decay loses no digits.
+ */
+#include "cpu/prefill.h"
+#include "cpu/unroll.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#define ALIGNED __attribute__((aligned(64)))
+
+/* ---- Rows in memory ---------------------------------------------------------------------------- */
+
+/* to [padded] = row of count floats, then zeros. */
+static inline void load_row(float *to, const char *row, enum kda_dtype dtype, int64_t count, int64_t padded) {
+    const uint16_t *halves = (const uint16_t *)(const void *)row;
+    int64_t i = 0;
+    if (dtype == KDA_F32)
+        for (; i + LANES <= count; i += LANES)
+            vf_store(to + i, vf_loadu((const float *)(const void *)row + i));
+    else if (dtype == KDA_BF16)
+        for (; i + LANES <= count; i += LANES)
+            vf_store(to + i, vf_load_bf16(halves + i));
+    else
+        for (; i + LANES <= count; i += LANES)
+            vf_store(to + i, vf_load_f16(halves + i));
+    for (; i < count; i++)
+        to[i] = kda_load(row, dtype, i);
+    for (; i < padded; i++)
+        to[i] = 0;
+}
+
+static inline void store_row(char *row, enum kda_dtype dtype, const float *from, int64_t count) {
+    uint16_t *halves = (uint16_t *)(void *)row;
+    int64_t i = 0;
+    if (dtype == KDA_F32)
+        for (; i + LANES <= count; i += LANES)
+            vf_storeu((float *)(void *)row + i, vf_load(from + i));
+    else if (dtype == KDA_BF16)
+        for (; i + LANES <= count; i += LANES)
+            vf_store_bf16(halves + i, vf_load(from + i));
+    else
+        for (; i + LANES <= count; i += LANES)
+            vf_store_f16(halves + i, vf_load(from + i));
+    for (; i < count; i++)
+        kda_store(row, dtype, i, from[i]);
+}
+
+/* ---- Elementary functions ---------------------------------------------------------------------- */
+
+/* exp(x) = (q + 1) 2^n with q = exp(r) - 1 returned, |r| <= ln 2 / 2, and 2^n in *scale. Below -87.7 the scale is 0. */
+static inline vf exp_parts(vf x, vf *scale) {
+    const vf magic = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    x = vf_min(vf_set1(88.0f), vf_max(vf_set1(-88.03f), x));
+    vf t = vf_fma(x, vf_set1(1.44269504f), magic), n = vf_sub(t, magic);
+    /* ln 2 in two parts, the first exact in products with n */
+    vf r = vf_fnma(n, vf_set1(-2.12194440e-4f), vf_fnma(n, vf_set1(0.693359375f), x));
+    /* (exp(r) - 1 - r) / r^2: minimax of degree 4, error 7.5e-9 */
+    vf p = vf_fma(r, vf_set1(1.394111873e-3f), vf_set1(8.363181235e-3f));
+    p = vf_fma(r, p, vf_set1(4.166637520e-2f));
+    p = vf_fma(r, p, vf_set1(1.666657697e-1f));
+    p = vf_fma(r, p, vf_set1(5.000000027e-1f));
+    *scale = vf_pow2(t);
+    return vf_fma(vf_mul(r, r), p, r);
+}
+
+static inline vf vf_exp(vf x) {
+    vf scale, q = exp_parts(x, &scale);
+    return vf_fma(q, scale, scale);
+}
+
+static inline vf vf_expm1(vf x) {
+    vf scale, q = exp_parts(x, &scale);
+    return vf_fma(q, scale, vf_sub(scale, vf_set1(1)));
+}
+
+/* log(1 + exp(x)) */
+static inline vf vf_softplus(vf x) {
+    vf negative = vf_min(x, vf_sub(vf_set1(0), x)), y = vf_exp(negative);
+    /* log1p(y) / y on [0, 1]: minimax of degree 9, error 4e-9 */
+    static const float coefficients[] = {2.027770723e-02f,  -5.775902758e-02f, 1.068452557e-01f,
+                                         -1.535327112e-01f, 1.969245257e-01f,  -2.495734671e-01f,
+                                         3.333027563e-01f,  -4.999991418e-01f, 9.999999960e-01f};
+    vf p = vf_set1(-3.338716686e-03f);
+    UNROLL for (int i = 0; i < 9; i++) p = vf_fma(y, p, vf_set1(coefficients[i]));
+    return vf_fma(y, p, vf_max(vf_set1(0), x));
+}
+
+static inline vf vf_sigmoid(vf x) {
+    return vf_div(vf_set1(1), vf_add(vf_set1(1), vf_exp(vf_sub(vf_set1(0), x))));
+}
+
+/* ---- Prepare: what does not depend on the state ------------------------------------------------- */
+
+/* Fp32 rows of one chunk, [KDA_CHUNK][Kp] each. */
+struct rows {
+    float k[KDA_CHUNK * KDA_MAX_PADDED_K] ALIGNED;       /* normalised */
+    float q[KDA_CHUNK * KDA_MAX_PADDED_K] ALIGNED;       /* normalised, times scale */
+    float decay[KDA_CHUNK * KDA_MAX_PADDED_K] ALIGNED;   /* exp(a) */
+    float to_here[KDA_CHUNK * KDA_MAX_PADDED_K] ALIGNED; /* k decayed to the end of the block at hand */
+    float beta[KDA_CHUNK] ALIGNED;
+};
+
+static inline void scale_row(float *row, int64_t Kp, float factor) {
+    for (int64_t c = 0; c < Kp; c += LANES)
+        vf_store(row + c, vf_mul(vf_load(row + c), vf_set1(factor)));
+}
+
+static inline float inverse_norm(const float *row, int64_t Kp) {
+    vf sum = vf_set1(0);
+    float lanes[LANES] ALIGNED, squares = 0;
+    for (int64_t c = 0; c < Kp; c += LANES)
+        sum = vf_fma(vf_load(row + c), vf_load(row + c), sum);
+    vf_store(lanes, sum);
+    for (int i = 0; i < LANES; i++)
+        squares += lanes[i];
+    return 1 / sqrtf(squares + 1e-6f);
+}
+
+/* One row of q or k, normalised if asked for, times factor. */
+static inline void load_key(const struct kda_prefill *p, const struct kda_tensor *t,
+                            const struct kda_chain *chain, int64_t token, float factor, int64_t Kp,
+                            float *row) {
+    int64_t head = chain->head / (p->value_heads / p->heads);
+    load_row(row, kda_row(t, chain->tokens.batch, chain->tokens.first + token, head), t->dtype, p->key_dim, Kp);
+    if (p->qk_norm)
+        factor *= inverse_norm(row, Kp);
+    if (factor != 1)
+        scale_row(row, Kp, factor);
+}
+
+/* Log decay of LANES channels. A is exp(A_log). */
+static inline vf log_decay(flash_kda_gate gate, vf g, vf dt_bias, float A, float lower_bound) {
+    switch (gate) {
+    case FLASH_KDA_GATE_SOFTPLUS:
+        return vf_mul(vf_set1(-A), vf_softplus(vf_add(g, dt_bias)));
+    case FLASH_KDA_GATE_SIGMOID:
+        return vf_mul(vf_set1(lower_bound), vf_sigmoid(vf_mul(vf_set1(A), vf_add(g, dt_bias))));
+    default:
+        return g;
+    }
+}
+
+/* decay [KDA_CHUNK][Kp] from g in place, and the chunk's carry. */
+static inline void apply_gate(flash_kda_gate gate, const float *dt_bias, float A, float lower_bound, int64_t Kp,
+                              int64_t count, float *decay, float *carry) {
+    for (int64_t c = 0; c < Kp; c += LANES) {
+        vf bias = vf_load(dt_bias + c), sum = vf_set1(0);
+        for (int64_t t = 0; t < count; t++) {
+            vf a = log_decay(gate, vf_load(decay + t * Kp + c), bias, A, lower_bound);
+            sum = vf_add(sum, a);
+            vf_store(decay + t * Kp + c, vf_exp(a));
+        }
+        for (int64_t t = count; t < KDA_CHUNK; t++)
+            vf_store(decay + t * Kp + c, vf_set1(1));
+        vf_store(carry + c, vf_expm1(sum));
+    }
+}
+
+static inline void load_decay(const struct kda_prefill *p, const struct kda_chain *chain, int64_t Kp,
+                              struct kda_chunk *chunk, float *decay) {
+    float dt_bias[KDA_MAX_PADDED_K] ALIGNED = {0}, A = 1;
+    int64_t head = chain->head, first = chain->tokens.first + chunk->first;
+    for (int64_t t = 0; t < chunk->count; t++)
+        load_row(decay + t * Kp, kda_row(&p->g, chain->tokens.batch, first + t, head), p->g.dtype, p->key_dim,
+                 Kp);
+    if (p->dt_bias.data)
+        load_row(dt_bias, p->dt_bias.data + head * p->dt_bias.stride[0], p->dt_bias.dtype, p->key_dim, Kp);
+    if (p->A_log.data) /* kept finite, so that a gate of 0 times it stays 0 */
+        A = fminf(expf(kda_load(p->A_log.data + head * p->A_log.stride[0], p->A_log.dtype, 0)), FLT_MAX);
+    /* One loop a gate: the choice is constant inside. */
+    if (p->gate == FLASH_KDA_GATE_SOFTPLUS)
+        apply_gate(FLASH_KDA_GATE_SOFTPLUS, dt_bias, A, 0, Kp, chunk->count, decay, chunk->carry);
+    else if (p->gate == FLASH_KDA_GATE_SIGMOID)
+        apply_gate(FLASH_KDA_GATE_SIGMOID, dt_bias, A, p->lower_bound, Kp, chunk->count, decay, chunk->carry);
+    else
+        apply_gate(FLASH_KDA_GATE_NONE, dt_bias, A, 0, Kp, chunk->count, decay, chunk->carry);
+}
+
+static inline void load_beta(const struct kda_prefill *p, const struct kda_chain *chain,
+                             const struct kda_chunk *chunk, float *beta) {
+    int64_t first = chain->tokens.first + chunk->first;
+    for (int64_t t = 0; t < KDA_CHUNK; t++)
+        beta[t] = t < chunk->count ? kda_load(kda_row(&p->beta, chain->tokens.batch, first + t, chain->head),
+                                              p->beta.dtype, 0)
+                                   : 0;
+    if (p->beta_mode == FLASH_KDA_BETA_GIVEN)
+        return;
+    vf factor = vf_set1(p->beta_mode == FLASH_KDA_BETA_TWICE_SIGMOID ? 2 : 1);
+    for (int t = 0; t < KDA_CHUNK; t += LANES)
+        vf_store(beta + t, vf_mul(factor, vf_sigmoid(vf_load(beta + t))));
+}
+
+/* KT and QT: every token's row decayed from the start of the chunk; KR: to its end. */
+static inline void store_operands(const struct rows *rows, int64_t Kp, struct kda_chunk *chunk) {
+    operand *queries_keys = chunk->queries_keys;
+    for (int64_t c = 0; c < Kp; c += LANES) {
+        vf from_start = vf_set1(1), to_end = vf_set1(1);
+        for (int t = 0; t < KDA_CHUNK; t++) {
+            int64_t i = t * Kp + c;
+            from_start = vf_mul(from_start, vf_load(rows->decay + i));
+            store_query_key(queries_keys + t * Kp, c, vf_mul(from_start, vf_load(rows->k + i)));
+            store_query_key(queries_keys + (KDA_CHUNK + t) * Kp, c, vf_mul(from_start, vf_load(rows->q + i)));
+        }
+        for (int t = KDA_CHUNK - 2; t >= 0; t -= 2) {
+            int64_t i = t * Kp + c;
+            vf odd = vf_mul(to_end, vf_load(rows->k + i + Kp));
+            to_end = vf_mul(to_end, vf_load(rows->decay + i + Kp));
+            vf even = vf_mul(to_end, vf_load(rows->k + i));
+            to_end = vf_mul(to_end, vf_load(rows->decay + i));
+            store_keys_to_end(chunk->keys_to_end, Kp, t, c, even, odd);
+        }
+    }
+}
+
+enum { BLOCK = 4 }; /* tokens whose pairs take their decay one token at a time; pairs across blocks share it */
+
+/* L and M between the tokens of one block; leaves its keys decayed to the block's end in to_here. The 16 sums
+ * are, for each token j: M_jj, then L_ij and M_ij of each later token i. */
+static inline void block_pairs(struct rows *rows, int64_t Kp, int block, struct kda_chunk *chunk) {
+    const float *k = rows->k + block * Kp, *q = rows->q + block * Kp, *decay = rows->decay + block * Kp;
+    vf sum[16];
+    UNROLL for (int n = 0; n < 16; n++) sum[n] = vf_set1(0);
+    for (int64_t c = 0; c < Kp; c += LANES) {
+        int n = 0;
+        UNROLL for (int j = 0; j < BLOCK; j++) {
+            vf x = vf_load(k + j * Kp + c);
+            sum[n] = vf_fma(vf_load(q + j * Kp + c), x, sum[n]);
+            n++;
+            UNROLL for (int i = j + 1; i < BLOCK; i++) {
+                x = vf_mul(x, vf_load(decay + i * Kp + c));
+                sum[n] = vf_fma(vf_load(k + i * Kp + c), x, sum[n]);
+                sum[n + 1] = vf_fma(vf_load(q + i * Kp + c), x, sum[n + 1]);
+                n += 2;
+            }
+            vf_store(rows->to_here + (block + j) * Kp + c, x);
+        }
+    }
+    float sums[16];
+    vf_sums(sum, sums);
+    for (int j = 0, n = 0; j < BLOCK; j++) {
+        chunk->M[(block + j) * KDA_CHUNK + block + j] = sums[n++];
+        for (int i = j + 1; i < BLOCK; i++, n += 2) {
+            chunk->L[(block + i) * KDA_CHUNK + block + j] = sums[n] * rows->beta[block + i];
+            chunk->M[(block + i) * KDA_CHUNK + block + j] = sums[n + 1];
+        }
+    }
+}
+
+/* L and M of the tokens of one block against all tokens before it, whose keys end up decayed to its end. */
+static inline void earlier_pairs(struct rows *rows, int64_t Kp, int block, struct kda_chunk *chunk) {
+    float later[2 * BLOCK * KDA_MAX_PADDED_K] ALIGNED, through[KDA_MAX_PADDED_K] ALIGNED;
+    for (int64_t c = 0; c < Kp; c += LANES) {
+        vf decay = vf_set1(1);
+        UNROLL for (int i = 0; i < BLOCK; i++) {
+            int64_t at = (block + i) * Kp + c;
+            decay = vf_mul(decay, vf_load(rows->decay + at));
+            vf_store(later + i * Kp + c, vf_mul(decay, vf_load(rows->k + at)));
+            vf_store(later + (BLOCK + i) * Kp + c, vf_mul(decay, vf_load(rows->q + at)));
+        }
+        vf_store(through + c, decay);
+    }
+    for (int j = 0; j < block; j += 2) {
+        vf sum[16];
+        UNROLL for (int n = 0; n < 16; n++) sum[n] = vf_set1(0);
+        float *x = rows->to_here + j * Kp;
+        for (int64_t c = 0; c < Kp; c += LANES) {
+            vf x0 = vf_load(x + c), x1 = vf_load(x + Kp + c), decay = vf_load(through + c);
+            UNROLL for (int i = 0; i < 2 * BLOCK; i++) {
+                vf row = vf_load(later + i * Kp + c);
+                sum[2 * i] = vf_fma(row, x0, sum[2 * i]);
+                sum[2 * i + 1] = vf_fma(row, x1, sum[2 * i + 1]);
+            }
+            vf_store(x + c, vf_mul(decay, x0));
+            vf_store(x + Kp + c, vf_mul(decay, x1));
+        }
+        float sums[16];
+        vf_sums(sum, sums);
+        for (int i = 0; i < BLOCK; i++)
+            for (int n = 0; n < 2; n++) {
+                chunk->L[(block + i) * KDA_CHUNK + j + n] = sums[2 * i + n] * rows->beta[block + i];
+                chunk->M[(block + i) * KDA_CHUNK + j + n] = sums[2 * (BLOCK + i) + n];
+            }
+    }
+}
+
+static void prepare(const struct kda_prefill *p, const struct kda_chain *chain, struct kda_chunk *chunk) {
+    int64_t Kp = kda_padded_key_dim(p), missing = (KDA_CHUNK - chunk->count) * Kp;
+    struct rows rows;
+    for (int64_t t = 0; t < chunk->count; t++) {
+        load_key(p, &p->k, chain, chunk->first + t, 1, Kp, rows.k + t * Kp);
+        load_key(p, &p->q, chain, chunk->first + t, p->scale, Kp, rows.q + t * Kp);
+    }
+    memset(rows.k + chunk->count * Kp, 0, (size_t)missing * sizeof *rows.k);
+    memset(rows.q + chunk->count * Kp, 0, (size_t)missing * sizeof *rows.q);
+    load_decay(p, chain, Kp, chunk, rows.decay);
+    load_beta(p, chain, chunk, rows.beta);
+    memcpy(chunk->beta, rows.beta, sizeof rows.beta);
+    store_operands(&rows, Kp, chunk);
+    for (int block = 0; block < KDA_CHUNK; block += BLOCK) {
+        earlier_pairs(&rows, Kp, block, chunk);
+        block_pairs(&rows, Kp, block, chunk);
+    }
+}
+
+/* ---- Apply: one chunk on one tile of the state -------------------------------------------------- */
+
+/* U by forward substitution, in place of KT S in the first half of `product`; O in the second half, from QT S. */
+static inline void solve(const struct kda_chunk *chunk, const float *values, bool outputs, float *product) {
+    for (int column = 0; column < KDA_TILE; column += LANES) {
+        vf u[KDA_CHUNK];
+        UNROLL for (int i = 0; i < KDA_CHUNK; i++) {
+            float *row = product + i * KDA_TILE + column;
+            vf x =
+                vf_mul(vf_set1(chunk->beta[i]), vf_sub(vf_load(values + i * KDA_TILE + column), vf_load(row)));
+            UNROLL for (int j = 0; j < i; j++) x = vf_fnma(vf_set1(chunk->L[i * KDA_CHUNK + j]), u[j], x);
+            u[i] = x;
+            vf_store(row, x);
+        }
+        if (!outputs)
+            continue;
+        UNROLL for (int i = 0; i < KDA_CHUNK; i++) {
+            float *row = product + (KDA_CHUNK + i) * KDA_TILE + column;
+            vf o = vf_load(row);
+            UNROLL for (int j = 0; j <= i; j++) o = vf_fma(vf_set1(chunk->M[i * KDA_CHUNK + j]), u[j], o);
+            vf_store(row, o);
+        }
+    }
+}
+
+static void apply(const struct kda_prefill *p, const struct kda_chain *chain, const struct kda_chunk *chunk,
+                  const struct kda_tile_io *io, struct kda_tile *tile) {
+    int64_t Kp = kda_padded_key_dim(p), first = chain->tokens.first + chunk->first, batch = chain->tokens.batch;
+    float values[KDA_CHUNK * KDA_TILE] ALIGNED, product[2 * KDA_CHUNK * KDA_TILE] ALIGNED;
+    int64_t given = io->has_values ? chunk->count : 0;
+    for (int64_t t = 0; t < given; t++)
+        load_row(values + t * KDA_TILE,
+                 kda_row(&p->v, batch, first + t, chain->head) +
+                     io->column * (int64_t)kda_dtype_size(p->v.dtype),
+                 p->v.dtype, io->columns, KDA_TILE);
+    memset(values + given * KDA_TILE, 0, (size_t)(KDA_CHUNK - given) * KDA_TILE * sizeof *values);
+
+    multiply_state(chunk->queries_keys, tile, Kp, io->has_outputs ? 2 * KDA_CHUNK : KDA_CHUNK, product);
+    solve(chunk, values, io->has_outputs, product);
+    for (int64_t t = 0; io->has_outputs && t < chunk->count; t++)
+        store_row(kda_row(&p->out, batch, first + t, chain->head) +
+                      io->column * (int64_t)kda_dtype_size(p->out.dtype),
+                  p->out.dtype, product + (KDA_CHUNK + t) * KDA_TILE, io->columns);
+    update_state(chunk, product, Kp, tile);
+}
+
+/* ---- States in memory -------------------------------------------------------------------------- */
+
+static void refresh(const struct kda_prefill *p, struct kda_tile *tile) {
+    refresh_products(tile, kda_padded_key_dim(p));
+}
+
+static void load_state(const struct kda_prefill *p, struct kda_state state, const struct kda_tile_io *io,
+                       struct kda_tile *tile) {
+    int64_t Kp = kda_padded_key_dim(p);
+    float row[KDA_MAX_PADDED_K] ALIGNED;
+    memset(tile->S, 0, (size_t)(Kp * KDA_TILE) * sizeof *tile->S);
+    if (state.data && state.v_first)
+        for (int64_t j = 0; j < io->columns; j++) {
+            load_row(row, state.data + (io->column + j) * state.stride, state.dtype, p->key_dim, Kp);
+            for (int64_t c = 0; c < Kp; c++)
+                tile->S[c * KDA_TILE + j] = row[c];
+        }
+    else if (state.data)
+        for (int64_t c = 0; c < p->key_dim; c++)
+            load_row(tile->S + c * KDA_TILE,
+                     state.data + c * state.stride + io->column * (int64_t)kda_dtype_size(state.dtype),
+                     state.dtype, io->columns, KDA_TILE);
+    refresh(p, tile);
+}
+
+static void store_state(const struct kda_prefill *p, struct kda_state state, const struct kda_tile_io *io,
+                        const struct kda_tile *tile) {
+    float row[KDA_MAX_PADDED_K] ALIGNED;
+    if (state.v_first)
+        for (int64_t j = 0; j < io->columns; j++) {
+            for (int64_t c = 0; c < p->key_dim; c++)
+                row[c] = tile->S[c * KDA_TILE + j];
+            store_row(state.data + (io->column + j) * state.stride, state.dtype, row, p->key_dim);
+        }
+    else
+        for (int64_t c = 0; c < p->key_dim; c++)
+            store_row(state.data + c * state.stride + io->column * (int64_t)kda_dtype_size(state.dtype),
+                      state.dtype, tile->S + c * KDA_TILE, io->columns);
+}
+
+static void compose(const struct kda_prefill *p, const struct kda_tile *A, const struct kda_tile *from,
+                    struct kda_tile *to) {
+    for (int64_t row = 0; row < p->key_dim; row++)
+        for (int64_t c = 0; c < p->key_dim; c++) {
+            vf a = vf_set1(A[c / KDA_TILE].S[row * KDA_TILE + c % KDA_TILE]);
+            for (int j = 0; j < KDA_TILE; j += LANES) {
+                float *S = to->S + row * KDA_TILE + j;
+                vf_store(S, vf_fma(a, vf_load(from->S + c * KDA_TILE + j), vf_load(S)));
+            }
+        }
+    refresh(p, to);
+}
+
+/* The table of a level's prefill.c. */
+#define KDA_KERNELS                                                                                          \
+    {                                                                                                        \
+        .operand_size = sizeof(operand), .products_size = PRODUCTS_SIZE, .prepare = prepare, .apply = apply, \
+        .load_state = load_state, .refresh = refresh, .store_state = store_state, .compose = compose,        \
+    }
