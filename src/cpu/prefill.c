@@ -19,7 +19,7 @@
 #include <string.h>
 
 enum {
-    BATCH_APART = 4,     /* chunks prepared at a time: few, so that they stay in a core's own cache */
+    BATCH_APART = 1,     /* chunks prepared at a time: few, so that they stay in a core's own cache */
     BATCH_TOGETHER = 16, /* many, so that threads seldom wait for each other */
     MIN_SEGMENT = 256,   /* tokens */
     MAX_SEGMENTS = 64,
@@ -156,7 +156,8 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *byte
 /* Segment s of a chain; beyond the last it is empty. Segments start at whole chunks. */
 static struct kda_chain chain_segment(const struct kda_prefill *p, const struct plan *plan, int64_t index,
                                       int s) {
-    struct kda_chain chain = {.sequence = index / p->value_heads, .head = index % p->value_heads};
+    struct kda_chain chain = {
+        .sequence = index / p->value_heads, .head = index % p->value_heads, .ahead = plan->batch * KDA_CHUNK};
     chain.tokens = kda_sequence(p, chain.sequence);
     int64_t length = chain.tokens.slot < 0 ? 0 : chain.tokens.length;
     int64_t share = max64((length + plan->segments - 1) / plan->segments, MIN_SEGMENT);
