@@ -127,7 +127,7 @@ typedef enum flash_kda_flags {
  *
  * dtypes: "float" below is fp32, fp16 or bf16, chosen for each tensor by itself. Arithmetic is fp32; on
  * level avx512bf16 the large products take bf16 operands (accumulated in fp32) if q, k, v and out are all
- * bf16. Ask for an fp32 out to have fp32 arithmetic there too.
+ * bf16. Ask for an fp32 out to have fp32 arithmetic there too. The CPU backend takes numbers below 2^-126 as 0.
  *
  * Strides: free and not negative (a stride of 0 on an input repeats it), but the last dimension of q, k,
  * v, g, out, dt_bias and of every state must be contiguous. A strides pointer of NULL means compact.
@@ -181,7 +181,7 @@ typedef struct flash_kda_prefill_args {
                                              checkpoint_cu_starts[n + 1] - 1 */
     const DLTensor *checkpoint_indices;   /* int32 [rows of all sequences], with checkpoint_cu_starts: row r is
                                              written to checkpoints[checkpoint_indices[r]]; -1: not at all */
-    const DLTensor *checkpoint_offsets;   /* int32 or int64 [N] or [N, C]: tokens of its sequence after which the
+    const DLTensor *checkpoint_offsets; /* int32 or int64 [N] or [N, C]: tokens of its sequence after which the
                                              state is kept, 0 to its length; -1: none. checkpoints is
                                              [N, HV, V, K] or [N, C, HV, V, K] */
 
@@ -191,14 +191,21 @@ typedef struct flash_kda_prefill_args {
 } flash_kda_prefill_args;
 
 #ifdef __cplusplus
-#define FLASH_KDA_PREFILL_ARGS_INIT {sizeof(flash_kda_prefill_args)}
+static inline flash_kda_prefill_args flash_kda_prefill_args_init() {
+    flash_kda_prefill_args args = flash_kda_prefill_args();
+    args.struct_size = sizeof args;
+    return args;
+}
+#define FLASH_KDA_PREFILL_ARGS_INIT flash_kda_prefill_args_init()
 #else
-#define FLASH_KDA_PREFILL_ARGS_INIT {.struct_size = sizeof(flash_kda_prefill_args)}
+#define FLASH_KDA_PREFILL_ARGS_INIT \
+    { .struct_size = sizeof(flash_kda_prefill_args) }
 #endif
 
 /* Bytes of scratch memory that flash_kda_prefill() needs for these arguments, in host memory, to *bytes.
  * It depends on shapes, dtypes, num_threads and, for packed sequences, on N, not on the data; it does not
- * grow with T. Errors: as flash_kda_prefill(). */
+ * grow with T. Errors: as flash_kda_prefill(), but for indices that are used twice: only that call, which has
+ * scratch memory, finds them. */
 FLASH_KDA_API flash_kda_status flash_kda_prefill_workspace_size(const flash_kda_prefill_args *args,
                                                                 size_t *bytes);
 

@@ -8,6 +8,13 @@
 
 #include <stdbool.h>
 
+/* Small functions that device code shares. */
+#ifdef __CUDACC__
+#define KDA_INLINE static __host__ __device__ inline
+#else
+#define KDA_INLINE static inline
+#endif
+
 enum { KDA_MAX_RANK = 5 };
 
 struct kda_tensor {
@@ -49,7 +56,7 @@ bool kda_tensors_identical(const struct kda_tensor *a, const struct kda_tensor *
 int64_t kda_tensor_extent(const struct kda_tensor *t);
 
 /* Element i of an index tensor of rank 1, or (i, j) of rank 2. */
-static inline int64_t kda_index(const struct kda_tensor *t, int64_t i, int64_t j) {
+KDA_INLINE int64_t kda_index(const struct kda_tensor *t, int64_t i, int64_t j) {
     const char *address = t->data + i * t->stride[0] + (t->rank > 1 ? j * t->stride[1] : 0);
     return t->dtype == KDA_I32 ? *(const int32_t *)(const void *)address
                                : *(const int64_t *)(const void *)address;

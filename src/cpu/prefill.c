@@ -4,8 +4,8 @@
  *
  * A run is a range of one chain's tokens with a state and a batch of prepared chunks. Two schedules:
  *   apart     a thread takes a run and works it alone; for many chains.
- *   together  all runs advance side by side: chunks of all runs are prepared by all threads, then tiles of all
- *             runs are applied by all threads; for few chains. Same bits as apart.
+ *   together  all runs advance side by side: all threads share the tiles and the chunks of all runs; for few
+ *             chains. Same bits as apart.
  * With many more threads than tiles, a sequence is also split into segments: a first pass finds what each
  * segment does to a state (A, B), a scan gives every segment its true state, a second pass writes the outputs.
  */
@@ -20,7 +20,8 @@
 
 enum {
     BATCH_APART = 1,     /* chunks prepared at a time: few, so that they stay in a core's own cache */
-    BATCH_TOGETHER = 16, /* many, so that threads seldom wait for each other */
+    BATCH_TOGETHER = 32, /* many, so that threads seldom wait for each other */
+    PLANNED = 3,         /* batches of a run that are planned, prepared and applied side by side */
     MIN_SEGMENT = 256,   /* tokens */
     MAX_SEGMENTS = 64,
     MIN_WORK = 4 << 20, /* multiply-adds that are worth another thread */
@@ -36,17 +37,22 @@ struct plan {
     bool together;
 };
 
+/* Up to plan.batch chunks that follow each other. */
+struct batch {
+    int64_t count;
+    struct kda_chunk *chunks;
+};
+
 struct run {
     struct kda_chain chain;
-    int64_t position;  /* first token that no prepared chunk holds */
-    int64_t prepared;  /* chunks */
+    int64_t position;  /* first token that is not planned */
     bool has_identity; /* also runs the identity, without outputs: the first pass over a segment */
     bool resumed;      /* its tiles already hold the state to start from */
-    struct kda_chunk *chunks;
+    struct batch batches[PLANNED];
+    struct kda_chunk *operands; /* memory for the chunks of two batches: one being prepared, one applied */
     struct kda_tile *tiles;
 };
 
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* ---- Plan -------------------------------------------------------------------------------------- */
@@ -65,11 +71,12 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
 
     double work =
         (double)p->batches * (double)p->tokens * (double)(p->value_heads * p->key_dim * p->value_dim) * 4;
-    int wanted = p->num_threads ? p->num_threads : (int)min64(omp_get_max_threads(), KDA_MAX_THREADS);
+    int wanted = p->num_threads ? p->num_threads : (int)kda_min64(omp_get_max_threads(), KDA_MAX_THREADS);
     plan->threads = work / MIN_WORK + 1 < wanted ? (int)(work / MIN_WORK) + 1 : wanted;
 
-    int64_t columns = max64(plan->chains * plan->tiles, 1), most = min64(p->tokens / MIN_SEGMENT, MAX_SEGMENTS);
-    int64_t segments = min64(plan->threads / columns + 1, most);
+    int64_t columns = max64(plan->chains * plan->tiles, 1),
+            most = kda_min64(p->tokens / MIN_SEGMENT, MAX_SEGMENTS);
+    int64_t segments = kda_min64(plan->threads / columns + 1, most);
     if (segments >= 3 && !p->batch_invariant) {
         plan->segments = (int)segments;
         plan->identity_tiles = kda_tiles(p->key_dim);
@@ -128,14 +135,16 @@ static struct run *lay_out(const struct kda_prefill *p, const struct plan *plan,
     int64_t count = plan_runs(plan);
     struct run *runs = take(arena, (size_t)count, sizeof *runs);
     for (int64_t i = 0; i < count; i++) {
-        struct kda_chunk *chunks = take(arena, (size_t)plan->batch, sizeof *chunks);
-        struct kda_tile *states = take(arena, tiles, sizeof *states);
-        for (int n = 0; n < plan->batch; n++)
-            lay_out_chunk(plan, Kp, arena, chunks ? chunks + n : NULL);
+        struct run run = {.operands = take(arena, 2 * (size_t)plan->batch, sizeof(struct kda_chunk)),
+                          .tiles = take(arena, tiles, sizeof(struct kda_tile))};
+        for (int n = 0; n < PLANNED; n++)
+            run.batches[n].chunks = take(arena, (size_t)plan->batch, sizeof(struct kda_chunk));
+        for (int n = 0; n < 2 * plan->batch; n++)
+            lay_out_chunk(plan, Kp, arena, runs ? &run.operands[n] : NULL);
         for (size_t n = 0; n < tiles; n++)
-            lay_out_tile(plan, Kp, arena, states ? states + n : NULL);
+            lay_out_tile(plan, Kp, arena, runs ? &run.tiles[n] : NULL);
         if (runs)
-            runs[i] = (struct run){.chunks = chunks, .tiles = states};
+            runs[i] = run;
     }
     return runs;
 }
@@ -164,8 +173,8 @@ static struct kda_chain chain_segment(const struct kda_prefill *p, const struct 
     if (plan->segments == 1)
         share = length;
     share = (share + KDA_CHUNK - 1) / KDA_CHUNK * KDA_CHUNK;
-    chain.begin = min64(length, s * share);
-    chain.end = min64(length, chain.begin + share);
+    chain.begin = kda_min64(length, s * share);
+    chain.end = kda_min64(length, chain.begin + share);
     return chain;
 }
 
@@ -174,7 +183,6 @@ static bool is_padding(const struct run *run) { return run->chain.tokens.slot < 
 static void start_run(struct run *run, struct kda_chain chain) {
     run->chain = chain;
     run->position = chain.begin;
-    run->prepared = 0;
 }
 
 static struct kda_tile_io tile_io(const struct kda_prefill *p, const struct plan *plan, const struct run *run,
@@ -183,7 +191,7 @@ static struct kda_tile_io tile_io(const struct kda_prefill *p, const struct plan
         return (struct kda_tile_io){.column = (tile - plan->tiles) * KDA_TILE, .columns = KDA_TILE};
     int64_t column = tile * KDA_TILE;
     return (struct kda_tile_io){.column = column,
-                                .columns = min64(KDA_TILE, p->value_dim - column),
+                                .columns = kda_min64(KDA_TILE, p->value_dim - column),
                                 .has_values = true,
                                 .has_outputs = !run->has_identity};
 }
@@ -234,31 +242,47 @@ static void begin_tile(const struct kda_prefill *p, const struct plan *plan, str
         store_final(p, plan, run, &io, tile);
 }
 
-/* Decides the run's next chunks: up to a batch, none across a checkpoint. */
-static void plan_chunks(const struct kda_prefill *p, const struct plan *plan, struct run *run) {
-    run->prepared = 0;
-    while (run->prepared < plan->batch && run->position < run->chain.end) {
-        struct kda_chunk *chunk = &run->chunks[run->prepared++];
-        int64_t end = min64(run->chain.end, run->position + KDA_CHUNK);
+static bool has_tile(const struct plan *plan, const struct run *run, int64_t index) {
+    return index < plan->tiles || run->has_identity;
+}
+
+/* Decides the chunks of the run's batch number n: none across a checkpoint, none if the run is at its end. */
+static void plan_batch(const struct kda_prefill *p, const struct plan *plan, struct run *run, int64_t n) {
+    struct batch *batch = &run->batches[n % PLANNED];
+    const struct kda_chunk *operands = run->operands + n % 2 * plan->batch;
+    for (batch->count = 0; batch->count < plan->batch && run->position < run->chain.end; batch->count++) {
+        struct kda_chunk *chunk = &batch->chunks[batch->count];
+        int64_t end = kda_min64(run->chain.end, run->position + KDA_CHUNK);
+        *chunk = operands[batch->count];
         chunk->first = run->position;
-        chunk->count = min64(end, kda_next_checkpoint(p, run->chain.sequence, run->position)) - run->position;
+        chunk->count =
+            kda_min64(end, kda_next_checkpoint(p, run->chain.sequence, run->position)) - run->position;
         run->position += chunk->count;
     }
 }
 
-/* Takes a tile of the state through the prepared chunks. */
-static void advance_tile(const struct kda_prefill *p, const struct plan *plan, const struct run *run,
+static void prepare_chunk(const struct kda_prefill *p, const struct plan *plan, struct run *run, int64_t n,
+                          int64_t i) {
+    const struct batch *batch = &run->batches[n % PLANNED];
+    if (i < batch->count)
+        plan->kernels->prepare(p, &run->chain, &batch->chunks[i]);
+}
+
+/* Takes a tile of the state through batch number n. */
+static void advance_tile(const struct kda_prefill *p, const struct plan *plan, const struct run *run, int64_t n,
                          int64_t index) {
+    const struct batch *batch = &run->batches[n % PLANNED];
     struct kda_tile_io io = tile_io(p, plan, run, index);
     struct kda_tile *tile = &run->tiles[index];
-    for (int64_t i = 0; i < run->prepared; i++) {
-        const struct kda_chunk *chunk = &run->chunks[i];
+    for (int64_t i = 0; i < batch->count; i++) {
+        const struct kda_chunk *chunk = &batch->chunks[i];
+        int64_t end = chunk->first + chunk->count;
         plan->kernels->apply(p, &run->chain, chunk, &io, tile);
         if (io.has_outputs)
-            store_checkpoints(p, plan, run, chunk->first + chunk->count, &io, tile);
+            store_checkpoints(p, plan, run, end, &io, tile);
+        if (io.has_outputs && end == run->chain.end)
+            store_final(p, plan, run, &io, tile);
     }
-    if (io.has_outputs && run->prepared && run->position == run->chain.end)
-        store_final(p, plan, run, &io, tile);
 }
 
 /* ---- Schedules; called by every thread of a team -------------------------------------------------- */
@@ -268,45 +292,55 @@ static void run_apart(const struct kda_prefill *p, const struct plan *plan, stru
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < plan->chains; i++) {
         start_run(run, chain_segment(p, plan, i, 0));
-        for (int64_t n = 0; n < plan->tiles; n++)
-            begin_tile(p, plan, run, n);
-        for (plan_chunks(p, plan, run); run->prepared; plan_chunks(p, plan, run)) {
-            for (int64_t n = 0; n < run->prepared; n++)
-                plan->kernels->prepare(p, &run->chain, &run->chunks[n]);
-            for (int64_t n = 0; n < plan->tiles; n++)
-                advance_tile(p, plan, run, n);
+        for (int64_t tile = 0; tile < plan->tiles; tile++)
+            begin_tile(p, plan, run, tile);
+        for (plan_batch(p, plan, run, 0); run->batches[0].count; plan_batch(p, plan, run, 0)) {
+            for (int64_t n = 0; n < plan->batch; n++)
+                prepare_chunk(p, plan, run, 0, n);
+            for (int64_t tile = 0; tile < plan->tiles; tile++)
+                advance_tile(p, plan, run, 0, tile);
         }
     }
 }
 
-/* Works `count` runs to their ends. *chunks is shared by the team. */
-static void run_together(const struct kda_prefill *p, const struct plan *plan, struct run *runs, int64_t count,
-                         int64_t *chunks) {
-    int64_t tiles = plan->tiles + plan->identity_tiles;
+static bool any_left(const struct run *runs, int64_t count, int64_t n) {
+    for (int64_t i = 0; i < count; i++)
+        if (runs[i].batches[n % PLANNED].count)
+            return true;
+    return false;
+}
+
+/* Works `count` runs to their ends. In each step all threads apply batch n, prepare batch n + 1 and plan batch n + 2,
+ * so that they wait for each other once a step. */
+static void run_together(const struct kda_prefill *p, const struct plan *plan, struct run *runs,
+                         int64_t count) {
+    int64_t tiles = plan->tiles + plan->identity_tiles, tasks = tiles + plan->batch + 1;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count * tiles; i++)
-        if (i % tiles < plan->tiles || runs[i / tiles].has_identity)
-            begin_tile(p, plan, &runs[i / tiles], i % tiles);
-    for (;;) {
-#pragma omp single
-        {
-            *chunks = 0;
-            for (int64_t i = 0; i < count; i++) {
-                plan_chunks(p, plan, &runs[i]);
-                *chunks += runs[i].prepared;
-            }
+    for (int64_t i = 0; i < count; i++) {
+        plan_batch(p, plan, &runs[i], 0);
+        plan_batch(p, plan, &runs[i], 1);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count * tasks; i++) {
+        struct run *run = &runs[i % count];
+        int64_t task = i / count;
+        if (task >= tiles)
+            prepare_chunk(p, plan, run, 0, task - tiles);
+        else if (has_tile(plan, run, task))
+            begin_tile(p, plan, run, task);
+    }
+    for (int64_t n = 0; any_left(runs, count, n); n++) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count * tasks; i++) {
+            struct run *run = &runs[i % count];
+            int64_t task = i / count;
+            if (task >= tiles + plan->batch)
+                plan_batch(p, plan, run, n + 2);
+            else if (task >= tiles)
+                prepare_chunk(p, plan, run, n + 1, task - tiles);
+            else if (has_tile(plan, run, task))
+                advance_tile(p, plan, run, n, task);
         }
-        if (!*chunks)
-            return;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count * plan->batch; i++)
-            if (i % plan->batch < runs[i / plan->batch].prepared)
-                plan->kernels->prepare(p, &runs[i / plan->batch].chain,
-                                       &runs[i / plan->batch].chunks[i % plan->batch]);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count * tiles; i++)
-            if (i % tiles < plan->tiles || runs[i / tiles].has_identity)
-                advance_tile(p, plan, &runs[i / tiles], i % tiles);
     }
 }
 
@@ -346,12 +380,11 @@ static void start_second_pass(const struct kda_prefill *p, const struct plan *pl
         }
 }
 
-static void run_segments(const struct kda_prefill *p, const struct plan *plan, struct run *runs,
-                         int64_t *chunks) {
+static void run_segments(const struct kda_prefill *p, const struct plan *plan, struct run *runs) {
     int64_t count = plan->chains * plan->segments;
 #pragma omp single
     start_first_pass(p, plan, runs);
-    run_together(p, plan, runs, count, chunks);
+    run_together(p, plan, runs, count);
     if (plan->segments == 1)
         return;
 #pragma omp for schedule(dynamic, 1)
@@ -359,7 +392,7 @@ static void run_segments(const struct kda_prefill *p, const struct plan *plan, s
         scan_segments(p, plan, runs + i / plan->tiles * plan->segments, i % plan->tiles);
 #pragma omp single
     start_second_pass(p, plan, runs);
-    run_together(p, plan, runs, count, chunks);
+    run_together(p, plan, runs, count);
 }
 
 /* ---- Entries ----------------------------------------------------------------------------------- */
@@ -371,12 +404,11 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
         return status;
     struct arena arena = {workspace, 0};
     struct run *runs = lay_out(p, &plan, &arena);
-    int64_t chunks = 0;
 #pragma omp parallel num_threads(plan.threads)
     {
         uint64_t mode = kda_flush_denormals();
         if (plan.together)
-            run_segments(p, &plan, runs, &chunks);
+            run_segments(p, &plan, runs);
         else
             run_apart(p, &plan, runs);
         kda_set_float_mode(mode);
