@@ -1,0 +1,440 @@
+/* SPDX-License-Identifier: MIT */
+/* flashkda bench: times a table of cases, each only after its result has been found right. */
+#include "bench.h"
+
+#include "check.h"
+#include "file.h"
+#include "progress.h"
+#include "spec_options.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    DEFAULT_REPEATS = 9,
+    QUICK_REPEATS = 5,
+    MIN_REPEATS = 3, /* however long one takes */
+    MAX_REPEATS = 1000,
+    MAX_VARIANTS = 4, /* output dtypes times numbers of threads of a row */
+};
+
+/* After this long no further repeat begins, seconds. */
+static const double time_budget = 4;
+
+/* The oracle looks at so many tokens that its work, tokens x value heads x K x V, stays below this: about a
+ * second. The rest of a longer case is covered by the shorter one, since no token depends on a later one. */
+static const int64_t oracle_budget = (int64_t)1 << 29;
+
+static const char documentation[] =
+    "Times prefill on random cases: a built-in table, or the one case that the options describe. A result is "
+    "timed "
+    "only after it has been compared with the oracle, for long sequences on their first tokens.\v"
+    "Each line is the median of repeated runs after a warm-up, with the quartiles. GFLOP/s counts 8 K V "
+    "operations "
+    "for a token of a value head.\n\n"
+    "Examples:\n"
+    "  flashkda bench\n"
+    "  flashkda bench --quick --level all\n"
+    "  flashkda bench --tokens 65536 --heads 1 --threads 1 --out-dtype fp32\n"
+    "  flashkda bench --commit $(git rev-parse HEAD) -o cpu.json";
+
+enum option_key { OPTION_LEVEL = 0x200, OPTION_QUICK, OPTION_CSV, OPTION_COMMIT, OPTION_OUT_DTYPE };
+
+static const struct argp_option argp_options[] = {
+    {"level", OPTION_LEVEL, "NAME", 0, "Level of the CPU backend, or all (the best one)", 0},
+    {"threads", 't', "N", 0, "Threads (as many as OpenMP takes)", 0},
+    {"repeat", 'r', "N", 0, "Times to run each case after the warm-up, fewer if it takes long (9)", 0},
+    {"quick", OPTION_QUICK, NULL, 0, "A table of a few short cases", 0},
+    {"out-dtype", OPTION_OUT_DTYPE, "NAME", 0, "Only this output dtype: bf16, fp16 or fp32", 0},
+    {"output", 'o', "FILE", 0, "Write the results, as JSON or with --csv as CSV", 0},
+    {"json", 'j', NULL, 0, "Print JSON instead of the table", 0},
+    {"csv", OPTION_CSV, NULL, 0, "Print CSV instead of the table", 0},
+    {"commit", OPTION_COMMIT, "NAME", 0, "What was built, to be kept in the JSON", 0},
+    {0},
+};
+
+struct bench_options {
+    struct spec_options spec;
+    const char *level, *path, *commit;
+    int64_t threads, repeats; /* 0: the default */
+    DLDataType out_dtype;     /* where has_out_dtype */
+    bool has_out_dtype, quick, json, csv;
+};
+
+static error_t check_options(const struct argp_state *state, const struct bench_options *options) {
+    if (options->spec.given && options->quick) {
+        return argument_error(state, "--quick is a table of its own: it does not go with options of a case");
+    }
+    if (options->json && options->csv) {
+        return argument_error(state, "--json and --csv exclude each other");
+    }
+    return 0;
+}
+
+static error_t parse_option(int key, char *argument, struct argp_state *state) {
+    struct bench_options *options = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->err_stream = NULL; /* getopt's own line is enough */
+        state->child_inputs[0] = &options->spec;
+        return 0;
+    case OPTION_LEVEL:
+        options->level = argument;
+        return 0;
+    case 't':
+        return parse_integer(state, "threads", argument, 1, MAX_THREADS, &options->threads);
+    case 'r':
+        return parse_integer(state, "repeat", argument, 1, MAX_REPEATS, &options->repeats);
+    case OPTION_QUICK:
+        options->quick = true;
+        return 0;
+    case OPTION_OUT_DTYPE:
+        options->has_out_dtype = dtype_from_name(argument, &options->out_dtype);
+        return options->has_out_dtype
+                   ? 0
+                   : argument_error(state, "--out-dtype is '%s', expected one of: bf16, fp16, fp32", argument);
+    case 'o':
+        options->path = argument;
+        return 0;
+    case 'j':
+        options->json = true;
+        return 0;
+    case OPTION_CSV:
+        options->csv = true;
+        return 0;
+    case OPTION_COMMIT:
+        options->commit = argument;
+        return 0;
+    case ARGP_KEY_ARG:
+        return argument_error(state, "unexpected argument '%s'", argument);
+    case ARGP_KEY_END:
+        return check_options(state, options);
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+/* ---- One measurement --------------------------------------------------------------------------- */
+
+/* A case and the exact answer to its first tokens. */
+struct bench_case {
+    struct kda_case whole, prefix;
+    struct prefill_call oracle; /* of prefix, fp32 */
+};
+
+struct bench {
+    const struct bench_options *options;
+    struct machine machine;
+    const char *levels[16]; /* to run, ended by NULL */
+    int level_count, done, total, wrong;
+    struct bench_result *results; /* [total], done of them filled */
+    bool table;                   /* print lines as they come */
+    char error[MESSAGE_SIZE];
+};
+
+static int64_t prefix_tokens(const struct kda_case *c) {
+    int64_t work = c->batch * c->value_heads * c->key_dim * c->value_dim;
+    int64_t tokens = oracle_budget / work;
+    tokens = tokens > 0 ? tokens : 1;
+    return tokens < c->tokens ? tokens : c->tokens;
+}
+
+static void free_case(struct bench_case *c) {
+    call_free(&c->oracle);
+    case_free(&c->prefix);
+    case_free(&c->whole);
+}
+
+static bool make_case(struct bench *bench, struct bench_case *c, const struct case_spec *spec) {
+    double seconds = 0;
+    *c = (struct bench_case){0};
+    bool good = case_generate(&c->whole, spec, bench->error, sizeof bench->error);
+    if (good && !case_prefix(&c->prefix, &c->whole, prefix_tokens(&c->whole))) {
+        snprintf(bench->error, sizeof bench->error, "out of memory for a case");
+        good = false;
+    }
+    good = good &&
+           call_prepare(&c->oracle, &c->prefix, dtype_fp32, FLASH_KDA_BACKEND_REFERENCE, 1, bench->error,
+                        sizeof bench->error) &&
+           call_run(&c->oracle, &seconds, bench->error, sizeof bench->error);
+    if (!good) {
+        free_case(c);
+    }
+    return good;
+}
+
+static void judge(struct bench_result *result, const struct bench_case *c, const struct prefill_call *call,
+                  const struct tensor *out) {
+    struct tolerance tolerance = call_tolerance(call, &c->oracle.out, c->whole.regime);
+    struct comparison output = compare(out, &c->oracle.out, tolerance.output);
+    result->output_error =
+        output.error_ratio > result->output_error ? output.error_ratio : result->output_error;
+    result->passed = result->passed && output.passed;
+    if (call->args.q->shape[1] == c->prefix.tokens) {
+        struct comparison state = compare(&call->state, &c->oracle.state, tolerance.state);
+        result->state_error = state.error_ratio;
+        result->passed = result->passed && state.passed;
+    }
+}
+
+/* Runs the case once, which warms up, and where only a prefix has an exact answer that prefix too. */
+static bool check_call(struct bench *bench, const struct bench_case *c, struct prefill_call *call,
+                       struct bench_result *result) {
+    double seconds = 0;
+    struct tensor first;
+    if (!call_run(call, &seconds, bench->error, sizeof bench->error)) {
+        return false;
+    }
+    tensor_view(&first, &call->out, 1, c->prefix.tokens);
+    result->passed = count_non_finite(&call->out) == 0 && count_non_finite(&call->state) == 0;
+    judge(result, c, call, &first);
+    if (c->prefix.tokens == c->whole.tokens) {
+        return true;
+    }
+    struct prefill_call prefix;
+    if (!call_prepare(&prefix, &c->prefix, result->out_dtype, call->args.backend, call->args.num_threads,
+                      bench->error, sizeof bench->error)) {
+        return false;
+    }
+    bool good = call_run(&prefix, &seconds, bench->error, sizeof bench->error);
+    if (good) {
+        judge(result, c, &prefix, &prefix.out);
+    }
+    call_free(&prefix);
+    return good;
+}
+
+static int repeats(const struct bench_options *options) {
+    if (options->repeats > 0) {
+        return (int)options->repeats;
+    }
+    return options->quick ? QUICK_REPEATS : DEFAULT_REPEATS;
+}
+
+static bool time_call(struct bench *bench, struct prefill_call *call, struct timing *timing) {
+    double seconds[MAX_REPEATS], sum = 0;
+    int count = 0, wanted = repeats(bench->options);
+    while (count < wanted && (count < MIN_REPEATS || sum < time_budget)) {
+        if (!call_run(call, &seconds[count], bench->error, sizeof bench->error)) {
+            return false;
+        }
+        sum += seconds[count++];
+    }
+    *timing = timing_of(seconds, count);
+    return true;
+}
+
+/* Checks and times the case as the result says: output dtype, level, threads. */
+static bool measure(struct bench *bench, const struct bench_case *c, struct bench_result *result) {
+    struct prefill_call call;
+    if (!call_prepare(&call, &c->whole, result->out_dtype, FLASH_KDA_BACKEND_CPU, result->threads, bench->error,
+                      sizeof bench->error)) {
+        return false;
+    }
+    bool good =
+        check_call(bench, c, &call, result) && (!result->passed || time_call(bench, &call, &result->timing));
+    if (good && flash_kda_prefill_describe(&call.args, result->ran_on, sizeof result->ran_on) != FLASH_KDA_OK) {
+        snprintf(bench->error, sizeof bench->error, "%s", flash_kda_last_error());
+        good = false;
+    }
+    call_free(&call);
+    return good;
+}
+
+/* ---- The table --------------------------------------------------------------------------------- */
+
+/* The output dtypes and numbers of threads to time a case in. */
+struct variant {
+    DLDataType out_dtype;
+    int threads;
+};
+
+static int row_variants(const struct bench *bench, const struct case_spec *spec, bool fp32_out, bool one_thread,
+                        struct variant variants[MAX_VARIANTS]) {
+    const struct bench_options *options = bench->options;
+    int threads = options->threads ? (int)options->threads : bench->machine.threads, count = 0;
+    DLDataType dtypes[2] = {options->has_out_dtype ? options->out_dtype : spec->dtype, dtype_fp32};
+    for (int i = 0; i < (fp32_out && !options->has_out_dtype ? 2 : 1); i++) {
+        if (one_thread && threads > 1) {
+            variants[count++] = (struct variant){dtypes[i], 1};
+        }
+        variants[count++] = (struct variant){dtypes[i], threads};
+    }
+    return count;
+}
+
+static bool bench_variant(struct bench *bench, const struct bench_case *c, const struct case_spec *spec,
+                          const struct variant *variant, const char *level) {
+    struct bench_result *result = &bench->results[bench->done];
+    *result = (struct bench_result){.spec = *spec,
+                                    .tokens = c->whole.tokens,
+                                    .out_dtype = variant->out_dtype,
+                                    .level = level,
+                                    .threads = variant->threads,
+                                    .checked_tokens = c->prefix.tokens};
+    case_spec_name(spec, result->name, sizeof result->name);
+    progress_show(bench->done, bench->total, result->name);
+    setenv("FLASH_KDA_CPU", level, 1);
+    if (!measure(bench, c, result)) {
+        return false;
+    }
+    bench->done++;
+    bench->wrong += !result->passed;
+    if (bench->table) {
+        progress_clear();
+        bench_print_line(stdout, result);
+    }
+    return true;
+}
+
+static bool bench_spec(struct bench *bench, const struct case_spec *spec, bool fp32_out, bool one_thread) {
+    struct variant variants[MAX_VARIANTS];
+    struct bench_case c;
+    int count = row_variants(bench, spec, fp32_out, one_thread, variants);
+    progress_show(bench->done, bench->total, "inputs and oracle");
+    if (!make_case(bench, &c, spec)) {
+        return false;
+    }
+    bool good = true;
+    for (int i = 0; good && i < count; i++) {
+        for (int level = 0; good && level < bench->level_count; level++) {
+            good = bench_variant(bench, &c, spec, &variants[i], bench->levels[level]);
+        }
+    }
+    free_case(&c);
+    return good;
+}
+
+static struct case_spec row_spec(const struct bench_row *row) {
+    struct case_spec spec = default_spec;
+    spec.tokens = row->tokens;
+    spec.heads = row->heads;
+    spec.value_heads = row->value_heads;
+    spec.key_dim = spec.value_dim = row->dim ? row->dim : default_spec.key_dim;
+    spec.lengths = row->lengths;
+    spec.gate = (flash_kda_gate)row->gate;
+    spec.regime = (enum regime)row->regime;
+    return spec;
+}
+
+static bool bench_table(struct bench *bench) {
+    bool good = true;
+    for (int i = 0; good && i < bench_row_count; i++) {
+        const struct bench_row *row = &bench_rows[i];
+        if (row->quick == bench->options->quick) {
+            struct case_spec spec = row_spec(row);
+            good = bench_spec(bench, &spec, row->fp32_out, row->one_thread);
+        }
+    }
+    return good;
+}
+
+static int count_results(const struct bench *bench) {
+    struct variant variants[MAX_VARIANTS];
+    if (bench->options->spec.given) {
+        return bench->level_count;
+    }
+    int count = 0;
+    for (int i = 0; i < bench_row_count; i++) {
+        const struct bench_row *row = &bench_rows[i];
+        if (row->quick == bench->options->quick) {
+            count += row_variants(bench, &default_spec, row->fp32_out, row->one_thread, variants);
+        }
+    }
+    return count * bench->level_count;
+}
+
+/* ---- The command ------------------------------------------------------------------------------- */
+
+/* The levels to run: the one that is named or the library's own choice, or all. */
+static bool choose_levels(struct bench *bench) {
+    const char *wanted = bench->options->level;
+    if (wanted && strcmp(wanted, "all") == 0) {
+        for (const char *const *level = flash_kda_cpu_levels(); *level; level++) {
+            bench->levels[bench->level_count++] = *level;
+        }
+        return true;
+    }
+    if (wanted) {
+        setenv("FLASH_KDA_CPU", wanted, 1);
+    }
+    bench->levels[0] = flash_kda_cpu_level();
+    bench->level_count = 1;
+    if (!bench->levels[0]) {
+        snprintf(bench->error, sizeof bench->error, "%s", flash_kda_last_error());
+    }
+    return bench->levels[0] != NULL;
+}
+
+static bool write_text(const char *path, const char *text, char *error, size_t error_size) {
+    struct new_file file;
+    if (!new_file_open(&file, path, error, error_size)) {
+        return false;
+    }
+    new_file_write(&file, text, strlen(text));
+    return new_file_commit(&file, error, error_size);
+}
+
+static bool print_results(struct bench *bench) {
+    const struct bench_options *options = bench->options;
+    bool print = options->json || options->csv;
+    if (!print && !options->path) {
+        return true;
+    }
+    char *text = options->csv ? bench_csv(bench->results, bench->done)
+                              : bench_json(&bench->machine, options->commit, bench->results, bench->done);
+    if (!text) {
+        snprintf(bench->error, sizeof bench->error, "out of memory for the results");
+        return false;
+    }
+    if (print) {
+        printf("%s%s", text, options->csv ? "" : "\n");
+    }
+    bool good = !options->path || write_text(options->path, text, bench->error, sizeof bench->error);
+    free(text);
+    return good;
+}
+
+static bool bench_all(struct bench *bench) {
+    const struct bench_options *options = bench->options;
+    if (!choose_levels(bench)) {
+        return false;
+    }
+    bench->total = count_results(bench);
+    bench->results = calloc((size_t)bench->total + 1, sizeof *bench->results);
+    if (!bench->results) {
+        snprintf(bench->error, sizeof bench->error, "out of memory for %d results", bench->total);
+        return false;
+    }
+    if (bench->table) {
+        printf("%s, flashkda %s\n", bench->machine.cpu, flash_kda_version());
+        bench_print_head(stdout);
+    }
+    bool good = options->spec.given ? bench_spec(bench, &options->spec.spec, false, false) : bench_table(bench);
+    progress_clear();
+    return good && print_results(bench);
+}
+
+int command_bench(int argc, char **argv) {
+    static const struct argp_child children[] = {{&spec_argp, 0, NULL, 0}, {0}};
+    static const struct argp argp = {
+        .options = argp_options, .parser = parse_option, .doc = documentation, .children = children};
+    struct bench_options options = {0};
+    if (!parse_arguments(&argp, argc, argv, 0, &options)) {
+        return STATUS_ERROR;
+    }
+    struct bench bench = {.options = &options, .table = !options.json && !options.csv};
+    machine_describe(&bench.machine);
+    bool good = bench_all(&bench);
+    free(bench.results);
+    if (!good) {
+        return report_error(argv[0], "%s", bench.error);
+    }
+    if (bench.wrong > 0) {
+        report_error(argv[0], "%d of %d results were outside tolerance and not timed", bench.wrong,
+                     bench.total);
+        return STATUS_WRONG_RESULT;
+    }
+    return STATUS_OK;
+}

@@ -1,0 +1,141 @@
+/* SPDX-License-Identifier: MIT */
+/* Prints what flashkda bench measured: a table, JSON, CSV. */
+#include "bench.h"
+
+#include <flash_kda.h>
+#include <jansson.h>
+#include <math.h>
+#include <stdlib.h>
+#include <time.h>
+
+static int64_t value_heads(const struct case_spec *spec) {
+    return spec->value_heads ? spec->value_heads : spec->heads;
+}
+
+double bench_tokens_per_second(const struct bench_result *result) {
+    return (double)(result->spec.batch * result->tokens) / result->timing.median;
+}
+
+double bench_gflops(const struct bench_result *result) {
+    const struct case_spec *spec = &result->spec;
+    double operations = 8.0 * (double)spec->key_dim * (double)spec->value_dim;
+    return bench_tokens_per_second(result) * (double)value_heads(spec) * operations * 1e-9;
+}
+
+/* ---- Table ------------------------------------------------------------------------------------- */
+
+void bench_print_head(FILE *stream) {
+    fprintf(stream, "%-32s %-4s %-10s %7s %9s %19s %10s %8s %15s\n", "case", "out", "level", "threads",
+            "median ms", "quartiles", "tokens/s", "GFLOP/s", "error o, state");
+}
+
+void bench_print_line(FILE *stream, const struct bench_result *result) {
+    fprintf(stream, "%-32s %-4s %-10s %7d ", result->name, dtype_name(result->out_dtype), result->level,
+            result->threads);
+    if (result->passed) {
+        fprintf(stream, "%9.3f %9.3f-%-9.3f %10.4g %8.1f ", result->timing.median * 1e3,
+                result->timing.q1 * 1e3, result->timing.q3 * 1e3, bench_tokens_per_second(result),
+                bench_gflops(result));
+    } else {
+        fprintf(stream, "%50s ", "WRONG, not timed");
+    }
+    fprintf(stream, "%.1e %.1e\n", result->output_error, result->state_error);
+    fflush(stream);
+}
+
+/* ---- JSON -------------------------------------------------------------------------------------- */
+
+/* JSON has no infinity: null. */
+static json_t *real(double value) { return isfinite(value) ? json_real(value) : json_null(); }
+
+static json_t *case_json(const struct bench_result *result) {
+    const struct case_spec *spec = &result->spec;
+    return json_pack(
+        "{s:I, s:I, s:s?, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:o, s:s, s:b, s:I}", //
+        "batch", (json_int_t)spec->batch, "tokens", (json_int_t)result->tokens, "lengths", spec->lengths,
+        "heads", (json_int_t)spec->heads, "value_heads", (json_int_t)value_heads(spec), "key_dim",
+        (json_int_t)spec->key_dim, "value_dim", (json_int_t)spec->value_dim, "dtype", dtype_name(spec->dtype),
+        "out_dtype", dtype_name(result->out_dtype), "gate", gate_names[spec->gate], "lower_bound",
+        spec->gate == FLASH_KDA_GATE_SIGMOID ? real(spec->lower_bound) : json_null(), "regime",
+        regime_names[spec->regime], "initial_state", spec->initial_state, "seed", (json_int_t)spec->seed);
+}
+
+static json_t *timing_json(const struct timing *timing) {
+    return json_pack("{s:f, s:f, s:f, s:f, s:f, s:i}", "min", timing->min, "q1", timing->q1, "median",
+                     timing->median, "q3", timing->q3, "max", timing->max, "repeats", timing->repeats);
+}
+
+static json_t *result_json(const struct bench_result *result) {
+    json_t *object = json_pack("{s:s, s:o, s:s, s:i, s:s, s:{s:I, s:o, s:o, s:b}}", "name", result->name,
+                               "case", case_json(result), "level", result->level, "threads", result->threads,
+                               "ran_on", result->ran_on, "check", "tokens", (json_int_t)result->checked_tokens,
+                               "output_error", real(result->output_error), "state_error",
+                               real(result->state_error), "passed", result->passed);
+    if (result->passed) {
+        json_object_set_new(object, "seconds", timing_json(&result->timing));
+        json_object_set_new(object, "tokens_per_second", real(bench_tokens_per_second(result)));
+        json_object_set_new(object, "gflops", real(bench_gflops(result)));
+    }
+    return object;
+}
+
+char *bench_json(const struct machine *machine, const char *commit, const struct bench_result *results,
+                 int count) {
+    char date[32] = "";
+    time_t now = time(NULL);
+    struct tm utc;
+    if (gmtime_r(&now, &utc)) {
+        strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", &utc);
+    }
+    json_t *list = json_array();
+    for (int i = 0; i < count; i++) {
+        json_array_append_new(list, result_json(&results[i]));
+    }
+    json_t *root = json_pack("{s:s, s:s?, s:s, s:{s:s, s:s, s:s, s:i, s:i}, s:o}", "version",
+                             flash_kda_version(), "commit", commit, "date", date, "machine", "cpu",
+                             machine->cpu, "architecture", machine->architecture, "features", machine->features,
+                             "processors", machine->processors, "threads", machine->threads, "results", list);
+    char *text = root ? json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(6)) : NULL;
+    json_decref(root);
+    return text;
+}
+
+/* ---- CSV --------------------------------------------------------------------------------------- */
+
+static void csv_line(FILE *stream, const struct bench_result *result) {
+    const struct case_spec *spec = &result->spec;
+    fprintf(stream, "%s,%s,%d,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%s,%s,%lld,%.3g,%.3g,", result->name,
+            result->level, result->threads, dtype_name(spec->dtype), dtype_name(result->out_dtype),
+            (long long)spec->batch, (long long)result->tokens, (long long)spec->heads,
+            (long long)value_heads(spec), (long long)spec->key_dim, (long long)spec->value_dim,
+            gate_names[spec->gate], regime_names[spec->regime], (long long)result->checked_tokens,
+            result->output_error, result->state_error);
+    if (result->passed) {
+        fprintf(stream, "%.6g,%.6g,%.6g,%.6g,%.6g,%d,%.6g,%.6g\n", result->timing.min, result->timing.q1,
+                result->timing.median, result->timing.q3, result->timing.max, result->timing.repeats,
+                bench_tokens_per_second(result), bench_gflops(result));
+    } else {
+        fprintf(stream, ",,,,,,,\n");
+    }
+}
+
+char *bench_csv(const struct bench_result *results, int count) {
+    char *text = NULL;
+    size_t size = 0;
+    FILE *stream = open_memstream(&text, &size);
+    if (!stream) {
+        return NULL;
+    }
+    fputs(
+        "case,level,threads,dtype,out_dtype,batch,tokens,heads,value_heads,key_dim,value_dim,gate,regime,"
+        "checked_tokens,output_error,state_error,min_s,q1_s,median_s,q3_s,max_s,repeats,tokens_per_s,gflops\n",
+        stream);
+    for (int i = 0; i < count; i++) {
+        csv_line(stream, &results[i]);
+    }
+    if (fclose(stream) != 0) {
+        free(text);
+        return NULL;
+    }
+    return text;
+}

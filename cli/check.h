@@ -1,0 +1,31 @@
+/* SPDX-License-Identifier: MIT */
+/* What is right: the error ratio, and how large it may be. */
+#ifndef FLASHKDA_CHECK_H
+#define FLASHKDA_CHECK_H
+
+#include "call.h"
+
+struct tolerance {
+    double output, state; /* error ratios */
+};
+
+/* How far the result of this call may be from the exact output and state. */
+struct tolerance call_tolerance(const struct prefill_call *call, const struct tensor *exact_out,
+                                const char *regime);
+
+/* The error ratio of an exact tensor rounded to a dtype. */
+double rounding_error(const struct tensor *exact, DLDataType dtype);
+
+struct comparison {
+    double error_ratio; /* RMS(value - reference) / RMS(reference); infinite where that is no number */
+    double tolerance;
+    bool passed;
+};
+
+/* Compares tensors of one shape. What is not finite fails. */
+struct comparison compare(const struct tensor *value, const struct tensor *reference, double tolerance);
+
+/* How many elements are NaN or infinite. */
+int64_t count_non_finite(const struct tensor *tensor);
+
+#endif

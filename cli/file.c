@@ -1,0 +1,153 @@
+/* SPDX-License-Identifier: MIT */
+/* Whole files: read into memory, and written so that a reader sees the old one or the complete new one. */
+#include "file.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <libgen.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* Reads size bytes or up to the end of the file; returns how many, or -1. */
+static ssize_t read_fully(int descriptor, uint8_t *data, size_t size) {
+    size_t done = 0;
+    while (done < size) {
+        ssize_t n = read(descriptor, data + done, size - done);
+        if (n == 0) {
+            break;
+        }
+        if (n < 0 && errno != EINTR) {
+            return -1;
+        }
+        done += n > 0 ? (size_t)n : 0;
+    }
+    return (ssize_t)done;
+}
+
+static bool read_regular(int descriptor, const char *path, uint8_t **data, size_t *size, char *error,
+                         size_t error_size) {
+    struct stat about;
+    if (fstat(descriptor, &about) != 0) {
+        snprintf(error, error_size, "%s: %s", path, strerror(errno));
+        return false;
+    }
+    if (!S_ISREG(about.st_mode)) {
+        snprintf(error, error_size, "%s: not a regular file", path);
+        return false;
+    }
+    *size = (size_t)about.st_size;
+    *data = malloc(*size + 1);
+    if (!*data) {
+        snprintf(error, error_size, "%s: out of memory for its %zu bytes", path, *size);
+        return false;
+    }
+    ssize_t got = read_fully(descriptor, *data, *size);
+    if (got < 0 || (size_t)got != *size) {
+        snprintf(error, error_size, "%s: %s", path, got < 0 ? strerror(errno) : "became shorter while read");
+        free(*data);
+        return false;
+    }
+    return true;
+}
+
+bool file_read(const char *path, uint8_t **data, size_t *size, char *error, size_t error_size) {
+    int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* no wait for the writer of a pipe */
+    if (descriptor < 0) {
+        snprintf(error, error_size, "%s: %s", path, strerror(errno));
+        return false;
+    }
+    bool good = read_regular(descriptor, path, data, size, error, error_size);
+    close(descriptor);
+    return good;
+}
+
+/* ---- Writing ----------------------------------------------------------------------------------- */
+
+static void new_file_free(struct new_file *file) {
+    free(file->path);
+    free(file->temporary);
+}
+
+/* Writes the sentence, frees everything; always false. */
+static bool give_up(struct new_file *file, const char *path, int reason, char *error, size_t error_size) {
+    snprintf(error, error_size, "%s: cannot be written: %s", path, strerror(reason));
+    new_file_free(file);
+    return false;
+}
+
+/* The mode that open() would have given a new file. */
+static mode_t default_mode(void) {
+    mode_t mask = umask(0);
+    umask(mask);
+    return 0666 & ~mask;
+}
+
+bool new_file_open(struct new_file *file, const char *path, char *error, size_t error_size) {
+    *file = (struct new_file){.path = realpath(path, NULL)};
+    if (!file->path) {
+        file->path = strdup(path);
+    }
+    struct stat about = {.st_mode = S_IFREG | default_mode()};
+    if (file->path && stat(file->path, &about) == 0 && !S_ISREG(about.st_mode)) {
+        snprintf(error, error_size, "%s: cannot be replaced: not a regular file", path);
+        new_file_free(file);
+        return false;
+    }
+    file->mode = about.st_mode & 0777;
+    if (!file->path || asprintf(&file->temporary, "%s.XXXXXX", file->path) < 0) {
+        file->temporary = NULL;
+        return give_up(file, path, ENOMEM, error, error_size);
+    }
+    file->descriptor = mkostemp(file->temporary, O_CLOEXEC);
+    if (file->descriptor < 0) {
+        return give_up(file, path, errno, error, error_size);
+    }
+    return true;
+}
+
+void new_file_write(struct new_file *file, const void *data, size_t size) {
+    const char *next = data;
+    while (size > 0 && file->failure == 0) {
+        ssize_t n = write(file->descriptor, next, size);
+        if (n < 0 && errno != EINTR) {
+            file->failure = errno;
+        } else if (n > 0) {
+            next += n;
+            size -= (size_t)n;
+        }
+    }
+}
+
+/* A renamed file is only safe once its directory is; a file system that cannot sync one loses nothing. */
+static void sync_directory(const char *path) {
+    char *copy = strdup(path);
+    int descriptor = copy ? open(dirname(copy), O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+    if (descriptor >= 0) {
+        fsync(descriptor);
+        close(descriptor);
+    }
+    free(copy);
+}
+
+bool new_file_commit(struct new_file *file, char *error, size_t error_size) {
+    if (file->failure == 0 && (fchmod(file->descriptor, file->mode) != 0 || fsync(file->descriptor) != 0)) {
+        file->failure = errno;
+    }
+    if (close(file->descriptor) != 0 && file->failure == 0) {
+        file->failure = errno;
+    }
+    if (file->failure == 0 && rename(file->temporary, file->path) != 0) {
+        file->failure = errno;
+    }
+    if (file->failure != 0) {
+        unlink(file->temporary);
+        return give_up(file, file->path, file->failure, error, error_size);
+    }
+    sync_directory(file->path);
+    new_file_free(file);
+    return true;
+}

@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: MIT */
+/* The machine this runs on. */
+#include "machine.h"
+
+#include <omp.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/utsname.h>
+
+/* The value of a line "key   : value" of /proc/cpuinfo, or NULL. */
+static const char *value_of(const char *line, const char *key) {
+    size_t length = strlen(key);
+    if (strncmp(line, key, length) != 0 ||
+        (line[length] != '\t' && line[length] != ' ' && line[length] != ':')) {
+        return NULL;
+    }
+    const char *colon = strchr(line, ':');
+    return colon ? colon + 1 + strspn(colon + 1, " ") : NULL;
+}
+
+static void append(char *list, size_t size, const char *word) {
+    size_t used = strlen(list);
+    snprintf(list + used, size - used, "%s%s", used ? " " : "", word);
+}
+
+/* Keeps those of the kernel's flags that the CPU backend's levels ask for. */
+static void read_features(struct machine *machine, char *flags) {
+    static const char *const interesting[] = {"avx2",     "fma",      "f16c",        "avx512f", "avx512bw",
+                                              "avx512dq", "avx512vl", "avx512_bf16", "asimd",   "bf16"};
+    machine->features[0] = '\0';
+    for (char *rest = NULL, *flag = strtok_r(flags, " \n", &rest); flag; flag = strtok_r(NULL, " \n", &rest)) {
+        for (size_t i = 0; i < sizeof interesting / sizeof interesting[0]; i++) {
+            if (strcmp(flag, interesting[i]) == 0) {
+                append(machine->features, sizeof machine->features, flag);
+            }
+        }
+    }
+}
+
+static void read_cpuinfo(struct machine *machine) {
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    char *line = NULL;
+    size_t size = 0;
+    while (file && getline(&line, &size, file) > 1) { /* the first processor ends with an empty line */
+        const char *model = value_of(line, "model name");
+        const char *flags = value_of(line, "flags");
+        flags = flags ? flags : value_of(line, "Features");
+        if (model) {
+            snprintf(machine->cpu, sizeof machine->cpu, "%.*s", (int)strcspn(model, "\n"), model);
+        }
+        if (flags) {
+            read_features(machine, line + (flags - line));
+        }
+    }
+    free(line);
+    if (file) {
+        fclose(file);
+    }
+}
+
+void machine_describe(struct machine *machine) {
+    *machine = (struct machine){.processors = omp_get_num_procs(), .threads = omp_get_max_threads()};
+    struct utsname name;
+    if (uname(&name) == 0) {
+        snprintf(machine->architecture, sizeof machine->architecture, "%s", name.machine);
+    }
+    snprintf(machine->cpu, sizeof machine->cpu, "%s", machine->architecture);
+    read_cpuinfo(machine);
+}

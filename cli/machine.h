@@ -1,0 +1,16 @@
+/* SPDX-License-Identifier: MIT */
+/* The machine this runs on. */
+#ifndef FLASHKDA_MACHINE_H
+#define FLASHKDA_MACHINE_H
+
+struct machine {
+    char cpu[128];         /* model name, or the architecture where the kernel does not tell */
+    char architecture[65]; /* "x86_64", "aarch64" */
+    char features[256];    /* of the vector instructions that matter here, in the kernel's spelling */
+    int processors;        /* that this process may use */
+    int threads;           /* that OpenMP takes by default */
+};
+
+void machine_describe(struct machine *machine);
+
+#endif
