@@ -26,20 +26,18 @@ const char *flash_kda_backend_name(flash_kda_backend backend) { return known(bac
 
 int flash_kda_backend_available(flash_kda_backend backend) { return known(backend) && backends[backend]; }
 
-const struct kda_backend *kda_backend_for(flash_kda_backend backend, DLDevice device) {
-    if (!known(backend)) {
-        kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT, "backend is %d; expected a flash_kda_backend", (int)backend);
-        return NULL;
-    }
-    if (!backends[backend]) {
-        kda_fail(FLASH_KDA_ERROR_UNSUPPORTED, "backend is %s, which this build does not have", names[backend]);
-        return NULL;
-    }
-    if (device.device_type != kDLCPU && device.device_type != kDLCUDAHost) {
-        kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
-                 "q is on DLPack device %d:%d, for which this build has no backend; expected host memory (%d)",
-                 (int)device.device_type, device.device_id, (int)kDLCPU);
-        return NULL;
-    }
-    return backends[backend];
+flash_kda_status kda_backend_for(flash_kda_backend backend, DLDevice device, const struct kda_backend **out) {
+    if (!known(backend))
+        return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT, "backend is %d; expected a flash_kda_backend",
+                        (int)backend);
+    if (!backends[backend])
+        return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED, "backend is %s, which this build does not have",
+                        names[backend]);
+    if (device.device_type != kDLCPU && device.device_type != kDLCUDAHost)
+        return kda_fail(
+            FLASH_KDA_ERROR_UNSUPPORTED,
+            "q is on DLPack device %d:%d, for which this build has no backend; expected host memory (%d)",
+            (int)device.device_type, device.device_id, (int)kDLCPU);
+    *out = backends[backend];
+    return FLASH_KDA_OK;
 }

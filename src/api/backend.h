@@ -17,8 +17,8 @@ struct kda_backend {
 
 enum { KDA_WORKSPACE_ALIGNMENT = 64 };
 
-/* The backend that runs tensors on this device, or NULL with an error. */
-const struct kda_backend *kda_backend_for(flash_kda_backend backend, DLDevice device);
+/* The backend that runs tensors on this device. */
+flash_kda_status kda_backend_for(flash_kda_backend backend, DLDevice device, const struct kda_backend **out);
 
 extern const struct kda_backend kda_reference_backend;
 extern const struct kda_backend kda_cpu_backend;

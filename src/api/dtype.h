@@ -6,21 +6,28 @@
 #include <stdint.h>
 #include <string.h>
 
+/* Small functions that device code shares. */
+#ifdef __CUDACC__
+#define KDA_INLINE static __host__ __device__ inline
+#else
+#define KDA_INLINE static inline
+#endif
+
 enum kda_dtype { KDA_F32, KDA_F16, KDA_BF16, KDA_I32, KDA_I64 };
 
-static inline uint32_t kda_float_bits(float x) {
+KDA_INLINE uint32_t kda_float_bits(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits;
 }
 
-static inline float kda_bits_float(uint32_t bits) {
+KDA_INLINE float kda_bits_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
 }
 
-static inline float kda_from_bf16(uint16_t x) { return kda_bits_float((uint32_t)x << 16); }
+KDA_INLINE float kda_from_bf16(uint16_t x) { return kda_bits_float((uint32_t)x << 16); }
 
 /* Rounds to nearest even; NaN stays NaN. */
 static inline uint16_t kda_to_bf16(float x) {

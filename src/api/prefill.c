@@ -63,51 +63,64 @@ static flash_kda_status check_required(const flash_kda_prefill_args *a) {
     return FLASH_KDA_OK;
 }
 
+/* An argument of any float dtype that is read or written in rows. */
+static struct kda_tensor_spec floats(const char *name, const char *form, int rank, const int64_t *shape,
+                                     const DLDevice *device) {
+    return (struct kda_tensor_spec){.name = name,
+                                    .form = form,
+                                    .dtypes = KDA_DTYPES_FLOAT,
+                                    .rank = rank,
+                                    .shape = shape,
+                                    .last_dim_contiguous = true,
+                                    .device = device};
+}
+
+static flash_kda_status check_gate_inputs(const flash_kda_prefill_args *a, struct kda_prefill *p) {
+    const int64_t like_g[4] = {p->batches, p->tokens, p->value_heads, p->key_dim};
+    const int64_t *like_A_log = &like_g[2], *like_dt_bias = &like_g[2];
+    const struct kda_tensor_spec g = floats("g", "[B, T, HV, K]", 4, like_g, &a->q->device);
+    const struct kda_tensor_spec dt_bias = floats("dt_bias", "[HV, K]", 2, like_dt_bias, &a->q->device);
+    struct kda_tensor_spec A_log = floats("A_log", "[HV]", 1, like_A_log, &a->q->device);
+    A_log.last_dim_contiguous = false;
+    TRY(kda_tensor_check(a->g, &g, &p->g));
+    if (p->gate == FLASH_KDA_GATE_NONE && (a->A_log || a->dt_bias))
+        return INVALID("%s is given with FLASH_KDA_GATE_NONE, where g is the log decay itself; expected NULL",
+                       a->A_log ? "A_log" : "dt_bias");
+    if (a->A_log)
+        TRY(kda_tensor_check(a->A_log, &A_log, &p->A_log));
+    if (a->dt_bias)
+        TRY(kda_tensor_check(a->dt_bias, &dt_bias, &p->dt_bias));
+    return FLASH_KDA_OK;
+}
+
 static flash_kda_status check_inputs(const flash_kda_prefill_args *a, struct kda_prefill *p) {
     const DLDevice *device = &a->q->device;
     const int64_t any[4] = {-1, -1, -1, -1};
-#define FLOATS(argument, letters, dims, written_)                            \
-    (&(struct kda_tensor_spec){.name = #argument,                            \
-                               .form = letters,                              \
-                               .dtypes = KDA_DTYPES_FLOAT,                   \
-                               .rank = (int)(sizeof(dims) / sizeof *(dims)), \
-                               .shape = (dims),                              \
-                               .last_dim_contiguous = true,                  \
-                               .written = (written_),                        \
-                               .device = device})
-    TRY(kda_tensor_check(a->q, FLOATS(q, "[B, T, H, K]", any, false), &p->q));
+    const struct kda_tensor_spec q = floats("q", "[B, T, H, K]", 4, any, device);
+    TRY(kda_tensor_check(a->q, &q, &p->q));
     int64_t B = p->batches = p->q.shape[0], T = p->tokens = p->q.shape[1];
     int64_t H = p->heads = p->q.shape[2], K = p->key_dim = p->q.shape[3];
     if (K < 1 || K > MAX_KEY_DIM)
         return INVALID("q has K = %lld; expected 1 to %d", (long long)K, MAX_KEY_DIM);
     const int64_t like_q[4] = {B, T, H, K}, values[4] = {B, T, -1, -1};
-    TRY(kda_tensor_check(a->k, FLOATS(k, "[B, T, H, K]", like_q, false), &p->k));
-    TRY(kda_tensor_check(a->v, FLOATS(v, "[B, T, HV, V]", values, false), &p->v));
+    const struct kda_tensor_spec k = floats("k", "[B, T, H, K]", 4, like_q, device);
+    const struct kda_tensor_spec v = floats("v", "[B, T, HV, V]", 4, values, device);
+    TRY(kda_tensor_check(a->k, &k, &p->k));
+    TRY(kda_tensor_check(a->v, &v, &p->v));
     int64_t HV = p->value_heads = p->v.shape[2], V = p->value_dim = p->v.shape[3];
     if (V < 1 || V > INT32_MAX)
         return INVALID("v has V = %lld; expected 1 to %d", (long long)V, INT32_MAX);
     if (H < 1 || HV < 1 || HV % H)
         return INVALID("v has HV = %lld value heads; expected a positive multiple of the H = %lld heads of q",
                        (long long)HV, (long long)H);
-    const int64_t like_g[4] = {B, T, HV, K}, like_beta[3] = {B, T, HV}, like_v[4] = {B, T, HV, V};
-    TRY(kda_tensor_check(a->g, FLOATS(g, "[B, T, HV, K]", like_g, false), &p->g));
-    struct kda_tensor_spec beta = *FLOATS(beta, "[B, T, HV]", like_beta, false);
+    const int64_t like_v[4] = {B, T, HV, V};
+    struct kda_tensor_spec beta = floats("beta", "[B, T, HV]", 3, like_v, device);
+    struct kda_tensor_spec out = floats("out", "[B, T, HV, V]", 4, like_v, device);
     beta.last_dim_contiguous = false;
+    out.written = true;
+    TRY(check_gate_inputs(a, p));
     TRY(kda_tensor_check(a->beta, &beta, &p->beta));
-    TRY(kda_tensor_check(a->out, FLOATS(out, "[B, T, HV, V]", like_v, true), &p->out));
-
-    const int64_t like_A_log[1] = {HV}, like_dt_bias[2] = {HV, K};
-    if (p->gate == FLASH_KDA_GATE_NONE && (a->A_log || a->dt_bias))
-        return INVALID("%s is given with FLASH_KDA_GATE_NONE, where g is the log decay itself; expected NULL",
-                       a->A_log ? "A_log" : "dt_bias");
-    if (a->A_log) {
-        struct kda_tensor_spec A_log = *FLOATS(A_log, "[HV]", like_A_log, false);
-        A_log.last_dim_contiguous = false;
-        TRY(kda_tensor_check(a->A_log, &A_log, &p->A_log));
-    }
-    if (a->dt_bias)
-        TRY(kda_tensor_check(a->dt_bias, FLOATS(dt_bias, "[HV, K]", like_dt_bias, false), &p->dt_bias));
-#undef FLOATS
+    TRY(kda_tensor_check(a->out, &out, &p->out));
     p->scale = (float)(a->scale != 0 ? a->scale : 1 / sqrt((double)K));
     return FLASH_KDA_OK;
 }
@@ -425,10 +438,7 @@ static flash_kda_status check_all(const flash_kda_prefill_args *args, struct kda
     memset(p, 0, sizeof *p);
     TRY(check_options(args, p));
     TRY(check_required(args));
-    *backend = kda_backend_for(args->backend, args->q->device);
-    if (!*backend)
-        return (unsigned)args->backend > FLASH_KDA_BACKEND_CUDA ? FLASH_KDA_ERROR_INVALID_ARGUMENT
-                                                                : FLASH_KDA_ERROR_UNSUPPORTED;
+    TRY(kda_backend_for(args->backend, args->q->device, backend));
     TRY(check_inputs(args, p));
     TRY(check_sequences(args, p));
     TRY(check_states(args, p));
@@ -450,7 +460,7 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, const struct
 
 flash_kda_status flash_kda_prefill_workspace_size(const flash_kda_prefill_args *args, size_t *bytes) {
     struct kda_prefill p;
-    const struct kda_backend *backend;
+    const struct kda_backend *backend = NULL;
     if (!bytes)
         return INVALID("bytes is NULL; expected where to write the size");
     TRY(check_all(args, &p, &backend));
@@ -460,8 +470,8 @@ flash_kda_status flash_kda_prefill_workspace_size(const flash_kda_prefill_args *
 flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *args, void *workspace,
                                    size_t workspace_bytes) {
     struct kda_prefill p;
-    const struct kda_backend *backend;
-    size_t needed;
+    const struct kda_backend *backend = NULL;
+    size_t needed = 0;
     TRY(check_all(args, &p, &backend));
     TRY(workspace_size(&p, backend, &needed));
     TRY(check_workspace(&p, workspace, workspace_bytes, needed));
@@ -477,7 +487,7 @@ flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *args, void *wor
 
 flash_kda_status flash_kda_prefill_describe(const flash_kda_prefill_args *args, char *text, size_t size) {
     struct kda_prefill p;
-    const struct kda_backend *backend;
+    const struct kda_backend *backend = NULL;
     if (!text || !size)
         return INVALID("text is NULL or of size 0; expected where to write");
     TRY(check_all(args, &p, &backend));

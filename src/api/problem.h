@@ -43,16 +43,27 @@ struct kda_state {
     bool v_first;   /* rows are [V][K], else [K][V] */
 };
 
-/* Where the tokens and the state of sequence n are. */
+KDA_INLINE int64_t kda_min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+KDA_INLINE int64_t kda_clamp(int64_t x, int64_t low, int64_t high) {
+    return x < low ? low : kda_min64(x, high);
+}
+
+/* Where the tokens and the state of sequence n are. Indices in device memory are not checked before a call: here
+ * they are kept within the tensors. */
 KDA_INLINE struct kda_sequence kda_sequence(const struct kda_prefill *p, int64_t n) {
     struct kda_sequence s = {n, 0, p->tokens, n};
     if (p->cu_seqlens.data) {
+        int64_t end = kda_clamp(kda_index(&p->cu_seqlens, n + 1, 0), 0, p->tokens);
         s.batch = 0;
-        s.first = kda_index(&p->cu_seqlens, n, 0);
-        s.length = kda_index(&p->cu_seqlens, n + 1, 0) - s.first;
+        s.first = kda_clamp(kda_index(&p->cu_seqlens, n, 0), 0, end);
+        s.length = end - s.first;
     }
-    if (p->state_indices.data)
+    if (p->state_indices.data) {
+        int64_t slots = p->initial_state.data ? p->initial_state.shape[0] : p->final_state.shape[0];
         s.slot = kda_index(&p->state_indices, n, 0);
+        s.slot = s.slot < slots ? s.slot : -1;
+    }
     return s;
 }
 
@@ -69,8 +80,6 @@ KDA_INLINE struct kda_state kda_state_at(const struct kda_prefill *p, const stru
     }
     return s;
 }
-
-KDA_INLINE int64_t kda_min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Rows of checkpoints that sequence n has. */
 KDA_INLINE int64_t kda_checkpoint_count(const struct kda_prefill *p, int64_t n) {
@@ -108,8 +117,9 @@ KDA_INLINE struct kda_state kda_checkpoint_row(const struct kda_prefill *p, int6
     if (p->checkpoint_cu_starts.data) {
         int64_t row = kda_index(&p->checkpoint_cu_starts, n, 0) + j;
         if (p->checkpoint_indices.data)
-            row = kda_index(&p->checkpoint_indices, row, 0);
-        if (row < 0)
+            row = row >= 0 && row < p->checkpoint_indices.shape[0] ? kda_index(&p->checkpoint_indices, row, 0)
+                                                                   : -1;
+        if (row < 0 || row >= p->checkpoints.shape[0])
             s.data = NULL;
         else
             s.data += row * p->checkpoints.stride[0];

@@ -7,12 +7,11 @@
 
 static _Thread_local char last_error[512];
 
-flash_kda_status kda_fail(flash_kda_status status, const char *format, ...) {
+void kda_explain(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(last_error, sizeof last_error, format, arguments);
     va_end(arguments);
-    return status;
 }
 
 const char *flash_kda_last_error(void) { return last_error; }

@@ -5,8 +5,10 @@
 
 #include "flash_kda.h"
 
-/* Keeps the formatted sentence as flash_kda_last_error() of this thread and returns status. */
-__attribute__((format(printf, 2, 3))) flash_kda_status kda_fail(flash_kda_status status, const char *format,
-                                                                ...);
+/* Keeps the formatted sentence as flash_kda_last_error() of this thread. */
+__attribute__((format(printf, 1, 2))) void kda_explain(const char *format, ...);
+
+/* The status, after its sentence is kept. A macro, so that who reads the call sees that it is not FLASH_KDA_OK. */
+#define kda_fail(status, ...) (kda_explain(__VA_ARGS__), (status))
 
 #endif

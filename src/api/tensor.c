@@ -93,26 +93,36 @@ static flash_kda_status check_strides(const DLTensor *t, const struct kda_tensor
     return FLASH_KDA_OK;
 }
 
+/* Dimensions from the smallest stride to the largest; of equal ones, the smaller dimension first. */
+static void sort_dimensions(const struct kda_tensor *t, int *order) {
+    for (int n = 0; n < t->rank; n++) {
+        int at = n;
+        for (; at > 0; at--) {
+            int before = order[at - 1];
+            if (t->stride[before] < t->stride[n] ||
+                (t->stride[before] == t->stride[n] && t->shape[before] <= t->shape[n]))
+                break;
+            order[at] = before;
+        }
+        order[at] = n;
+    }
+}
+
 /* A sufficient test: every dimension steps over all that the dimensions of smaller stride reach. */
 static flash_kda_status check_written_once(const struct kda_tensor *t) {
-    bool used[KDA_MAX_RANK] = {false};
-    int64_t reach = (int64_t)kda_dtype_size(t->dtype);
+    int order[KDA_MAX_RANK] = {0};
+    int64_t size = (int64_t)kda_dtype_size(t->dtype), reach = size;
+    sort_dimensions(t, order);
     for (int n = 0; n < t->rank; n++) {
-        int smallest = -1;
-        for (int i = 0; i < t->rank; i++)
-            if (!used[i] && (smallest < 0 || t->stride[i] < t->stride[smallest] ||
-                             (t->stride[i] == t->stride[smallest] && t->shape[i] < t->shape[smallest])))
-                smallest = i;
-        used[smallest] = true;
-        if (t->shape[smallest] <= 1)
+        int64_t stride = t->stride[order[n]], shape = t->shape[order[n]];
+        if (shape <= 1)
             continue;
-        if (t->stride[smallest] < reach)
+        if (stride < reach)
             return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
                             "%s has stride %lld in dimension %d, so that elements share memory; expected each "
                             "element of a written tensor to have its own",
-                            t->name, (long long)(t->stride[smallest] / (int64_t)kda_dtype_size(t->dtype)),
-                            smallest);
-        reach += t->stride[smallest] * (t->shape[smallest] - 1);
+                            t->name, (long long)(stride / size), order[n]);
+        reach += stride * (shape - 1);
     }
     return FLASH_KDA_OK;
 }

@@ -8,13 +8,6 @@
 
 #include <stdbool.h>
 
-/* Small functions that device code shares. */
-#ifdef __CUDACC__
-#define KDA_INLINE static __host__ __device__ inline
-#else
-#define KDA_INLINE static inline
-#endif
-
 enum { KDA_MAX_RANK = 5 };
 
 struct kda_tensor {

@@ -7,6 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 /* The name of the environment variable that forces a level. */
 #define LEVEL_VARIABLE "FLASH_KDA_CPU"
 
@@ -23,11 +27,19 @@ static const struct kda_cpu_level levels[] = {
 
 enum { LEVELS = sizeof levels / sizeof *levels };
 
+#if defined(__x86_64__)
+/* Every CPU with AVX2 has it, but a virtual machine may hide it; not all compilers know its name. */
+static bool has_f16c(void) {
+    unsigned eax, ebx, ecx = 0, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 /* How many of `levels` this CPU can run: each needs all that the ones before it need. */
 static int runnable(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c())
         return 1;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
@@ -47,16 +59,14 @@ const struct kda_cpu_level *kda_cpu_level(void) {
         if (!strcmp(forced, levels[i].name)) {
             if (i < count)
                 return &levels[i];
-            kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
-                     "the environment variable " LEVEL_VARIABLE
-                     " is %s, which this CPU cannot run; expected %s or lower",
-                     forced, levels[count - 1].name);
+            kda_explain("the environment variable " LEVEL_VARIABLE
+                        " is %s, which this CPU cannot run; expected %s or lower",
+                        forced, levels[count - 1].name);
             return NULL;
         }
-    kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
-             "the environment variable " LEVEL_VARIABLE
-             " is %.40s; expected a level of this build, generic to %s",
-             forced, levels[LEVELS - 1].name);
+    kda_explain("the environment variable " LEVEL_VARIABLE
+                " is %.40s; expected a level of this build, generic to %s",
+                forced, levels[LEVELS - 1].name);
     return NULL;
 }
 

@@ -217,7 +217,7 @@ static void set_identity(const struct kda_prefill *p, const struct plan *plan, c
     int64_t Kp = kda_padded_key_dim(p);
     for (int64_t c = 0; c < Kp; c++)
         for (int64_t j = 0; j < KDA_TILE; j++)
-            tile->S[c * KDA_TILE + j] = c == io->column + j;
+            tile->S[c * KDA_TILE + j] = c == io->column + j ? 1.0F : 0.0F;
     plan->kernels->refresh(p, tile);
 }
 

@@ -3,6 +3,7 @@
  * compared with it, so it is kept as short and as plain as the mathematics. */
 #include "api/backend.h"
 
+#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 
@@ -81,7 +82,8 @@ static void recur(const struct kda_prefill *p, int64_t batch, int64_t token, int
     load_key(p, &p->k, batch, token, head / group, k);
     const char *v = kda_row(&p->v, batch, token, head), *g = kda_row(&p->g, batch, token, head);
     double beta = step(p, kda_load(kda_row(&p->beta, batch, token, head), p->beta.dtype, 0));
-    double A = p->A_log.data ? exp(kda_load(p->A_log.data + head * p->A_log.stride[0], p->A_log.dtype, 0)) : 1;
+    double A =
+        p->A_log.data ? exp((double)kda_load(p->A_log.data + head * p->A_log.stride[0], p->A_log.dtype, 0)) : 1;
 
     for (int64_t j = 0; j < V; j++)
         u[j] = kda_load(v, p->v.dtype, j);
@@ -131,8 +133,8 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *byte
 }
 
 static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t size) {
-    snprintf(text, size, "reference: token recurrence in fp64, %lld chains on 1 thread",
-             (long long)(p->sequences * p->value_heads));
+    snprintf(text, size, "reference: token recurrence in fp64, %" PRId64 " chains on 1 thread",
+             p->sequences * p->value_heads);
     return FLASH_KDA_OK;
 }
 

@@ -47,13 +47,13 @@ static inline vf vf_pow2(vf t) {
 }
 
 static inline vf vf_load_bf16(const uint16_t *p) {
-    vf x;
+    vf x = vf_set1(0);
     for (int i = 0; i < LANES; i++)
         x[i] = kda_from_bf16(p[i]);
     return x;
 }
 static inline vf vf_load_f16(const uint16_t *p) {
-    vf x;
+    vf x = vf_set1(0);
     for (int i = 0; i < LANES; i++)
         x[i] = kda_from_f16(p[i]);
     return x;
