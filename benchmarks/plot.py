@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""Draws the README's figure of CPU speed from what cpu_speed.py measured.
+
+usage: plot.py MEASURED.json FIGURE.svg
+"""
+
+import json
+import pathlib
+import sys
+
+import matplotlib
+from matplotlib import pyplot
+
+# The same JSON gives the same bytes.
+matplotlib.rcParams.update({"svg.hashsalt": "flashkda", "font.size": 9, "axes.spines.top": False,
+                            "axes.spines.right": False})
+COLOURS = {"fp32": "#4878a8", "bf16": "#e08a3c"}
+ARITHMETIC = {"fp32": "fp32 output", "bf16": "bf16 output"}
+LEVEL_CASE = {"tokens": 4096, "heads": 8, "key_dim": 128, "gate": "softplus", "regime": "slow"}
+
+
+def find(results, **wanted):
+    """Results whose fields, or whose case's fields, are as wanted."""
+    return [r for r in results if all({**r["case"], **r}[key] == value for key, value in wanted.items())]
+
+
+def draw_matmul(axes, measured):
+    rate = measured["matmul"]["gflops"]
+    axes.axvline(rate, color="black", linewidth=1, linestyle="--")
+    axes.text(rate, 1.01, "numpy fp32 matmul", transform=axes.get_xaxis_transform(), ha="center", va="bottom")
+
+
+def draw_bars(axes, labels, bars):
+    """Bars, two to a label at most, each a (place of its label, result)."""
+    seen = set()
+    for place, result in bars:
+        dtype = result["case"]["out_dtype"]
+        y = place + (0.2 if dtype == "bf16" else -0.2)
+        axes.barh(y, result["gflops"], 0.38, color=COLOURS[dtype], label=None if dtype in seen else ARITHMETIC[dtype])
+        axes.text(result["gflops"], y, f" {result['gflops']:.0f}", va="center", fontsize=8)
+        seen.add(dtype)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("GFLOP/s (8 K V to a token of a head)")
+    axes.legend(loc="lower right", frameon=False)
+
+
+def draw_levels(axes, measured):
+    results = find(measured["results"], threads=measured["machine"]["threads"], **LEVEL_CASE)
+    levels = list(dict.fromkeys(r["level"] for r in results))
+    draw_bars(axes, levels, [(levels.index(r["level"]), r) for r in results])
+    draw_matmul(axes, measured)
+    axes.set_title("every level: T 4096, H 8, slow softplus gate\n", fontsize=10)
+
+
+def draw_cases(axes, measured):
+    best = measured["results"][-1]["level"]
+    results = find(measured["results"], level=best)
+    names = [f"{r['name']}, {r['threads']} thread" + ("s" if r["threads"] > 1 else "") for r in results]
+    labels = list(dict.fromkeys(names))
+    draw_bars(axes, labels, [(labels.index(name), r) for name, r in zip(names, results)])
+    draw_matmul(axes, measured)
+    axes.set_title(f"every case: level {best}\n", fontsize=10)
+
+
+def draw(measured, path):
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), width_ratios=[1, 1.3], layout="constrained")
+    draw_levels(left, measured)
+    draw_cases(right, measured)
+    machine = measured["machine"]
+    figure.suptitle(f"Prefill on {machine['cpu']}, {machine['threads']} threads: bf16 inputs, K = V = 128 unless said,"
+                    f" gate and norm included; commit {measured['commit']}, {measured['date'][:10]}", fontsize=10)
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    draw(json.loads(pathlib.Path(sys.argv[1]).read_text()), sys.argv[2])

@@ -1,0 +1,67 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# usage: test-install.sh BUILD_DIR
+# Installs a build to a fresh prefix, looks at its symbols, and builds and runs the example against it:
+# find_package, pkg-config with the shared library, pkg-config with the static one.
+set -eu
+
+build=$(realpath "$1")
+examples=$(realpath "$(dirname "$0")")
+CC=${CC:-cc}
+NM=${NM:-nm}
+prefix=$(mktemp -d)
+trap 'rm -rf "$prefix"' EXIT
+libdir=$prefix/${LIBDIR:-lib}
+export PKG_CONFIG_PATH="$libdir/pkgconfig"
+
+fail() {
+    echo "$1" >&2
+    exit 1
+}
+
+# Hidden symbols of a static library still meet those of the program it is linked to.
+static_symbols_are_ours() {
+    "$NM" --extern-only --defined-only --format=just-symbols "$libdir/libflash_kda.a" |
+        sed '/:$/d; /^$/d' >"$prefix/global"
+    if grep -v -e '^flash_kda_' -e '^kda_' "$prefix/global"; then
+        fail 'the static library has the symbols above, which begin with neither flash_kda_ nor kda_'
+    fi
+}
+
+exactly_the_header_is_exported() {
+    sed -n 's/^FLASH_KDA_API .*[ *]\(flash_kda_[a-z_]*\)(.*/\1/p' "$prefix/include/flash_kda.h" |
+        sort >"$prefix/declared"
+    "$NM" --dynamic --defined-only --format=just-symbols "$libdir/libflash_kda.so" | sort >"$prefix/exported"
+    diff "$prefix/declared" "$prefix/exported" || fail 'the header (<) and the shared library (>) differ'
+}
+
+# prints_outputs COMMAND...: runs an example, which must end well and print finite outputs.
+prints_outputs() {
+    "$@" >"$prefix/printed" || fail "$1 failed"
+    grep -q '^o\[48, 0, 0..2\] = .*[0-9]\.[0-9]' "$prefix/printed" || fail "$1 printed no outputs"
+    if grep -i -w -e nan -e inf "$prefix/printed"; then fail "$1 printed values that are not finite"; fi
+}
+
+with_find_package() {
+    cmake -S "$examples" -B "$prefix/cmake-build" -DCMAKE_C_COMPILER="$CC" \
+        -DCMAKE_PREFIX_PATH="$prefix" >/dev/null
+    cmake --build "$prefix/cmake-build" >/dev/null
+    prints_outputs "$prefix/cmake-build/prefill"
+    prints_outputs "$prefix/cmake-build/prefill_static"
+}
+
+# pkg-config prints words for a command line, hence the missing quotes.
+# shellcheck disable=SC2046
+with_pkg_config() {
+    "$CC" -std=c99 "$examples/prefill.c" -o "$prefix/shared" $(pkg-config --cflags --libs flash_kda) -lm
+    prints_outputs env LD_LIBRARY_PATH="$libdir" "$prefix/shared"
+    "$CC" -std=c99 -static "$examples/prefill.c" -o "$prefix/static" \
+        $(pkg-config --static --cflags --libs flash_kda)
+    prints_outputs "$prefix/static"
+}
+
+cmake --install "$build" --prefix "$prefix" >/dev/null
+static_symbols_are_ours
+exactly_the_header_is_exported
+with_find_package
+with_pkg_config

@@ -1,0 +1,75 @@
+/* SPDX-License-Identifier: MIT */
+/* A small valid call of prefill with every argument given, for tests to break one at a time. */
+#ifndef API_FIXTURE_H
+#define API_FIXTURE_H
+
+#include "flash_kda.h"
+
+#include <stdbool.h>
+
+enum argument {
+    ARG_Q,
+    ARG_K,
+    ARG_V,
+    ARG_G,
+    ARG_BETA,
+    ARG_A_LOG,
+    ARG_DT_BIAS,
+    ARG_OUT,
+    ARG_CU_SEQLENS,
+    ARG_INITIAL_STATE,
+    ARG_FINAL_STATE,
+    ARG_STATE_INDICES,
+    ARG_CHECKPOINTS,
+    ARG_CHECKPOINT_CU_STARTS,
+    ARG_CHECKPOINT_INDICES,
+    ARG_CHECKPOINT_OFFSETS, /* not part of the valid call; fixture_use_offsets() exchanges it for the others */
+    ARGUMENTS
+};
+
+extern const char *const argument_names[ARGUMENTS];
+
+enum { FIXTURE_DIMS = 5, FIXTURE_BYTES = 8192, FIXTURE_WORKSPACE = 1 << 20 };
+
+/* Sizes of the valid call: three sequences of 2, 0 and 4 tokens, five slots, four checkpoint rows. */
+enum { FIXTURE_T = 6, FIXTURE_H = 2, FIXTURE_HV = 4, FIXTURE_K = 8, FIXTURE_V = 4, FIXTURE_N = 3 };
+enum { FIXTURE_SLOTS = 5, FIXTURE_EVERY = 2, FIXTURE_ROWS = 3, FIXTURE_PLACES = 4, FIXTURE_C = 2 };
+
+struct fixture_tensor {
+    DLTensor dl;
+    int64_t shape[FIXTURE_DIMS], strides[FIXTURE_DIMS];
+    union {
+        unsigned char bytes[FIXTURE_BYTES];
+        float fp32[FIXTURE_BYTES / 4];
+        int32_t int32[FIXTURE_BYTES / 4];
+        int64_t int64[FIXTURE_BYTES / 8];
+    } memory;
+};
+
+struct fixture {
+    flash_kda_prefill_args args;
+    struct fixture_tensor tensor[ARGUMENTS];
+    void *workspace; /* what is handed to prefill */
+    size_t workspace_bytes;
+    unsigned char workspace_memory[FIXTURE_WORKSPACE];
+};
+
+/* For the caller to free. */
+struct fixture *fixture_new(void);
+
+/* The member of args that holds a tensor. */
+const DLTensor **fixture_member(struct fixture *f, enum argument argument);
+
+/* Dense instead of packed: no cu_seqlens, B = 1; checkpoints [B, rows, HV, V, K], nothing indexed. */
+void fixture_make_dense(struct fixture *f);
+/* Checkpoints at offsets [N, C] instead of every n tokens. */
+void fixture_use_offsets(struct fixture *f);
+/* Makes a tensor's strides its compact ones, written out. */
+void fixture_spell_strides(struct fixture_tensor *t);
+
+/* Whether no byte of any tensor differs between two fixtures. */
+bool fixture_same_memory(const struct fixture *a, const struct fixture *b);
+
+flash_kda_status fixture_prefill(struct fixture *f);
+
+#endif

@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: MIT */
+/* flashkda_check: compares every operation on every level with the oracle, and times what passed. After
+ * dav1d's checkasm. */
+#include "check.h"
+
+#include "flash_kda.h"
+
+#include <argp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+/* What ctest counts as skipped. */
+enum { EXIT_SKIPPED = 77 };
+
+static const struct operation *const operations[] = {&prefill_operation};
+enum { OPERATIONS = sizeof operations / sizeof *operations };
+
+/* ---- Cases ------------------------------------------------------------------------------------- */
+
+bool check_wanted(const struct check *check, const char *name) {
+    if (check->filter && !strstr(name, check->filter))
+        return false;
+    if (check->list)
+        printf("%s\n", name);
+    return !check->list;
+}
+
+void check_select_level(const char *level) { setenv("FLASH_KDA_CPU", level, 1); }
+
+void check_report(struct check *check, bool passed, const char *level, const char *name, const char *text) {
+    if (passed)
+        check->passed++;
+    else
+        check->failed++;
+    printf("%s %-10s %s: %s\n", passed ? "ok  " : "FAIL", level, name, text);
+    fflush(stdout);
+}
+
+double check_seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+/* ---- Command line ------------------------------------------------------------------------------ */
+
+static const struct argp_option options[] = {
+    {"seed", 's', "N", 0, "Seed of all inputs (printed; default: from the clock)", 0},
+    {"op", 'o', "NAME", 0, "Only this operation", 0},
+    {"level", 'l', "NAME", 0, "Level of the CPU backend, 'all' of this machine (default), or 'reference'", 0},
+    {"case", 'c', "TEXT", 0, "Only cases whose name contains TEXT", 0},
+    {"long", 'L', NULL, 0, "Run the long cases (accuracy, traps over thousands of tokens), not the short", 0},
+    {"quick", 'q', NULL, 0,
+     "Fewer cases, and long ones with an eighth of the tokens: for emulators and sanitizers", 0},
+    {"threads", 't', "N", 0, "Threads of every case, instead of its own", 0},
+    {"bench", 'b', NULL, 0, "Time every case that passed", 0},
+    {"list", 'n', NULL, 0, "Print the names of the cases and run none", 0},
+    {0},
+};
+
+static long long number(const char *text, long long low, long long high, struct argp_state *state) {
+    char *end;
+    long long value = strtoll(text, &end, 10);
+    if (*end || end == text || value < low || value > high)
+        argp_error(state, "'%s' is not a number from %lld to %lld", text, low, high);
+    return value;
+}
+
+static error_t parse(int key, char *text, struct argp_state *state) {
+    struct check *check = state->input;
+    switch (key) {
+    case 's':
+        check->seed = (uint64_t)number(text, 0, INT64_MAX, state);
+        break;
+    case 'o':
+        check->operation = text;
+        break;
+    case 'l':
+        check->level = text;
+        break;
+    case 'c':
+        check->filter = text;
+        break;
+    case 'L':
+        check->long_cases = true;
+        break;
+    case 'q':
+        check->quick = true;
+        break;
+    case 't':
+        check->threads = (int)number(text, 0, 1024, state);
+        break;
+    case 'b':
+        check->bench = true;
+        break;
+    case 'n':
+        check->list = true;
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+/* Fills check->levels; false if this machine cannot run the level asked for. */
+static bool choose_levels(struct check *check) {
+    if (!strcmp(check->level, "reference")) {
+        check->levels[check->level_count++] = check->level;
+        return true;
+    }
+    bool all = !strcmp(check->level, "all");
+    for (const char *const *level = flash_kda_cpu_levels(); *level; level++)
+        if ((all || !strcmp(check->level, *level)) && check->level_count < CHECK_MAX_LEVELS)
+            check->levels[check->level_count++] = *level;
+    return check->level_count > 0;
+}
+
+static bool run_operations(struct check *check) {
+    bool known = false;
+    for (int i = 0; i < OPERATIONS; i++)
+        if (!check->operation || !strcmp(check->operation, operations[i]->name)) {
+            operations[i]->run(check);
+            known = true;
+        }
+    return known;
+}
+
+int main(int argc, char **argv) {
+    const struct argp argp = {
+        options, parse, NULL, "Compares libflashkda's operations with its oracle, and times them.",
+        NULL,    NULL,  NULL};
+    struct check check = {.seed = (uint64_t)time(NULL), .level = "all", .threads = -1};
+    argp_parse(&argp, argc, argv, 0, NULL, &check);
+    if (!choose_levels(&check)) {
+        printf("level %s: this machine or build cannot run it, skipped\n", check.level);
+        return EXIT_SKIPPED;
+    }
+    if (!check.list)
+        printf("seed %llu\n", (unsigned long long)check.seed);
+    if (!run_operations(&check)) {
+        fprintf(stderr, "no operation is called '%s'\n", check.operation);
+        return 2;
+    }
+    if (check.list)
+        return 0;
+    printf("%d passed, %d failed\n", check.passed, check.failed);
+    /* Nothing compared is no success. */
+    return check.failed || !check.passed;
+}

@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: MIT */
+/* The harness of flashkda_check. An operation registers once, in check.c; its cases then serve comparison and
+ * timing for every backend and level. */
+#ifndef CHECK_H
+#define CHECK_H
+
+#include "random.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { CHECK_MAX_LEVELS = 8 };
+
+struct check {
+    uint64_t seed;
+    const char *operation, *level, *filter;
+    bool list, bench, long_cases, quick;
+    int threads; /* for every case, instead of its own; -1: its own */
+
+    /* Levels of the CPU backend to test, or "reference" alone. */
+    const char *levels[CHECK_MAX_LEVELS];
+    int level_count;
+    int passed, failed;
+};
+
+struct operation {
+    const char *name;
+    /* Runs all its cases; times each that passed if check->bench. */
+    void (*run)(struct check *check);
+};
+
+extern const struct operation prefill_operation;
+
+/* Whether the case of this name is to run now. Prints the name instead for --list. */
+bool check_wanted(const struct check *check, const char *name);
+
+/* Makes `level` what the next calls run on. */
+void check_select_level(const char *level);
+
+/* Reports one comparison. The text says what was measured or what went wrong. */
+void check_report(struct check *check, bool passed, const char *level, const char *name, const char *text);
+
+double check_seconds(void);
+
+#endif

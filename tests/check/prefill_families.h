@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: MIT */
+/* The families of prefill's cases, one function each. */
+#ifndef CHECK_PREFILL_FAMILIES_H
+#define CHECK_PREFILL_FAMILIES_H
+
+#include "check.h"
+
+void prefill_lengths(struct check *check);    /* odd lengths, empty sequences, head dims, segments */
+void prefill_pairwise(struct check *check);   /* all options together */
+void prefill_traps(struct check *check);      /* numerical traps of a few hundred tokens */
+void prefill_properties(struct check *check); /* batch invariance, carried state */
+void prefill_long(struct check *check);       /* accuracy table, traps of thousands of tokens, speed */
+
+#endif

@@ -1,0 +1,174 @@
+/* SPDX-License-Identifier: MIT */
+/* Prefill on odd sizes: lengths around every block size, empty sequences, odd head dims, and one long
+ * sequence for more threads than it has heads. */
+#include "prefill_compare.h"
+#include "prefill_families.h"
+
+#include <stdio.h>
+
+static const char *const gate_names[] = {"none", "softplus", "sigmoid"};
+
+static void all_bf16(struct prefill_case *c) {
+    c->q_type = c->k_type = c->v_type = c->g_type = c->beta_type = c->out_type = TYPE_BF16;
+}
+
+static void set_gate(struct prefill_case *c, flash_kda_gate gate) {
+    c->gate = gate;
+    c->A_log = c->dt_bias = gate != FLASH_KDA_GATE_NONE;
+}
+
+static const char *float_name(bool bf16) { return bf16 ? "bf16" : "fp32"; }
+
+/* ---- Lengths ----------------------------------------------------------------------------------- */
+
+static void dense_lengths(struct check *check) {
+    static const int64_t lengths[] = {0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 257};
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
+        for (int gate = 0; gate < 3; gate++)
+            for (int bf16 = 0; bf16 < 2; bf16++) {
+                struct prefill_case c = prefill_case_plain();
+                set_gate(&c, (flash_kda_gate)gate);
+                if (bf16)
+                    all_bf16(&c);
+                c.H = 1;
+                c.K = c.V = 128;
+                c.sequences = 2;
+                c.lengths[0] = c.lengths[1] = lengths[i];
+                c.checkpoints = CHECKPOINTS_EVERY;
+                snprintf(c.name, sizeof c.name, "length %lld, two dense sequences, gate %s, %s",
+                         (long long)lengths[i], gate_names[gate], float_name(bf16));
+                prefill_compare(check, &c);
+            }
+}
+
+static void packed_lengths(struct check *check) {
+    static const struct {
+        const char *name;
+        int count;
+        int64_t lengths[MAX_SEQUENCES];
+    } packs[] = {{"0 1 15 16 17", 5, {0, 1, 15, 16, 17}},
+                 {"31 32 33 0 63", 5, {31, 32, 33, 0, 63}},
+                 {"64 65 257 0", 4, {64, 65, 257, 0}},
+                 {"0 0 0", 3, {0, 0, 0}},
+                 {"0", 1, {0}},
+                 {"none at all", 0, {0}}};
+    for (size_t i = 0; i < sizeof packs / sizeof *packs; i++)
+        for (int gate = 0; gate < 3; gate++) {
+            struct prefill_case c = prefill_case_plain();
+            set_gate(&c, (flash_kda_gate)gate);
+            c.H = 1;
+            c.group = 2;
+            c.K = c.V = 128;
+            c.packing = gate == 1 ? PACKING_INT32 : PACKING_INT64;
+            c.sequences = packs[i].count;
+            for (int n = 0; n < c.sequences; n++)
+                c.lengths[n] = packs[i].lengths[n];
+            c.checkpoints = CHECKPOINTS_EVERY;
+            snprintf(c.name, sizeof c.name, "packed lengths %s, gate %s", packs[i].name, gate_names[gate]);
+            prefill_compare(check, &c);
+        }
+}
+
+/* ---- Head dims --------------------------------------------------------------------------------- */
+
+/* Fused spacing surrounds every row with NaN: a read past K or V shows. */
+static void head_dims(struct check *check) {
+    static const int64_t dims[] = {1,  2,  3,  7,  8,  15,  16,  17,  20,  31,  32,  33,
+                                   47, 63, 64, 65, 96, 100, 127, 128, 129, 192, 255, 256};
+    enum { DIMS = sizeof dims / sizeof *dims };
+    for (int i = 0; i < DIMS; i++)
+        for (int bf16 = 0; bf16 < 2; bf16++) {
+            struct prefill_case c = prefill_case_plain();
+            if (bf16)
+                all_bf16(&c);
+            c.K = dims[i];
+            c.V = dims[(i * 7 + 5) % DIMS];
+            c.group = 1 + i % 2;
+            c.inputs = c.outputs = SPACING_FUSED;
+            set_gate(&c, (flash_kda_gate)(i % 3));
+            snprintf(c.name, sizeof c.name, "head dims K = %lld, V = %lld, gate %s, %s, NaN between rows",
+                     (long long)c.K, (long long)c.V, gate_names[c.gate], float_name(bf16));
+            prefill_compare(check, &c);
+        }
+}
+
+/* ---- Segments ---------------------------------------------------------------------------------- */
+
+static struct prefill_case one_long_head(int threads, flash_kda_gate gate, bool bf16) {
+    struct prefill_case c = prefill_case_plain();
+    set_gate(&c, gate);
+    if (bf16)
+        all_bf16(&c);
+    c.H = 1;
+    c.K = threads == 4 ? 100 : 128;
+    c.V = threads == 4 ? 20 : 128;
+    c.fill = fill_remembering;
+    c.lengths[0] = 2003;
+    c.threads = threads;
+    c.checkpoints = threads == 8 ? CHECKPOINTS_EVERY : CHECKPOINTS_NONE;
+    c.every = 300;
+    snprintf(c.name, sizeof c.name, "one head of 2003 tokens on %d threads, gate %s, %s", threads,
+             gate_names[gate], float_name(bf16));
+    return c;
+}
+
+/* More threads than heads: the CPU backend may split the sequence and compose the parts. */
+static void segments(struct check *check) {
+    static const int threads[] = {16, 8, 4, 2};
+    int count = check->quick ? 1 : (int)(sizeof threads / sizeof *threads);
+    for (int gate = 0; gate < 3; gate++)
+        for (int bf16 = 0; bf16 < 2; bf16++)
+            for (int i = 0; i < count; i++) {
+                struct prefill_case c = one_long_head(threads[i], (flash_kda_gate)gate, bf16);
+                prefill_compare(check, &c);
+            }
+}
+
+/* A long sequence among short ones, and a state pool updated in place, while the long one is split. */
+static void uneven_segments(struct check *check) {
+    struct prefill_case c = prefill_case_plain();
+    c.H = 1;
+    c.K = c.V = 64;
+    c.threads = 16;
+    c.fill = fill_remembering;
+    c.packing = PACKING_INT32;
+    c.sequences = 5;
+    const int64_t lengths[] = {3, 1500, 0, 257, 1500};
+    for (int n = 0; n < c.sequences; n++)
+        c.lengths[n] = lengths[n];
+    c.pool = true;
+    c.final = STORAGE_IN_PLACE;
+    c.checkpoints = CHECKPOINTS_OFFSETS_3;
+    snprintf(c.name, sizeof c.name, "packed lengths 3 1500 0 257 1500 on 16 threads, pool in place");
+    prefill_compare(check, &c);
+}
+
+/* The pool holds initial states, final states and checkpoints at once. */
+static void shared_pool(struct check *check) {
+    for (int layout = 0; layout < 2; layout++)
+        for (int bf16 = 0; bf16 < 2; bf16++) {
+            struct prefill_case c = prefill_case_plain();
+            c.packing = PACKING_INT64;
+            c.sequences = 4;
+            c.lengths[1] = 0;
+            c.lengths[2] = 33;
+            c.lengths[3] = 129;
+            c.pool = true;
+            c.initial = bf16 ? STORAGE_BF16 : STORAGE_FP32;
+            c.final = STORAGE_IN_PLACE;
+            c.checkpoints = CHECKPOINTS_SHARED_POOL;
+            c.layout = (flash_kda_state_layout)layout;
+            snprintf(c.name, sizeof c.name, "checkpoints in the state pool itself, %s, %s", float_name(bf16),
+                     layout ? "K-first" : "V-first");
+            prefill_compare(check, &c);
+        }
+}
+
+void prefill_lengths(struct check *check) {
+    dense_lengths(check);
+    packed_lengths(check);
+    head_dims(check);
+    segments(check);
+    uneven_segments(check);
+    shared_pool(check);
+}
