@@ -57,6 +57,7 @@ typedef enum flash_kda_status {
     FLASH_KDA_ERROR_INVALID_ARGUMENT = 1,    /* rank, shape, dtype, stride, range, aliasing ... */
     FLASH_KDA_ERROR_UNSUPPORTED = 2,         /* backend, device or level not in this build or machine */
     FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL = 3, /* see flash_kda_prefill_workspace_size */
+    FLASH_KDA_ERROR_CUDA = 4,                /* an error of the CUDA runtime that this call saw, by name */
 } flash_kda_status;
 
 /* Name of a status, for example "FLASH_KDA_ERROR_UNSUPPORTED". Never NULL. */
@@ -70,16 +71,17 @@ FLASH_KDA_API const char *flash_kda_last_error(void);
 /* ---- Backends ---------------------------------------------------------------------------------- */
 
 typedef enum flash_kda_backend {
-    FLASH_KDA_BACKEND_AUTO = 0,      /* by the device of q: the CPU backend for host memory */
+    FLASH_KDA_BACKEND_AUTO = 0,      /* by the device of q: cpu for host memory, cuda for CUDA memory */
     FLASH_KDA_BACKEND_REFERENCE = 1, /* the oracle: token recurrence in fp64, one thread, exact and slow */
     FLASH_KDA_BACKEND_CPU = 2,       /* chunked form, SIMD, OpenMP */
-    FLASH_KDA_BACKEND_CUDA = 3,      /* not in this version */
+    FLASH_KDA_BACKEND_CUDA = 3,      /* chunked form on tensor cores, sm_80 and later; if built with nvcc */
 } flash_kda_backend;
 
 /* Name of a backend ("auto", "reference", "cpu", "cuda"); NULL for a value that is none. */
 FLASH_KDA_API const char *flash_kda_backend_name(flash_kda_backend backend);
 
-/* 1 if this build can run the backend on this machine, else 0. */
+/* 1 if this build can run the backend on this machine, else 0. For cuda: there is a device of compute capability 8.0
+ * or higher. */
 FLASH_KDA_API int flash_kda_backend_available(flash_kda_backend backend);
 
 /* Levels of the CPU backend that this build has and this CPU can run, lowest first, ended by NULL:
@@ -136,7 +138,12 @@ typedef enum flash_kda_flags {
  * workspace, with two exceptions: final_state may be initial_state itself (same address, dtype and
  * strides: in place), and checkpoints may be the state pool itself if both are addressed by indices.
  *
- * cu_seqlens, state_indices and the checkpoint_* index tensors of the CPU backends live in host memory.
+ * Every tensor is on the device of q, the index tensors too. What cu_seqlens, state_indices and the checkpoint_*
+ * tensors hold is checked before a call in host memory. In CUDA memory the host does not read it: indices out of
+ * range are kept within the tensors, and that no slot is used twice is the caller's duty.
+ *
+ * CUDA: a call launches its kernels on `stream` and returns. It neither allocates, synchronises nor reads device
+ * memory on the host, so it can be captured in a graph and replayed with other contents of every tensor.
  */
 typedef struct flash_kda_prefill_args {
     size_t struct_size; /* sizeof(flash_kda_prefill_args), set by FLASH_KDA_PREFILL_ARGS_INIT */
@@ -188,6 +195,7 @@ typedef struct flash_kda_prefill_args {
     /* -- How to compute -- */
     flash_kda_backend backend;
     int32_t num_threads; /* CPU backend: 1 to 1024; 0 takes OpenMP's default */
+    void *stream;        /* CUDA backend: a cudaStream_t of q's device; NULL is the default stream */
 } flash_kda_prefill_args;
 
 #ifdef __cplusplus
@@ -202,9 +210,9 @@ static inline flash_kda_prefill_args flash_kda_prefill_args_init() {
     { .struct_size = sizeof(flash_kda_prefill_args) }
 #endif
 
-/* Bytes of scratch memory that flash_kda_prefill() needs for these arguments, in host memory, to *bytes.
- * It depends on shapes, dtypes, num_threads and, for packed sequences, on N, not on the data; it does not
- * grow with T. Errors: as flash_kda_prefill(), but for indices that are used twice: only that call, which has
+/* Bytes of scratch memory that flash_kda_prefill() needs for these arguments, on the device of q, to *bytes.
+ * It depends on shapes, dtypes, num_threads and, for packed sequences, on N, not on the data; on the CPU it does not
+ * grow with T, on CUDA it is about 0.7 times the bytes of q, k, v, g and out in bf16. Errors: as flash_kda_prefill(), but for indices that are used twice: only that call, which has
  * scratch memory, finds them. */
 FLASH_KDA_API flash_kda_status flash_kda_prefill_workspace_size(const flash_kda_prefill_args *args,
                                                                 size_t *bytes);

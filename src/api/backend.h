@@ -9,6 +9,8 @@
 
 struct kda_backend {
     const char *name;
+    bool on_host; /* works on host memory */
+    bool (*available)(void);
     flash_kda_status (*prefill_workspace_size)(const struct kda_prefill *p, size_t *bytes);
     /* workspace is aligned to KDA_WORKSPACE_ALIGNMENT and as large as asked for. */
     flash_kda_status (*prefill)(const struct kda_prefill *p, void *workspace);
@@ -22,5 +24,11 @@ flash_kda_status kda_backend_for(flash_kda_backend backend, DLDevice device, con
 
 extern const struct kda_backend kda_reference_backend;
 extern const struct kda_backend kda_cpu_backend;
+#ifdef KDA_WITH_CUDA
+extern const struct kda_backend kda_cuda_backend;
+#endif
+
+/* Can the host read memory of this device? */
+bool kda_on_host(DLDevice device);
 
 #endif

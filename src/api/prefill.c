@@ -46,6 +46,7 @@ static flash_kda_status check_options(const flash_kda_prefill_args *a, struct kd
     p->qk_norm = a->flags & FLASH_KDA_QK_NORM;
     p->batch_invariant = a->flags & FLASH_KDA_BATCH_INVARIANT;
     p->num_threads = a->num_threads;
+    p->stream = a->stream;
     p->checkpoint_every = a->checkpoint_every;
     return FLASH_KDA_OK;
 }
@@ -168,7 +169,8 @@ static flash_kda_status check_sequences(const flash_kda_prefill_args *a, struct 
             return INVALID("cu_seqlens is empty; expected N + 1 values");
         if (p->batches != 1)
             return INVALID("q has B = %lld; expected 1 with cu_seqlens", (long long)p->batches);
-        TRY(check_cumulative(&p->cu_seqlens, p->tokens, "T"));
+        if (p->on_host)
+            TRY(check_cumulative(&p->cu_seqlens, p->tokens, "T"));
         p->sequences = p->cu_seqlens.shape[0] - 1;
     }
     if (a->state_indices) {
@@ -241,11 +243,14 @@ static flash_kda_status check_checkpoints_every(const flash_kda_prefill_args *a,
                               1u << KDA_I32, 1, any, device, &p->checkpoint_indices));
             rows = p->checkpoint_indices.shape[0];
         }
-        TRY(check_cumulative(&p->checkpoint_cu_starts, rows,
-                             a->checkpoint_indices ? "the size of checkpoint_indices"
-                                                   : "the rows of checkpoints"));
+        if (p->on_host)
+            TRY(check_cumulative(&p->checkpoint_cu_starts, rows,
+                                 a->checkpoint_indices ? "the size of checkpoint_indices"
+                                                       : "the rows of checkpoints"));
     }
-    int64_t distinct = a->cu_seqlens ? p->sequences : p->sequences > 0; /* dense sequences are all alike */
+    int64_t distinct = p->sequences > 0; /* dense sequences are all alike */
+    if (a->cu_seqlens)
+        distinct = p->on_host ? p->sequences : 0;
     for (int64_t n = 0; n < distinct; n++) {
         int64_t length = kda_sequence(p, n).length;
         int64_t most = length / p->checkpoint_every + (length % p->checkpoint_every != 0);
@@ -272,7 +277,7 @@ static flash_kda_status check_checkpoints_at_offsets(const flash_kda_prefill_arg
                     rank == 2 ? state_form(p, "[N, C, HV, V, K]", "[N, C, HV, K, V]")
                               : state_form(p, "[N, HV, V, K]", "[N, HV, K, V]"),
                     rank + 3, p->sequences, columns, device, true, p, &p->checkpoints));
-    for (int64_t n = 0; columns && n < p->sequences; n++)
+    for (int64_t n = 0; p->on_host && columns && n < p->sequences; n++)
         for (int64_t j = 0; j < columns; j++) {
             int64_t offset = kda_index(&p->checkpoint_offsets, n, j), length = kda_sequence(p, n).length;
             if (offset < -1 || offset > length)
@@ -368,6 +373,8 @@ static int64_t pool_slots(const struct kda_prefill *p) {
 
 static size_t slot_bytes(const struct kda_prefill *p) {
     int64_t slots = 0;
+    if (!p->on_host)
+        return 0;
     if (p->state_indices.data)
         slots = pool_slots(p);
     if (p->checkpoint_indices.data && p->checkpoints.shape[0] > slots)
@@ -377,6 +384,8 @@ static size_t slot_bytes(const struct kda_prefill *p) {
 
 /* Indices in range and, given scratch of slot_bytes(), none used twice. */
 static flash_kda_status check_all_slots(const struct kda_prefill *p, unsigned char *seen) {
+    if (!p->on_host)
+        return FLASH_KDA_OK;
     if (seen)
         memset(seen, 0, slot_bytes(p));
     if (p->state_indices.data)
@@ -439,6 +448,8 @@ static flash_kda_status check_all(const flash_kda_prefill_args *args, struct kda
     TRY(check_options(args, p));
     TRY(check_required(args));
     TRY(kda_backend_for(args->backend, args->q->device, backend));
+    p->on_host = kda_on_host(args->q->device);
+    p->device = args->q->device.device_id;
     TRY(check_inputs(args, p));
     TRY(check_sequences(args, p));
     TRY(check_states(args, p));

@@ -21,7 +21,10 @@ struct kda_prefill {
     flash_kda_backend backend;
     float lower_bound, scale;
     bool qk_norm, batch_invariant;
+    bool on_host; /* the host can read the index tensors */
+    int device;   /* DLPack's device id */
     int num_threads;
+    void *stream;
 };
 
 /* Where the tokens of a sequence are. */

@@ -26,6 +26,8 @@ const char *flash_kda_status_name(flash_kda_status status) {
         return "FLASH_KDA_ERROR_UNSUPPORTED";
     case FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL:
         return "FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL";
+    case FLASH_KDA_ERROR_CUDA:
+        return "FLASH_KDA_ERROR_CUDA";
     }
     return "unknown status";
 }

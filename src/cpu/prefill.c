@@ -428,4 +428,6 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
     return FLASH_KDA_OK;
 }
 
-const struct kda_backend kda_cpu_backend = {"cpu", workspace_size, prefill, describe};
+static bool available(void) { return true; }
+
+const struct kda_backend kda_cpu_backend = {"cpu", true, available, workspace_size, prefill, describe};

@@ -138,4 +138,7 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
     return FLASH_KDA_OK;
 }
 
-const struct kda_backend kda_reference_backend = {"reference", workspace_size, prefill, describe};
+static bool available(void) { return true; }
+
+const struct kda_backend kda_reference_backend = {"reference",    true,    available,
+                                                  workspace_size, prefill, describe};

@@ -277,6 +277,8 @@ static void test_reentrant(void **state) {
         void *wrong;
         assert_int_equal(pthread_join(threads[i], &wrong), 0);
         assert_null(wrong);
+    }
+    for (int i = 0; i < 2; i++) {
         assert_true(fixture_same_memory(alone, own[i]));
         free(own[i]);
     }

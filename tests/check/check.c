@@ -110,6 +110,8 @@ static bool choose_levels(struct check *check) {
         check->levels[check->level_count++] = check->level;
         return true;
     }
+    if (!strcmp(check->level, "cuda") && flash_kda_backend_available(FLASH_KDA_BACKEND_CUDA))
+        check->levels[check->level_count++] = check->level;
     bool all = !strcmp(check->level, "all");
     for (const char *const *level = flash_kda_cpu_levels(); *level; level++)
         if ((all || !strcmp(check->level, *level)) && check->level_count < CHECK_MAX_LEVELS)

@@ -197,7 +197,7 @@ void prefill_pairwise(struct check *check) {
         snprintf(text, sizeof text, "%d cases cover %d pairs, %d wrong", count, pairs, missing);
         check_report(check, missing == 0 && pairs > 0, "-", "pairwise cover", text);
     }
-    for (int i = 0; i < count; i++)
+    for (int i = 0; i < count; i += check->quick ? 3 : 1)
         compare_row(check, i, rows + i * OPTIONS);
     free(rows);
 }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Runs a prefill problem through the public API and keeps its results. */
 #include "check.h"
+#include "device.h"
 #include "prefill_case.h"
 
 #include <math.h>
@@ -81,6 +82,10 @@ static const char *failed(const char *call) {
 }
 
 const char *prefill_call(const flash_kda_prefill_args *args, int fill) {
+#ifdef CHECK_CUDA
+    if (args->backend == FLASH_KDA_BACKEND_CUDA)
+        return device_prefill(args, fill);
+#endif
     struct workspace workspace;
     size_t bytes;
     if (flash_kda_prefill_workspace_size(args, &bytes))

@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * How sequences are cut into chunks, for the host that sizes a grid and for the kernels that run it.
+ *
+ * A chunk has up to KDA_CUDA_CHUNK tokens and never crosses a checkpoint. Chunks of all sequences are numbered
+ * through; those of a packed batch leave gaps, so that a sequence's first number follows from its first token and
+ * nothing has to be summed over sequences.
+ */
+#ifndef KDA_CUDA_CHUNKS_H
+#define KDA_CUDA_CHUNKS_H
+
+#include "api/problem.h"
+
+enum { KDA_CUDA_CHUNK = 32 };
+
+struct kda_span {
+    int64_t first, count; /* tokens within the sequence; count 0: behind its end */
+};
+
+KDA_INLINE int64_t kda_chunks_of(int64_t tokens) { return (tokens + KDA_CUDA_CHUNK - 1) / KDA_CUDA_CHUNK; }
+
+/* Does cutting at every checkpoint_every tokens move chunks off their usual places? */
+KDA_INLINE bool kda_cut_every(const struct kda_prefill *p) {
+    return p->checkpoints.data && p->checkpoint_every > 0 && p->checkpoint_every % KDA_CUDA_CHUNK != 0;
+}
+
+/* Cuts of one sequence at explicit offsets, at most. */
+KDA_INLINE int64_t kda_cuts(const struct kda_prefill *p) {
+    return p->checkpoints.data && p->checkpoint_offsets.data ? kda_checkpoint_count(p, 0) : 0;
+}
+
+/* Number of the first chunk of sequence n, which starts at token `first` of a packed batch. For n = N and first = T:
+ * the number of chunks. */
+KDA_INLINE int64_t kda_first_chunk(const struct kda_prefill *p, int64_t first, int64_t n) {
+    int64_t every = kda_cut_every(p) ? p->checkpoint_every : 0;
+    if (p->cu_seqlens.data)
+        return first / KDA_CUDA_CHUNK + (every ? first / every : 0) + n * (kda_cuts(p) + 2);
+    int64_t each = kda_chunks_of(p->tokens) + kda_cuts(p) + (every ? p->tokens / every : 0);
+    return n * each;
+}
+
+/* Chunk number `chunk` of sequence n, counted within the sequence. */
+KDA_INLINE struct kda_span kda_chunk_span(const struct kda_prefill *p, int64_t n, int64_t length,
+                                          int64_t chunk) {
+    int64_t begin = 0, end = length;
+    if (kda_cut_every(p)) {
+        int64_t each = kda_chunks_of(p->checkpoint_every);
+        begin = chunk / each * p->checkpoint_every;
+        end = kda_min64(length, begin + p->checkpoint_every);
+        chunk %= each;
+    }
+    while (kda_cuts(p)) {
+        end = kda_min64(length, kda_next_checkpoint(p, n, begin));
+        int64_t chunks = kda_chunks_of(end - begin);
+        if (chunk < chunks || end >= length)
+            break;
+        begin = end;
+        chunk -= chunks;
+    }
+    struct kda_span span = {begin + chunk * KDA_CUDA_CHUNK, 0};
+    if (span.first < end)
+        span.count = kda_min64(end - span.first, KDA_CUDA_CHUNK);
+    return span;
+}
+
+#endif

@@ -1,0 +1,92 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The CUDA backend's prefill: sizes the grids from what the host knows and launches the kernels of a level.
+ *
+ * Device memory is neither read nor allocated here and nothing waits, so that a call can be captured in a graph and
+ * replayed with other contents, those of cu_seqlens and of every index included.
+ */
+#include "api/backend.h"
+#include "api/status.h"
+#include "cuda/chunks.h"
+#include "cuda/sm80/kernels.h"
+
+#include <limits.h>
+#include <stdio.h>
+
+/* What a grid can hold in its second dimension. */
+enum { MAX_GRID_Y = 65535 };
+
+static int64_t chunks_of(const struct kda_prefill *p) { return kda_first_chunk(p, p->tokens, p->sequences); }
+
+static flash_kda_status check_size(const struct kda_prefill *p) {
+    if (p->value_heads > MAX_GRID_Y)
+        return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
+                        "v has HV = %lld value heads; expected at most %d on CUDA", (long long)p->value_heads,
+                        MAX_GRID_Y);
+    if (chunks_of(p) > INT_MAX || p->sequences > INT_MAX / p->value_heads)
+        return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
+                        "q has %lld tokens in %lld sequences; expected at most %d chunks of %d tokens on CUDA",
+                        (long long)(p->batches * p->tokens), (long long)p->sequences, INT_MAX, KDA_CUDA_CHUNK);
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *bytes) {
+    flash_kda_status status = check_size(p);
+    if (!status)
+        *bytes = (size_t)chunks_of(p) * (size_t)p->value_heads * kda_sm80_operands_size(p->key_dim);
+    return status;
+}
+
+static flash_kda_status cuda_status(cudaError_t error, const char *what) {
+    if (!error)
+        return FLASH_KDA_OK;
+    return kda_fail(FLASH_KDA_ERROR_CUDA, "%s: %s (%s)", what, cudaGetErrorName(error),
+                    cudaGetErrorString(error));
+}
+
+static flash_kda_status launch(const struct kda_prefill *p, void *workspace) {
+    flash_kda_status status = FLASH_KDA_OK;
+    if (p->tokens)
+        status =
+            cuda_status(kda_sm80_prepare(p, chunks_of(p), workspace, p->stream), "prefill, kernel prepare");
+    if (!status)
+        status = cuda_status(kda_sm80_chain(p, workspace, p->stream), "prefill, kernel chain");
+    return status;
+}
+
+/* Launches on q's device and leaves the thread's current device as it was. */
+static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
+    int current = 0;
+    flash_kda_status status = check_size(p);
+    if (!status)
+        status = cuda_status(cudaGetDevice(&current), "prefill, cudaGetDevice");
+    if (!status && current != p->device)
+        status = cuda_status(cudaSetDevice(p->device), "prefill, cudaSetDevice");
+    if (status)
+        return status;
+    status = launch(p, workspace);
+    if (current != p->device)
+        cudaSetDevice(current);
+    return status;
+}
+
+static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t size) {
+    snprintf(text, size, "cuda: level sm80, bf16 products, %lld chains, %lld chunks of up to %d tokens",
+             (long long)(p->sequences * p->value_heads), (long long)chunks_of(p), KDA_CUDA_CHUNK);
+    return check_size(p);
+}
+
+/* Is there a device that the kernels run on? */
+static bool available(void) {
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices))
+        return false;
+    for (int i = 0; i < devices; i++) {
+        int major = 0;
+        if (!cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i) && major >= 8)
+            return true;
+    }
+    return false;
+}
+
+const struct kda_backend kda_cuda_backend = {"cuda", false, available, workspace_size, prefill, describe};

@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: MIT */
+/* The kernels of the portable CUDA level (sm_80 and later), as the host code calls them. */
+#ifndef KDA_CUDA_SM80_KERNELS_H
+#define KDA_CUDA_SM80_KERNELS_H
+
+#include "api/problem.h"
+
+#include <cuda_runtime_api.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Bytes of the operands of one chunk of one value head. */
+size_t kda_sm80_operands_size(int64_t key_dim);
+
+/* Writes the operands of `chunks` chunks (operands.cuh) of every value head: [chunks][HV]. */
+cudaError_t kda_sm80_prepare(const struct kda_prefill *p, int64_t chunks, void *operands, cudaStream_t stream);
+
+/* Takes every state through its chunks: writes out, final_state and checkpoints at whole chunks. */
+cudaError_t kda_sm80_chain(const struct kda_prefill *p, const void *operands, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
