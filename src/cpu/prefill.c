@@ -13,6 +13,7 @@
 #include "api/status.h"
 #include "cpu/denormals.h"
 #include "cpu/level.h"
+#include "cpu/team.h"
 
 #include <omp.h>
 #include <stdio.h>
@@ -242,10 +243,6 @@ static void begin_tile(const struct kda_prefill *p, const struct plan *plan, str
         store_final(p, plan, run, &io, tile);
 }
 
-static bool has_tile(const struct plan *plan, const struct run *run, int64_t index) {
-    return index < plan->tiles || run->has_identity;
-}
-
 /* Decides the chunks of the run's batch number n: none across a checkpoint, none if the run is at its end. */
 static void plan_batch(const struct kda_prefill *p, const struct plan *plan, struct run *run, int64_t n) {
     struct batch *batch = &run->batches[n % PLANNED];
@@ -310,38 +307,44 @@ static bool any_left(const struct run *runs, int64_t count, int64_t n) {
     return false;
 }
 
-/* Works `count` runs to their ends. In each step all threads apply batch n, prepare batch n + 1 and plan batch n + 2,
- * so that they wait for each other once a step. */
+/* One task of step n: apply, prepare and plan go on side by side in batches n, n + 1 and n + 2; step -1, before the
+ * first, begins the tiles instead of applying. */
+static void work_task(const struct kda_prefill *p, const struct plan *plan, struct run *run, int64_t n,
+                      int64_t task) {
+    int64_t tiles = plan->tiles + plan->identity_tiles;
+    if (task >= tiles + plan->batch)
+        plan_batch(p, plan, run, n + 2);
+    else if (task >= tiles)
+        prepare_chunk(p, plan, run, n + 1, task - tiles);
+    else if (task >= plan->tiles && !run->has_identity)
+        return;
+    else if (n < 0)
+        begin_tile(p, plan, run, task);
+    else
+        advance_tile(p, plan, run, n, task);
+}
+
+/* Works all runs to their ends; the threads wait for each other once a step. A thread that comes late to a step
+ * finds it done and goes on to the next. */
 static void run_together(const struct kda_prefill *p, const struct plan *plan, struct run *runs,
-                         int64_t count) {
-    int64_t tiles = plan->tiles + plan->identity_tiles, tasks = tiles + plan->batch + 1;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; i++) {
-        plan_batch(p, plan, &runs[i], 0);
-        plan_batch(p, plan, &runs[i], 1);
+                         struct team *team) {
+    int64_t count = plan_runs(plan), i;
+#pragma omp single
+    {
+        for (int64_t r = 0; r < count; r++)
+            plan_batch(p, plan, &runs[r], 0);
+        team_start(team, count * (plan->tiles + plan->identity_tiles + plan->batch + 1));
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count * tasks; i++) {
-        struct run *run = &runs[i % count];
-        int64_t task = i / count;
-        if (task >= tiles)
-            prepare_chunk(p, plan, run, 0, task - tiles);
-        else if (has_tile(plan, run, task))
-            begin_tile(p, plan, run, task);
-    }
-    for (int64_t n = 0; any_left(runs, count, n); n++) {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count * tasks; i++) {
-            struct run *run = &runs[i % count];
-            int64_t task = i / count;
-            if (task >= tiles + plan->batch)
-                plan_batch(p, plan, run, n + 2);
-            else if (task >= tiles)
-                prepare_chunk(p, plan, run, n + 1, task - tiles);
-            else if (has_tile(plan, run, task))
-                advance_tile(p, plan, run, n, task);
+    for (int64_t n = -1; !atomic_load(&team->ended); n++) {
+        uint64_t step = (uint64_t)(n + 1);
+        while (team_take(team, step, &i)) {
+            work_task(p, plan, &runs[i % count], n, i / count);
+            if (team_done(team))
+                team_open(team, step, !any_left(runs, count, n + 1));
         }
+        team_wait(team, step);
     }
+#pragma omp barrier
 }
 
 /* Gives every segment of a chain its true state, in the tiles of the run before it:
@@ -380,11 +383,11 @@ static void start_second_pass(const struct kda_prefill *p, const struct plan *pl
         }
 }
 
-static void run_segments(const struct kda_prefill *p, const struct plan *plan, struct run *runs) {
-    int64_t count = plan->chains * plan->segments;
+static void run_segments(const struct kda_prefill *p, const struct plan *plan, struct run *runs,
+                         struct team *team) {
 #pragma omp single
     start_first_pass(p, plan, runs);
-    run_together(p, plan, runs, count);
+    run_together(p, plan, runs, team);
     if (plan->segments == 1)
         return;
 #pragma omp for schedule(dynamic, 1)
@@ -392,7 +395,7 @@ static void run_segments(const struct kda_prefill *p, const struct plan *plan, s
         scan_segments(p, plan, runs + i / plan->tiles * plan->segments, i % plan->tiles);
 #pragma omp single
     start_second_pass(p, plan, runs);
-    run_together(p, plan, runs, count);
+    run_together(p, plan, runs, team);
 }
 
 /* ---- Entries ----------------------------------------------------------------------------------- */
@@ -404,11 +407,12 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
         return status;
     struct arena arena = {workspace, 0};
     struct run *runs = lay_out(p, &plan, &arena);
+    struct team team;
 #pragma omp parallel num_threads(plan.threads)
     {
         uint64_t mode = kda_flush_denormals();
         if (plan.together)
-            run_segments(p, &plan, runs);
+            run_segments(p, &plan, runs, &team);
         else
             run_apart(p, &plan, runs);
         kda_set_float_mode(mode);
