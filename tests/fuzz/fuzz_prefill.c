@@ -365,9 +365,13 @@ static void fill_indices(struct call *c, struct bytes *b) {
         offsets->memory[i] = 0;
     for (size_t i = 0; i < offsets->bytes; i += 8)
         offsets->memory[i] = (unsigned char)(take(b) % 8);
-    if (take(b) % 4 == 3)
-        set_index(&c->slots[CU_SEQLENS + take(b) % (CHECKPOINT_OFFSETS - CU_SEQLENS)], (int64_t)(take(b) % 4),
-                  take64(b));
+    static const enum argument indices[] = {CU_SEQLENS, STATE_INDICES, CHECKPOINT_CU_STARTS,
+                                            CHECKPOINT_INDICES};
+    for (unsigned i = take(b) % 4; i < 2; i++) {
+        enum argument argument = indices[take(b) % (sizeof indices / sizeof *indices)];
+        int64_t place = (int64_t)(take(b) % 4);
+        set_index(&c->slots[argument], place, take(b) % 4 ? (int64_t)(take(b) % 64) - 2 : take64(b));
+    }
 }
 
 static void make_memory(struct call *c) {
