@@ -21,7 +21,7 @@
 
 enum {
     BATCH_APART = 1,     /* chunks prepared at a time: few, so that they stay in a core's own cache */
-    BATCH_TOGETHER = 32, /* many, so that threads seldom wait for each other */
+    BATCH_TOGETHER = 16, /* many, so that threads seldom wait for each other */
     PLANNED = 3,         /* batches of a run that are planned, prepared and applied side by side */
     MIN_SEGMENT = 256,   /* tokens */
     MAX_SEGMENTS = 64,
@@ -167,7 +167,7 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *byte
 static struct kda_chain chain_segment(const struct kda_prefill *p, const struct plan *plan, int64_t index,
                                       int s) {
     struct kda_chain chain = {
-        .sequence = index / p->value_heads, .head = index % p->value_heads, .ahead = plan->batch * KDA_CHUNK};
+        .sequence = index / p->value_heads, .head = index % p->value_heads, .prepares_next = !plan->together};
     chain.tokens = kda_sequence(p, chain.sequence);
     int64_t length = chain.tokens.slot < 0 ? 0 : chain.tokens.length;
     int64_t share = max64((length + plan->segments - 1) / plan->segments, MIN_SEGMENT);

@@ -43,7 +43,7 @@ struct kda_chain {
     int64_t sequence, head;
     struct kda_sequence tokens;
     int64_t begin, end; /* tokens within the sequence */
-    int64_t ahead;      /* tokens from a chunk to the one that will be prepared in its place */
+    bool prepares_next; /* the thread that applies a chunk will also prepare the next one */
 };
 
 /* Where a tile's values come from and its outputs go. */

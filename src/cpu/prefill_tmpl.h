@@ -335,26 +335,31 @@ static inline void solve(const struct kda_chunk *chunk, const float *values, boo
     }
 }
 
-#define PREFETCH_ROW(tensor, batch, token, head, count)                                          \
+#define PREFETCH_ROW(tensor, batch, token, head, first, count)                                   \
     for (int64_t byte = 0; byte < (count) * (int64_t)kda_dtype_size((tensor).dtype); byte += 64) \
-    __builtin_prefetch(kda_row(&(tensor), batch, token, head) + byte)
+    __builtin_prefetch(kda_row(&(tensor), batch, token, head) +                                  \
+                       (first) * (int64_t)kda_dtype_size((tensor).dtype) + byte)
 
-/* Asks for this tile's share of the tokens that will be prepared next: the rows of one head lie apart, where the
- * hardware does not foresee them. Always inlined, or gcc drops a call that only prefetches. */
+/* Asks for this tile's values of the next chunk and for its share of the tokens that will be prepared next: the rows
+ * of one head lie apart, where the hardware does not foresee them. Always inlined, or gcc drops a call that only
+ * prefetches. */
 __attribute__((always_inline)) static inline void prefetch_next(const struct kda_prefill *p,
                                                                 const struct kda_chain *chain,
                                                                 const struct kda_chunk *chunk,
                                                                 const struct kda_tile_io *io) {
-    int64_t tiles = kda_tiles(p->value_dim), tile = io->column / KDA_TILE;
-    int64_t first = chunk->first + chain->ahead, batch = chain->tokens.batch;
+    int64_t tiles = kda_tiles(p->value_dim), tile = io->column / KDA_TILE, batch = chain->tokens.batch;
+    int64_t head = chain->head, key_head = head / (p->value_heads / p->heads),
+            first = chunk->first + chunk->count;
+    for (int64_t t = first; io->has_values && t < first + KDA_CHUNK && t < chain->end; t++)
+        PREFETCH_ROW(p->v, batch, chain->tokens.first + t, head, io->column, io->columns);
+    if (!chain->prepares_next)
+        return;
     int64_t end = first + (tile + 1) * KDA_CHUNK / tiles;
     for (int64_t t = first + tile * KDA_CHUNK / tiles; t < end && t < chain->end; t++) {
-        int64_t token = chain->tokens.first + t, head = chain->head,
-                key_head = head / (p->value_heads / p->heads);
-        PREFETCH_ROW(p->q, batch, token, key_head, p->key_dim);
-        PREFETCH_ROW(p->k, batch, token, key_head, p->key_dim);
-        PREFETCH_ROW(p->g, batch, token, head, p->key_dim);
-        PREFETCH_ROW(p->v, batch, token, head, p->value_dim);
+        int64_t token = chain->tokens.first + t;
+        PREFETCH_ROW(p->q, batch, token, key_head, 0, p->key_dim);
+        PREFETCH_ROW(p->k, batch, token, key_head, 0, p->key_dim);
+        PREFETCH_ROW(p->g, batch, token, head, 0, p->key_dim);
     }
 }
 
