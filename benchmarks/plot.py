@@ -10,12 +10,12 @@ import sys
 
 import matplotlib
 from matplotlib import pyplot
+from matplotlib.patches import Patch
 
 # The same JSON gives the same bytes.
 matplotlib.rcParams.update({"svg.hashsalt": "flashkda", "font.size": 9, "axes.spines.top": False,
                             "axes.spines.right": False})
 COLOURS = {"fp32": "#4878a8", "bf16": "#e08a3c"}
-ARITHMETIC = {"fp32": "fp32 output", "bf16": "bf16 output"}
 LEVEL_CASE = {"tokens": 4096, "heads": 8, "key_dim": 128, "gate": "softplus", "regime": "slow"}
 
 
@@ -32,17 +32,16 @@ def draw_matmul(axes, measured):
 
 def draw_bars(axes, labels, bars):
     """Bars, two to a label at most, each a (place of its label, result)."""
-    seen = set()
     for place, result in bars:
         dtype = result["case"]["out_dtype"]
         y = place + (0.2 if dtype == "bf16" else -0.2)
-        axes.barh(y, result["gflops"], 0.38, color=COLOURS[dtype], label=None if dtype in seen else ARITHMETIC[dtype])
-        axes.text(result["gflops"], y, f" {result['gflops']:.0f}", va="center", fontsize=8)
-        seen.add(dtype)
+        axes.barh(y, result["gflops"], 0.38, color=COLOURS[dtype])
+        axes.annotate(f"{result['gflops']:.0f}", (result["gflops"], y), (3, 0), textcoords="offset points",
+                      va="center", fontsize=8)
+    axes.margins(x=0.1)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xlabel("GFLOP/s (8 K V to a token of a head)")
-    axes.legend(loc="lower right", frameon=False)
 
 
 def draw_levels(axes, measured):
@@ -70,6 +69,8 @@ def draw(measured, path):
     machine = measured["machine"]
     figure.suptitle(f"Prefill on {machine['cpu']}, {machine['threads']} threads: bf16 inputs, K = V = 128 unless said,"
                     f" gate and norm included; commit {measured['commit']}, {measured['date'][:10]}", fontsize=10)
+    figure.legend([Patch(color=colour) for colour in COLOURS.values()], [f"{dtype} output" for dtype in COLOURS],
+                  loc="outside lower center", ncols=len(COLOURS), frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -291,10 +291,29 @@ static inline void earlier_pairs(struct rows *rows, int64_t Kp, int block, struc
     }
 }
 
+#define PREFETCH_ROW(tensor, batch, token, head, first, count)                                   \
+    for (int64_t byte = 0; byte < (count) * (int64_t)kda_dtype_size((tensor).dtype); byte += 64) \
+    __builtin_prefetch(kda_row(&(tensor), batch, token, head) +                                  \
+                       (first) * (int64_t)kda_dtype_size((tensor).dtype) + byte)
+
+/* Asks for the rows of q, k and g of `count` tokens. Always inlined, or gcc drops a call that only prefetches. */
+__attribute__((always_inline)) static inline void
+prefetch_keys(const struct kda_prefill *p, const struct kda_chain *chain, int64_t first, int64_t count) {
+    int64_t batch = chain->tokens.batch, head = chain->head, key_head = head / (p->value_heads / p->heads);
+    for (int64_t t = first; t < first + count && t < chain->end; t++) {
+        int64_t token = chain->tokens.first + t;
+        PREFETCH_ROW(p->q, batch, token, key_head, 0, p->key_dim);
+        PREFETCH_ROW(p->k, batch, token, key_head, 0, p->key_dim);
+        PREFETCH_ROW(p->g, batch, token, head, 0, p->key_dim);
+    }
+}
+
 static void prepare(const struct kda_prefill *p, const struct kda_chain *chain, struct kda_chunk *chunk) {
     int64_t Kp = kda_padded_key_dim(p), missing = (KDA_CHUNK - chunk->count) * Kp;
     struct rows rows;
     for (int64_t t = 0; t < chunk->count; t++) {
+        if (!chain->prepares_next) /* where threads take turns, this one's next chunk is about two on */
+            prefetch_keys(p, chain, chunk->first + 2 * KDA_CHUNK + t, 1);
         load_key(p, &p->k, chain, chunk->first + t, 1, Kp, rows.k + t * Kp);
         load_key(p, &p->q, chain, chunk->first + t, p->scale, Kp, rows.q + t * Kp);
     }
@@ -335,11 +354,6 @@ static inline void solve(const struct kda_chunk *chunk, const float *values, boo
     }
 }
 
-#define PREFETCH_ROW(tensor, batch, token, head, first, count)                                   \
-    for (int64_t byte = 0; byte < (count) * (int64_t)kda_dtype_size((tensor).dtype); byte += 64) \
-    __builtin_prefetch(kda_row(&(tensor), batch, token, head) +                                  \
-                       (first) * (int64_t)kda_dtype_size((tensor).dtype) + byte)
-
 /* Asks for this tile's values of the next chunk and for its share of the tokens that will be prepared next: the rows
  * of one head lie apart, where the hardware does not foresee them. Always inlined, or gcc drops a call that only
  * prefetches. */
@@ -348,19 +362,12 @@ __attribute__((always_inline)) static inline void prefetch_next(const struct kda
                                                                 const struct kda_chunk *chunk,
                                                                 const struct kda_tile_io *io) {
     int64_t tiles = kda_tiles(p->value_dim), tile = io->column / KDA_TILE, batch = chain->tokens.batch;
-    int64_t head = chain->head, key_head = head / (p->value_heads / p->heads),
-            first = chunk->first + chunk->count;
+    int64_t head = chain->head, first = chunk->first + chunk->count;
     for (int64_t t = first; io->has_values && t < first + KDA_CHUNK && t < chain->end; t++)
         PREFETCH_ROW(p->v, batch, chain->tokens.first + t, head, io->column, io->columns);
-    if (!chain->prepares_next)
-        return;
-    int64_t end = first + (tile + 1) * KDA_CHUNK / tiles;
-    for (int64_t t = first + tile * KDA_CHUNK / tiles; t < end && t < chain->end; t++) {
-        int64_t token = chain->tokens.first + t;
-        PREFETCH_ROW(p->q, batch, token, key_head, 0, p->key_dim);
-        PREFETCH_ROW(p->k, batch, token, key_head, 0, p->key_dim);
-        PREFETCH_ROW(p->g, batch, token, head, 0, p->key_dim);
-    }
+    int64_t share = tile * KDA_CHUNK / tiles, end = (tile + 1) * KDA_CHUNK / tiles;
+    if (chain->prepares_next)
+        prefetch_keys(p, chain, first + share, end - share);
 }
 
 static void apply(const struct kda_prefill *p, const struct kda_chain *chain, const struct kda_chunk *chunk,
