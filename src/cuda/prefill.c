@@ -10,6 +10,7 @@
 #include "cuda/chunks.h"
 #include "cuda/sm80/kernels.h"
 
+#include <inttypes.h>
 #include <limits.h>
 #include <stdio.h>
 
@@ -71,8 +72,9 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
 }
 
 static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t size) {
-    snprintf(text, size, "cuda: level sm80, bf16 products, %lld chains, %lld chunks of up to %d tokens",
-             (long long)(p->sequences * p->value_heads), (long long)chunks_of(p), KDA_CUDA_CHUNK);
+    snprintf(text, size,
+             "cuda: level sm80, bf16 products, %" PRId64 " chains, %" PRId64 " chunks of up to %d tokens",
+             p->sequences * p->value_heads, chunks_of(p), KDA_CUDA_CHUNK);
     return check_size(p);
 }
 
