@@ -339,8 +339,10 @@ static void fill_wild(struct slot *s, struct bytes *b) {
 
 static void set_index(struct slot *s, int64_t i, int64_t value) {
     int64_t stride = s->dl.strides ? s->strides[0] : 1, item = s->dl.dtype.bits / 8;
-    int64_t at = (int64_t)s->dl.byte_offset + i * stride * item;
     int32_t narrow = (int32_t)value;
+    if (stride < 0 || stride > (int64_t)s->bytes)
+        return;
+    int64_t at = (int64_t)s->dl.byte_offset + i * stride * item;
     if (s->dl.ndim != 1 || (item != 4 && item != 8) || at < 0 || at + item > (int64_t)s->bytes)
         return;
     memcpy(s->memory + at, item == 4 ? (const void *)&narrow : (const void *)&value, (size_t)item);
