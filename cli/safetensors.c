@@ -5,6 +5,7 @@
 
 #include "file.h"
 
+#include <ctype.h>
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -39,12 +40,17 @@ struct problem {
     size_t size;
 };
 
-/* Always false, for the caller to return. */
+/* Always false, for the caller to return. A name from a file may hold control characters: the text stays one line. */
 __attribute__((format(printf, 2, 3))) static bool fail(const struct problem *problem, const char *format, ...) {
     va_list values;
     va_start(values, format);
     vsnprintf(problem->text, problem->size, format, values);
     va_end(values);
+    for (char *c = problem->text; problem->size > 0 && *c; c++) {
+        if (iscntrl((unsigned char)*c)) {
+            *c = '?';
+        }
+    }
     return false;
 }
 
