@@ -162,7 +162,7 @@ typedef struct flash_kda_prefill_args {
     flash_kda_gate gate;
     double lower_bound; /* sigmoid gate only: in [-5, 0), nats a token */
     flash_kda_beta beta_mode;
-    double scale;   /* 0: 1 / sqrt(K) */
+    double scale;   /* 0: 1 / sqrt(K); within the range of fp32 */
     uint32_t flags; /* flash_kda_flags */
 
     /* -- Packed sequences: B = 1, sequence n is tokens cu_seqlens[n] .. cu_seqlens[n + 1] - 1 -- */

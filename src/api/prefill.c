@@ -3,6 +3,7 @@
 #include "api/backend.h"
 #include "api/status.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -32,8 +33,8 @@ static flash_kda_status check_options(const flash_kda_prefill_args *a, struct kd
     if (a->gate == FLASH_KDA_GATE_SIGMOID && !(a->lower_bound >= -5 && a->lower_bound < 0))
         return INVALID("lower_bound is %g; expected at least -5 and below 0 with FLASH_KDA_GATE_SIGMOID",
                        a->lower_bound);
-    if (!isfinite(a->scale))
-        return INVALID("scale is %g; expected a finite number, or 0 for 1 / sqrt(K)", a->scale);
+    if (!(fabs(a->scale) <= FLT_MAX))
+        return INVALID("scale is %g; expected a number that fp32 can hold, or 0 for 1 / sqrt(K)", a->scale);
     if (a->num_threads < 0 || a->num_threads > KDA_MAX_THREADS)
         return INVALID("num_threads is %d; expected 0 to %d", (int)a->num_threads, KDA_MAX_THREADS);
     if (a->checkpoint_every < 0)

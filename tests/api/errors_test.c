@@ -233,6 +233,7 @@ static void num_threads_negative(struct fixture *f) { f->args.num_threads = -1; 
 static void num_threads_huge(struct fixture *f) { f->args.num_threads = INT32_MAX; }
 static void scale_nan(struct fixture *f) { f->args.scale = (double)NAN; }
 static void scale_infinite(struct fixture *f) { f->args.scale = -HUGE_VAL; }
+static void scale_beyond_fp32(struct fixture *f) { f->args.scale = 1e301; }
 static void checkpoint_every_negative(struct fixture *f) { f->args.checkpoint_every = -1; }
 
 static void lower_bound_too_low(struct fixture *f) { f->args.lower_bound = nextafter(-5, -6); }
@@ -504,6 +505,7 @@ static const struct argument_case {
     INVALID(num_threads_huge, "num_threads"),
     INVALID(scale_nan, "scale"),
     INVALID(scale_infinite, "scale"),
+    INVALID(scale_beyond_fp32, "scale"),
     INVALID(checkpoint_every_negative, "checkpoint_every"),
     INVALID(lower_bound_too_low, "lower_bound"),
     INVALID(lower_bound_zero, "lower_bound"),
