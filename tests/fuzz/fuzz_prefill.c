@@ -514,9 +514,10 @@ static float value_at(const struct slot *s, size_t at) {
     return x;
 }
 
-/* Whole buffers, padding included: both calls started from the same bytes. Where a huge scale brings the oracle's values
- * near the end of fp32, sums of them may overflow on the way. */
-static void compare(const struct slot *x, const struct slot *ref) {
+/* Whole buffers, padding included: both calls started from the same bytes. Values and states are of order 1 and may
+ * cancel to almost nothing; bf16 products then keep the error of what cancelled, at most `cancelled`. Where a huge scale
+ * brings the oracle's values near the end of fp32, sums of them may overflow on the way. */
+static void compare(const struct slot *x, const struct slot *ref, float cancelled) {
     size_t item = x->dl.dtype.bits / 8;
     float largest = 0;
     if (!x->memory || !x->bytes)
@@ -526,7 +527,7 @@ static void compare(const struct slot *x, const struct slot *ref) {
     if (largest > 1e30F)
         return;
     for (size_t at = x->dl.byte_offset % item; at + item <= x->bytes; at += item)
-        must(fabsf(value_at(x, at) - value_at(ref, at)) <= 0.05F * largest + 1e-5F);
+        must(fabsf(value_at(x, at) - value_at(ref, at)) <= 0.05F * largest + cancelled);
 }
 
 static const char *choose_level(struct bytes *b) {
@@ -544,10 +545,11 @@ static void compare_with_oracle(const struct call *c, const struct bytes *from) 
     build(&oracle, &b);
     oracle.args.backend = FLASH_KDA_BACKEND_REFERENCE;
     must(run(&oracle, 0) == FLASH_KDA_OK);
-    compare(&c->slots[OUT], &oracle.slots[OUT]);
-    compare(&c->slots[INITIAL_STATE], &oracle.slots[INITIAL_STATE]);
-    compare(&c->slots[FINAL_STATE], &oracle.slots[FINAL_STATE]);
-    compare(&c->slots[CHECKPOINTS], &oracle.slots[CHECKPOINTS]);
+    const float cancelled = 0.01F;
+    compare(&c->slots[OUT], &oracle.slots[OUT], cancelled * fmaxf(1, (float)fabs(c->args.scale)));
+    compare(&c->slots[INITIAL_STATE], &oracle.slots[INITIAL_STATE], cancelled);
+    compare(&c->slots[FINAL_STATE], &oracle.slots[FINAL_STATE], cancelled);
+    compare(&c->slots[CHECKPOINTS], &oracle.slots[CHECKPOINTS], cancelled);
     destroy(&oracle);
 }
 
