@@ -417,6 +417,7 @@ static void choose_aliases(struct call *c, struct bytes *b) {
     if (choice == 6) {
         from = &c->slots[take(b) % ARGUMENTS];
         to = &c->slots[take(b) % ARGUMENTS];
+        c->wild_values = true; /* what is g to one may be a step of thousands to the other */
     }
     if (from == to || to->bytes > from->bytes || !to->memory)
         return;
