@@ -211,9 +211,9 @@ static inline flash_kda_prefill_args flash_kda_prefill_args_init() {
 #endif
 
 /* Bytes of scratch memory that flash_kda_prefill() needs for these arguments, on the device of q, to *bytes.
- * It depends on shapes, dtypes, num_threads and, for packed sequences, on N, not on the data; on the CPU it does not
- * grow with T, on CUDA it is about 0.7 times the bytes of q, k, v, g and out in bf16. Errors: as flash_kda_prefill(), but for indices that are used twice: only that call, which has
- * scratch memory, finds them. */
+ * It depends on shapes, dtypes, num_threads and, for packed sequences, on N, not on the data. On the CPU it does not grow
+ * with T; on CUDA it is about 0.7 times the bytes of q, k, v, g and out in bf16. Errors: as flash_kda_prefill(), but for
+ * indices that are used twice: only that call, which has scratch memory, finds them. */
 FLASH_KDA_API flash_kda_status flash_kda_prefill_workspace_size(const flash_kda_prefill_args *args,
                                                                 size_t *bytes);
 
@@ -224,7 +224,8 @@ FLASH_KDA_API flash_kda_status flash_kda_prefill_workspace_size(const flash_kda_
  *
  * Results are the same bits from run to run with the same arguments on the same machine.
  * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED,
- * FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL; everything is checked before anything is written. */
+ * FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL; everything is checked before anything is written. On CUDA also
+ * FLASH_KDA_ERROR_CUDA with CUDA's own name for what went wrong, be it of an earlier call. */
 FLASH_KDA_API flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *args, void *workspace,
                                                  size_t workspace_bytes);
 

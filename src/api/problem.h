@@ -84,12 +84,18 @@ KDA_INLINE struct kda_state kda_state_at(const struct kda_prefill *p, const stru
     return s;
 }
 
+/* checkpoint_cu_starts[n], kept within the rows that there are: indices in device memory are not checked before. */
+KDA_INLINE int64_t kda_checkpoint_start(const struct kda_prefill *p, int64_t n) {
+    int64_t rows = p->checkpoint_indices.data ? p->checkpoint_indices.shape[0] : p->checkpoints.shape[0];
+    return kda_clamp(kda_index(&p->checkpoint_cu_starts, n, 0), 0, rows);
+}
+
 /* Rows of checkpoints that sequence n has. */
 KDA_INLINE int64_t kda_checkpoint_count(const struct kda_prefill *p, int64_t n) {
     if (p->checkpoint_offsets.data)
         return p->checkpoint_offsets.rank > 1 ? p->checkpoint_offsets.shape[1] : 1;
     if (p->checkpoint_cu_starts.data)
-        return kda_index(&p->checkpoint_cu_starts, n + 1, 0) - kda_index(&p->checkpoint_cu_starts, n, 0);
+        return kda_checkpoint_start(p, n + 1) - kda_checkpoint_start(p, n);
     return p->checkpoints.shape[1];
 }
 
@@ -118,7 +124,7 @@ KDA_INLINE struct kda_state kda_checkpoint_row(const struct kda_prefill *p, int6
                                                int64_t head) {
     struct kda_state s = kda_state_at(p, &p->checkpoints, 0, head);
     if (p->checkpoint_cu_starts.data) {
-        int64_t row = kda_index(&p->checkpoint_cu_starts, n, 0) + j;
+        int64_t row = kda_checkpoint_start(p, n) + j;
         if (p->checkpoint_indices.data)
             row = row >= 0 && row < p->checkpoint_indices.shape[0] ? kda_index(&p->checkpoint_indices, row, 0)
                                                                    : -1;

@@ -4,6 +4,7 @@
 
 #include "api/status.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -50,8 +51,20 @@ static int runnable(void) {
     return LEVELS;
 }
 
+/* runnable(), asked once: CPUID is slow on a virtual machine, and every call comes here. Threads that meet here first find
+ * the same. */
+static int levels_here(void) {
+    static _Atomic int known;
+    int count = atomic_load_explicit(&known, memory_order_relaxed);
+    if (!count) {
+        count = runnable();
+        atomic_store_explicit(&known, count, memory_order_relaxed);
+    }
+    return count;
+}
+
 const struct kda_cpu_level *kda_cpu_level(void) {
-    int count = runnable();
+    int count = levels_here();
     const char *forced = getenv(LEVEL_VARIABLE);
     if (!forced || !*forced)
         return &levels[count - 1];
@@ -73,7 +86,7 @@ const struct kda_cpu_level *kda_cpu_level(void) {
 const char *const *flash_kda_cpu_levels(void) {
     /* Built once per thread, so that no call needs a lock. */
     static _Thread_local const char *names[LEVELS + 1];
-    int count = runnable();
+    int count = levels_here();
     for (int i = 0; i < count; i++)
         names[i] = levels[i].name;
     names[count] = NULL;

@@ -43,6 +43,12 @@ KDA_INLINE int64_t kda_first_chunk(const struct kda_prefill *p, int64_t first, i
 KDA_INLINE struct kda_span kda_chunk_span(const struct kda_prefill *p, int64_t n, int64_t length,
                                           int64_t chunk) {
     int64_t begin = 0, end = length;
+    if (!p->checkpoints.data) { /* the common case, in few instructions */
+        struct kda_span span = {chunk * KDA_CUDA_CHUNK, 0};
+        if (span.first < length)
+            span.count = kda_min64(length - span.first, KDA_CUDA_CHUNK);
+        return span;
+    }
     if (kda_cut_every(p)) {
         int64_t each = kda_chunks_of(p->checkpoint_every);
         begin = chunk / each * p->checkpoint_every;

@@ -9,10 +9,16 @@
 #include "api/status.h"
 #include "cuda/chunks.h"
 #include "cuda/sm80/kernels.h"
+#include "cuda/sm90/kernels.h"
 
 #include <inttypes.h>
 #include <limits.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The name of the environment variable that forces a level. */
+#define LEVEL_VARIABLE "FLASH_KDA_CUDA"
 
 /* What a grid can hold in its second dimension. */
 enum { MAX_GRID_Y = 65535 };
@@ -41,41 +47,96 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *byte
 static flash_kda_status cuda_status(cudaError_t error, const char *what) {
     if (!error)
         return FLASH_KDA_OK;
+    cudaGetLastError(); /* or the next launch would report this error as its own */
     return kda_fail(FLASH_KDA_ERROR_CUDA, "%s: %s (%s)", what, cudaGetErrorName(error),
                     cudaGetErrorString(error));
 }
 
-static flash_kda_status launch(const struct kda_prefill *p, void *workspace) {
+/* What decides how a problem is run. */
+struct plan {
+    bool sm90;      /* the chains run on Hopper's level, else on the portable one */
+    int processors; /* multiprocessors of the device */
+};
+
+#ifdef KDA_WITH_SM90
+enum { HAS_SM90 = true };
+#else
+enum { HAS_SM90 = false };
+static bool kda_sm90_takes(const struct kda_prefill *p) { return p && false; }
+static cudaError_t kda_sm90_chain(const struct kda_prefill *p, int64_t chunks, const void *operands,
+                                  int processors, cudaStream_t stream) {
+    return kda_sm80_chain(p, chunks, operands, stream);
+}
+#endif
+
+/* Hopper's level where it can take the problem; what it cannot take goes to the portable one, also if it is forced. */
+static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan) {
+    const char *forced = getenv(LEVEL_VARIABLE);
+    bool any = !forced || !*forced, sm80 = !any && !strcmp(forced, "sm80"),
+         sm90 = !any && !strcmp(forced, "sm90");
+    int major = 0;
+    if (!any && !sm80 && !sm90)
+        return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
+                        "the environment variable " LEVEL_VARIABLE " is %.40s; expected sm80 or sm90", forced);
+    flash_kda_status status = cuda_status(
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, p->device), "prefill, device");
+    if (!status)
+        status =
+            cuda_status(cudaDeviceGetAttribute(&plan->processors, cudaDevAttrMultiProcessorCount, p->device),
+                        "prefill, device");
+    if (status)
+        return status;
+    bool runs = HAS_SM90 && major == 9;
+    if (sm90 && !runs)
+        return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
+                        "the environment variable " LEVEL_VARIABLE " is sm90, which %s; expected sm80",
+                        HAS_SM90 ? "this device cannot run" : "this build lacks");
+    plan->sm90 = runs && !sm80 && kda_sm90_takes(p);
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status launch(const struct kda_prefill *p, const struct plan *plan, void *workspace) {
     flash_kda_status status = FLASH_KDA_OK;
     if (p->tokens)
         status =
             cuda_status(kda_sm80_prepare(p, chunks_of(p), workspace, p->stream), "prefill, kernel prepare");
-    if (!status)
-        status = cuda_status(kda_sm80_chain(p, workspace, p->stream), "prefill, kernel chain");
-    return status;
+    if (status)
+        return status;
+    return cuda_status(plan->sm90 ? kda_sm90_chain(p, chunks_of(p), workspace, plan->processors, p->stream)
+                                  : kda_sm80_chain(p, chunks_of(p), workspace, p->stream),
+                       "prefill, kernel chain");
 }
 
 /* Launches on q's device and leaves the thread's current device as it was. */
 static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
     int current = 0;
+    struct plan plan;
     flash_kda_status status = check_size(p);
+    if (!status)
+        status = make_plan(p, &plan);
     if (!status)
         status = cuda_status(cudaGetDevice(&current), "prefill, cudaGetDevice");
     if (!status && current != p->device)
         status = cuda_status(cudaSetDevice(p->device), "prefill, cudaSetDevice");
     if (status)
         return status;
-    status = launch(p, workspace);
+    status = launch(p, &plan, workspace);
     if (current != p->device)
         cudaSetDevice(current);
     return status;
 }
 
 static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t size) {
+    struct plan plan;
+    flash_kda_status status = check_size(p);
+    if (!status)
+        status = make_plan(p, &plan);
+    if (status)
+        return status;
     snprintf(text, size,
-             "cuda: level sm80, bf16 products, %" PRId64 " chains, %" PRId64 " chunks of up to %d tokens",
-             p->sequences * p->value_heads, chunks_of(p), KDA_CUDA_CHUNK);
-    return check_size(p);
+             "cuda: level %s, bf16 products, %" PRId64 " chains, %" PRId64 " chunks of up to %d tokens",
+             plan.sm90 ? "sm90" : "sm80", p->sequences * p->value_heads, chunks_of(p), KDA_CUDA_CHUNK);
+    return FLASH_KDA_OK;
 }
 
 /* Is there a device that the kernels run on? */

@@ -14,11 +14,12 @@ extern "C" {
 /* Bytes of the operands of one chunk of one value head. */
 size_t kda_sm80_operands_size(int64_t key_dim);
 
-/* Writes the operands of `chunks` chunks (operands.cuh) of every value head: [chunks][HV]. */
+/* Writes the operands of `chunks` chunks (operands.cuh) of every value head: [HV][chunks]. */
 cudaError_t kda_sm80_prepare(const struct kda_prefill *p, int64_t chunks, void *operands, cudaStream_t stream);
 
 /* Takes every state through its chunks: writes out, final_state and checkpoints at whole chunks. */
-cudaError_t kda_sm80_chain(const struct kda_prefill *p, const void *operands, cudaStream_t stream);
+cudaError_t kda_sm80_chain(const struct kda_prefill *p, int64_t chunks, const void *operands,
+                           cudaStream_t stream);
 
 #ifdef __cplusplus
 }

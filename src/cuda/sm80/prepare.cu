@@ -1,33 +1,47 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * The part of a chunk that does not depend on the state, for every chunk of every value head at once: gate, norms,
- * KT, QT, KR, M and the inverse of I + L (docs/maths.md). One CTA a chunk and value head.
+ * KT, QT, KR, M and the inverse of I + L (docs/maths.md). One CTA a chunk and value head; a thread works two channels of
+ * a block of 16 tokens.
  *
- * No exponent is ever positive: decays between two tokens are products of the tokens' own exp(a) <= 1. Pairs of
- * tokens in one block of 8 are multiplied out in fp32; pairs in different blocks meet in tensor-core products
- * whose rows are decayed from the start of their block and whose columns to the start of that block.
+ * Pairs of tokens meet in tensor-core products of k or q decayed from the middle of their block and k grown back to
+ * it. That product is exact in every exponent, but its factors reach 2^115: inside the blocks, a token's decay counts
+ * for at most exp(-10), which changes a pair by at most 4.5e-5 and keeps any gate in range. The state's carry takes
+ * the true sum, so that a hard reset clears.
  */
+#include "cuda/operands.cuh"
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/sm80/kernels.h"
-#include "cuda/sm80/operands.cuh"
+
+#include <cuda_fp16.h>
 
 namespace kda {
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int BLOCK = 8, BLOCKS = CHUNK / BLOCK;
-constexpr float LOG2E = 1.4426950408889634f;
+constexpr int BLOCK = 16, BLOCKS = CHUNK / BLOCK,
+              MIDDLE = BLOCK / 2; /* tokens; the first MIDDLE lie before it */
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float STRONGEST = -10 * LOG2E; /* decay of a token in a pair, log2 */
+
+/* Decay of one channel of a block, log2: through all of it, and the part before and behind its middle; these two with
+ * every token's decay at most STRONGEST. */
+struct Decay {
+    float2 through, before, behind;
+};
 
 template <int KP> struct Shared {
-    float k[CHUNK][KP];                /* normalised */
-    float q[CHUNK][KP];                /* normalised, times scale */
-    float decay[CHUNK][KP];            /* exp(a); a log2 decay until the gate is applied */
-    __nv_bfloat16 rows[2][CHUNK * KP]; /* k, then q, decayed from the start of their block; swizzled */
-    __nv_bfloat16 columns[CHUNK * KP]; /* k decayed to the end of its block; swizzled */
-    float through[BLOCKS][KP];         /* decay through a block */
-    float log_through[BLOCKS][KP];
+    static constexpr int PAIRS = KP / 2, THREADS = BLOCKS * PAIRS, WARPS = THREADS / 32;
+    __nv_bfloat16 rows[2][CHUNK * KP]; /* unit rows of k, then q, decayed from the middle of their block */
+    __nv_bfloat16 columns[CHUNK * KP]; /* unit rows of k grown back to the middle of their block */
+    __nv_bfloat16 across[BLOCK * KP];  /* those of block 0, decayed to the middle of block 1 */
+    Decay decay[BLOCKS][PAIRS];
+    float squares[WARPS][2 * BLOCK]; /* of a warp's channels of k, then q */
+    alignas(
+        16) float factor[2][WARPS]
+                        [2 * BLOCK]; /* of a row of KT or QT, and of a unit row; each warp has its own copy */
+    float undo[2][CHUNK];            /* |row| / |unit row| of k, then q, where rows are not normalised */
     float beta[CHUNK];
-    float L[CHUNK][CHUNK + 1], M[CHUNK][CHUNK + 1];
+    alignas(16) float L[CHUNK][CHUNK + 4]; /* transposed */
 };
 
 __device__ float load_float(const char *row, kda_dtype dtype, int64_t i) {
@@ -37,13 +51,8 @@ __device__ float load_float(const char *row, kda_dtype dtype, int64_t i) {
     return dtype == KDA_BF16 ? kda_from_bf16(x) : __half2float(__ushort_as_half(x));
 }
 
-__device__ float warp_sum(float x) {
-    for (int lane = 16; lane; lane /= 2)
-        x += __shfl_xor_sync(~0u, x, lane);
-    return x;
-}
-
-__device__ float sigmoid(float x) { return __fdividef(1.f, 1.f + exp2_approximate(-x * LOG2E)); }
+/* 1 / (1 + exp2(x)) */
+__device__ float logistic(float x) { return reciprocal_approximate(1.f + exp2_approximate(x)); }
 
 /* log2 of the decay of one channel. A is exp(A_log). */
 template <flash_kda_gate gate> __device__ float log2_decay(float g, float dt_bias, float A, float lower_bound) {
@@ -54,160 +63,53 @@ template <flash_kda_gate gate> __device__ float log2_decay(float g, float dt_bia
         return -A * (fmaxf(x, 0.f) * LOG2E + tail);
     }
     if (gate == FLASH_KDA_GATE_SIGMOID)
-        return lower_bound * LOG2E * sigmoid(A * (g + dt_bias));
+        return lower_bound * LOG2E * logistic((g + dt_bias) * (-A * LOG2E));
     return g * LOG2E;
 }
 
-/* One lane's share of a warp's rows: four neighbouring channels of each of its tokens. */
-constexpr int TOKENS = CHUNK / WARPS;
+/* Two neighbouring channels of one token, as loaded. */
+template <bool all_bf16> struct Pair;
+template <> struct Pair<true> {
+    uint32_t raw;
+    __device__ void load(const char *row) { raw = *reinterpret_cast<const uint32_t *>(row); }
+    __device__ void set(float2 x) { raw = pack_bf16(x.x, x.y); }
+    __device__ float2 get() const { return unpack_bf16(raw); }
+};
+template <> struct Pair<false> {
+    float2 x;
+    __device__ void load(const char *row) { x = unpack_bf16(*reinterpret_cast<const uint32_t *>(row)); }
+    __device__ void set(float2 y) { x = y; }
+    __device__ float2 get() const { return x; }
+};
 
-/* Rows of q, k or g of this warp's tokens; missing ones and channels behind K are 0. All loads are under way before
- * the first is used. */
-__device__ void load_rows(const kda_prefill &p, const kda_tensor &t, int64_t batch, int64_t first, int64_t head,
-                          int count, int c, float4 (&x)[TOKENS]) {
-    int warp = threadIdx.x / 32;
-    const char *row = kda_row(&t, batch, first + warp, head) + (t.dtype == KDA_F32 ? 4 : 2) * c;
-    int64_t stride = WARPS * t.stride[1];
-    bool whole =
-        c + 4 <= p.key_dim && t.dtype != KDA_F32 && (reinterpret_cast<uintptr_t>(row) | stride) % 8 == 0;
-    if (whole) {
-        uint2 raw[TOKENS];
+/* What a thread works on. */
+struct Place {
+    int64_t batch, token; /* of the block's first token in the tensors */
+    int64_t head, key_head;
+    int count;    /* tokens of the block that exist */
+    int block, c; /* c: first of two channels */
+    int channels; /* how many of them exist */
+};
+
+/* The block's rows of q, k or g; for a missing token, the last one that exists. All loads are under way before the first
+ * is used. */
+template <bool all_bf16>
+__device__ void load_rows(const kda_tensor &t, const Place &at, int64_t head, Pair<all_bf16> (&x)[BLOCK]) {
+    const char *row = kda_row(&t, at.batch, at.token, head) + (t.dtype == KDA_F32 ? 4 : 2) * at.c;
+    int64_t stride = t.stride[1];
+    bool pairs =
+        t.dtype == KDA_BF16 && at.channels >= 2 && (reinterpret_cast<uintptr_t>(row) | stride) % 4 == 0;
+    if (pairs && at.count >= BLOCK) {
 #pragma unroll
-        for (int i = 0; i < TOKENS; i++)
-            raw[i] = warp + i * WARPS < count ? *reinterpret_cast<const uint2 *>(row + i * stride)
-                                              : make_uint2(0, 0);
-#pragma unroll
-        for (int i = 0; i < TOKENS; i++) {
-            float2 low = t.dtype == KDA_BF16 ? unpack_bf16(raw[i].x)
-                                             : __half22float2(*reinterpret_cast<__half2 *>(&raw[i].x));
-            float2 high = t.dtype == KDA_BF16 ? unpack_bf16(raw[i].y)
-                                              : __half22float2(*reinterpret_cast<__half2 *>(&raw[i].y));
-            x[i] = make_float4(low.x, low.y, high.x, high.y);
-        }
+        for (int i = 0; i < BLOCK; i++, row += stride)
+            x[i].load(row);
         return;
     }
-    int real = p.key_dim - c < 4 ? (int)p.key_dim - c : 4;
 #pragma unroll
-    for (int i = 0; i < TOKENS; i++) {
-        float f[4] = {0, 0, 0, 0};
-        for (int n = 0; n < real && warp + i * WARPS < count; n++)
-            f[n] = load_float(row + i * stride, t.dtype, n);
-        x[i] = make_float4(f[0], f[1], f[2], f[3]);
-    }
-}
-
-template <int KP> constexpr int PASSES = (KP + 127) / 128; /* over the channels of a row, 128 at a time */
-
-/* This warp's rows of q or k to shared memory, normalised if asked for, times factor. */
-template <int KP>
-__device__ void store_keys(const kda_prefill &p, float factor, const float4 (&x)[PASSES<KP>][TOKENS],
-                           float (&to)[CHUNK][KP]) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < TOKENS; i++) {
-        float squares = 0, scale = factor;
-        for (int n = 0; n < PASSES<KP>; n++)
-            squares +=
-                x[n][i].x * x[n][i].x + x[n][i].y * x[n][i].y + x[n][i].z * x[n][i].z + x[n][i].w * x[n][i].w;
-        if (p.qk_norm)
-            scale /= sqrtf(warp_sum(squares) + 1e-6f);
-        for (int n = 0; n < PASSES<KP>; n++)
-            if (n * 128 + lane * 4 < KP)
-                *reinterpret_cast<float4 *>(&to[warp + i * WARPS][n * 128 + lane * 4]) =
-                    make_float4(x[n][i].x * scale, x[n][i].y * scale, x[n][i].z * scale, x[n][i].w * scale);
-    }
-}
-
-/* g of this warp's tokens becomes log2 decays; channels behind K and missing tokens do not decay. */
-template <int KP, flash_kda_gate gate>
-__device__ void store_decays(const kda_prefill &p, int64_t head, int count,
-                             const float4 (&g)[PASSES<KP>][TOKENS], float (&to)[CHUNK][KP]) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, K = (int)p.key_dim;
-    const char *bias = p.dt_bias.data ? p.dt_bias.data + head * p.dt_bias.stride[0] : nullptr;
-    float A = p.A_log.data
-                  ? fminf(expf(load_float(p.A_log.data + head * p.A_log.stride[0], p.A_log.dtype, 0)), 3e38f)
-                  : 1.f;
-#pragma unroll
-    for (int n = 0; n < PASSES<KP>; n++) {
-        int c = n * 128 + lane * 4;
-        float b[4];
-        for (int e = 0; e < 4; e++)
-            b[e] = bias && c + e < K ? load_float(bias, p.dt_bias.dtype, c + e) : 0.f;
-#pragma unroll
-        for (int i = 0; i < TOKENS; i++) {
-            float x[4] = {g[n][i].x, g[n][i].y, g[n][i].z, g[n][i].w};
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float a = log2_decay<gate>(x[e], b[e], A, p.lower_bound);
-                x[e] = warp + i * WARPS < count && c + e < K ? a : 0.f;
-            }
-            if (c < KP)
-                *reinterpret_cast<float4 *>(&to[warp + i * WARPS][c]) = make_float4(x[0], x[1], x[2], x[3]);
-        }
-    }
-}
-
-template <int KP>
-__device__ void load_chunk(const kda_prefill &p, const struct kda_sequence &s, int64_t first, int count,
-                           int64_t head, Shared<KP> &shared) {
-    int64_t key_head = head / (p.value_heads / p.heads), token = s.first + first;
-    float4 k[PASSES<KP>][TOKENS], q[PASSES<KP>][TOKENS], g[PASSES<KP>][TOKENS];
-#pragma unroll
-    for (int n = 0; n < PASSES<KP>; n++) {
-        int c = n * 128 + threadIdx.x % 32 * 4;
-        load_rows(p, p.k, s.batch, token, key_head, count, c, k[n]);
-        load_rows(p, p.q, s.batch, token, key_head, count, c, q[n]);
-        load_rows(p, p.g, s.batch, token, head, count, c, g[n]);
-    }
-    if (threadIdx.x < CHUNK) {
-        int t = threadIdx.x;
-        float beta = t < count ? load_float(kda_row(&p.beta, s.batch, token + t, head), p.beta.dtype, 0) : 0.f;
-        if (p.beta_mode != FLASH_KDA_BETA_GIVEN)
-            beta = sigmoid(beta) * (p.beta_mode == FLASH_KDA_BETA_TWICE_SIGMOID ? 2.f : 1.f);
-        shared.beta[t] = t < count ? beta : 0.f;
-    }
-    store_keys<KP>(p, 1.f, k, shared.k);
-    store_keys<KP>(p, p.scale, q, shared.q);
-    switch (p.gate) {
-    case FLASH_KDA_GATE_SOFTPLUS:
-        return store_decays<KP, FLASH_KDA_GATE_SOFTPLUS>(p, head, count, g, shared.decay);
-    case FLASH_KDA_GATE_SIGMOID:
-        return store_decays<KP, FLASH_KDA_GATE_SIGMOID>(p, head, count, g, shared.decay);
-    default:
-        return store_decays<KP, FLASH_KDA_GATE_NONE>(p, head, count, g, shared.decay);
-    }
-}
-
-/* Two channels of one block a thread: decays, and the operands of the pairs across blocks. */
-template <int KP> __device__ void decay_blocks(Shared<KP> &shared) {
-    for (int i = threadIdx.x; i < BLOCKS * KP / 2; i += THREADS) {
-        int block = i / (KP / 2), c = i % (KP / 2) * 2;
-        float2 product = make_float2(1, 1), sum = make_float2(0, 0), decay[BLOCK];
-#pragma unroll
-        for (int t = 0; t < BLOCK; t++) {
-            int row = block * BLOCK + t;
-            float2 a = *reinterpret_cast<float2 *>(&shared.decay[row][c]);
-            sum.x += a.x, sum.y += a.y;
-            decay[t] = make_float2(exp2_approximate(a.x), exp2_approximate(a.y));
-            *reinterpret_cast<float2 *>(&shared.decay[row][c]) = decay[t];
-            product.x *= decay[t].x, product.y *= decay[t].y;
-            float2 k = *reinterpret_cast<float2 *>(&shared.k[row][c]),
-                   q = *reinterpret_cast<float2 *>(&shared.q[row][c]);
-            int at = swizzled<KP>(row, c);
-            *reinterpret_cast<uint32_t *>(&shared.rows[0][at]) = pack_bf16(k.x * product.x, k.y * product.y);
-            *reinterpret_cast<uint32_t *>(&shared.rows[1][at]) = pack_bf16(q.x * product.x, q.y * product.y);
-        }
-        *reinterpret_cast<float2 *>(&shared.through[block][c]) = product;
-        *reinterpret_cast<float2 *>(&shared.log_through[block][c]) = sum;
-        product = make_float2(1, 1);
-#pragma unroll
-        for (int t = BLOCK - 1; t >= 0; t--) {
-            int row = block * BLOCK + t;
-            float2 k = *reinterpret_cast<float2 *>(&shared.k[row][c]);
-            *reinterpret_cast<uint32_t *>(&shared.columns[swizzled<KP>(row, c)]) =
-                pack_bf16(k.x * product.x, k.y * product.y);
-            product.x *= decay[t].x, product.y *= decay[t].y;
-        }
+    for (int i = 0; i < BLOCK; i++) {
+        const char *from = row + min(i, at.count - 1) * stride;
+        x[i].set(make_float2(at.channels > 0 ? load_float(from, t.dtype, 0) : 0.f,
+                             at.channels > 1 ? load_float(from, t.dtype, 1) : 0.f));
     }
 }
 
@@ -223,157 +125,291 @@ template <int half> __device__ void sum_by_lane(float (&x)[32]) {
         sum_by_lane<half / 2>(x);
 }
 
-/* Pairs inside a block, two warps a block: one for L, one for M. Lane n holds the n-th pair i > j, column by column. */
-template <int KP> __device__ void block_pairs(Shared<KP> &shared) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = warp / 2 * BLOCK;
-    bool queries = warp % 2;
-    float pair[32] = {}, own[BLOCK] = {};
-#pragma unroll 1
-    for (int c = lane * 2; c < KP; c += 64) {
-        float2 row[BLOCK], decay[BLOCK];
+/* Rows that are not normalised are made smaller by a power of two where their size could take a pair's factors out of
+ * range; their squares are summed small for the same reason. */
+constexpr int SHRINK_LOG2 = 40;
+constexpr float SHRINK = 0x1p-40f;
+
+__device__ float square(float2 x, float factor) {
+    x.x *= factor, x.y *= factor;
+    return x.x * x.x + x.y * x.y;
+}
+
+__device__ float unit_factor(float squares) {
+    int half_exponent = (((__float_as_int(squares) >> 23) - 127) >> 1) + 1 + SHRINK_LOG2;
+    return half_exponent > 0 ? ldexpf(1.f, -half_exponent) : 1.f;
+}
+
+template <int KP, bool all_bf16>
+__device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all_bf16> (&k)[BLOCK],
+                           const Pair<all_bf16> (&q)[BLOCK], Shared<KP> &shared) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float sums[2 * BLOCK];
+    if (p.qk_norm)
 #pragma unroll
-        for (int i = 0; i < BLOCK; i++) {
-            row[i] = *reinterpret_cast<float2 *>(queries ? &shared.q[block + i][c] : &shared.k[block + i][c]);
-            decay[i] = *reinterpret_cast<float2 *>(&shared.decay[block + i][c]);
-        }
-        int n = 0;
+        for (int t = 0; t < BLOCK; t++)
+            sums[t] = square(k[t].get(), 1.f), sums[BLOCK + t] = square(q[t].get(), 1.f);
+    else
 #pragma unroll
-        for (int j = 0; j < BLOCK; j++) {
-            float2 x = *reinterpret_cast<float2 *>(&shared.k[block + j][c]);
-            own[j] += row[j].x * x.x + row[j].y * x.y;
-#pragma unroll
-            for (int i = j + 1; i < BLOCK; i++, n++) {
-                x.x *= decay[i].x, x.y *= decay[i].y;
-                pair[n] += row[i].x * x.x + row[i].y * x.y;
-            }
-        }
-    }
-    sum_by_lane<16>(pair);
-    float sum = pair[0];
-    int j = 0, n = lane;
-    for (; j < BLOCK && n >= BLOCK - 1 - j; j++)
-        n -= BLOCK - 1 - j;
-    int i = block + j + 1 + n;
-    if (lane < BLOCK * (BLOCK - 1) / 2) {
-        if (queries)
-            shared.M[i][block + j] = sum;
-        else
-            shared.L[i][block + j] = sum * shared.beta[i];
-    }
+        for (int t = 0; t < BLOCK; t++)
+            sums[t] = square(k[t].get(), SHRINK), sums[BLOCK + t] = square(q[t].get(), SHRINK);
+    sum_by_lane<16>(sums);
+    shared.squares[warp][lane] = sums[0];
+    __syncthreads();
+    constexpr int PER_BLOCK = Shared<KP>::WARPS / BLOCKS;
+    float squares = 0;
+    for (int w = 0; w < PER_BLOCK; w++)
+        squares += shared.squares[at.block * PER_BLOCK + w][lane];
+    float scale = lane < BLOCK ? 1.f : p.scale,
+          unit = p.qk_norm ? rsqrtf(squares + 1e-6f) : unit_factor(squares);
+    bool exists = lane % BLOCK < at.count;
+    shared.factor[0][warp][lane] = exists ? (p.qk_norm ? unit * scale : scale) : 0.f;
+    shared.factor[1][warp][lane] = exists ? unit * (p.qk_norm ? scale : 1.f) : 0.f;
+    if (warp % PER_BLOCK == 0)
+        shared.undo[lane / BLOCK][at.block * BLOCK + lane % BLOCK] = scale / unit;
+    __syncwarp();
+}
+
+/* g becomes x, the log2 decay of each token from the middle of its block, and the block's decays. */
+template <int KP, flash_kda_gate gate, bool all_bf16>
+__device__ void find_decays(const kda_prefill &p, const Place &at, const Pair<all_bf16> (&g)[BLOCK],
+                            float2 (&x)[BLOCK], Decay &decay) {
+    const char *bias = p.dt_bias.data ? p.dt_bias.data + at.head * p.dt_bias.stride[0] : nullptr;
+    float A = p.A_log.data
+                  ? fminf(expf(load_float(p.A_log.data + at.head * p.A_log.stride[0], p.A_log.dtype, 0)), 3e38f)
+                  : 1.f;
+    float b0 = bias && at.channels > 0 ? load_float(bias, p.dt_bias.dtype, at.c) : 0.f;
+    float b1 = bias && at.channels > 1 ? load_float(bias, p.dt_bias.dtype, at.c + 1) : 0.f;
+    decay.through = make_float2(0, 0);
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) {
-        float diagonal = warp_sum(own[t]);
-        if (queries && lane == t)
-            shared.M[block + t][block + t] = diagonal;
+        float2 raw = g[t].get();
+        x[t] = make_float2(log2_decay<gate>(raw.x, b0, A, p.lower_bound),
+                           log2_decay<gate>(raw.y, b1, A, p.lower_bound));
     }
-}
-
-/* Pairs across blocks: rows of block `later` (k, then q) against columns of block `earlier`, one warp each. */
-template <int KP> __device__ void cross_pairs(Shared<KP> &shared) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int pair = warp; pair < BLOCKS * (BLOCKS - 1) / 2; pair += WARPS) {
-        int later = pair < 1 ? 1 : pair < 3 ? 2 : 3, earlier = pair - later * (later - 1) / 2;
-        int row = lane / 4, part = lane % 4 * 2;
-        float sum[4] = {};
-        for (int c = 0; c < KP; c += 16) {
-            uint32_t a[4], b[2];
+    if (at.count < BLOCK || at.channels < 2) /* what does not exist does not decay */
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                a[i] = *reinterpret_cast<uint32_t *>(
-                    &shared.rows[i % 2][swizzled<KP>(later * BLOCK + row, c + part + i / 2 * 8)]);
+        for (int t = 0; t < BLOCK; t++)
+            x[t] = make_float2(t < at.count && at.channels > 0 ? x[t].x : 0.f,
+                               t < at.count && at.channels > 1 ? x[t].y : 0.f);
+    if (gate != FLASH_KDA_GATE_SIGMOID) /* its bound is above STRONGEST */
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int at = c + part + i * 8;
-                b[i] = *reinterpret_cast<uint32_t *>(&shared.columns[swizzled<KP>(earlier * BLOCK + row, at)]);
-                if (later - earlier > 1) {
-                    float2 x = unpack_bf16(b[i]);
-                    for (int between = earlier + 1; between < later; between++) {
-                        float2 decay = *reinterpret_cast<float2 *>(&shared.through[between][at]);
-                        x.x *= decay.x, x.y *= decay.y;
-                    }
-                    b[i] = pack_bf16(x.x, x.y);
-                }
-            }
-            mma(sum, a, b[0], b[1]);
+        for (int t = 0; t < BLOCK; t++) {
+            decay.through.x += x[t].x, decay.through.y += x[t].y;
+            x[t] = make_float2(fmaxf(x[t].x, STRONGEST), fmaxf(x[t].y, STRONGEST));
         }
-        /* sum[0..1]: row of k, sum[2..3]: the same row of q */
-        int i = later * BLOCK + row, j = earlier * BLOCK + part;
-        float beta = shared.beta[i];
-        shared.L[i][j] = sum[0] * beta, shared.L[i][j + 1] = sum[1] * beta;
-        shared.M[i][j] = sum[2], shared.M[i][j + 1] = sum[3];
+    float2 sum = make_float2(0, 0);
+#pragma unroll
+    for (int t = MIDDLE; t < BLOCK; t++) {
+        sum.x += x[t].x, sum.y += x[t].y;
+        x[t] = sum;
+    }
+    decay.behind = sum;
+    sum = make_float2(0, 0);
+#pragma unroll
+    for (int t = MIDDLE - 1; t >= 0; t--) {
+        float2 a = x[t];
+        x[t] = make_float2(-sum.x, -sum.y);
+        sum.x += a.x, sum.y += a.y;
+    }
+    decay.before = sum;
+    if (gate == FLASH_KDA_GATE_SIGMOID)
+        decay.through = make_float2(decay.before.x + decay.behind.x, decay.before.y + decay.behind.y);
+}
+
+__device__ float2 exp2_pair(float x, float y) { return make_float2(exp2_approximate(x), exp2_approximate(y)); }
+
+__device__ float2 times(float2 x, float2 factor) { return make_float2(x.x * factor.x, x.y * factor.y); }
+__device__ float2 times(float2 x, float factor) { return make_float2(x.x * factor, x.y * factor); }
+__device__ uint32_t pack(float2 x) { return pack_bf16(x.x, x.y); }
+
+/* Decays of two channels between the middles and ends of blocks, as factors. A longer way is a product of these in turn
+ * and not one factor, which could vanish though its product with a factor of a row does not. */
+struct Ways {
+    float2 from_start;         /* to the middle of the thread's own block */
+    float2 behind_0, before_1; /* from the middle of block 0 to its end, from there to the middle of block 1 */
+    float2 behind_1;
+};
+
+template <int KP> __device__ Ways find_ways(const Shared<KP> &shared, const Place &at, Operands<KP> &out) {
+    const Decay &first = shared.decay[0][at.c / 2], &second = shared.decay[1][at.c / 2];
+    Ways ways;
+    ways.behind_0 = exp2_pair(first.behind.x, first.behind.y);
+    ways.before_1 = exp2_pair(second.before.x, second.before.y);
+    ways.behind_1 = exp2_pair(second.behind.x, second.behind.y);
+    if (at.block == 0) {
+        ways.from_start = exp2_pair(first.before.x, first.before.y);
+        *reinterpret_cast<float2 *>(&out.carry[at.c]) =
+            make_float2(expm1f((first.through.x + second.through.x) * LN2),
+                        expm1f((first.through.y + second.through.y) * LN2));
+    } else
+        ways.from_start =
+            times(exp2_pair(first.before.x + first.behind.x, first.before.y + first.behind.y), ways.before_1);
+    return ways;
+}
+
+template <int KP, bool all_bf16, bool normalised>
+__device__ void store_tiles(const Place &at, const Pair<all_bf16> (&k)[BLOCK], const Pair<all_bf16> (&q)[BLOCK],
+                            const float2 (&x)[BLOCK], Shared<KP> &shared, Operands<KP> &out) {
+    Ways ways = find_ways<KP>(shared, at, out);
+    const float *row_factor = shared.factor[0][threadIdx.x / 32];
+    float unit[2 * BLOCK];
+#pragma unroll
+    for (int t = 0; t < 2 * BLOCK; t += 4)
+        *reinterpret_cast<float4 *>(&unit[t]) =
+            *reinterpret_cast<const float4 *>(&shared.factor[1][threadIdx.x / 32][t]);
+    auto put = [](__nv_bfloat16 *tile, int i, float2 pair) {
+        *reinterpret_cast<uint32_t *>(&tile[i]) = pack(pair);
+    };
+#pragma unroll
+    for (int t = 0; t < BLOCK; t++) {
+        int row = at.block * BLOCK + t;
+        int i = swizzled<CHUNK, KP>(row, at.c), j = swizzled<2 * CHUNK, KP>(row, at.c);
+        float2 decayed = exp2_pair(x[t].x, x[t].y), grown = exp2_pair(-x[t].x, -x[t].y);
+        float2 key_row = times(times(k[t].get(), unit[t]), decayed);
+        float2 query_row = times(times(q[t].get(), unit[BLOCK + t]), decayed);
+        float2 column = times(times(k[t].get(), unit[t]), grown);
+        put(shared.rows[0], i, key_row);
+        put(shared.rows[1], i, query_row);
+        put(shared.columns, i, column);
+        if (at.block == 0) {
+            column = times(times(column, ways.behind_0), ways.before_1);
+            put(shared.across, swizzled<BLOCK, KP>(t, at.c), column);
+        }
+        if (!normalised) {
+            key_row = times(times(k[t].get(), row_factor[t]), decayed);
+            query_row = times(times(q[t].get(), row_factor[BLOCK + t]), decayed);
+            column = times(times(k[t].get(), row_factor[t]), grown);
+            if (at.block == 0)
+                column = times(times(column, ways.behind_0), ways.before_1);
+        }
+        put(out.queries_keys, j, times(key_row, ways.from_start));
+        put(out.queries_keys, j + CHUNK * PANEL, times(query_row, ways.from_start));
+        put(out.keys_to_end, i, times(column, ways.behind_1));
     }
 }
 
-/* One warp: column `lane` of (I + L)^-1 by forward substitution, times beta. */
-template <int KP> __device__ void invert(const Shared<KP> &shared, __nv_bfloat16 (&inverse)[2][CHUNK * CHUNK]) {
+/* sum [16][16] = 16 rows of k or q from row `down` on, times 16 columns. */
+template <int columns, int KP>
+__device__ void multiply_pairs(const MatrixRow<CHUNK, KP> &rows, int down, const MatrixRow<columns, KP> &tile,
+                               int right, float (&sum)[2][4]) {
+#pragma unroll
+    for (int c = 0; c < KP; c += 16) {
+        uint32_t a[4], b[4];
+        ldmatrix(a, rows.at(down, c));
+        ldmatrix(b, tile.at(right, c));
+        mma(sum[0], a, b[0], b[1]);
+        mma(sum[1], a, b[2], b[3]);
+    }
+}
+
+/* A block of L (of k's rows) or M (of q's): row block `later`, column block `earlier`. */
+template <int KP>
+__device__ void make_block(bool normalised, bool of_queries, int later, int earlier, Shared<KP> &shared,
+                           Operands<KP> &out) {
+    float sum[2][4] = {};
+    MatrixRow<CHUNK, KP> rows(shared.rows[of_queries], true);
+    if (later > earlier)
+        multiply_pairs<BLOCK, KP>(rows, later * BLOCK, MatrixRow<BLOCK, KP>(shared.across, false), 0, sum);
+    else
+        multiply_pairs<CHUNK, KP>(rows, later * BLOCK, MatrixRow<CHUNK, KP>(shared.columns, false),
+                                  earlier * BLOCK, sum);
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        int i = later * BLOCK + lane / 4 + n % 2 * 8, j = earlier * BLOCK + n / 2 * 8 + lane % 4 * 2;
+        float x = sum[n / 2][n % 2 * 2], y = sum[n / 2][n % 2 * 2 + 1];
+        if (!normalised) {
+            float undo = shared.undo[of_queries][i];
+            x *= undo * shared.undo[0][j], y *= undo * shared.undo[0][j + 1];
+        }
+        /* What lies above the diagonal may be infinite: it is replaced, never multiplied. */
+        if (of_queries) {
+            uint32_t pair = pack_bf16(i >= j ? x : 0.f, i > j ? y : 0.f);
+            *reinterpret_cast<uint32_t *>(&out.M[swizzled<CHUNK, CHUNK>(i, j)]) = pair;
+        } else {
+            float beta = shared.beta[i];
+            shared.L[j][i] = i > j ? x * beta : 0.f;
+            shared.L[j + 1][i] = i > j + 1 ? y * beta : 0.f;
+        }
+    }
+}
+
+template <int KP> __device__ void make_blocks(bool normalised, Shared<KP> &shared, Operands<KP> &out) {
+    for (int n = threadIdx.x / 32; n < 6; n += Shared<KP>::WARPS)
+        make_block<KP>(normalised, n >= 3, n % 3 > 0, n % 3 == 1, shared, out);
+    /* the block of M above the diagonal blocks */
+    for (int n = threadIdx.x; n < BLOCK * BLOCK / 2; n += Shared<KP>::THREADS)
+        *reinterpret_cast<uint32_t *>(
+            &out.M[swizzled<CHUNK, CHUNK>(n / (BLOCK / 2), BLOCK + n % (BLOCK / 2) * 2)]) = 0;
+}
+
+/* One warp: lane i finds row i of (I + L)^-1 by substitution from its end, times beta. */
+template <int KP> __device__ void invert(const Shared<KP> &shared, float (&inverse)[CHUNK * CHUNK]) {
     int lane = threadIdx.x % 32;
     float x[CHUNK];
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) {
-        float sum = i == lane ? 1.f : 0.f;
+    for (int j = CHUNK - 1; j >= 0; j--) {
+        float sum[2] = {j == lane ? 1.f : 0.f, 0.f};
 #pragma unroll
-        for (int j = 0; j < i; j++)
-            sum -= shared.L[i][j] * x[j];
-        x[i] = sum;
-    }
-    float beta = shared.beta[lane];
+        for (int m = j / 4 * 4; m < CHUNK; m += 4) {
+            float4 L = *reinterpret_cast<const float4 *>(&shared.L[j][m]);
+            const float of[4] = {L.x, L.y, L.z, L.w};
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) {
-        float value = i < lane ? 0.f : x[i] * beta;
-        __nv_bfloat16 rounded = __float2bfloat16_rn(value);
-        inverse[0][swizzled<CHUNK>(i, lane)] = rounded;
-        inverse[1][swizzled<CHUNK>(i, lane)] = __float2bfloat16_rn(value - __bfloat162float(rounded));
+            for (int n = 0; n < 4; n++)
+                if (m + n > j)
+                    sum[n % 2] -= of[n] * x[m + n];
+        }
+        x[j] = sum[0] + sum[1];
     }
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++)
+        x[j] = round_tf32(x[j] * shared.beta[j]);
+#pragma unroll
+    for (int j = 0; j < CHUNK; j += j % 2 ? 7 : 1) /* even, then odd tokens of each group of 8 */
+        *reinterpret_cast<float4 *>(&inverse[tf32_place(lane, j)]) =
+            make_float4(x[j], x[j + 2], x[j + 4], x[j + 6]);
 }
 
-/* The other warps: KT, QT, KR, M and the carry. */
-template <int KP>
-__device__ void store_operands(const Shared<KP> &shared, int thread, int threads, Operands<KP> &out) {
-    for (int i = thread; i < BLOCKS * KP / 2; i += threads) {
-        int block = i / (KP / 2), c = i % (KP / 2) * 2;
-        float2 before = make_float2(1, 1), after = make_float2(1, 1), decay[BLOCK];
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            float2 through = *reinterpret_cast<const float2 *>(&shared.through[b][c]);
-            if (b < block)
-                before.x *= through.x, before.y *= through.y;
-            if (b > block)
-                after.x *= through.x, after.y *= through.y;
-        }
-#pragma unroll
-        for (int t = 0; t < BLOCK; t++) {
-            int row = block * BLOCK + t, at = swizzled<KP>(row, c);
-            decay[t] = *reinterpret_cast<const float2 *>(&shared.decay[row][c]);
-            before.x *= decay[t].x, before.y *= decay[t].y;
-            float2 k = *reinterpret_cast<const float2 *>(&shared.k[row][c]);
-            float2 q = *reinterpret_cast<const float2 *>(&shared.q[row][c]);
-            *reinterpret_cast<uint32_t *>(&out.queries_keys[at]) = pack_bf16(k.x * before.x, k.y * before.y);
-            *reinterpret_cast<uint32_t *>(&out.queries_keys[CHUNK * KP + at]) =
-                pack_bf16(q.x * before.x, q.y * before.y);
-        }
-#pragma unroll
-        for (int t = BLOCK - 1; t >= 0; t--) {
-            int row = block * BLOCK + t;
-            float2 k = *reinterpret_cast<const float2 *>(&shared.k[row][c]);
-            *reinterpret_cast<uint32_t *>(&out.keys_to_end[swizzled<KP>(row, c)]) =
-                pack_bf16(k.x * after.x, k.y * after.y);
-            after.x *= decay[t].x, after.y *= decay[t].y;
-        }
+template <int KP, bool all_bf16>
+__device__ void prepare_chunk(const kda_prefill &p, const Place &at, Shared<KP> &shared, Operands<KP> &out) {
+    Pair<all_bf16> k[BLOCK], q[BLOCK], g[BLOCK];
+    load_rows(p.k, at, at.key_head, k);
+    load_rows(p.q, at, at.key_head, q);
+    load_rows(p.g, at, at.head, g);
+    int t = threadIdx.x % Shared<KP>::PAIRS;
+    if (t < BLOCK) {
+        float beta =
+            t < at.count ? load_float(kda_row(&p.beta, at.batch, at.token + t, at.head), p.beta.dtype, 0) : 0.f;
+        if (p.beta_mode != FLASH_KDA_BETA_GIVEN)
+            beta = logistic(beta * -LOG2E) * (p.beta_mode == FLASH_KDA_BETA_TWICE_SIGMOID ? 2.f : 1.f);
+        shared.beta[at.block * BLOCK + t] = t < at.count ? beta : 0.f;
     }
-    for (int i = thread; i < CHUNK * CHUNK; i += threads) {
-        int row = i / CHUNK, column = i % CHUNK;
-        out.M[swizzled<CHUNK>(row, column)] = __float2bfloat16_rn(column <= row ? shared.M[row][column] : 0.f);
-    }
-    for (int c = thread; c < KP; c += threads) {
-        float sum = 0;
-        for (int b = 0; b < BLOCKS; b++)
-            sum += shared.log_through[b][c];
-        out.carry[c] = expm1f(sum * 0.6931471805599453f);
-    }
+    find_norms<KP, all_bf16>(p, at, k, q, shared);
+    float2 x[BLOCK];
+    Decay decay;
+    if (p.gate == FLASH_KDA_GATE_SOFTPLUS)
+        find_decays<KP, FLASH_KDA_GATE_SOFTPLUS>(p, at, g, x, decay);
+    else if (p.gate == FLASH_KDA_GATE_SIGMOID)
+        find_decays<KP, FLASH_KDA_GATE_SIGMOID>(p, at, g, x, decay);
+    else
+        find_decays<KP, FLASH_KDA_GATE_NONE>(p, at, g, x, decay);
+    shared.decay[at.block][at.c / 2] = decay;
+    __syncthreads();
+    if (p.qk_norm)
+        store_tiles<KP, all_bf16, true>(at, k, q, x, shared, out);
+    else
+        store_tiles<KP, all_bf16, false>(at, k, q, x, shared, out);
+    __syncthreads();
+    make_blocks<KP>(p.qk_norm, shared, out);
+    __syncthreads();
+    if (threadIdx.x < 32)
+        invert<KP>(shared, out.inverse);
 }
 
-template <int KP>
-__global__ void __launch_bounds__(THREADS) prepare(const __grid_constant__ kda_prefill p, void *operands) {
+template <int KP, bool all_bf16>
+__global__ void __launch_bounds__(Shared<KP>::THREADS, 512 / Shared<KP>::THREADS)
+    prepare(const __grid_constant__ kda_prefill p, void *operands) {
     extern __shared__ __align__(16) char memory[];
     Shared<KP> &shared = *reinterpret_cast<Shared<KP> *>(memory);
     int64_t chunk = blockIdx.x, head = blockIdx.y;
@@ -387,39 +423,44 @@ __global__ void __launch_bounds__(THREADS) prepare(const __grid_constant__ kda_p
             high = middle - 1;
     }
     struct kda_sequence s = kda_sequence(&p, low);
-    struct kda_span span = kda_chunk_span(&p, low, s.length, chunk - kda_first_chunk(&p, s.first, low));
+    chunk -= kda_first_chunk(&p, s.first, low); /* negative where sequences do not begin at token 0 */
+    struct kda_span span = {0, 0};
+    if (chunk >= 0)
+        span = kda_chunk_span(&p, low, s.length, chunk);
     if (s.slot < 0 || span.count == 0)
         return;
-    int64_t first = span.first;
-    int count = (int)span.count;
-
-    load_chunk<KP>(p, s, first, count, head, shared);
-    __syncthreads();
-    decay_blocks<KP>(shared);
-    __syncthreads();
-    block_pairs<KP>(shared);
-    cross_pairs<KP>(shared);
-    __syncthreads();
-    Operands<KP> &out = static_cast<Operands<KP> *>(operands)[chunk * p.value_heads + head];
-    if (threadIdx.x < 32)
-        invert<KP>(shared, out.inverse);
-    else
-        store_operands<KP>(shared, threadIdx.x - 32, THREADS - 32, out);
+    Place at;
+    at.block = threadIdx.x / Shared<KP>::PAIRS;
+    at.batch = s.batch, at.token = s.first + span.first + at.block * BLOCK;
+    at.count = (int)span.count - at.block * BLOCK;
+    at.head = head, at.key_head = head / (p.value_heads / p.heads);
+    at.c = threadIdx.x % Shared<KP>::PAIRS * 2;
+    at.channels = (int)p.key_dim - at.c;
+    prepare_chunk<KP, all_bf16>(p, at, shared,
+                                static_cast<Operands<KP> *>(operands)[head * gridDim.x + blockIdx.x]);
 }
 
 } // namespace
 } // namespace kda
 
-template <int KP>
+template <int KP, bool all_bf16>
 static cudaError_t launch(const kda_prefill *p, int64_t chunks, void *operands, cudaStream_t stream) {
     using namespace kda;
+    int bytes = sizeof(Shared<KP>);
     cudaError_t error =
-        cudaFuncSetAttribute(prepare<KP>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<KP>));
+        cudaFuncSetAttribute(prepare<KP, all_bf16>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error)
         return error;
-    prepare<KP><<<dim3((unsigned)chunks, (unsigned)p->value_heads), THREADS, sizeof(Shared<KP>), stream>>>(
-        *p, operands);
+    dim3 grid((unsigned)chunks, (unsigned)p->value_heads);
+    prepare<KP, all_bf16><<<grid, Shared<KP>::THREADS, bytes, stream>>>(*p, operands);
     return cudaGetLastError();
+}
+
+template <int KP>
+static cudaError_t launch(const kda_prefill *p, int64_t chunks, void *operands, cudaStream_t stream) {
+    bool all_bf16 = p->q.dtype == KDA_BF16 && p->k.dtype == KDA_BF16 && p->g.dtype == KDA_BF16;
+    return all_bf16 ? launch<KP, true>(p, chunks, operands, stream)
+                    : launch<KP, false>(p, chunks, operands, stream);
 }
 
 cudaError_t kda_sm80_prepare(const kda_prefill *p, int64_t chunks, void *operands, cudaStream_t stream) {

@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: MIT */
+/* Instructions of sm_90a that cuda::ptx does not wrap: wgmma with its first operand in registers,
+ * and the sharing out of registers. A warpgroup's
+ * accumulator d [64][N] is, warp by warp, 16 rows of mma's accumulator tiles (sm80.cuh). */
+#ifndef KDA_CUDA_PTX_SM90_CUH
+#define KDA_CUDA_PTX_SM90_CUH
+
+#include <cstdint>
+
+namespace kda {
+
+/* How a second operand's 16-byte pieces are permuted in shared memory. */
+enum Swizzle : uint64_t { SWIZZLE_128 = 1, SWIZZLE_64 = 2 };
+
+/* Describes a second operand at `tile`: `leading` bytes between panels of columns (read along them only), `stride`
+ * bytes between groups of eight rows. PTX ISA, "Shared Memory Matrix Layout". */
+__device__ __forceinline__ uint64_t wgmma_operand(const void *tile, uint32_t leading, uint32_t stride,
+                                                  Swizzle swizzle) {
+    uint64_t address = (uint32_t)__cvta_generic_to_shared(tile);
+    return (address & 0x3ffff) >> 4 | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 |
+           (uint64_t)swizzle << 62;
+}
+
+/* The operand `bytes` further on. */
+__device__ __forceinline__ uint64_t advanced(uint64_t operand, uint32_t bytes) {
+    return operand + (bytes >> 4);
+}
+
+/* Before the first wgmma after registers were written. */
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/* Waits until at most `pending` of the newest groups are under way. */
+template <int pending> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+/* A warpgroup gives registers away, or takes some that others gave: its threads then have `count` each. */
+template <int count> __device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count> __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+/* Four 8x8 matrices of 2-byte elements, transposed; lane i gives the place of row i % 8 of matrix i / 8. */
+__device__ __forceinline__ void stmatrix_transposed(void *row, const uint32_t (&a)[2], const uint32_t (&b)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(row)),
+                 "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(b[1])
+                 : "memory");
+}
+
+/* Keeps the compiler from moving what is done with d across the fence or wait beside it. */
+template <int TILES> __device__ __forceinline__ void pin(float (&d)[TILES][4]) {
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+        asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
+}
+
+#define KDA_TILE(i)   "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define KDA_TILES4(i) KDA_TILE(i), KDA_TILE(i + 1), KDA_TILE(i + 2), KDA_TILE(i + 3)
+#define KDA_TILES8(i) KDA_TILES4(i), KDA_TILES4(i + 4)
+
+/* d [64][8 TILES] += a [64][16] b [16][8 TILES], bf16 operands, fp32 sums; = if !accumulate. The rows of b lie
+ * contiguous in memory if b_rows, else its columns do. */
+template <bool b_rows, bool accumulate, int TILES>
+__device__ __forceinline__ void wgmma(float (&d)[TILES][4], const uint32_t (&a)[4], uint64_t b) {
+    if constexpr (TILES == 4)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                     "{%16, %17, %18, %19}, %20, p, 1, 1, %22;\n}\n"
+                     : KDA_TILES4(0)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate), "n"(b_rows));
+    else if constexpr (TILES == 8)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                     "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"
+                     : KDA_TILES8(0)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate), "n"(b_rows));
+    else if constexpr (TILES == 16)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                     "{%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}\n"
+                     : KDA_TILES8(0), KDA_TILES8(8)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate), "n"(b_rows));
+    else
+        static_assert(TILES == 4, "4, 8 or 16 tiles");
+}
+
+/* d [64][32] += a [64][8] b [8][32], tf32 operands, of which only the upper bits count; = if !accumulate. The columns of
+ * b lie contiguous in memory. */
+template <bool accumulate>
+__device__ __forceinline__ void wgmma_tf32(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "{%16, %17, %18, %19}, %20, p, 1, 1;\n}\n"
+                 : KDA_TILES4(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+}
+
+#undef KDA_TILE
+#undef KDA_TILES4
+#undef KDA_TILES8
+
+} // namespace kda
+
+#endif

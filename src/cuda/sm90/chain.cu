@@ -1,0 +1,295 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Takes the state of every sequence and value head through its chunks, as sm80/chain.cu does, on wgmma.
+ *
+ * A CTA works a chain for 64 columns of V in each of its consumer warpgroups, which share nothing but the operands;
+ * a warp of one more warpgroup, the loader, brings these and the values some chunks ahead. A consumer's state stays in its
+ * accumulators. Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand:
+ *     [W | Y]^T = S^T [KT; QT]^T    X^T = V^T - W^T    U^T = X^T INV^T    O^T = Y^T + U^T M^T
+ *     S^T <- S^T diag(1 + carry) + U^T KR
+ */
+#include "cuda/chain.cuh"
+#include "cuda/ptx/sm90.cuh"
+#include "cuda/sm90/kernels.h"
+
+#include <cuda/ptx>
+
+namespace kda {
+namespace {
+
+namespace ptx = cuda::ptx;
+
+constexpr int GROUP = 128;        /* threads of a warpgroup */
+constexpr int GROUP_COLUMNS = 64; /* of V, of one warpgroup */
+constexpr int STAGES = 4;
+
+template <int KP, int GROUPS> struct alignas(1024) Stage {
+    Operands<KP> operands;
+    alignas(1024) __nv_bfloat16 values[CHUNK * GROUP_COLUMNS * GROUPS]; /* v, swizzled */
+};
+
+template <int KP, int GROUPS> struct Shared {
+    Stage<KP, GROUPS> stages[STAGES];
+    __nv_bfloat16 rows[GROUPS * GROUP / 32][CHUNK * 16]; /* each consumer warp's own, for store_pieces */
+    uint64_t full[STAGES];  /* a chunk has arrived: the loader's lanes and the bytes of its operands */
+    uint64_t empty[STAGES]; /* every consumer is done with it */
+};
+
+/* Which stage a chunk uses, and the parity of the barriers' phase in which it does. */
+struct Turn {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ void next() {
+        if (++stage == STAGES)
+            stage = 0, parity ^= 1;
+    }
+};
+
+__device__ void wait(uint64_t &barrier, uint32_t parity) {
+    while (!ptx::mbarrier_try_wait_parity(&barrier, parity))
+        ;
+}
+
+template <int KP, int GROUPS>
+__device__ void load(const kda_prefill &p, const Chain &chain, const Operands<KP> *all,
+                     Shared<KP, GROUPS> &shared) {
+    constexpr int COLUMNS = GROUP_COLUMNS * GROUPS, PIECES = COLUMNS / 8;
+    int lane = threadIdx.x % 32;
+    Turn turn;
+    for (int64_t chunk = 0;; chunk++, turn.next()) {
+        struct kda_span span = kda_chunk_span(&p, chain.n, chain.sequence.length, chunk);
+        if (!span.count)
+            return;
+        Stage<KP, GROUPS> &stage = shared.stages[turn.stage];
+        uint64_t &full = shared.full[turn.stage];
+        wait(shared.empty[turn.stage], turn.parity ^ 1);
+        if (lane == 0) {
+            ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &full,
+                                           (uint32_t)sizeof(Operands<KP>));
+            ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, &stage.operands,
+                               &all[chain.first_operands + chunk], (uint32_t)sizeof(Operands<KP>), &full);
+        }
+        const char *rows = kda_row(&p.v, chain.sequence.batch, chain.sequence.first + span.first, chain.head) +
+                           chain.column * 2;
+        for (int i = lane; i < CHUNK * PIECES; i += 32) {
+            int t = i / PIECES, c = i % PIECES * 8;
+            copy_async(&stage.values[swizzled<CHUNK, COLUMNS>(t, c)],
+                       t < span.count ? rows + t * p.v.stride[1] + c * 2 : rows, t < span.count);
+        }
+        ptx::cp_async_mbarrier_arrive_noinc(&full);
+    }
+}
+
+/* A chunk's outputs of one warp, rounded, on their way to memory: [CHUNK][16 columns] as fragments of 8x8 matrices. */
+struct Outputs {
+    uint32_t pairs[CHUNK / 8][2] = {};
+    struct kda_span span = {0, 0};
+};
+
+/* Can outputs leave in pieces of 16 bytes? */
+__device__ bool in_pieces(const kda_prefill &p, const Chain &chain) {
+    const char *row = kda_row(&p.out, chain.sequence.batch, chain.sequence.first, chain.head);
+    return p.out.dtype != KDA_F32 && (reinterpret_cast<uintptr_t>(row) | p.out.stride[1]) % 16 == 0;
+}
+
+/* Turns the outputs over in the warp's own `rows` [CHUNK][16], so that a lane holds a token's, and stores them. */
+__device__ void store_pieces(const kda_prefill &p, const Chain &chain, const Outputs &outputs,
+                             __nv_bfloat16 *rows) {
+    int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16;
+    auto piece = [](int token, int half) { return token * 16 + (half ^ (token >> 2 & 1)) * 8; };
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i += 2)
+        stmatrix_transposed(&rows[piece((i + lane / 16) * 8 + lane % 8, lane / 8 % 2)], outputs.pairs[i],
+                            outputs.pairs[i + 1]);
+    __syncwarp();
+    if (lane >= outputs.span.count)
+        return;
+    char *to =
+        kda_row(&p.out, chain.sequence.batch, chain.sequence.first + outputs.span.first + lane, chain.head) +
+        (chain.column + column) * 2;
+    reinterpret_cast<uint4 *>(to)[0] = *reinterpret_cast<const uint4 *>(&rows[piece(lane, 0)]);
+    reinterpret_cast<uint4 *>(to)[1] = *reinterpret_cast<const uint4 *>(&rows[piece(lane, 1)]);
+}
+
+/* One chunk: S goes on, o becomes its outputs. `meanwhile` is done while the first product runs. */
+template <int KP, int GROUPS, class F>
+__device__ void advance(const Stage<KP, GROUPS> &stage, float (&S)[KP / 8][4], float (&o)[CHUNK / 8][4],
+                        F meanwhile) {
+    const Operands<KP> &operands = stage.operands;
+    constexpr int ROW = PANEL * 2; /* bytes */
+    uint64_t queries_keys = wgmma_operand(operands.queries_keys, 0, 8 * ROW, SWIZZLE_128);
+    uint64_t keys_to_end = wgmma_operand(operands.keys_to_end, CHUNK * ROW, 8 * ROW, SWIZZLE_128);
+    uint64_t inverse = wgmma_operand(operands.inverse, 0, 8 * CHUNK * 4, SWIZZLE_128);
+    uint64_t M = wgmma_operand(operands.M, 0, 8 * CHUNK * 2, SWIZZLE_64);
+
+    float wy[CHUNK / 4][4]; /* W^T, then Y^T */
+    uint32_t a[KP / 16][4];
+#pragma unroll
+    for (int c = 0; c < KP / 16; c++)
+        pack_operand(S[2 * c], S[2 * c + 1], a[c]);
+    pin(wy);
+    wgmma_fence();
+    wgmma<false, false>(wy, a[0], queries_keys);
+#pragma unroll
+    for (int c = 1; c < KP / 16; c++)
+        wgmma<false, true>(wy, a[c], advanced(queries_keys, c / 4 * (2 * CHUNK * ROW) + c % 4 * 32));
+    wgmma_commit();
+
+    meanwhile();
+    uint32_t v[CHUNK / 16][4];
+    MatrixRow<CHUNK, GROUP_COLUMNS * GROUPS> values(stage.values, false);
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+        ldmatrix_transposed(v[t], values.at(t * 16, threadIdx.x / 32 * 16));
+    int part = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int c = 0; c < KP / 8; c++) {
+        float2 carry = *reinterpret_cast<const float2 *>(&operands.carry[c * 8 + part]);
+        S[c][0] = fmaf(S[c][0], carry.x, S[c][0]), S[c][1] = fmaf(S[c][1], carry.y, S[c][1]);
+        S[c][2] = fmaf(S[c][2], carry.x, S[c][2]), S[c][3] = fmaf(S[c][3], carry.y, S[c][3]);
+    }
+    wgmma_wait<0>();
+    pin(wy);
+    float U[CHUNK / 8][4];
+    uint32_t x[CHUNK / 8][4];
+    Split u[CHUNK / 16];
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i++) {
+        float tile[4];
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            float2 pair = unpack_bf16(v[i / 2][i % 2 * 2 + n]);
+            tile[2 * n] = pair.x - wy[i][2 * n], tile[2 * n + 1] = pair.y - wy[i][2 * n + 1];
+        }
+        tf32_operand(tile, x[i]);
+    }
+    pin(U);
+    wgmma_fence();
+    wgmma_tf32<false>(U, x[0], inverse);
+#pragma unroll
+    for (int i = 1; i < CHUNK / 8; i++)
+        wgmma_tf32<true>(U, x[i], advanced(inverse, i * 32));
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(U);
+
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+        split_operand(U[2 * t], U[2 * t + 1], u[t]);
+    pin(S);
+    pin(o);
+    wgmma_fence();
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++) {
+        wgmma<true, true>(S, u[t].rounded, advanced(keys_to_end, t * 16 * ROW));
+        wgmma<true, true>(S, u[t].rest, advanced(keys_to_end, t * 16 * ROW));
+    }
+    wgmma<false, false>(o, u[0].rounded, M);
+    wgmma<false, true>(o, u[1].rounded, advanced(M, 32));
+    wgmma<false, true>(o, u[0].rest, M);
+    wgmma<false, true>(o, u[1].rest, advanced(M, 32));
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(S);
+    pin(o);
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            o[i][n] += wy[CHUNK / 8 + i][n];
+}
+
+template <int KP, int GROUPS>
+__device__ void consume(const kda_prefill &p, const Chain &chain, Shared<KP, GROUPS> &shared) {
+    float S[KP / 8][4], o[CHUNK / 8][4];
+    load_state<KP>(p, chain, kda_state_at(&p, &p.initial_state, chain.sequence.slot, chain.head), S);
+    store_checkpoints<KP>(p, chain, 0, S);
+    __nv_bfloat16 *rows = shared.rows[threadIdx.x / 32];
+    bool pieces = in_pieces(p, chain);
+    Outputs outputs; /* of the chunk before */
+    Turn turn;
+    for (int64_t chunk = 0;; chunk++, turn.next()) {
+        struct kda_span span = kda_chunk_span(&p, chain.n, chain.sequence.length, chunk);
+        if (!span.count)
+            break;
+        wait(shared.full[turn.stage], turn.parity);
+        advance<KP, GROUPS>(shared.stages[turn.stage], S, o, [&] { store_pieces(p, chain, outputs, rows); });
+        ptx::mbarrier_arrive(&shared.empty[turn.stage]);
+        if (pieces) {
+            outputs.span = span;
+#pragma unroll
+            for (int i = 0; i < CHUNK / 8; i++) {
+                outputs.pairs[i][0] = pack_output(p.out.dtype, o[i][0], o[i][1]);
+                outputs.pairs[i][1] = pack_output(p.out.dtype, o[i][2], o[i][3]);
+            }
+        } else
+            store_outputs<GROUP_COLUMNS * GROUPS>(p, chain, span, o);
+        store_checkpoints<KP>(p, chain, span.first + span.count, S);
+    }
+    store_pieces(p, chain, outputs, rows);
+    struct kda_state final_state = kda_state_at(&p, &p.final_state, chain.sequence.slot, chain.head);
+    if (final_state.data)
+        store_state<KP>(p, chain, final_state, S);
+}
+
+template <int KP, int GROUPS>
+__global__ void __launch_bounds__((GROUPS + 1) * GROUP, 3 - GROUPS)
+    run(const __grid_constant__ kda_prefill p, const Operands<KP> *operands, int64_t chunks) {
+    extern __shared__ __align__(1024) char memory[];
+    Shared<KP, GROUPS> &shared = *reinterpret_cast<Shared<KP, GROUPS> *>(memory);
+    Chain chain = find_chain<GROUP_COLUMNS * GROUPS>(p, chunks);
+    if (chain.sequence.slot < 0)
+        return;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            ptx::mbarrier_init(&shared.full[i], 32 + 1);
+            ptx::mbarrier_init(&shared.empty[i], GROUPS * GROUP);
+        }
+        ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+    }
+    __syncthreads();
+    if (threadIdx.x >= GROUPS * GROUP) {
+        give_registers<40>();
+        if (threadIdx.x < GROUPS * GROUP + 32)
+            load<KP, GROUPS>(p, chain, operands, shared);
+    } else {
+        take_registers<GROUPS == 2 ? 232 : 208>();
+        consume<KP, GROUPS>(p, chain, shared);
+    }
+}
+
+template <int KP, int GROUPS>
+cudaError_t launch(const kda_prefill *p, int64_t chunks, const void *operands, cudaStream_t stream) {
+    int bytes = sizeof(Shared<KP, GROUPS>);
+    cudaError_t error =
+        cudaFuncSetAttribute(run<KP, GROUPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error)
+        return error;
+    dim3 grid((unsigned)(p->sequences * p->value_heads), (unsigned)(p->value_dim / (GROUP_COLUMNS * GROUPS)));
+    run<KP, GROUPS><<<grid, (GROUPS + 1) * GROUP, bytes, stream>>>(
+        *p, static_cast<const Operands<KP> *>(operands), chunks);
+    return cudaGetLastError();
+}
+
+} // namespace
+} // namespace kda
+
+bool kda_sm90_takes(const kda_prefill *p) {
+    bool aligned = true;
+    for (int i = 0; i < 3; i++)
+        aligned = aligned && p->v.stride[i] % 16 == 0;
+    return p->key_dim <= 128 && p->value_dim % kda::GROUP_COLUMNS == 0 && p->v.dtype == KDA_BF16 && aligned &&
+           reinterpret_cast<uintptr_t>(p->v.data) % 16 == 0;
+}
+
+cudaError_t kda_sm90_chain(const kda_prefill *p, int64_t chunks, const void *operands, int processors,
+                           cudaStream_t stream) {
+    int64_t parts = p->sequences * p->value_heads * (p->value_dim / kda::GROUP_COLUMNS);
+    bool pairs = parts > processors && p->value_dim % (2 * kda::GROUP_COLUMNS) == 0;
+    if (p->key_dim <= 64)
+        return pairs ? kda::launch<64, 2>(p, chunks, operands, stream)
+                     : kda::launch<64, 1>(p, chunks, operands, stream);
+    return pairs ? kda::launch<128, 2>(p, chunks, operands, stream)
+                 : kda::launch<128, 1>(p, chunks, operands, stream);
+}
