@@ -17,9 +17,18 @@ write_basic_package_version_file(${PROJECT_BINARY_DIR}/flashkdaConfigVersion.cma
 install(FILES ${PROJECT_BINARY_DIR}/flashkdaConfig.cmake ${PROJECT_BINARY_DIR}/flashkdaConfigVersion.cmake
   DESTINATION ${cmake_package_dir})
 
-# A static link needs the OpenMP runtime by name: libgomp with gcc, libomp with clang.
-list(TRANSFORM OpenMP_C_LIB_NAMES PREPEND -l OUTPUT_VARIABLE openmp_libs)
-list(JOIN openmp_libs " " openmp_libs)
+# A static link needs the OpenMP runtime by name, libgomp with gcc, libomp with clang; and with CUDA its runtime, which
+# the shared library has inside, and libstdc++ for what nvcc generates.
+list(TRANSFORM OpenMP_C_LIB_NAMES PREPEND -l OUTPUT_VARIABLE private_libs)
+if(FLASH_KDA_CUDA)
+  cmake_path(GET CUDA_cudart_static_LIBRARY PARENT_PATH cudart_dir)
+  list(APPEND private_libs -L${cudart_dir} -lcudart_static -lstdc++ -lpthread -ldl -lrt)
+endif()
+list(JOIN private_libs " " private_libs)
+set(where "on the CPU")
+if(FLASH_KDA_CUDA)
+  set(where "on the CPU and on CUDA")
+endif()
 # The prefix is found from where the file lies, so that `cmake --install --prefix` may choose it.
 file(RELATIVE_PATH prefix_from_pc /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
 string(REGEX REPLACE "/$" "" prefix_from_pc ${prefix_from_pc})

@@ -19,12 +19,12 @@ fail() {
     exit 1
 }
 
-# Hidden symbols of a static library still meet those of the program it is linked to.
+# Hidden symbols of a static library still meet those of the program it is linked to. _ZN3kda: of namespace kda.
 static_symbols_are_ours() {
     "$NM" --extern-only --defined-only --format=just-symbols "$libdir/libflash_kda.a" |
         sed '/:$/d; /^$/d' >"$prefix/global"
-    if grep -v -e '^flash_kda_' -e '^kda_' "$prefix/global"; then
-        fail 'the static library has the symbols above, which begin with neither flash_kda_ nor kda_'
+    if grep -v -e '^flash_kda_' -e '^kda_' -e '^_ZN3kda' "$prefix/global"; then
+        fail 'the static library has the symbols above, which are neither flash_kda_* nor kda_* nor in namespace kda'
     fi
 }
 

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: MIT
+# Whether the CUDA backend is built: turns FLASH_KDA_CUDA from ON, OFF or AUTO into ON or OFF and says why.
+set(FLASH_KDA_CUDA AUTO CACHE STRING "build the CUDA backend: ON, OFF or AUTO, where nvcc 12.8 or later is found")
+set_property(CACHE FLASH_KDA_CUDA PROPERTY STRINGS AUTO ON OFF)
+set(oldest_nvcc 12.8) # the first that knows sm_100 and sm_120
+
+# Looked for again each time: a toolkit may have been installed since.
+if(FLASH_KDA_CUDA AND NOT CMAKE_CUDA_COMPILER)
+  unset(CMAKE_CUDA_COMPILER CACHE)
+  include(CheckLanguage)
+  check_language(CUDA)
+endif()
+
+set(nvcc_version)
+set(no_cuda)
+if(NOT FLASH_KDA_CUDA)
+  set(no_cuda "FLASH_KDA_CUDA is ${FLASH_KDA_CUDA}")
+elseif(NOT CMAKE_CUDA_COMPILER)
+  set(no_cuda "no nvcc that works was found; CMAKE_CUDA_COMPILER may name one")
+else()
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE nvcc_version)
+  string(REGEX REPLACE ".*release ([0-9.]+).*" "\\1" nvcc_version "${nvcc_version}")
+  if(nvcc_version VERSION_LESS oldest_nvcc)
+    set(no_cuda "${CMAKE_CUDA_COMPILER} is ${nvcc_version}, expected ${oldest_nvcc} or later")
+  endif()
+endif()
+
+if(no_cuda)
+  if(FLASH_KDA_CUDA AND NOT FLASH_KDA_CUDA STREQUAL "AUTO")
+    message(FATAL_ERROR "FLASH_KDA_CUDA is ${FLASH_KDA_CUDA}, but ${no_cuda}")
+  endif()
+  message(STATUS "CUDA backend: no (${no_cuda})")
+  set(FLASH_KDA_CUDA OFF)
+  return()
+endif()
+
+# One kind of GPU compiles in less time: CUDAARCHS=90a-real or -D CMAKE_CUDA_ARCHITECTURES=90a-real for Hopper.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 100-real 120 CACHE STRING "GPUs to compile for")
+endif()
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+list(JOIN CMAKE_CUDA_ARCHITECTURES " " gpus)
+message(STATUS "CUDA backend: yes (nvcc ${nvcc_version}), for GPUs ${gpus}")
+set(FLASH_KDA_CUDA ON)
