@@ -5,8 +5,10 @@
 #include "check.h"
 #include "file.h"
 #include "progress.h"
+#include "replay.h"
 #include "spec_options.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,31 +19,38 @@ enum {
     MIN_REPEATS = 3, /* however long one takes */
     MAX_REPEATS = 1000,
     MAX_VARIANTS = 4, /* output dtypes times numbers of threads of a row */
+    MAX_COPIES = 64,  /* of a case's tensors on a GPU */
 };
 
 /* After this long no further repeat begins, seconds. */
 static const double time_budget = 4;
 
-/* The oracle looks at so many tokens that its work, tokens x value heads x K x V, stays below this: about a
- * second. The rest of a longer case is covered by the shorter one, since no token depends on a later one. */
+/* The oracle looks at so many heads, then tokens, that its work, tokens x value heads x K x V, stays below this:
+ * about a second. Of a longer case the rest is covered by the shorter one: no token depends on a later one. */
 static const int64_t oracle_budget = (int64_t)1 << 29;
 
 static const char documentation[] =
     "Times prefill on random cases: a built-in table, or the one case that the options describe. A result is "
     "timed "
-    "only after it has been compared with the oracle, for long sequences on their first tokens.\v"
-    "Each line is the median of repeated runs after a warm-up, with the quartiles. GFLOP/s counts 8 K V "
-    "operations "
-    "for a token of a value head.\n\n"
+    "only after it has been compared with the oracle, where that takes long on its first heads and tokens.\v"
+    "Each line is the median of repeated runs after a warm-up, with the quartiles. On CUDA it is the GPU's "
+    "time "
+    "by replay of a CUDA graph, over as many copies of the tensors as overflow the L2 cache. GFLOP/s counts 8 "
+    "K V "
+    "operations for a token of a value head; GB/s the bytes of all tensors, each once.\n\n"
     "Examples:\n"
     "  flashkda bench\n"
     "  flashkda bench --quick --level all\n"
     "  flashkda bench --tokens 65536 --heads 1 --threads 1 --out-dtype fp32\n"
+    "  flashkda bench --backend cuda -o cuda.json\n"
     "  flashkda bench --commit $(git rev-parse HEAD) -o cpu.json";
 
 enum option_key { OPTION_LEVEL = 0x200, OPTION_QUICK, OPTION_CSV, OPTION_COMMIT, OPTION_OUT_DTYPE };
 
+static const char *const backend_names[] = {"cpu", "cuda", NULL};
+
 static const struct argp_option argp_options[] = {
+    {"backend", 'b', "NAME", 0, "cpu or cuda (cpu)", 0},
     {"level", OPTION_LEVEL, "NAME", 0, "Level of the CPU backend, or all (the best one)", 0},
     {"threads", 't', "N", 0, "Threads (as many as OpenMP takes)", 0},
     {"repeat", 'r', "N", 0, "Times to run each case after the warm-up, fewer if it takes long (9)", 0},
@@ -59,8 +68,11 @@ struct bench_options {
     const char *level, *path, *commit;
     int64_t threads, repeats; /* 0: the default */
     DLDataType out_dtype;     /* where has_out_dtype */
+    int backend;              /* in backend_names */
     bool has_out_dtype, quick, json, csv;
 };
+
+static bool on_cuda(const struct bench_options *options) { return options->backend == 1; }
 
 static error_t check_options(const struct argp_state *state, const struct bench_options *options) {
     if (options->spec.given && options->quick) {
@@ -68,6 +80,10 @@ static error_t check_options(const struct argp_state *state, const struct bench_
     }
     if (options->json && options->csv) {
         return argument_error(state, "--json and --csv exclude each other");
+    }
+    if (on_cuda(options) && (options->level || options->threads)) {
+        return argument_error(state, "--level and --threads are the CPU backend's: they do not go with "
+                                     "--backend cuda");
     }
     return 0;
 }
@@ -79,6 +95,8 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         state->err_stream = NULL; /* getopt's own line is enough */
         state->child_inputs[0] = &options->spec;
         return 0;
+    case 'b':
+        return parse_name(state, "backend", argument, backend_names, &options->backend);
     case OPTION_LEVEL:
         options->level = argument;
         return 0;
@@ -117,7 +135,7 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
 
 /* ---- One measurement --------------------------------------------------------------------------- */
 
-/* A case and the exact answer to its first tokens. */
+/* A case and the exact answer to its first tokens and heads. */
 struct bench_case {
     struct kda_case whole, prefix;
     struct prefill_call oracle; /* of prefix, fp32 */
@@ -125,7 +143,7 @@ struct bench_case {
 
 struct bench {
     const struct bench_options *options;
-    struct machine machine;
+    struct bench_machine machine;
     const char *levels[16]; /* to run, ended by NULL */
     int level_count, done, total, wrong;
     struct bench_result *results; /* [total], done of them filled */
@@ -133,11 +151,17 @@ struct bench {
     char error[MESSAGE_SIZE];
 };
 
-static int64_t prefix_tokens(const struct kda_case *c) {
-    int64_t work = c->batch * c->value_heads * c->key_dim * c->value_dim;
-    int64_t tokens = oracle_budget / work;
-    tokens = tokens > 0 ? tokens : 1;
-    return tokens < c->tokens ? tokens : c->tokens;
+/* How many units, of so much work each, the budget allows: 1 to `most`. */
+static int64_t affordable(int64_t work, int64_t most) {
+    int64_t count = oracle_budget / (work > 0 ? work : 1);
+    count = count < most ? count : most;
+    return count > 0 ? count : 1;
+}
+
+static bool make_prefix(struct kda_case *prefix, const struct kda_case *c) {
+    int64_t token = c->batch * (c->value_heads / c->heads) * c->key_dim * c->value_dim; /* of one head */
+    int64_t heads = affordable(token * c->tokens, c->heads);
+    return case_prefix(prefix, c, c->tokens ? affordable(token * heads, c->tokens) : 0, heads);
 }
 
 static void free_case(struct bench_case *c) {
@@ -150,7 +174,7 @@ static bool make_case(struct bench *bench, struct bench_case *c, const struct ca
     double seconds = 0;
     *c = (struct bench_case){0};
     bool good = case_generate(&c->whole, spec, bench->error, sizeof bench->error);
-    if (good && !case_prefix(&c->prefix, &c->whole, prefix_tokens(&c->whole))) {
+    if (good && !make_prefix(&c->prefix, &c->whole)) {
         snprintf(bench->error, sizeof bench->error, "out of memory for a case");
         good = false;
     }
@@ -164,31 +188,39 @@ static bool make_case(struct bench *bench, struct bench_case *c, const struct ca
     return good;
 }
 
-static void judge(struct bench_result *result, const struct bench_case *c, const struct prefill_call *call,
-                  const struct tensor *out) {
-    struct tolerance tolerance = call_tolerance(call, &c->oracle.out, c->whole.regime);
-    struct comparison output = compare(out, &c->oracle.out, tolerance.output);
-    result->output_error =
-        output.error_ratio > result->output_error ? output.error_ratio : result->output_error;
-    result->passed = result->passed && output.passed;
+/* Compares one result where the oracle has its answer; keeps the largest error. */
+static void judge_tensor(struct bench_result *result, const struct tensor *value, const struct tensor *exact,
+                         int head_dim, double tolerance, double *error) {
+    struct tensor heads;
+    tensor_view(&heads, value, head_dim, exact->shape[head_dim]);
+    struct comparison comparison = compare(&heads, exact, tolerance);
+    *error = fmax(*error, comparison.error_ratio);
+    result->passed = result->passed && comparison.passed;
+}
+
+static void judge(struct bench_result *result, const struct bench_case *c, const struct prefill_call *call) {
+    struct tolerance tolerance = call_tolerance(call, &c->oracle, c->whole.regime);
+    struct tensor first;
+    tensor_view(&first, &call->out, 1, c->prefix.tokens);
+    judge_tensor(result, &first, &c->oracle.out, 2, tolerance.output, &result->output_error);
     if (call->args.q->shape[1] == c->prefix.tokens) {
-        struct comparison state = compare(&call->state, &c->oracle.state, tolerance.state);
-        result->state_error = state.error_ratio;
-        result->passed = result->passed && state.passed;
+        judge_tensor(result, &call->state, &c->oracle.state, 1, tolerance.state, &result->state_error);
+        if (tensor_present(&call->checkpoints)) {
+            judge_tensor(result, &call->checkpoints, &c->oracle.checkpoints, 2, tolerance.checkpoints,
+                         &result->checkpoint_error);
+        }
     }
 }
 
-/* Runs the case once, which warms up, and where only a prefix has an exact answer that prefix too. */
+/* Runs the case once, which warms up, and where only its first tokens have an exact answer those too. */
 static bool check_call(struct bench *bench, const struct bench_case *c, struct prefill_call *call,
                        struct bench_result *result) {
     double seconds = 0;
-    struct tensor first;
     if (!call_run(call, &seconds, bench->error, sizeof bench->error)) {
         return false;
     }
-    tensor_view(&first, &call->out, 1, c->prefix.tokens);
     result->passed = count_non_finite(&call->out) == 0 && count_non_finite(&call->state) == 0;
-    judge(result, c, call, &first);
+    judge(result, c, call);
     if (c->prefix.tokens == c->whole.tokens) {
         return true;
     }
@@ -199,7 +231,7 @@ static bool check_call(struct bench *bench, const struct bench_case *c, struct p
     }
     bool good = call_run(&prefix, &seconds, bench->error, sizeof bench->error);
     if (good) {
-        judge(result, c, &prefix, &prefix.out);
+        judge(result, c, &prefix);
     }
     call_free(&prefix);
     return good;
@@ -212,7 +244,64 @@ static int repeats(const struct bench_options *options) {
     return options->quick ? QUICK_REPEATS : DEFAULT_REPEATS;
 }
 
-static bool time_call(struct bench *bench, struct prefill_call *call, struct timing *timing) {
+/* Do the copies hold the bits of the result that was found right? */
+static bool same_result(struct bench *bench, const struct prefill_call *copies, int count,
+                        const struct prefill_call *checked) {
+    for (int i = 0; i < count; i++) {
+        if (!device_copies_fetch(copies[i].copies, bench->error, sizeof bench->error)) {
+            return false;
+        }
+        if (memcmp(copies[i].out.dl.data, checked->out.dl.data, tensor_bytes(&checked->out)) != 0 ||
+            memcmp(copies[i].state.dl.data, checked->state.dl.data, tensor_bytes(&checked->state)) != 0) {
+            snprintf(bench->error, sizeof bench->error,
+                     "a replayed call gave other bits than the one that was compared with the oracle");
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool time_copies(struct bench *bench, const struct bench_case *c, const struct prefill_call *checked,
+                        struct prefill_call *copies, int count, struct timing *timing) {
+    double seconds[MAX_REPEATS];
+    int made = 0;
+    while (made < count && call_prepare(&copies[made], &c->whole, checked->out.dl.dtype, checked->args.backend,
+                                        0, bench->error, sizeof bench->error)) {
+        made++;
+    }
+    bool good =
+        made == count &&
+        replay_calls(copies, count, seconds, repeats(bench->options), bench->error, sizeof bench->error) &&
+        same_result(bench, copies, count, checked);
+    if (good) {
+        *timing = timing_of(seconds, repeats(bench->options));
+    }
+    for (int i = 0; i < made; i++) {
+        call_free(&copies[i]);
+    }
+    return good;
+}
+
+/* GPU time of the call. It runs on copies in turn, so many that none is in the cache when its turn comes. */
+static bool time_on_device(struct bench *bench, const struct bench_case *c, const struct prefill_call *checked,
+                           struct timing *timing) {
+    int64_t wanted = 1 + 2 * bench->machine.device.l2_bytes / call_bytes(checked);
+    int count = (int)(wanted < MAX_COPIES ? wanted : MAX_COPIES);
+    struct prefill_call *copies = calloc((size_t)count, sizeof *copies);
+    if (!copies) {
+        snprintf(bench->error, sizeof bench->error, "out of memory for %d calls", count);
+        return false;
+    }
+    bool good = time_copies(bench, c, checked, copies, count, timing);
+    free(copies);
+    return good;
+}
+
+static bool time_call(struct bench *bench, const struct bench_case *c, struct prefill_call *call,
+                      struct timing *timing) {
+    if (call->copies) {
+        return time_on_device(bench, c, call, timing);
+    }
     double seconds[MAX_REPEATS], sum = 0;
     int count = 0, wanted = repeats(bench->options);
     while (count < wanted && (count < MIN_REPEATS || sum < time_budget)) {
@@ -225,19 +314,27 @@ static bool time_call(struct bench *bench, struct prefill_call *call, struct tim
     return true;
 }
 
+/* What the library says it runs: "cuda: level sm80, ..." names the level. */
+static bool describe_call(struct bench *bench, const struct prefill_call *call, struct bench_result *result) {
+    if (flash_kda_prefill_describe(&call->args, result->ran_on, sizeof result->ran_on) != FLASH_KDA_OK) {
+        snprintf(bench->error, sizeof bench->error, "%s", flash_kda_last_error());
+        return false;
+    }
+    sscanf(result->ran_on, "%*[^:]: level %15[^,]", result->level);
+    return true;
+}
+
 /* Checks and times the case as the result says: output dtype, level, threads. */
 static bool measure(struct bench *bench, const struct bench_case *c, struct bench_result *result) {
     struct prefill_call call;
-    if (!call_prepare(&call, &c->whole, result->out_dtype, FLASH_KDA_BACKEND_CPU, result->threads, bench->error,
+    flash_kda_backend backend = on_cuda(bench->options) ? FLASH_KDA_BACKEND_CUDA : FLASH_KDA_BACKEND_CPU;
+    if (!call_prepare(&call, &c->whole, result->out_dtype, backend, result->threads, bench->error,
                       sizeof bench->error)) {
         return false;
     }
-    bool good =
-        check_call(bench, c, &call, result) && (!result->passed || time_call(bench, &call, &result->timing));
-    if (good && flash_kda_prefill_describe(&call.args, result->ran_on, sizeof result->ran_on) != FLASH_KDA_OK) {
-        snprintf(bench->error, sizeof bench->error, "%s", flash_kda_last_error());
-        good = false;
-    }
+    result->bytes = call_bytes(&call);
+    bool good = describe_call(bench, &call, result) && check_call(bench, c, &call, result) &&
+                (!result->passed || time_call(bench, c, &call, &result->timing));
     call_free(&call);
     return good;
 }
@@ -253,7 +350,10 @@ struct variant {
 static int row_variants(const struct bench *bench, const struct case_spec *spec, bool fp32_out, bool one_thread,
                         struct variant variants[MAX_VARIANTS]) {
     const struct bench_options *options = bench->options;
-    int threads = options->threads ? (int)options->threads : bench->machine.threads, count = 0;
+    int threads = options->threads ? (int)options->threads : bench->machine.host.threads, count = 0;
+    if (on_cuda(options)) {
+        threads = 0;
+    }
     DLDataType dtypes[2] = {options->has_out_dtype ? options->out_dtype : spec->dtype, dtype_fp32};
     for (int i = 0; i < (fp32_out && !options->has_out_dtype ? 2 : 1); i++) {
         if (one_thread && threads > 1) {
@@ -270,12 +370,14 @@ static bool bench_variant(struct bench *bench, const struct bench_case *c, const
     *result = (struct bench_result){.spec = *spec,
                                     .tokens = c->whole.tokens,
                                     .out_dtype = variant->out_dtype,
-                                    .level = level,
                                     .threads = variant->threads,
-                                    .checked_tokens = c->prefix.tokens};
+                                    .checked_tokens = c->prefix.tokens,
+                                    .checked_heads = c->prefix.value_heads};
     case_spec_name(spec, result->name, sizeof result->name);
     progress_show(bench->done, bench->total, result->name);
-    setenv("FLASH_KDA_CPU", level, 1);
+    if (level) {
+        setenv("FLASH_KDA_CPU", level, 1);
+    }
     if (!measure(bench, c, result)) {
         return false;
     }
@@ -308,6 +410,7 @@ static bool bench_spec(struct bench *bench, const struct case_spec *spec, bool f
 
 static struct case_spec row_spec(const struct bench_row *row) {
     struct case_spec spec = default_spec;
+    spec.batch = row->batch ? row->batch : default_spec.batch;
     spec.tokens = row->tokens;
     spec.heads = row->heads;
     spec.value_heads = row->value_heads;
@@ -315,13 +418,22 @@ static struct case_spec row_spec(const struct bench_row *row) {
     spec.lengths = row->lengths;
     spec.gate = (flash_kda_gate)row->gate;
     spec.regime = (enum regime)row->regime;
+    spec.initial_state = row->initial_state;
+    spec.bf16_state = row->bf16_state;
+    spec.batch_invariant = row->batch_invariant;
+    spec.checkpoint_every = row->checkpoint_every;
     return spec;
 }
 
-static bool bench_table(struct bench *bench) {
+static const struct bench_table *table_of(const struct bench_options *options) {
+    return on_cuda(options) ? &bench_cuda_table : &bench_cpu_table;
+}
+
+static bool bench_all_rows(struct bench *bench) {
+    const struct bench_table *table = table_of(bench->options);
     bool good = true;
-    for (int i = 0; good && i < bench_row_count; i++) {
-        const struct bench_row *row = &bench_rows[i];
+    for (int i = 0; good && i < table->count; i++) {
+        const struct bench_row *row = &table->rows[i];
         if (row->quick == bench->options->quick) {
             struct case_spec spec = row_spec(row);
             good = bench_spec(bench, &spec, row->fp32_out, row->one_thread);
@@ -335,9 +447,10 @@ static int count_results(const struct bench *bench) {
     if (bench->options->spec.given) {
         return bench->level_count;
     }
+    const struct bench_table *table = table_of(bench->options);
     int count = 0;
-    for (int i = 0; i < bench_row_count; i++) {
-        const struct bench_row *row = &bench_rows[i];
+    for (int i = 0; i < table->count; i++) {
+        const struct bench_row *row = &table->rows[i];
         if (row->quick == bench->options->quick) {
             count += row_variants(bench, &default_spec, row->fp32_out, row->one_thread, variants);
         }
@@ -347,9 +460,13 @@ static int count_results(const struct bench *bench) {
 
 /* ---- The command ------------------------------------------------------------------------------- */
 
-/* The levels to run: the one that is named or the library's own choice, or all. */
+/* The levels to run: the one that is named or the library's own choice, or all. On CUDA its choice, NULL. */
 static bool choose_levels(struct bench *bench) {
     const char *wanted = bench->options->level;
+    if (on_cuda(bench->options)) {
+        bench->level_count = 1;
+        return true;
+    }
     if (wanted && strcmp(wanted, "all") == 0) {
         for (const char *const *level = flash_kda_cpu_levels(); *level; level++) {
             bench->levels[bench->level_count++] = *level;
@@ -396,9 +513,17 @@ static bool print_results(struct bench *bench) {
     return good;
 }
 
+static bool describe_machine(struct bench *bench) {
+    struct bench_machine *machine = &bench->machine;
+    machine_describe(&machine->host);
+    return !on_cuda(bench->options) ||
+           (device_describe(&machine->device, 0, bench->error, sizeof bench->error) &&
+            replay_copy(&machine->copy_rate, bench->error, sizeof bench->error));
+}
+
 static bool bench_all(struct bench *bench) {
     const struct bench_options *options = bench->options;
-    if (!choose_levels(bench)) {
+    if (!describe_machine(bench) || !choose_levels(bench)) {
         return false;
     }
     bench->total = count_results(bench);
@@ -408,10 +533,11 @@ static bool bench_all(struct bench *bench) {
         return false;
     }
     if (bench->table) {
-        printf("%s, flashkda %s\n", bench->machine.cpu, flash_kda_version());
+        bench_print_machine(stdout, &bench->machine);
         bench_print_head(stdout);
     }
-    bool good = options->spec.given ? bench_spec(bench, &options->spec.spec, false, false) : bench_table(bench);
+    bool good =
+        options->spec.given ? bench_spec(bench, &options->spec.spec, false, false) : bench_all_rows(bench);
     progress_clear();
     return good && print_results(bench);
 }
@@ -425,7 +551,6 @@ int command_bench(int argc, char **argv) {
         return STATUS_ERROR;
     }
     struct bench bench = {.options = &options, .table = !options.json && !options.csv};
-    machine_describe(&bench.machine);
     bool good = bench_all(&bench);
     free(bench.results);
     if (!good) {

@@ -3,37 +3,52 @@
 #ifndef FLASHKDA_BENCH_H
 #define FLASHKDA_BENCH_H
 
+#include "device.h"
 #include "generate.h"
 #include "machine.h"
 #include "timing.h"
 
 #include <stdio.h>
 
-/* One case with bf16 inputs of the built-in table, timed in up to two output dtypes and numbers of threads.
+/* One case with bf16 inputs of a built-in table, timed in up to two output dtypes and numbers of threads.
  * What is 0 is as in default_spec. */
 struct bench_row {
-    int64_t tokens, heads, value_heads;
+    int64_t batch, tokens, heads, value_heads;
     int64_t dim; /* of keys and values */
     const char *lengths;
     int gate, regime; /* flash_kda_gate, enum regime */
-    bool fp32_out;    /* also with an fp32 output, hence fp32 arithmetic */
-    bool one_thread;  /* also on one thread */
-    bool quick;       /* the whole of the quick table */
+    bool initial_state, bf16_state, batch_invariant;
+    int64_t checkpoint_every;
+    bool fp32_out;   /* also with an fp32 output, hence fp32 arithmetic */
+    bool one_thread; /* also on one thread */
+    bool quick;      /* the whole of the quick table */
 };
 
-extern const struct bench_row bench_rows[];
-extern const int bench_row_count;
+struct bench_table {
+    const struct bench_row *rows;
+    int count;
+};
+
+extern const struct bench_table bench_cpu_table, bench_cuda_table;
+
+/* Where it was measured. */
+struct bench_machine {
+    struct machine host;
+    struct device device; /* on CUDA, else all 0 */
+    double copy_rate;     /* bytes read and written a second within its memory */
+};
 
 struct bench_result {
     char name[96];
     struct case_spec spec;
     int64_t tokens; /* of a batch entry */
     DLDataType out_dtype;
-    const char *level;
-    int threads;
+    char level[16];
+    int threads; /* 0 on CUDA */
     char ran_on[256];
-    int64_t checked_tokens; /* of each batch entry, from the first one, against the oracle */
-    double output_error, state_error;
+    int64_t bytes;                         /* of all tensors: what a call must move at least */
+    int64_t checked_tokens, checked_heads; /* of each batch entry, from the first ones, against the oracle */
+    double output_error, state_error, checkpoint_error;
     bool passed; /* within tolerance; timing is only there if so */
     struct timing timing;
 };
@@ -43,11 +58,15 @@ double bench_tokens_per_second(const struct bench_result *result);
 /* 8 K V floating-point operations for a token of a value head: three products and one update of the state. */
 double bench_gflops(const struct bench_result *result);
 
+void bench_print_machine(FILE *stream, const struct bench_machine *machine);
 void bench_print_head(FILE *stream);
 void bench_print_line(FILE *stream, const struct bench_result *result);
 
+/* Bytes a second, of those that a call must move. */
+double bench_byte_rate(const struct bench_result *result);
+
 /* The whole as text, to be freed; NULL if out of memory. commit: what was built, or NULL. */
-char *bench_json(const struct machine *machine, const char *commit, const struct bench_result *results,
+char *bench_json(const struct bench_machine *machine, const char *commit, const struct bench_result *results,
                  int count);
 char *bench_csv(const struct bench_result *results, int count);
 

@@ -2,6 +2,8 @@
 /* Prints what flashkda bench measured: a table, JSON, CSV. */
 #include "bench.h"
 
+#include "device_json.h"
+
 #include <flash_kda.h>
 #include <jansson.h>
 #include <math.h>
@@ -22,22 +24,39 @@ double bench_gflops(const struct bench_result *result) {
     return bench_tokens_per_second(result) * (double)value_heads(spec) * operations * 1e-9;
 }
 
+double bench_byte_rate(const struct bench_result *result) {
+    return (double)result->bytes / result->timing.median;
+}
+
 /* ---- Table ------------------------------------------------------------------------------------- */
 
+void bench_print_machine(FILE *stream, const struct bench_machine *machine) {
+    if (machine->copy_rate > 0) {
+        fprintf(stream, "%s, copies %.0f GB/s, flashkda %s\n", machine->device.name, machine->copy_rate * 1e-9,
+                flash_kda_version());
+    } else {
+        fprintf(stream, "%s, flashkda %s\n", machine->host.cpu, flash_kda_version());
+    }
+}
+
 void bench_print_head(FILE *stream) {
-    fprintf(stream, "%-32s %-4s %-10s %7s %9s %19s %10s %8s %15s\n", "case", "out", "level", "threads",
-            "median ms", "quartiles", "tokens/s", "GFLOP/s", "error o, state");
+    fprintf(stream, "%-36s %-4s %-10s %7s %9s %19s %10s %8s %7s %15s\n", "case", "out", "level", "threads",
+            "median ms", "quartiles", "tokens/s", "GFLOP/s", "GB/s", "error o, state");
 }
 
 void bench_print_line(FILE *stream, const struct bench_result *result) {
-    fprintf(stream, "%-32s %-4s %-10s %7d ", result->name, dtype_name(result->out_dtype), result->level,
-            result->threads);
+    char threads[16] = "-";
+    if (result->threads) {
+        snprintf(threads, sizeof threads, "%d", result->threads);
+    }
+    fprintf(stream, "%-36s %-4s %-10s %7s ", result->name, dtype_name(result->out_dtype), result->level,
+            threads);
     if (result->passed) {
-        fprintf(stream, "%9.3f %9.3f-%-9.3f %10.4g %8.1f ", result->timing.median * 1e3,
+        fprintf(stream, "%9.4f %9.4f-%-9.4f %10.4g %8.1f %7.1f ", result->timing.median * 1e3,
                 result->timing.q1 * 1e3, result->timing.q3 * 1e3, bench_tokens_per_second(result),
-                bench_gflops(result));
+                bench_gflops(result), bench_byte_rate(result) * 1e-9);
     } else {
-        fprintf(stream, "%50s ", "WRONG, not timed");
+        fprintf(stream, "%58s ", "WRONG, not timed");
     }
     fprintf(stream, "%.1e %.1e\n", result->output_error, result->state_error);
     fflush(stream);
@@ -51,13 +70,16 @@ static json_t *real(double value) { return isfinite(value) ? json_real(value) : 
 static json_t *case_json(const struct bench_result *result) {
     const struct case_spec *spec = &result->spec;
     return json_pack(
-        "{s:I, s:I, s:s?, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:o, s:s, s:b, s:I}", //
+        "{s:I, s:I, s:s?, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:o, s:s, s:b, s:s, s:I, s:b, s:I}", //
         "batch", (json_int_t)spec->batch, "tokens", (json_int_t)result->tokens, "lengths", spec->lengths,
         "heads", (json_int_t)spec->heads, "value_heads", (json_int_t)value_heads(spec), "key_dim",
         (json_int_t)spec->key_dim, "value_dim", (json_int_t)spec->value_dim, "dtype", dtype_name(spec->dtype),
         "out_dtype", dtype_name(result->out_dtype), "gate", gate_names[spec->gate], "lower_bound",
         spec->gate == FLASH_KDA_GATE_SIGMOID ? real(spec->lower_bound) : json_null(), "regime",
-        regime_names[spec->regime], "initial_state", spec->initial_state, "seed", (json_int_t)spec->seed);
+        regime_names[spec->regime], "initial_state", spec->initial_state, "state_dtype",
+        dtype_name(spec->bf16_state ? dtype_bf16 : dtype_fp32), "checkpoint_every",
+        (json_int_t)spec->checkpoint_every, "batch_invariant", spec->batch_invariant, "seed",
+        (json_int_t)spec->seed);
 }
 
 static json_t *timing_json(const struct timing *timing) {
@@ -66,20 +88,38 @@ static json_t *timing_json(const struct timing *timing) {
 }
 
 static json_t *result_json(const struct bench_result *result) {
-    json_t *object = json_pack("{s:s, s:o, s:s, s:i, s:s, s:{s:I, s:o, s:o, s:b}}", "name", result->name,
-                               "case", case_json(result), "level", result->level, "threads", result->threads,
-                               "ran_on", result->ran_on, "check", "tokens", (json_int_t)result->checked_tokens,
-                               "output_error", real(result->output_error), "state_error",
-                               real(result->state_error), "passed", result->passed);
+    json_t *object = json_pack(
+        "{s:s, s:o, s:s, s:o, s:s, s:I, s:{s:I, s:I, s:o, s:o, s:o, s:b}}", "name", result->name, "case",
+        case_json(result), "level", result->level, "threads",
+        result->threads ? json_integer(result->threads) : json_null(), "ran_on", result->ran_on, "bytes",
+        (json_int_t)result->bytes, "check", "tokens", (json_int_t)result->checked_tokens, "value_heads",
+        (json_int_t)result->checked_heads, "output_error", real(result->output_error), "state_error",
+        real(result->state_error), "checkpoint_error",
+        result->spec.checkpoint_every ? real(result->checkpoint_error) : json_null(), "passed", result->passed);
     if (result->passed) {
         json_object_set_new(object, "seconds", timing_json(&result->timing));
         json_object_set_new(object, "tokens_per_second", real(bench_tokens_per_second(result)));
         json_object_set_new(object, "gflops", real(bench_gflops(result)));
+        json_object_set_new(object, "gb_per_second", real(bench_byte_rate(result) * 1e-9));
     }
     return object;
 }
 
-char *bench_json(const struct machine *machine, const char *commit, const struct bench_result *results,
+static json_t *machine_json(const struct bench_machine *machine) {
+    const struct machine *host = &machine->host;
+    json_t *object =
+        json_pack("{s:s, s:s, s:s, s:i, s:i}", "cpu", host->cpu, "architecture", host->architecture, "features",
+                  host->features, "processors", host->processors, "threads", host->threads);
+    json_t *device = json_null();
+    if (machine->copy_rate > 0) {
+        device = device_json(&machine->device);
+        json_object_set_new(device, "copy_gb_per_second", real(machine->copy_rate * 1e-9));
+    }
+    json_object_set_new(object, "device", device);
+    return object;
+}
+
+char *bench_json(const struct bench_machine *machine, const char *commit, const struct bench_result *results,
                  int count) {
     char date[32] = "";
     time_t now = time(NULL);
@@ -91,10 +131,8 @@ char *bench_json(const struct machine *machine, const char *commit, const struct
     for (int i = 0; i < count; i++) {
         json_array_append_new(list, result_json(&results[i]));
     }
-    json_t *root = json_pack("{s:s, s:s?, s:s, s:{s:s, s:s, s:s, s:i, s:i}, s:o}", "version",
-                             flash_kda_version(), "commit", commit, "date", date, "machine", "cpu",
-                             machine->cpu, "architecture", machine->architecture, "features", machine->features,
-                             "processors", machine->processors, "threads", machine->threads, "results", list);
+    json_t *root = json_pack("{s:s, s:s?, s:s, s:o, s:o}", "version", flash_kda_version(), "commit", commit,
+                             "date", date, "machine", machine_json(machine), "results", list);
     char *text = root ? json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(6)) : NULL;
     json_decref(root);
     return text;
@@ -104,12 +142,13 @@ char *bench_json(const struct machine *machine, const char *commit, const struct
 
 static void csv_line(FILE *stream, const struct bench_result *result) {
     const struct case_spec *spec = &result->spec;
-    fprintf(stream, "%s,%s,%d,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%s,%s,%lld,%.3g,%.3g,", result->name,
-            result->level, result->threads, dtype_name(spec->dtype), dtype_name(result->out_dtype),
-            (long long)spec->batch, (long long)result->tokens, (long long)spec->heads,
-            (long long)value_heads(spec), (long long)spec->key_dim, (long long)spec->value_dim,
-            gate_names[spec->gate], regime_names[spec->regime], (long long)result->checked_tokens,
-            result->output_error, result->state_error);
+    fprintf(stream, "%s,%s,%d,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%s,%s,%lld,%lld,%.3g,%.3g,%lld,",
+            result->name, result->level, result->threads, dtype_name(spec->dtype),
+            dtype_name(result->out_dtype), (long long)spec->batch, (long long)result->tokens,
+            (long long)spec->heads, (long long)value_heads(spec), (long long)spec->key_dim,
+            (long long)spec->value_dim, gate_names[spec->gate], regime_names[spec->regime],
+            (long long)result->checked_tokens, (long long)result->checked_heads, result->output_error,
+            result->state_error, (long long)result->bytes);
     if (result->passed) {
         fprintf(stream, "%.6g,%.6g,%.6g,%.6g,%.6g,%d,%.6g,%.6g\n", result->timing.min, result->timing.q1,
                 result->timing.median, result->timing.q3, result->timing.max, result->timing.repeats,
@@ -126,10 +165,10 @@ char *bench_csv(const struct bench_result *results, int count) {
     if (!stream) {
         return NULL;
     }
-    fputs(
-        "case,level,threads,dtype,out_dtype,batch,tokens,heads,value_heads,key_dim,value_dim,gate,regime,"
-        "checked_tokens,output_error,state_error,min_s,q1_s,median_s,q3_s,max_s,repeats,tokens_per_s,gflops\n",
-        stream);
+    fputs("case,level,threads,dtype,out_dtype,batch,tokens,heads,value_heads,key_dim,value_dim,gate,regime,"
+          "checked_tokens,checked_value_heads,output_error,state_error,bytes,min_s,q1_s,median_s,q3_s,max_s,"
+          "repeats,tokens_per_s,gflops\n",
+          stream);
     for (int i = 0; i < count; i++) {
         csv_line(stream, &results[i]);
     }

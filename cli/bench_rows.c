@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The table of cases that flashkda bench times when no case is given. */
+/* The tables of cases that flashkda bench times when no case is given. */
 #include "bench.h"
 
 enum {
@@ -9,7 +9,7 @@ enum {
     SLOW = REGIME_SLOW,
 };
 
-const struct bench_row bench_rows[] = {
+static const struct bench_row cpu_rows[] = {
     {.quick = true, .tokens = 1024, .heads = 8, .gate = SOFTPLUS, .regime = SLOW, .fp32_out = true},
     {.quick = true, .lengths = "64,17,33,128,1,95,0,162,12", .heads = 8, .gate = SIGMOID, .regime = STRONG},
 
@@ -28,4 +28,52 @@ const struct bench_row bench_rows[] = {
     {.tokens = 4096, .heads = 16, .dim = 64, .gate = SOFTPLUS, .regime = SLOW, .fp32_out = true},
 };
 
-const int bench_row_count = sizeof bench_rows / sizeof bench_rows[0];
+/* Sigmoid gate, from a state to a state, in both regimes: what peers on the GPU have been measured on. */
+#define BOTH_REGIMES(...)                                                      \
+    {.gate = SIGMOID, .regime = STRONG, .initial_state = true, __VA_ARGS__}, { \
+        .gate = SIGMOID, .regime = SLOW, .initial_state = true, __VA_ARGS__    \
+    }
+
+#define MIXED_LENGTHS "1300,547,2048,963,271,3063"
+
+static const struct bench_row cuda_rows[] = {
+    {.quick = true, .tokens = 1024, .heads = 8, .gate = SOFTPLUS, .regime = SLOW},
+    {.quick = true, .lengths = "64,17,33,128,1,95,0,162,12", .heads = 8, .gate = SIGMOID, .regime = STRONG},
+    {.quick = true, .tokens = 1024, .heads = 4, .dim = 64, .gate = SIGMOID, .regime = SLOW, .bf16_state = true},
+
+    BOTH_REGIMES(.heads = 96, .tokens = 8192),
+    BOTH_REGIMES(.heads = 96, .lengths = MIXED_LENGTHS),
+    BOTH_REGIMES(.heads = 96, .batch = 8, .tokens = 1024),
+    BOTH_REGIMES(.heads = 64, .tokens = 8192),
+    BOTH_REGIMES(.heads = 64, .lengths = MIXED_LENGTHS),
+    BOTH_REGIMES(.heads = 64, .batch = 8, .tokens = 1024),
+    BOTH_REGIMES(.heads = 32, .tokens = 8192),
+    BOTH_REGIMES(.heads = 32, .lengths = MIXED_LENGTHS),
+    BOTH_REGIMES(.heads = 24, .tokens = 8192),
+    BOTH_REGIMES(.heads = 16, .tokens = 8192),
+    BOTH_REGIMES(.heads = 8, .tokens = 8192),
+    BOTH_REGIMES(.heads = 4, .tokens = 32768),
+    BOTH_REGIMES(.heads = 8, .tokens = 65536),
+    BOTH_REGIMES(.heads = 1, .tokens = 131072),
+    BOTH_REGIMES(.heads = 12, .tokens = 2048),
+    BOTH_REGIMES(.heads = 16, .tokens = 2048),
+    BOTH_REGIMES(.heads = 8, .tokens = 4096),
+    BOTH_REGIMES(.heads = 12, .tokens = 4096),
+    BOTH_REGIMES(.heads = 10, .tokens = 3072),
+    BOTH_REGIMES(.heads = 12, .batch = 4, .tokens = 2048),
+    BOTH_REGIMES(.heads = 4, .tokens = 1024),
+    BOTH_REGIMES(.heads = 16, .batch = 8, .tokens = 2048),
+    BOTH_REGIMES(.heads = 32, .batch = 32, .tokens = 256),
+    BOTH_REGIMES(.heads = 32, .batch = 64, .tokens = 64),
+
+    /* The unbounded gate, small heads, grouped value heads, states in bf16, checkpoints, batch invariance. */
+    {.heads = 32, .tokens = 8192, .gate = SOFTPLUS, .regime = SLOW, .initial_state = true},
+    {.heads = 32, .tokens = 8192, .dim = 64, .gate = SIGMOID, .regime = SLOW, .initial_state = true},
+    {.heads = 8, .value_heads = 32, .tokens = 8192, .gate = SIGMOID, .regime = SLOW, .initial_state = true},
+    {.heads = 32, .tokens = 8192, .gate = SIGMOID, .regime = SLOW, .initial_state = true, .bf16_state = true},
+    {.heads = 32, .tokens = 8192, .gate = SIGMOID, .regime = SLOW, .checkpoint_every = 64},
+    {.heads = 32, .lengths = MIXED_LENGTHS, .gate = SIGMOID, .regime = SLOW, .batch_invariant = true},
+};
+
+const struct bench_table bench_cpu_table = {cpu_rows, sizeof cpu_rows / sizeof cpu_rows[0]},
+                         bench_cuda_table = {cuda_rows, sizeof cuda_rows / sizeof cuda_rows[0]};

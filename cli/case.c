@@ -56,6 +56,7 @@ flash_kda_prefill_args case_args(const struct kda_case *c) {
     args.scale = c->scale;
     args.flags = c->flags;
     args.state_layout = c->state_layout;
+    args.checkpoint_every = c->checkpoint_every;
     return args;
 }
 
@@ -74,6 +75,10 @@ void case_state_shape(const struct kda_case *c, int64_t shape[TENSOR_MAX_RANK]) 
     shape[3] = v_first ? c->key_dim : c->value_dim;
 }
 
+int64_t case_checkpoint_rows(const struct kda_case *c) {
+    return c->checkpoint_every ? (c->tokens + c->checkpoint_every - 1) / c->checkpoint_every : 0;
+}
+
 /* cu_seqlens where the tokens end earlier. */
 static bool clip_cu_seqlens(struct tensor *clipped, const struct tensor *cu_seqlens, int64_t tokens) {
     if (!tensor_alloc(clipped, dtype_int64, 1, cu_seqlens->shape)) {
@@ -87,11 +92,12 @@ static bool clip_cu_seqlens(struct tensor *clipped, const struct tensor *cu_seql
     return true;
 }
 
-bool case_prefix(struct kda_case *prefix, const struct kda_case *c, int64_t tokens) {
+bool case_prefix(struct kda_case *prefix, const struct kda_case *c, int64_t tokens, int64_t heads) {
+    int64_t value_heads = heads * (c->value_heads / c->heads);
     *prefix = (struct kda_case){.batch = c->batch,
                                 .tokens = tokens,
-                                .heads = c->heads,
-                                .value_heads = c->value_heads,
+                                .heads = heads,
+                                .value_heads = value_heads,
                                 .key_dim = c->key_dim,
                                 .value_dim = c->value_dim,
                                 .sequences = c->sequences,
@@ -100,17 +106,19 @@ bool case_prefix(struct kda_case *prefix, const struct kda_case *c, int64_t toke
                                 .beta_mode = c->beta_mode,
                                 .scale = c->scale,
                                 .flags = c->flags,
-                                .state_layout = c->state_layout};
+                                .state_layout = c->state_layout,
+                                .bf16_state = c->bf16_state,
+                                .checkpoint_every = c->checkpoint_every};
     memcpy(prefix->regime, c->regime, sizeof prefix->regime);
     const struct tensor *by_token[] = {&c->q, &c->k, &c->v, &c->g, &c->beta};
     struct tensor *views[] = {&prefix->q, &prefix->k, &prefix->v, &prefix->g, &prefix->beta};
     for (size_t i = 0; i < sizeof views / sizeof views[0]; i++) {
-        tensor_view(views[i], by_token[i], 1, tokens);
+        struct tensor first;
+        tensor_view(&first, by_token[i], 1, tokens);
+        tensor_view(views[i], &first, 2, i < 2 ? heads : value_heads);
     }
-    const struct tensor *whole[] = {&c->A_log, &c->dt_bias, &c->initial_state};
-    struct tensor *same[] = {&prefix->A_log, &prefix->dt_bias, &prefix->initial_state};
-    for (size_t i = 0; i < sizeof same / sizeof same[0]; i++) {
-        tensor_view(same[i], whole[i], 0, whole[i]->shape[0]);
-    }
+    tensor_view(&prefix->A_log, &c->A_log, 0, value_heads);
+    tensor_view(&prefix->dt_bias, &c->dt_bias, 0, value_heads);
+    tensor_view(&prefix->initial_state, &c->initial_state, 1, value_heads);
     return !tensor_present(&c->cu_seqlens) || clip_cu_seqlens(&prefix->cu_seqlens, &c->cu_seqlens, tokens);
 }

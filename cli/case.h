@@ -33,6 +33,8 @@ struct kda_case {
     double scale;
     uint32_t flags;
     flash_kda_state_layout state_layout;
+    bool bf16_state;          /* of the final state */
+    int64_t checkpoint_every; /* tokens between states that are kept, of a dense case; 0: none is */
 };
 
 void case_free(struct kda_case *c);
@@ -44,8 +46,11 @@ flash_kda_prefill_args case_args(const struct kda_case *c);
 void case_out_shape(const struct kda_case *c, int64_t shape[TENSOR_MAX_RANK]);
 void case_state_shape(const struct kda_case *c, int64_t shape[TENSOR_MAX_RANK]);
 
-/* The same case cut after its first tokens, in the memory of the whole one; without a known answer. Packed
+/* Rows of checkpoints of each sequence. */
+int64_t case_checkpoint_rows(const struct kda_case *c);
+
+/* The first tokens and query/key heads of a case, in the memory of the whole one; without a known answer. Packed
  * sequences are cut where the tokens end. False if out of memory. */
-bool case_prefix(struct kda_case *prefix, const struct kda_case *c, int64_t tokens);
+bool case_prefix(struct kda_case *prefix, const struct kda_case *c, int64_t tokens, int64_t heads);
 
 #endif

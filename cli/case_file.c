@@ -208,7 +208,7 @@ static bool check_shape(const struct source *source, const char *name, const str
 }
 
 static bool check_answer(const struct source *source, const struct kda_case *c) {
-    int64_t out[TENSOR_MAX_RANK], state[TENSOR_MAX_RANK];
+    int64_t out[TENSOR_MAX_RANK] = {0}, state[TENSOR_MAX_RANK] = {0};
     case_out_shape(c, out);
     case_state_shape(c, state);
     return check_shape(source, "o", &c->expected_out, out) &&

@@ -13,11 +13,15 @@
  * rounded to bf16 included; and the same for nearly equal keys. */
 static const struct {
     struct tolerance ordinary, near_collinear;
-} fp32_arithmetic = {{1e-5, 1e-5}, {1e-3, 1e-3}},
-  bf16_products = {{1.15 * 5.1e-3, 1.15 * 5.1e-3}, {1.15 * 1.5e-2, 1.15 * 2.4e-2}};
+} fp32_arithmetic = {{.output = 1e-5, .state = 1e-5}, {.output = 1e-3, .state = 1e-3}},
+  bf16_products = {{.output = 1.15 * 5.1e-3, .state = 1.15 * 5.1e-3},
+                   {.output = 1.15 * 1.5e-2, .state = 1.15 * 2.4e-2}};
 
 /* The rule of flash_kda.h. */
 static bool uses_bf16_products(const flash_kda_prefill_args *args) {
+    if (args->backend == FLASH_KDA_BACKEND_CUDA) {
+        return true;
+    }
     const DLTensor *tensors[] = {args->q, args->k, args->v, args->out};
     for (size_t i = 0; i < sizeof tensors / sizeof tensors[0]; i++) {
         if (!dtype_equal(tensors[i]->dtype, dtype_bf16)) {
@@ -43,14 +47,21 @@ double rounding_error(const struct tensor *exact, DLDataType dtype) {
     return root_ratio(difference, size);
 }
 
-struct tolerance call_tolerance(const struct prefill_call *call, const struct tensor *exact_out,
+struct tolerance call_tolerance(const struct prefill_call *call, const struct prefill_call *oracle,
                                 const char *regime) {
     bool near_collinear = strcmp(regime, regime_names[REGIME_NEAR_COLLINEAR]) == 0;
+    struct tolerance tolerance;
     if (uses_bf16_products(&call->args)) {
-        return near_collinear ? bf16_products.near_collinear : bf16_products.ordinary;
+        tolerance = near_collinear ? bf16_products.near_collinear : bf16_products.ordinary;
+    } else {
+        tolerance = near_collinear ? fp32_arithmetic.near_collinear : fp32_arithmetic.ordinary;
+        tolerance.output += rounding_error(&oracle->out, call->out.dl.dtype);
     }
-    struct tolerance tolerance = near_collinear ? fp32_arithmetic.near_collinear : fp32_arithmetic.ordinary;
-    tolerance.output += rounding_error(exact_out, call->out.dl.dtype);
+    tolerance.checkpoints = tolerance.state;
+    tolerance.state += rounding_error(&oracle->state, call->state.dl.dtype);
+    if (tensor_present(&oracle->checkpoints)) {
+        tolerance.checkpoints += rounding_error(&oracle->checkpoints, call->checkpoints.dl.dtype);
+    }
     return tolerance;
 }
 

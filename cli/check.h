@@ -6,11 +6,11 @@
 #include "call.h"
 
 struct tolerance {
-    double output, state; /* error ratios */
+    double output, state, checkpoints; /* error ratios */
 };
 
-/* How far the result of this call may be from the exact output and state. */
-struct tolerance call_tolerance(const struct prefill_call *call, const struct tensor *exact_out,
+/* How far the result of this call may be from that of the oracle. */
+struct tolerance call_tolerance(const struct prefill_call *call, const struct prefill_call *oracle,
                                 const char *regime);
 
 /* The error ratio of an exact tensor rounded to a dtype. */

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { REPEAT_TOKENS = 16 }; /* v of near-collinear */
+enum { REPEAT_TOKENS = 16 /* v of near-collinear */, FILL_BLOCK = 1 << 16 };
 
 const char *const regime_names[] = {
     [REGIME_STRONG] = "strong",
@@ -78,15 +78,22 @@ static bool allocate(struct kda_case *c, const struct case_spec *spec) {
            tensor_alloc(&c->beta, spec->dtype, 3, g) &&
            (!gated || (tensor_alloc(&c->A_log, dtype_fp32, 1, g + 2) &&
                        tensor_alloc(&c->dt_bias, dtype_fp32, 2, g + 2))) &&
-           (!spec->initial_state || tensor_alloc(&c->initial_state, dtype_fp32, 4, state)) &&
+           (!spec->initial_state ||
+            tensor_alloc(&c->initial_state, c->bf16_state ? dtype_bf16 : dtype_fp32, 4, state)) &&
            (!spec->lengths || tensor_alloc(&c->cu_seqlens, dtype_int64, 1, cu_seqlens));
 }
 
 /* ---- Values ------------------------------------------------------------------------------------ */
 
+/* In blocks, on all threads: a case for a GPU has 10^9 numbers. */
 static void fill_normal(struct tensor *tensor, struct random_stream stream, double mean) {
-    for (int64_t i = 0, count = tensor_count(tensor); i < count; i++) {
-        tensor_set(tensor, i, mean + random_normal(&stream));
+    int64_t count = tensor_count(tensor);
+#pragma omp parallel for
+    for (int64_t first = 0; first < count; first += FILL_BLOCK) {
+        struct random_stream block = random_after_normal(stream, first);
+        for (int64_t i = first; i < count && i < first + FILL_BLOCK; i++) {
+            tensor_set(tensor, i, mean + random_normal(&block));
+        }
     }
 }
 
@@ -189,7 +196,12 @@ bool case_generate(struct kda_case *c, const struct case_spec *spec, char *error
                            .lower_bound = spec->lower_bound,
                            .beta_mode = FLASH_KDA_BETA_SIGMOID,
                            .flags = FLASH_KDA_QK_NORM,
-                           .state_layout = FLASH_KDA_STATE_V_FIRST};
+                           .state_layout = FLASH_KDA_STATE_V_FIRST,
+                           .bf16_state = spec->bf16_state,
+                           .checkpoint_every = spec->checkpoint_every};
+    if (spec->batch_invariant) {
+        c->flags |= FLASH_KDA_BATCH_INVARIANT;
+    }
     snprintf(c->regime, sizeof c->regime, "%s", regime_names[spec->regime]);
     if (!allocate(c, spec)) {
         snprintf(error, error_size, "out of memory for a case of %lld tokens", (long long)tokens);
@@ -205,7 +217,7 @@ void case_spec_name(const struct case_spec *spec, char *name, size_t size) {
     if (spec->lengths) {
         sequences = read_lengths(spec->lengths, &tokens);
     }
-    char batch[32] = "", value_heads[32] = "", dims[64] = "";
+    char batch[32] = "", value_heads[32] = "", dims[64] = "", every[32] = "";
     if (sequences > 0) {
         snprintf(batch, sizeof batch, "N%lld-", (long long)sequences);
     } else if (spec->batch > 1) {
@@ -217,6 +229,10 @@ void case_spec_name(const struct case_spec *spec, char *name, size_t size) {
     if (spec->key_dim != 128 || spec->value_dim != 128) {
         snprintf(dims, sizeof dims, "-K%lld-V%lld", (long long)spec->key_dim, (long long)spec->value_dim);
     }
-    snprintf(name, size, "%sT%lld-H%lld%s%s-%s-%s", batch, (long long)tokens, (long long)spec->heads,
-             value_heads, dims, gate_names[spec->gate], regime_names[spec->regime]);
+    if (spec->checkpoint_every) {
+        snprintf(every, sizeof every, "-every%lld", (long long)spec->checkpoint_every);
+    }
+    snprintf(name, size, "%sT%lld-H%lld%s%s-%s-%s%s%s%s", batch, (long long)tokens, (long long)spec->heads,
+             value_heads, dims, gate_names[spec->gate], regime_names[spec->regime],
+             spec->bf16_state ? "-bf16state" : "", every, spec->batch_invariant ? "-invariant" : "");
 }

@@ -26,7 +26,8 @@ struct case_spec {
     double lower_bound;
     enum regime regime;
     double constant_g; /* of regime uniform */
-    bool initial_state;
+    bool initial_state, bf16_state, batch_invariant;
+    int64_t checkpoint_every; /* of a dense case; 0: no checkpoints */
     uint64_t seed;
 };
 

@@ -31,7 +31,8 @@ static const char documentation[] =
     "  flashkda run case.safetensors --check -o result.safetensors\n"
     "  flashkda run --help\n\n"
     "Exit status: 0 all is well, 1 a result outside its tolerance, 2 a bad file or argument.\n"
-    "The environment variable FLASH_KDA_CPU forces a level of the CPU backend.";
+    "The environment variable FLASH_KDA_CPU forces a level of the CPU backend, FLASH_KDA_CUDA one of the CUDA "
+    "backend.";
 
 struct invocation {
     const struct command *command;

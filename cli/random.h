@@ -15,4 +15,7 @@ struct random_stream random_stream(uint64_t seed, const char *name);
 double random_uniform(struct random_stream *stream); /* [0, 1), a multiple of 2^-24 */
 double random_normal(struct random_stream *stream);  /* mean 0, variance 1, within +-6 */
 
+/* The stream after so many normal numbers. */
+struct random_stream random_after_normal(struct random_stream stream, int64_t count);
+
 #endif

@@ -136,8 +136,8 @@ static bool check_call(struct run_report *report, const struct prefill_call *cal
     bool good = call_run(&oracle, &seconds, error, error_size);
     if (good) {
         const struct tensor *out = &oracle.out, *state = &oracle.state;
-        struct tolerance tolerance = call_tolerance(call, out, c->regime);
-        struct tolerance exact = call_tolerance(&oracle, out, c->regime);
+        struct tolerance tolerance = call_tolerance(call, &oracle, c->regime);
+        struct tolerance exact = call_tolerance(&oracle, &oracle, c->regime);
         report->passed = report->non_finite == 0;
         add_check(report, "output", "oracle", &call->out, out, tolerance.output);
         add_check(report, "state", "oracle", &call->state, state, tolerance.state);

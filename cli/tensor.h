@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { TENSOR_MAX_RANK = 4 };
+enum { TENSOR_MAX_RANK = 5 };
 
 /* A DLTensor with room for its shape and strides, so it must not be copied or moved. All zero: absent. */
 struct tensor {
