@@ -8,12 +8,13 @@ flashkda=$1 check=$2 level=$3 directory=$4
 
 "$check" --level "$level" --list >/dev/null || exit $?
 
-backend=cpu
-if [ "$level" = reference ]; then
-    backend=reference
-else
+case $level in
+reference | cuda) backend=$level ;;
+*)
+    backend=cpu
     export FLASH_KDA_CPU="$level"
-fi
+    ;;
+esac
 
 count=0
 for file in "$directory"/*.safetensors ${FLASH_KDA_DATA:+"$FLASH_KDA_DATA"/*.safetensors}; do

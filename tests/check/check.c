@@ -3,6 +3,7 @@
  * dav1d's checkasm. */
 #include "check.h"
 
+#include "device.h"
 #include "flash_kda.h"
 
 #include <argp.h>
@@ -49,7 +50,8 @@ double check_seconds(void) {
 static const struct argp_option options[] = {
     {"seed", 's', "N", 0, "Seed of all inputs (printed; default: from the clock)", 0},
     {"op", 'o', "NAME", 0, "Only this operation", 0},
-    {"level", 'l', "NAME", 0, "Level of the CPU backend, 'all' of this machine (default), or 'reference'", 0},
+    {"level", 'l', "NAME", 0,
+     "Level of the CPU backend, 'cuda', 'all' of these that run here (default), or 'reference'", 0},
     {"case", 'c', "TEXT", 0, "Only cases whose name contains TEXT", 0},
     {"long", 'L', NULL, 0, "Run the long cases (accuracy, traps over thousands of tokens), not the short", 0},
     {"quick", 'q', NULL, 0,
@@ -57,6 +59,10 @@ static const struct argp_option options[] = {
     {"threads", 't', "N", 0, "Threads of every case, instead of its own", 0},
     {"bench", 'b', NULL, 0, "Time every case that passed", 0},
     {"list", 'n', NULL, 0, "Print the names of the cases and run none", 0},
+#ifdef CHECK_CUDA
+    {"bare", 'r', NULL, 0, "CUDA without guards around tensors and fill in workspaces, for compute-sanitizer",
+     0},
+#endif
     {0},
 };
 
@@ -98,6 +104,11 @@ static error_t parse(int key, char *text, struct argp_state *state) {
     case 'n':
         check->list = true;
         break;
+#ifdef CHECK_CUDA
+    case 'r':
+        device_bare();
+        break;
+#endif
     default:
         return ARGP_ERR_UNKNOWN;
     }
@@ -110,9 +121,9 @@ static bool choose_levels(struct check *check) {
         check->levels[check->level_count++] = check->level;
         return true;
     }
-    if (!strcmp(check->level, "cuda") && flash_kda_backend_available(FLASH_KDA_BACKEND_CUDA))
-        check->levels[check->level_count++] = check->level;
     bool all = !strcmp(check->level, "all");
+    if ((all || !strcmp(check->level, "cuda")) && flash_kda_backend_available(FLASH_KDA_BACKEND_CUDA))
+        check->levels[check->level_count++] = "cuda";
     for (const char *const *level = flash_kda_cpu_levels(); *level; level++)
         if ((all || !strcmp(check->level, *level)) && check->level_count < CHECK_MAX_LEVELS)
             check->levels[check->level_count++] = *level;

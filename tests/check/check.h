@@ -17,7 +17,7 @@ struct check {
     bool list, bench, long_cases, quick;
     int threads; /* for every case, instead of its own; -1: its own */
 
-    /* Levels of the CPU backend to test, or "reference" alone. */
+    /* Levels of the CPU backend and "cuda" to test, or "reference" alone. */
     const char *levels[CHECK_MAX_LEVELS];
     int level_count;
     int passed, failed;

@@ -5,14 +5,63 @@
 #include <cuda_runtime_api.h>
 #include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
-enum { TENSORS = 16 };
+enum { TENSORS = 16, WRITTEN = 3 /* of them, the first */, GUARD = 512, GUARD_BYTE = 0xff };
+
+static bool bare;
+
+void device_bare(void) { bare = true; }
+
+/* ---- Memory between guards --------------------------------------------------------------------- */
+
+struct block {
+    char *data; /* behind the guard */
+    size_t bytes;
+};
+
+static size_t guard_bytes(void) { return bare ? 0 : GUARD; }
+
+static bool block_make(struct block *b, size_t bytes, enum device_memory memory) {
+    void *all = NULL;
+    size_t guard = guard_bytes(), size = bytes + 2 * guard;
+    cudaError_t error = memory == DEVICE_MANAGED ? cudaMallocManaged(&all, size, cudaMemAttachGlobal)
+                                                 : cudaMalloc(&all, size ? size : 1);
+    *b = (struct block){all ? (char *)all + guard : NULL, bytes};
+    return !error && !cudaMemset(all, GUARD_BYTE, guard) &&
+           !cudaMemset((char *)all + guard + bytes, GUARD_BYTE, guard);
+}
+
+static void block_free(struct block *b) {
+    if (b->data)
+        cudaFree(b->data - guard_bytes());
+    b->data = NULL;
+}
+
+static bool guard_intact(const char *device) {
+    unsigned char guard[GUARD];
+    if (cudaMemcpy(guard, device, guard_bytes(), cudaMemcpyDeviceToHost))
+        return false;
+    for (size_t i = 0; i < guard_bytes(); i++)
+        if (guard[i] != GUARD_BYTE)
+            return false;
+    return true;
+}
+
+static bool block_intact(const struct block *b) {
+    return guard_intact(b->data - guard_bytes()) && guard_intact(b->data + b->bytes);
+}
+
+/* ---- Tensors ----------------------------------------------------------------------------------- */
 
 /* One tensor's bytes, from its first to behind its last element, on both sides. */
 struct copy {
-    DLTensor dl;
-    char *host, *device;
+    const char *name;
+    DLTensor dl; /* on the device */
+    char *host;
     size_t bytes;
+    struct block block; /* data NULL: the memory is an earlier tensor's */
 };
 
 static size_t extent(const DLTensor *t) {
@@ -26,79 +75,265 @@ static size_t extent(const DLTensor *t) {
     return (size_t)elements * t->dtype.bits / 8;
 }
 
-/* The device's memory for these bytes: that of an earlier tensor which has the same, or new. */
-static bool place(struct copy *copies, int n) {
-    struct copy *copy = &copies[n];
-    copy->host = (char *)copy->dl.data + copy->dl.byte_offset;
+static char *first_byte(const DLTensor *t) { return (char *)t->data + t->byte_offset; }
+
+/* A call whose tensors are on the device. */
+struct call {
+    flash_kda_prefill_args args;
+    struct copy copies[TENSORS];
+    int count, written; /* the first `written` are */
+    struct block workspace;
+    size_t workspace_bytes;
+    cudaStream_t stream;
+    char text[700]; /* what went wrong */
+};
+
+static bool fail(struct call *c, const char *what) {
+    snprintf(c->text, sizeof c->text, "%s; CUDA says %s", what, cudaGetErrorName(cudaGetLastError()));
+    return false;
+}
+
+static bool good(struct call *c, cudaError_t error, const char *what) { return !error || fail(c, what); }
+
+static bool upload(struct call *c, const struct copy *copy) {
+    return good(c, cudaMemcpy(first_byte(&copy->dl), copy->host, copy->bytes, cudaMemcpyHostToDevice),
+                "copying to the device");
+}
+
+/* Memory of its own, unless an earlier tensor has these bytes; with the same offset, hence alignment, as here. */
+static bool place(struct call *c, struct copy *copy, enum device_memory memory) {
+    copy->host = first_byte(&copy->dl);
     copy->bytes = extent(&copy->dl);
-    for (int i = 0; i < n; i++)
-        if (copies[i].host == copy->host && copies[i].bytes == copy->bytes)
-            copy->device = copies[i].device;
-    if (!copy->device && cudaMalloc((void **)&copy->device, copy->bytes + 1))
-        return false;
-    copy->dl.data = copy->device;
-    copy->dl.byte_offset = 0;
-    copy->dl.device = (DLDevice){kDLCUDA, 0};
-    return !cudaMemcpy(copy->device, copy->host, copy->bytes, cudaMemcpyHostToDevice);
-}
-
-static flash_kda_status call(const flash_kda_prefill_args *args, int fill) {
-    size_t bytes = 0;
-    void *workspace = NULL;
-    flash_kda_status status = flash_kda_prefill_workspace_size(args, &bytes);
-    if (status)
-        return status;
-    if (cudaMalloc(&workspace, bytes + 1) || cudaMemset(workspace, fill, bytes))
-        return FLASH_KDA_ERROR_CUDA;
-    status = flash_kda_prefill(args, workspace, bytes);
-    if (!status && cudaDeviceSynchronize())
-        status = FLASH_KDA_ERROR_CUDA;
-    cudaFree(workspace);
-    return status;
-}
-
-const char *device_prefill(const flash_kda_prefill_args *args, int fill) {
-    flash_kda_prefill_args there = *args;
-    const DLTensor **const tensors[TENSORS] = {&there.out,
-                                               &there.final_state,
-                                               &there.checkpoints,
-                                               &there.q,
-                                               &there.k,
-                                               &there.v,
-                                               &there.g,
-                                               &there.beta,
-                                               &there.A_log,
-                                               &there.dt_bias,
-                                               &there.cu_seqlens,
-                                               &there.initial_state,
-                                               &there.state_indices,
-                                               &there.checkpoint_cu_starts,
-                                               &there.checkpoint_indices,
-                                               &there.checkpoint_offsets};
-    enum { WRITTEN = 3 };
-    static char text[700];
-    struct copy copies[TENSORS] = {{.device = NULL}};
-    bool good = true;
-    int count = 0, written = 0;
-    for (int i = 0; i < TENSORS && good; i++)
-        if (*tensors[i]) {
-            copies[count].dl = **tensors[i];
-            good = place(copies, count);
-            *tensors[i] = &copies[count++].dl;
-            written += i < WRITTEN;
+    copy->dl.device = (DLDevice){memory == DEVICE_MANAGED ? kDLCUDAManaged : kDLCUDA, 0};
+    for (const struct copy *other = c->copies; other < copy; other++)
+        if (other->host == copy->host && other->bytes == copy->bytes) {
+            copy->dl.data = other->dl.data;
+            copy->dl.byte_offset = other->dl.byte_offset;
+            return true;
         }
-    flash_kda_status status = good ? call(&there, fill) : FLASH_KDA_ERROR_CUDA;
-    for (int i = 0; i < written && !status; i++)
-        if (cudaMemcpy(copies[i].host, copies[i].device, copies[i].bytes, cudaMemcpyDeviceToHost))
-            status = FLASH_KDA_ERROR_CUDA;
-    for (int i = 0; i < count; i++) {
-        bool shared = false;
-        for (int n = 0; n < i; n++)
-            shared |= copies[n].device == copies[i].device;
-        if (!shared)
-            cudaFree(copies[i].device);
+    if (!block_make(&copy->block, copy->dl.byte_offset + copy->bytes, memory))
+        return fail(c, "no memory for a tensor");
+    copy->dl.data = copy->block.data;
+    return upload(c, copy);
+}
+
+/* The tensors of args in the order of names below. */
+static void tensors_of(flash_kda_prefill_args *a, const DLTensor **list[TENSORS]) {
+    const DLTensor **const all[TENSORS] = {&a->out,
+                                           &a->final_state,
+                                           &a->checkpoints,
+                                           &a->q,
+                                           &a->k,
+                                           &a->v,
+                                           &a->g,
+                                           &a->beta,
+                                           &a->A_log,
+                                           &a->dt_bias,
+                                           &a->cu_seqlens,
+                                           &a->initial_state,
+                                           &a->state_indices,
+                                           &a->checkpoint_cu_starts,
+                                           &a->checkpoint_indices,
+                                           &a->checkpoint_offsets};
+    memcpy(list, all, sizeof all);
+}
+
+static const char *const names[TENSORS] = {"out",
+                                           "final_state",
+                                           "checkpoints",
+                                           "q",
+                                           "k",
+                                           "v",
+                                           "g",
+                                           "beta",
+                                           "A_log",
+                                           "dt_bias",
+                                           "cu_seqlens",
+                                           "initial_state",
+                                           "state_indices",
+                                           "checkpoint_cu_starts",
+                                           "checkpoint_indices",
+                                           "checkpoint_offsets"};
+
+static bool place_tensors(struct call *c, enum device_memory memory) {
+    const DLTensor **tensors[TENSORS];
+    tensors_of(&c->args, tensors);
+    for (int i = 0; i < TENSORS; i++)
+        if (*tensors[i]) {
+            struct copy *copy = &c->copies[c->count++];
+            copy->name = names[i];
+            copy->dl = **tensors[i];
+            if (!place(c, copy, memory))
+                return false;
+            *tensors[i] = &copy->dl;
+            c->written += i < WRITTEN;
+        }
+    return true;
+}
+
+/* At an odd address: any alignment will do, says the header. */
+static bool make_workspace(struct call *c, int fill) {
+    if (flash_kda_prefill_workspace_size(&c->args, &c->workspace_bytes))
+        return fail(c, flash_kda_last_error());
+    if (!block_make(&c->workspace, c->workspace_bytes + 1, DEVICE_MEMORY))
+        return fail(c, "no memory for the workspace");
+    if (bare && fill != DEVICE_FILL_ALWAYS)
+        return true;
+    return good(c, cudaMemset(c->workspace.data, fill, c->workspace.bytes), "filling the workspace");
+}
+
+static bool call_make(struct call *c, const flash_kda_prefill_args *args, int fill, enum device_memory memory) {
+    *c = (struct call){.args = *args};
+    if (!good(c, cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), "making a stream"))
+        return false;
+    c->args.stream = c->stream;
+    return place_tensors(c, memory) && make_workspace(c, fill) &&
+           good(c, cudaDeviceSynchronize(), "preparing a call");
+}
+
+static void call_free(struct call *c) {
+    for (int i = 0; i < c->count; i++)
+        block_free(&c->copies[i].block);
+    block_free(&c->workspace);
+    if (c->stream)
+        cudaStreamDestroy(c->stream);
+}
+
+/* ---- Running ----------------------------------------------------------------------------------- */
+
+static bool launch(struct call *c) {
+    flash_kda_status status = flash_kda_prefill(&c->args, c->workspace.data + 1, c->workspace_bytes);
+    if (!status)
+        return true;
+    char text[600];
+    snprintf(text, sizeof text, "%s: %s", flash_kda_status_name(status), flash_kda_last_error());
+    return fail(c, text);
+}
+
+static bool wait(struct call *c) {
+    return good(c, cudaStreamSynchronize(c->stream), "running a call") &&
+           good(c, cudaDeviceSynchronize(), "running a call");
+}
+
+/* An input holds what it held: its own bytes, or those of a written tensor it shares memory with. */
+static bool input_unchanged(struct call *c, const struct copy *copy) {
+    char *now = malloc(copy->bytes + 1);
+    bool same = now && copy->block.data &&
+                !cudaMemcpy(now, first_byte(&copy->dl), copy->bytes, cudaMemcpyDeviceToHost) &&
+                memcmp(now, copy->host, copy->bytes) == 0;
+    free(now);
+    char text[100];
+    snprintf(text, sizeof text, "changed %s", copy->name);
+    return same || !copy->block.data || fail(c, text);
+}
+
+static bool nothing_else_written(struct call *c) {
+    for (int i = 0; i < c->count; i++) {
+        const struct copy *copy = &c->copies[i];
+        char text[100];
+        snprintf(text, sizeof text, "wrote before or behind %s", copy->name);
+        if (copy->block.data && !block_intact(&copy->block))
+            return fail(c, text);
+        if (i >= c->written && !input_unchanged(c, copy))
+            return false;
     }
-    snprintf(text, sizeof text, "%s: %s; CUDA says %s", flash_kda_status_name(status), flash_kda_last_error(),
-             cudaGetErrorName(cudaGetLastError()));
-    return status ? text : NULL;
+    return block_intact(&c->workspace) || fail(c, "wrote outside its workspace");
+}
+
+static bool fetch(struct call *c) {
+    for (int i = 0; i < c->written; i++) {
+        struct copy *copy = &c->copies[i];
+        if (!good(c, cudaMemcpy(copy->host, first_byte(&copy->dl), copy->bytes, cudaMemcpyDeviceToHost),
+                  "copying a result back"))
+            return false;
+    }
+    return true;
+}
+
+static const char *finish(struct call *c, bool ran) {
+    static char text[sizeof c->text];
+    if (ran && nothing_else_written(c))
+        fetch(c);
+    snprintf(text, sizeof text, "%s", c->text);
+    call_free(c);
+    return *text ? text : NULL;
+}
+
+const char *device_prefill(const flash_kda_prefill_args *args, int fill, enum device_memory memory) {
+    struct call c;
+    bool ran = call_make(&c, args, fill, memory) && launch(&c) && wait(&c);
+    return finish(&c, ran);
+}
+
+/* ---- Graphs ------------------------------------------------------------------------------------ */
+
+static bool capture(struct call *c, cudaGraphExec_t *graph_exec) {
+    cudaGraph_t graph = NULL;
+    if (!good(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeGlobal), "beginning a capture"))
+        return false;
+    bool launched = launch(c);
+    bool captured = good(c, cudaStreamEndCapture(c->stream, &graph), "ending a capture") && launched &&
+                    good(c, cudaGraphInstantiate(graph_exec, graph, 0), "making a graph");
+    if (graph)
+        cudaGraphDestroy(graph);
+    return captured;
+}
+
+/* The contents of another call's tensors, of the same shapes and strides. */
+static bool change_contents(struct call *c, const flash_kda_prefill_args *changed) {
+    flash_kda_prefill_args others = *changed;
+    const DLTensor **tensors[TENSORS];
+    int n = 0;
+    tensors_of(&others, tensors);
+    for (int i = 0; i < TENSORS; i++)
+        if (*tensors[i]) {
+            struct copy *copy = &c->copies[n++];
+            if (n > c->count || copy->name != names[i] || copy->bytes != extent(*tensors[i]))
+                return fail(c, "the check itself is wrong: the two calls differ in more than contents");
+            copy->host = first_byte(*tensors[i]);
+            if (!upload(c, copy))
+                return false;
+        }
+    return good(c, cudaDeviceSynchronize(), "changing contents");
+}
+
+const char *device_prefill_replayed(const flash_kda_prefill_args *captured,
+                                    const flash_kda_prefill_args *changed, int fill) {
+    struct call c;
+    cudaGraphExec_t graph = NULL;
+    bool ran = call_make(&c, captured, fill, DEVICE_MEMORY) && capture(&c, &graph) &&
+               change_contents(&c, changed) &&
+               good(&c, cudaGraphLaunch(graph, c.stream), "replaying a graph") && wait(&c);
+    if (graph)
+        cudaGraphExecDestroy(graph);
+    return finish(&c, ran);
+}
+
+/* ---- Time -------------------------------------------------------------------------------------- */
+
+static bool time_runs(struct call *c, cudaEvent_t begin, cudaEvent_t end, double *seconds) {
+    enum { RUNS = 10 };
+    *seconds = 1e30;
+    for (int i = 0; i < RUNS; i++) {
+        float milliseconds = 0;
+        if (!good(c, cudaEventRecord(begin, c->stream), "timing") || !launch(c) ||
+            !good(c, cudaEventRecord(end, c->stream), "timing") || !wait(c) ||
+            !good(c, cudaEventElapsedTime(&milliseconds, begin, end), "timing"))
+            return false;
+        *seconds = milliseconds * 1e-3 < *seconds ? milliseconds * 1e-3 : *seconds;
+    }
+    return true;
+}
+
+const char *device_prefill_time(const flash_kda_prefill_args *args, double *seconds) {
+    struct call c;
+    cudaEvent_t begin = NULL, end = NULL;
+    if (call_make(&c, args, 0, DEVICE_MEMORY) && good(&c, cudaEventCreate(&begin), "timing") &&
+        good(&c, cudaEventCreate(&end), "timing"))
+        time_runs(&c, begin, end, seconds);
+    if (begin)
+        cudaEventDestroy(begin);
+    if (end)
+        cudaEventDestroy(end);
+    return finish(&c, false);
 }

@@ -12,6 +12,9 @@ static void run(struct check *check) {
     prefill_pairwise(check);
     prefill_traps(check);
     prefill_properties(check);
+#ifdef CHECK_CUDA
+    prefill_cuda(check);
+#endif
 }
 
 const struct operation prefill_operation = {"prefill", run};

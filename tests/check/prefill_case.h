@@ -110,6 +110,10 @@ void prefill_results_make(struct prefill_results *r, const struct prefill_proble
 void prefill_results_make_exact(struct prefill_results *r, const struct prefill_problem *p);
 void prefill_results_free(struct prefill_results *r);
 
+/* The arguments of a run that writes to r. */
+flash_kda_prefill_args prefill_bind(const struct prefill_problem *p, struct prefill_results *r,
+                                    flash_kda_backend backend);
+
 /* Calls prefill with a workspace of exactly the size asked for, unaligned, guarded and filled with `fill`.
  * Returns NULL or what went wrong. */
 const char *prefill_call(const flash_kda_prefill_args *args, int fill);

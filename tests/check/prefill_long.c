@@ -6,6 +6,7 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <string.h>
 
 static int64_t tokens(const struct check *check, int64_t count) { return check->quick ? count / 8 : count; }
 
@@ -115,6 +116,8 @@ static void correlated(struct check *check) {
     c.A_log = c.dt_bias = c.qk_norm = false;
     c.beta_mode = FLASH_KDA_BETA_GIVEN;
     c.fill = fill_correlated;
+    if (!strcmp(check->level, "cuda"))
+        c.bf16_tolerance = BF16_CORRELATED;
     both_outputs(check, &c, "correlated keys of norm 0.9, beta 1");
 }
 

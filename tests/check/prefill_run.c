@@ -84,7 +84,7 @@ static const char *failed(const char *call) {
 const char *prefill_call(const flash_kda_prefill_args *args, int fill) {
 #ifdef CHECK_CUDA
     if (args->backend == FLASH_KDA_BACKEND_CUDA)
-        return device_prefill(args, fill);
+        return device_prefill(args, fill, DEVICE_MEMORY);
 #endif
     struct workspace workspace;
     size_t bytes;
@@ -99,8 +99,8 @@ const char *prefill_call(const flash_kda_prefill_args *args, int fill) {
     return intact ? NULL : "wrote outside its workspace";
 }
 
-static flash_kda_prefill_args bind(const struct prefill_problem *p, struct prefill_results *r,
-                                   flash_kda_backend backend) {
+flash_kda_prefill_args prefill_bind(const struct prefill_problem *p, struct prefill_results *r,
+                                    flash_kda_backend backend) {
     flash_kda_prefill_args args = p->args;
     args.backend = backend;
     args.out = &r->out.dl;
@@ -113,13 +113,19 @@ static flash_kda_prefill_args bind(const struct prefill_problem *p, struct prefi
 
 const char *prefill_run(const struct prefill_problem *p, struct prefill_results *r, flash_kda_backend backend,
                         int fill) {
-    flash_kda_prefill_args args = bind(p, r, backend);
+    flash_kda_prefill_args args = prefill_bind(p, r, backend);
     return prefill_call(&args, fill);
 }
 
 double prefill_time(const struct prefill_problem *p, struct prefill_results *r, flash_kda_backend backend) {
     enum { MIN_RUNS = 5 };
-    flash_kda_prefill_args args = bind(p, r, backend);
+    flash_kda_prefill_args args = prefill_bind(p, r, backend);
+#ifdef CHECK_CUDA
+    if (backend == FLASH_KDA_BACKEND_CUDA) {
+        double seconds = 0;
+        return device_prefill_time(&args, &seconds) ? (double)NAN : seconds;
+    }
+#endif
     struct workspace workspace;
     size_t bytes = 0;
     flash_kda_prefill_workspace_size(&args, &bytes);

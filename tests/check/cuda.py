@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""Everything that needs a GPU, in one go: the check program on level cuda, short and long cases; the captured inputs;
+and the short cases again under each tool of compute-sanitizer, where that is installed. On a GPU with a level of its
+own all of it runs on the portable level too (FLASH_KDA_CUDA=sm80).
+
+usage: cuda.py [--build DIR] [--quick] [--only JOB ...] [--seed N] [--commit NAME] [-o FILE]      (./dev check-cuda)
+
+All jobs run side by side; what each printed is kept in DIR/check-cuda/. Writes a summary to
+benchmarks/results/DEVICE/check.json, or FILE; with --only it writes nothing unless FILE is given. Exit status: 0 if
+every job passed. Needs the standard library alone.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import device  # noqa: E402
+
+# With their own options. The check program makes wrong calls on purpose and looks at every status itself.
+TOOL_OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "initcheck": [], "synccheck": []}
+TOOLS = list(TOOL_OPTIONS)
+JOBS = [name + level for name in ("short", "long", "captured", *TOOLS) for level in ("", "-sm80")]
+SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+TOOL_FOUND_ERRORS = 99  # exit status
+
+
+def commands(build, seed, quick):
+    """The commands of every job of one level. Under a sanitizer the quick cases, without guards: see --bare."""
+    check = [build / "flashkda_check", "--level", "cuda", "--seed", str(seed)]
+    some = ["--quick"] if quick else []
+    jobs = {"short": [[*check, *some]], "long": [[*check, "--long", *some]]}
+    jobs["captured"] = [[build / "flashkda", "run", path, "--backend", "cuda", "--check"]
+                        for path in sorted((ROOT / "data").glob("*.safetensors"))]
+    for tool in TOOLS if SANITIZER else []:
+        jobs[tool] = [[SANITIZER, "--tool", tool, *TOOL_OPTIONS[tool], "--error-exitcode", str(TOOL_FOUND_ERRORS),
+                       *check, "--quick", "--bare"]]
+    return jobs
+
+
+def all_jobs(build, gpu, seed, quick):
+    """Names to commands and environment."""
+    jobs = {name: (wanted, None) for name, wanted in commands(build, seed, quick).items()}
+    if gpu["compute_capability"].startswith("9."):
+        portable = {**os.environ, "FLASH_KDA_CUDA": "sm80"}
+        jobs |= {f"{name}-sm80": (wanted, portable) for name, (wanted, _) in jobs.items()}
+    return jobs
+
+
+class Job:
+    """Commands that run one after another while other jobs run too."""
+
+    def __init__(self, name, wanted, environment, log):
+        self.name, self.wanted, self.environment, self.path = name, list(wanted), environment, log
+        self.file = log.open("w")
+        self.begin, self.process, self.statuses = time.monotonic(), None, []
+
+    def running(self):
+        if self.process and self.process.poll() is None:
+            return True
+        if self.process:
+            self.statuses.append(self.process.returncode)
+            self.process = None
+        if not self.wanted:
+            return False
+        self.process = subprocess.Popen(self.wanted.pop(0), env=self.environment, stdout=self.file,
+                                        stderr=subprocess.STDOUT)
+        return True
+
+    def result(self):
+        """What the job printed and how it ended, in numbers."""
+        self.file.close()
+        text = self.path.read_text(errors="replace")
+        result = {"good": bool(self.statuses) and not any(self.statuses),
+                  "seconds": round(time.monotonic() - self.begin, 1), "exit_statuses": self.statuses}
+        counts = re.findall(r"^(\d+) passed, (\d+) failed$", text, re.M)
+        if counts:
+            result["passed"], result["failed"] = (int(n) for n in counts[-1])
+        elif not self.name.startswith("captured"):
+            result["good"] = False  # it ended before its summary
+        else:
+            result["passed"], result["failed"] = self.statuses.count(0), len(self.statuses) - self.statuses.count(0)
+        result["failures"] = re.findall(r"^FAIL (.*)$", text, re.M)
+        if self.name.startswith("long"):
+            result["measured"] = dict(re.findall(r"^ok   cuda +(.*?): (out .*)$", text, re.M))
+        if self.name.removesuffix("-sm80") in TOOLS:
+            summary = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (.*)$", text, re.M)
+            result["summary"] = summary[-1] if summary else None
+            result["good"] &= bool(summary) and not any(int(n) for n in re.findall(r"\d+", summary[-1]))
+        return result
+
+
+def run(jobs, folder):
+    """Runs all jobs side by side and prints a line as each ends."""
+    folder.mkdir(exist_ok=True)
+    going = [Job(name, wanted, environment, folder / f"{name}.log") for name, (wanted, environment) in jobs.items()]
+    results = {}
+    while going:
+        for job in list(going):
+            if job.running():
+                continue
+            going.remove(job)
+            result = results[job.name] = job.result()
+            print(f"{job.name:15} {'passed' if result['good'] else 'FAILED'}: {result.get('passed', 0)} cases passed,"
+                  f" {result.get('failed', 0)} failed, {result['seconds']} s"
+                  + (f"; {result['summary']}" if result.get("summary") else "")
+                  + ("" if result["good"] else f"; see {job.path}"), flush=True)
+            for failure in result["failures"][:10]:
+                print(f"    {failure}")
+        time.sleep(0.1)
+    return results
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build", help="where the programs are (build)")
+    parser.add_argument("--quick", action="store_true", help="fewer short cases and shorter long ones")
+    parser.add_argument("--only", nargs="+", choices=JOBS, help="these jobs alone")
+    parser.add_argument("--seed", type=int, default=1, help="of all inputs (1)")
+    parser.add_argument("--commit", help="what was built, where git cannot tell")
+    parser.add_argument("-o", "--output", type=pathlib.Path, help="the summary")
+    return parser.parse_args()
+
+
+def main():
+    options = arguments()
+    build = options.build.resolve()
+    gpu = device.describe(build)
+    jobs = all_jobs(build, gpu, options.seed, options.quick)
+    if not SANITIZER:
+        print("compute-sanitizer is not installed: memcheck, racecheck, initcheck and synccheck do NOT run")
+    if options.only:
+        jobs = {name: job for name, job in jobs.items() if name in options.only}
+    if not jobs:
+        sys.exit("no job is left to run")
+    results = run(jobs, build / "check-cuda")
+    passed = all(result["good"] for result in results.values())
+    summary = {
+        "passed": passed,
+        "commit": device.commit(options.commit),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "device": gpu,
+        "seed": options.seed,
+        "quick": options.quick,
+        "jobs": {name: results.get(name) for name in JOBS},  # null: did not run
+    }
+    path = options.output or device.results(gpu) / "check.json"
+    if options.output or not options.only:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+        print(f"wrote {path}")
+    print("all passed" if passed else "NOT all passed")
+    sys.exit(not passed)
+
+
+if __name__ == "__main__":
+    main()

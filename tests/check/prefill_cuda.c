@@ -1,0 +1,307 @@
+/* SPDX-License-Identifier: MIT */
+/* What only the CUDA backend promises: graphs that are replayed with other contents, indices in device memory that
+ * are out of range, managed memory, and errors that name a device. */
+#include "device.h"
+#include "prefill_compare.h"
+#include "prefill_families.h"
+
+#include <stdio.h>
+#include <string.h>
+
+enum { WORKSPACE_FILL = 0xff };
+
+/* A case whose calls have every index tensor that goes with its kind of checkpoints. */
+static struct prefill_case indexed_case(enum packing packing, enum checkpoints checkpoints, bool wide) {
+    static const int64_t lengths[] = {65, 0, 33, 130, 1};
+    struct prefill_case c = prefill_case_plain();
+    c.packing = packing;
+    c.sequences = sizeof lengths / sizeof *lengths;
+    for (int n = 0; n < c.sequences; n++)
+        c.lengths[n] = packing == PACKING_DENSE ? 97 : lengths[n];
+    c.pool = true;
+    c.checkpoints = checkpoints;
+    c.wide_indices = wide;
+    c.gate = wide ? FLASH_KDA_GATE_SOFTPLUS : FLASH_KDA_GATE_SIGMOID;
+    c.q_type = c.k_type = c.v_type = c.g_type = c.out_type = TYPE_BF16;
+    return c;
+}
+
+static const struct {
+    enum packing packing;
+    enum checkpoints checkpoints;
+    enum storage final;
+    bool wide;
+    const char *name;
+} kinds[] = {
+    {PACKING_INT32, CHECKPOINTS_NONE, STORAGE_FP32, false, "int32"},
+    {PACKING_INT64, CHECKPOINTS_EVERY, STORAGE_BF16, false, "int64, checkpoints every 16"},
+    {PACKING_INT32, CHECKPOINTS_INDEXED, STORAGE_IN_PLACE, true, "int32, checkpoints by index, in place"},
+    {PACKING_INT64, CHECKPOINTS_SHARED_POOL, STORAGE_IN_PLACE, false, "int64, checkpoints in the state pool"},
+    {PACKING_INT64, CHECKPOINTS_OFFSETS_3, STORAGE_IN_PLACE, true, "int64, checkpoints at offsets"},
+    {PACKING_DENSE, CHECKPOINTS_OFFSETS, STORAGE_FP32, false, "dense, checkpoints at an offset"},
+};
+enum { KINDS = sizeof kinds / sizeof *kinds };
+
+static struct prefill_case case_of_kind(int i) {
+    struct prefill_case c = indexed_case(kinds[i].packing, kinds[i].checkpoints, kinds[i].wide);
+    c.final = kinds[i].final;
+    return c;
+}
+
+static bool wanted(const struct check *check, struct prefill_case *c, const char *what, int kind) {
+    snprintf(c->name, sizeof c->name, "%s, %s", what, kinds[kind].name);
+    return check_wanted(check, c->name);
+}
+
+static void report(struct check *check, const struct prefill_case *c, const char *wrong, const char *right) {
+    check_report(check, !wrong, "cuda", c->name, wrong ? wrong : right);
+}
+
+static bool same_bytes(const struct tensor *a, const struct tensor *b) {
+    return !a->block || memcmp(a->block, b->block, a->block_bytes) == 0;
+}
+
+static const char *differ(const struct prefill_results *a, const struct prefill_results *b) {
+    bool same = same_bytes(&a->out, &b->out) && same_bytes(&a->final, &b->final) &&
+                same_bytes(&a->checkpoints, &b->checkpoints);
+    return same ? NULL : "other bits than a call that was not captured";
+}
+
+/* ---- Graphs ------------------------------------------------------------------------------------ */
+
+/* Captured on one problem, replayed with the contents of another: as many tokens, sequences and rows, all else
+ * different. */
+static const char *replay_differs(const struct prefill_problem *captured,
+                                  const struct prefill_problem *changed) {
+    struct prefill_results first, replayed, called;
+    prefill_results_make(&first, captured);
+    prefill_results_make(&replayed, changed);
+    prefill_results_make(&called, changed);
+    const flash_kda_prefill_args before = prefill_bind(captured, &first, FLASH_KDA_BACKEND_CUDA);
+    const flash_kda_prefill_args after = prefill_bind(changed, &replayed, FLASH_KDA_BACKEND_CUDA);
+    const char *wrong = prefill_run(changed, &called, FLASH_KDA_BACKEND_CUDA, WORKSPACE_FILL);
+    if (!wrong)
+        wrong = device_prefill_replayed(&before, &after, WORKSPACE_FILL);
+    if (!wrong)
+        wrong = differ(&replayed, &called);
+    prefill_results_free(&first);
+    prefill_results_free(&replayed);
+    prefill_results_free(&called);
+    return wrong;
+}
+
+static void graphs(struct check *check) {
+    for (int i = 0; i < KINDS; i++) {
+        struct prefill_case c = case_of_kind(i);
+        if (!wanted(check, &c, "a graph replayed with other contents", i))
+            continue;
+        struct random r = random_named(check->seed, c.name);
+        struct prefill_problem captured, changed;
+        prefill_problem_make(&captured, &c, &r);
+        for (int n = 0; n < c.sequences / 2; n++) {
+            int64_t length = c.lengths[n];
+            c.lengths[n] = c.lengths[c.sequences - 1 - n];
+            c.lengths[c.sequences - 1 - n] = length;
+        }
+        prefill_problem_make(&changed, &c, &r);
+        report(check, &c, replay_differs(&captured, &changed), "the same bits as a call");
+        prefill_problem_free(&captured);
+        prefill_problem_free(&changed);
+    }
+}
+
+/* ---- Wild indices ------------------------------------------------------------------------------ */
+
+/* Replaces about half of an index tensor by values that are out of range. Slots stay distinct: none of these is
+ * one. */
+static void spoil(struct tensor *t, struct random *r) {
+    const bool wide = t->block && t->dl.dtype.bits == 64;
+    const double wild[] = {-2, -1000, 1000, 2147483647, -2147483648., wide ? 9e18 : 1e6, wide ? -9e18 : -1e6};
+    for (int64_t i = 0; t->block && i < tensor_count(t); i++)
+        if (random_below(r, 2))
+            tensor_set(t, i, wild[random_below(r, sizeof wild / sizeof *wild)]);
+}
+
+static const char *wild_indices_break(struct prefill_problem *p, struct random *r) {
+    struct prefill_results results, before;
+    struct tensor *const indices[] = {&p->cu_seqlens, &p->state_indices, &p->checkpoint_cu_starts,
+                                      &p->checkpoint_indices, &p->checkpoint_offsets};
+    prefill_results_make(&results, p);
+    prefill_results_make(&before, p);
+    for (size_t i = 0; i < sizeof indices / sizeof *indices; i++)
+        spoil(indices[i], r);
+    const char *wrong = prefill_run(p, &results, FLASH_KDA_BACKEND_CUDA, DEVICE_FILL_ALWAYS);
+    /* What rows hold now means nothing, but slots and padding that no index names are as they were. */
+    bool *any = p->out.written;
+    for (int64_t row = 0; row < p->out.rows; row++)
+        any[row] = true;
+    if (!wrong && !tensor_unchanged(&results.out, &before.out, p->out.lead, any, NULL))
+        wrong = "wrote to padding of out";
+    if (!wrong && !results.shared_pool &&
+        !tensor_unchanged(&results.final, &before.final, p->final.lead, p->final.written, NULL))
+        wrong = "wrote to a slot that was not named, or to padding of final_state";
+    prefill_results_free(&results);
+    prefill_results_free(&before);
+    return wrong;
+}
+
+static void wild_indices(struct check *check) {
+    enum { ROUNDS = 8 };
+    for (int i = 0; i < KINDS; i++) {
+        struct prefill_case c = case_of_kind(i);
+        if (!wanted(check, &c, "indices out of range", i))
+            continue;
+        struct random r = random_named(check->seed, c.name);
+        const char *wrong = NULL;
+        for (int round = 0; round < ROUNDS && !wrong; round++) {
+            struct prefill_problem p;
+            prefill_problem_make(&p, &c, &r);
+            wrong = wild_indices_break(&p, &r);
+            prefill_problem_free(&p);
+        }
+        report(check, &c, wrong, "nothing else was written");
+    }
+}
+
+/* ---- Memory ------------------------------------------------------------------------------------ */
+
+static void managed_memory(struct check *check) {
+    struct prefill_case c = case_of_kind(1);
+    if (!wanted(check, &c, "managed memory", 1))
+        return;
+    struct random r = random_named(check->seed, c.name);
+    struct prefill_problem p;
+    struct prefill_results managed, plain;
+    prefill_problem_make(&p, &c, &r);
+    prefill_results_make(&managed, &p);
+    prefill_results_make(&plain, &p);
+    const flash_kda_prefill_args args = prefill_bind(&p, &managed, FLASH_KDA_BACKEND_CUDA);
+    const char *wrong = device_prefill(&args, WORKSPACE_FILL, DEVICE_MANAGED);
+    if (!wrong)
+        wrong = prefill_run(&p, &plain, FLASH_KDA_BACKEND_CUDA, WORKSPACE_FILL);
+    if (!wrong)
+        wrong = differ(&managed, &plain);
+    report(check, &c, wrong, "the same bits as in device memory");
+    prefill_results_free(&managed);
+    prefill_results_free(&plain);
+    prefill_problem_free(&p);
+}
+
+/* ---- Devices ----------------------------------------------------------------------------------- */
+
+enum { MEMBERS = 12, NO_SUCH_DEVICE = 99 };
+
+/* A call whose tensors say that they are on devices; it must fail before it touches their memory, which is the host's. */
+struct placed_call {
+    flash_kda_prefill_args args;
+    DLTensor tensors[MEMBERS];
+};
+
+static const char *const member_names[MEMBERS] = {"q",           "k",
+                                                  "v",           "g",
+                                                  "beta",        "A_log",
+                                                  "dt_bias",     "out",
+                                                  "cu_seqlens",  "initial_state",
+                                                  "final_state", "state_indices"};
+
+static void place_call(struct placed_call *call, const flash_kda_prefill_args *args, DLDevice device) {
+    call->args = *args;
+    flash_kda_prefill_args *a = &call->args;
+    const DLTensor **const members[MEMBERS] = {&a->q,           &a->k,
+                                               &a->v,           &a->g,
+                                               &a->beta,        &a->A_log,
+                                               &a->dt_bias,     &a->out,
+                                               &a->cu_seqlens,  &a->initial_state,
+                                               &a->final_state, &a->state_indices};
+    for (int i = 0; i < MEMBERS; i++) {
+        call->tensors[i] = **members[i];
+        call->tensors[i].device = device;
+        *members[i] = &call->tensors[i];
+    }
+}
+
+/* NULL if the call fails with this status and a sentence that has this word. */
+static const char *not_refused(const struct placed_call *call, flash_kda_status expected, const char *word) {
+    static char workspace[1 << 24], text[900];
+    flash_kda_status status = flash_kda_prefill(&call->args, workspace, sizeof workspace);
+    if (status == expected && strstr(flash_kda_last_error(), word))
+        return NULL;
+    snprintf(text, sizeof text, "%s: '%s'; expected %s and a sentence with '%s'", flash_kda_status_name(status),
+             status ? flash_kda_last_error() : "", flash_kda_status_name(expected), word);
+    return text;
+}
+
+/* Each tensor in turn on the host, and on another device, while the others are where q is. */
+static const char *mixed_devices_pass(const flash_kda_prefill_args *args) {
+    static const DLDevice elsewhere[] = {{kDLCPU, 0}, {kDLCUDA, 1}, {kDLCUDAManaged, 0}};
+    const char *wrong = NULL;
+    for (int i = 1; i < MEMBERS && !wrong; i++)
+        for (int n = 0; n < 3 && !wrong; n++) {
+            struct placed_call call;
+            place_call(&call, args, (DLDevice){kDLCUDA, 0});
+            call.tensors[i].device = elsewhere[n];
+            wrong = not_refused(&call, FLASH_KDA_ERROR_INVALID_ARGUMENT, member_names[i]);
+        }
+    return wrong;
+}
+
+static const char *wrong_devices_pass(const flash_kda_prefill_args *args) {
+    static const struct {
+        flash_kda_backend backend;
+        DLDevice device;
+        flash_kda_status status;
+        const char *word;
+    } calls[] = {
+        {FLASH_KDA_BACKEND_CPU, {kDLCUDA, 0}, FLASH_KDA_ERROR_UNSUPPORTED, "cpu"},
+        {FLASH_KDA_BACKEND_REFERENCE, {kDLCUDA, 0}, FLASH_KDA_ERROR_UNSUPPORTED, "reference"},
+        {FLASH_KDA_BACKEND_CUDA, {kDLCPU, 0}, FLASH_KDA_ERROR_UNSUPPORTED, "CUDA memory"},
+        {FLASH_KDA_BACKEND_CUDA, {kDLCUDA, NO_SUCH_DEVICE}, FLASH_KDA_ERROR_CUDA, "cudaErrorInvalidDevice"},
+        {FLASH_KDA_BACKEND_AUTO, {kDLCUDA, NO_SUCH_DEVICE}, FLASH_KDA_ERROR_CUDA, "cudaErrorInvalidDevice"},
+    };
+    const char *wrong = NULL;
+    for (size_t i = 0; i < sizeof calls / sizeof *calls && !wrong; i++) {
+        struct placed_call call;
+        place_call(&call, args, calls[i].device);
+        call.args.backend = calls[i].backend;
+        wrong = not_refused(&call, calls[i].status, calls[i].word);
+    }
+    return wrong;
+}
+
+/* The tensors of the call are in host memory, whatever they say. */
+static void devices(struct check *check) {
+    struct prefill_case c = case_of_kind(0);
+    snprintf(c.name, sizeof c.name, "tensors on several devices, and on wrong ones");
+    if (!check_wanted(check, c.name))
+        return;
+    struct random r = random_named(check->seed, c.name);
+    struct prefill_problem p;
+    struct prefill_results results, before;
+    prefill_problem_make(&p, &c, &r);
+    prefill_results_make(&results, &p);
+    prefill_results_make(&before, &p);
+    const flash_kda_prefill_args args = prefill_bind(&p, &results, FLASH_KDA_BACKEND_CUDA);
+    const char *wrong = mixed_devices_pass(&args);
+    if (!wrong)
+        wrong = wrong_devices_pass(&args);
+    if (!wrong && differ(&results, &before))
+        wrong = "wrote to a result of a call that failed";
+    if (!wrong) /* an error that was reported is over */
+        wrong = prefill_run(&p, &results, FLASH_KDA_BACKEND_CUDA, WORKSPACE_FILL);
+    report(check, &c, wrong, "refused, with the tensor or CUDA's error named");
+    prefill_results_free(&results);
+    prefill_results_free(&before);
+    prefill_problem_free(&p);
+}
+
+void prefill_cuda(struct check *check) {
+    bool tested = false;
+    for (int i = 0; i < check->level_count; i++)
+        tested |= prefill_backend(check->levels[i]) == FLASH_KDA_BACKEND_CUDA;
+    if (!tested)
+        return;
+    graphs(check);
+    wild_indices(check);
+    managed_memory(check);
+    devices(check);
+}
