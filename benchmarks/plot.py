@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draws the README's figure of CPU speed from what cpu_speed.py measured.
+"""Draws the README's figures of speed from what cpu_speed.py or cuda_speed.py measured.
 
 usage: plot.py MEASURED.json FIGURE.svg
 """
@@ -74,5 +74,52 @@ def draw(measured, path):
     figure.savefig(path, metadata={"Date": None})
 
 
+# ---- CUDA ---------------------------------------------------------------------------------------
+
+MARKS = {"ours": ("o", "#e08a3c"), "fla": ("s", "#4878a8"), "flashkda": ("^", "#6a9f58")}
+LABELS = {"ours": "libflashkda", "fla": "fla chunk_kda", "flashkda": "FlashKDA"}
+
+
+def medians(result, measured):
+    """Milliseconds by implementation; and the least that moving the tensors takes at the rate of a copy."""
+    copy = measured["machine"]["device"]["copy_gb_per_second"] * 1e9
+    times = {"floor": result["bytes"] / copy * 1e3}
+    timed = {"ours": result, **result["peers"]}
+    return times | {name: r["seconds"]["median"] * 1e3 for name, r in timed.items() if r and r.get("seconds")}
+
+
+def draw_regime(axes, measured, regime):
+    results = find(measured["results"], regime=regime)
+    for place, result in enumerate(results):
+        times = medians(result, measured)
+        axes.plot(times["floor"], place, marker="|", color="black", markersize=9)
+        for name, (mark, colour) in MARKS.items():
+            if name in times:
+                axes.plot(times[name], place, marker=mark, color=colour, linestyle="none", markersize=6)
+    axes.set_xscale("log")
+    axes.grid(axis="both", linewidth=0.3)
+    axes.set_yticks(range(len(results)), [r["name"].removesuffix(f"-{regime}") for r in results])
+    axes.invert_yaxis()
+    axes.set_xlabel("ms, further left is faster")
+    axes.set_title(f"{regime} gates", fontsize=10)
+
+
+def draw_cuda(measured, path):
+    regimes = [regime for regime in ("strong", "slow") if find(measured["results"], regime=regime)]
+    figure, panels = pyplot.subplots(1, len(regimes), figsize=(13, 8), layout="constrained", squeeze=False)
+    for axes, regime in zip(panels[0], regimes):
+        draw_regime(axes, measured, regime)
+    device, peers = measured["machine"]["device"], measured["peers"]
+    here = [name for name in MARKS if name == "ours" or peers.get(name)]
+    marks = [pyplot.Line2D([], [], marker=MARKS[n][0], color=MARKS[n][1], linestyle="none") for n in here]
+    marks.append(pyplot.Line2D([], [], marker="|", color="black", linestyle="none"))
+    labels = [LABELS[n] + (f" {peers[n]}" if peers.get(n) else "") for n in here] + ["a copy of all tensors' bytes"]
+    figure.legend(marks, labels, loc="outside lower center", ncols=len(marks), frameon=False)
+    figure.suptitle(f"Prefill on {device['name']}, GPU time by graph replay: bf16, K = V = 128 unless said, gate and"
+                    f" norm included; commit {measured['commit']}, {measured['date'][:10]}", fontsize=10)
+    figure.savefig(path, metadata={"Date": None})
+
+
 if __name__ == "__main__":
-    draw(json.loads(pathlib.Path(sys.argv[1]).read_text()), sys.argv[2])
+    what = json.loads(pathlib.Path(sys.argv[1]).read_text())
+    (draw_cuda if what["machine"].get("device") else draw)(what, sys.argv[2])

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: MIT
+"""Other implementations of prefill on CUDA, timed and compared as `flashkda bench --backend cuda` does with ours: by
+replay of a CUDA graph over as many copies of the tensors as overflow the L2 cache, and against fp64. Needs torch."""
+
+import importlib.metadata
+import os
+import pathlib
+import statistics
+import sys
+import types
+
+os.environ["FLA_FLASH_KDA"] = "0"  # fla's own kernels, not those of a FlashKDA it finds
+
+import torch  # noqa: E402
+
+REPEATS = 9
+WARM_UP, MEASUREMENT = 0.1, 0.02  # seconds
+MAX_COPIES = 64
+CHECKED_TOKENS, CHECKED_HEADS = 8192, 4  # of the first sequence
+WRONG = 0.02  # error ratio; bf16 operands cost about 0.005
+
+
+# ---- Inputs and the exact answer ----------------------------------------------------------------
+
+def make_inputs(case, seed=0):
+    """Tensors of a case of the benchmark's JSON, of the distribution that `flashkda bench` takes."""
+    torch.manual_seed(seed)
+    B, T, H, HV, K, V = (case[n] for n in ("batch", "tokens", "heads", "value_heads", "key_dim", "value_dim"))
+    slow = case["regime"] == "slow"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case["dtype"]]
+
+    def normal(*shape, mean=0.0):
+        return (torch.randn(shape, device="cuda") + mean).to(dtype)
+
+    lengths = [int(n) for n in case["lengths"].split(",")] if case["lengths"] else None
+    boundaries = [0]
+    for length in lengths or []:
+        boundaries.append(boundaries[-1] + length)
+    state_dtype = torch.bfloat16 if case["state_dtype"] == "bf16" else torch.float32
+    return types.SimpleNamespace(
+        q=normal(B, T, H, K), k=normal(B, T, H, K), v=normal(B, T, HV, V),
+        g=normal(B, T, HV, K, mean=-7.0 if slow else 0.0), beta=normal(B, T, HV),
+        A_log=torch.rand(HV, device="cuda"),
+        dt_bias=torch.zeros(HV, K, device="cuda") if slow else torch.rand(HV, K, device="cuda"),
+        state=torch.randn((len(lengths) if lengths else B), HV, V, K, device="cuda").to(state_dtype)
+        if case["initial_state"] else None,
+        cu_seqlens=torch.tensor(boundaries, device="cuda") if lengths else None,
+        first_length=lengths[0] if lengths else T,
+        lower_bound=case["lower_bound"])  # None: softplus gate
+
+
+def log_decay(x, g):
+    rate, biased = x.A_log.double().exp()[:, None], g.double() + x.dt_bias.double()
+    if x.lower_bound is None:
+        return -rate * torch.nn.functional.softplus(biased)
+    return x.lower_bound * torch.sigmoid(rate * biased)
+
+
+def exact(x):
+    """Output [tokens, heads, V] and state [heads, V, K] of the recurrence in fp64, for the first tokens and heads of the
+    first sequence."""
+    tokens, group = min(x.first_length, CHECKED_TOKENS), x.v.shape[2] // x.q.shape[2]
+    heads = min(x.v.shape[2], CHECKED_HEADS)
+    q, k = (t[0, :tokens].double().repeat_interleave(group, dim=1)[:, :heads] for t in (x.q, x.k))
+    q, k = (t * (t.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (q, k))
+    v, beta = x.v[0, :tokens, :heads].double(), x.beta[0, :tokens, :heads].double().sigmoid()
+    decay = log_decay(x, x.g[0, :tokens])[:, :heads].exp()
+    S = x.state[0, :heads].double().clone() if x.state is not None else v.new_zeros(heads, v.shape[-1], q.shape[-1])
+    out = torch.empty_like(v)
+    for t in range(tokens):
+        S = S * decay[t, :, None, :]
+        u = beta[t, :, None] * (v[t] - (S @ k[t, :, :, None])[..., 0])
+        S = S + u[:, :, None] * k[t, :, None, :]
+        out[t] = (S @ q[t, :, :, None])[..., 0] * q.shape[-1] ** -0.5
+    return out, S
+
+
+def error_ratio(value, reference):
+    """RMS(value - reference) / RMS(reference); None where that is no number."""
+    ratio = ((value.double() - reference).square().mean() / reference.square().mean()).sqrt().item()
+    return ratio if ratio == ratio and ratio != float("inf") else None
+
+
+# ---- The peers ----------------------------------------------------------------------------------
+
+class Fla:
+    """fla's chunk_kda, all in the kernel, inference."""
+
+    def __init__(self):
+        from fla.ops.kda import chunk_kda
+        self.chunk_kda = chunk_kda
+        self.version = importlib.metadata.version("flash-linear-attention")
+
+    def takes(self, case):
+        return case["state_dtype"] == "fp32"
+
+    def prepare(self, x, case):
+        every = case["checkpoint_every"] > 0
+        bounded = x.lower_bound is not None
+
+        def call():
+            result = self.chunk_kda(
+                x.q, x.k, x.v, x.g, x.beta, initial_state=x.state, output_final_state=True,
+                use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+                safe_gate=bounded, lower_bound=x.lower_bound, state_v_first=True, return_intermediate_states=every,
+                cu_seqlens=x.cu_seqlens, A_log=x.A_log, dt_bias=x.dt_bias.flatten())
+            return result[0], result[1]
+        return call
+
+
+class FlashKDA:
+    """FlashKDA's fwd, from a folder that has its package flash_kda, built."""
+
+    def __init__(self, folder):
+        sys.path.insert(0, str(folder))
+        import flash_kda
+        if pathlib.Path(folder).resolve() not in pathlib.Path(flash_kda.__file__).resolve().parents:
+            raise ImportError(f"flash_kda was found in {flash_kda.__file__}, not in {folder}")
+        self.fwd = flash_kda.fwd
+        self.version = getattr(flash_kda, "__version__", "unknown")
+
+    def takes(self, case):
+        return (case["gate"] == "sigmoid" and case["key_dim"] == case["value_dim"] == 128 and case["dtype"] == "bf16"
+                and case["value_heads"] == case["heads"] and not case["checkpoint_every"])
+
+    def prepare(self, x, case):
+        out, state_dtype = torch.empty_like(x.v), torch.bfloat16 if case["state_dtype"] == "bf16" else torch.float32
+        sequences = len(x.cu_seqlens) - 1 if x.cu_seqlens is not None else x.q.shape[0]
+        state = torch.empty(sequences, *x.v.shape[2:], x.q.shape[-1], dtype=state_dtype, device="cuda")
+
+        def call():
+            self.fwd(x.q, x.k, x.v, x.g, x.beta, x.q.shape[-1] ** -0.5, out, x.A_log, x.dt_bias, x.lower_bound,
+                     initial_state=x.state, final_state=state, cu_seqlens=x.cu_seqlens)
+            return out, state
+        return call
+
+
+def load(flashkda_folder=None):
+    """The peers that are here by name, None for those that are not, with a printed line that says why."""
+    peers = {}
+    for name, make in {"fla": Fla, "flashkda": lambda: FlashKDA(flashkda_folder)}.items():
+        peers[name] = None
+        try:
+            if name == "flashkda" and not flashkda_folder:
+                raise ImportError("no folder given, see --flashkda")
+            peers[name] = make()
+            print(f"{name} {peers[name].version}")
+        except ImportError as error:
+            print(f"{name} is NOT measured: {error}")
+    return peers
+
+
+# ---- Measuring ----------------------------------------------------------------------------------
+
+def copies_of(x, seed_inputs):
+    """So many independent copies of the inputs, the first being x, that none is in the cache when its turn comes."""
+    bytes_each = sum(t.numel() * t.element_size() for t in vars(x).values() if torch.is_tensor(t))
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    count = min(MAX_COPIES, 1 + 2 * l2 // bytes_each)
+    return [x] + [seed_inputs(n) for n in range(1, count)]
+
+
+def replay(calls):
+    """Seconds of one call: replays of a graph that runs all of them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, tunes and fills caches outside of the graph
+        for call in calls * 2:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def measure(replays):
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3
+
+    replays, spent = 1, 0.0
+    while spent < WARM_UP:
+        took = measure(replays)
+        spent += took
+        replays = int(min(10000, 1 + MEASUREMENT * replays / max(took, 1e-6)))
+    seconds = sorted(measure(replays) / replays / len(calls) for _ in range(REPEATS))
+    quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {"min": seconds[0], "q1": quartiles[0], "median": quartiles[1], "q3": quartiles[2], "max": seconds[-1],
+            "repeats": REPEATS}
+
+
+def check(call, x, answer):
+    """Error ratios of the output and, where the answer covers the whole first sequence, of its final state."""
+    out, state = call()
+    tokens, heads = answer[0].shape[:2]
+    whole = tokens == x.first_length
+    return {"tokens": tokens, "value_heads": heads,
+            "output_error": error_ratio(out[0, :tokens, :heads], answer[0]),
+            "state_error": error_ratio(state[0, :heads], answer[1]) if whole else None,
+            "finite": bool(out.isfinite().all() and state.isfinite().all())}
+
+
+def measure(peers, case):
+    """What each peer does with a case: errors, and times where the result is right; None where it is not here or
+    does not take the case."""
+    wanted = {name: peer for name, peer in peers.items() if peer and peer.takes(case)}
+    measured = dict.fromkeys(peers)
+    if not wanted:
+        return measured
+    with torch.inference_mode():
+        x = make_inputs(case)
+        answer, copies = exact(x), copies_of(x, lambda seed: make_inputs(case, seed))
+        for copy in copies[1:]:
+            copy.cu_seqlens = x.cu_seqlens  # fla keeps what it derives from it
+        for name, peer in wanted.items():
+            calls = [peer.prepare(copy, case) for copy in copies]
+            result = measured[name] = {"check": check(calls[0], x, answer)}
+            errors = [e for e in (result["check"]["output_error"], result["check"]["state_error"]) if e is not None]
+            right = result["check"]["finite"] and result["check"]["output_error"] is not None and max(errors) < WRONG
+            result["seconds"] = replay(calls) if right else None
+    torch.cuda.empty_cache()
+    return measured
