@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: MIT
+"""Kimi Delta Attention (KDA) on CPU and CUDA for torch, numpy, cupy and jax arrays.
+
+prefill      the library's own interface, complete
+fwd          FlashKDA's interface: same name, order and in-place outputs
+chunk_kda    flash-linear-attention's interface, for inference
+fla          registers this package with flash-linear-attention's dispatch
+
+docs/python.md introduces them; docs/maths.md says what is computed.
+"""
+
+from . import fla
+from ._C import VERSION as __version__
+from ._chunk_kda import chunk_kda
+from ._fwd import fwd, get_workspace_size
+from ._prefill import prefill, prefill_describe, prefill_workspace_size
+
+__all__ = ["__version__", "chunk_kda", "fla", "fwd", "get_workspace_size", "prefill", "prefill_describe",
+           "prefill_workspace_size"]

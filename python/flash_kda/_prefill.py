@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""The library's own interface: every member of flash_kda_prefill_args."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from . import _C
+from ._libraries import Library, library_of
+from ._shapes import shape_of, state_shape
+
+Array = Any  #: a torch.Tensor, numpy.ndarray, cupy.ndarray or jax.Array
+
+# The C interface reads a scale of 0 as the default. This one is 0 in fp32, where the arithmetic is.
+_SCALE_ZERO = 1e-60
+
+
+def scale_value(scale: float | None) -> float:
+    return 0.0 if scale is None else scale or _SCALE_ZERO
+
+
+def _value(table: dict[str, int], word: str, name: str) -> int:
+    if word not in table:
+        raise ValueError(f"{name} is {word!r}; expected {' or '.join(map(repr, table))}")
+    return table[word]
+
+
+def _options(gate: str, lower_bound: float | None, beta_mode: str, qk_norm: bool, scale: float | None,
+             state_layout: str, checkpoint_every: int, batch_invariant: bool, backend: str,
+             num_threads: int) -> tuple[Any, ...]:
+    if gate == "sigmoid" and lower_bound is None:
+        raise ValueError("lower_bound is None with gate 'sigmoid'; expected a number in [-5, 0)")
+    bound = 0.0 if lower_bound is None else lower_bound
+    return (_value(_C.GATES, gate, "gate"), bound, _value(_C.BETA_MODES, beta_mode, "beta_mode"),
+            scale_value(scale), (_C.QK_NORM if qk_norm else 0) | (_C.BATCH_INVARIANT if batch_invariant else 0),
+            _value(_C.STATE_LAYOUTS, state_layout, "state_layout"), checkpoint_every,
+            _value(_C.BACKENDS, backend, "backend"), num_threads)
+
+
+def _check_destinations(library: Library, **destinations: Array | None) -> None:
+    for name, array in destinations.items():
+        if array is not None and not library.writable:
+            raise ValueError(f"{name} is given with jax arrays, which cannot be written; expected None")
+
+
+def _outputs(library: Library, q: Array, v: Array, cu_seqlens: Array | None, state_layout: int,
+             initial_state: Array | None, final_state: Array | None, output_final_state: bool,
+             out: Array | None) -> tuple[Array, Array | None]:
+    """out and final_state: those that are given, or new ones."""
+    if out is None:
+        out = library.empty(q, shape_of(v, "v"), v.dtype)
+    if output_final_state and final_state is None:
+        dtype = library.float32 if initial_state is None else initial_state.dtype
+        final_state = library.empty(q, state_shape(q, v, cu_seqlens, state_layout), dtype)
+    return out, final_state
+
+
+def prefill(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    *,
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    gate: str = "none",
+    lower_bound: float | None = None,
+    beta_mode: str = "given",
+    qk_norm: bool = False,
+    scale: float | None = None,
+    cu_seqlens: Array | None = None,
+    state_layout: str = "v_first",
+    initial_state: Array | None = None,
+    final_state: Array | None = None,
+    output_final_state: bool = False,
+    state_indices: Array | None = None,
+    checkpoints: Array | None = None,
+    checkpoint_every: int = 0,
+    checkpoint_cu_starts: Array | None = None,
+    checkpoint_indices: Array | None = None,
+    checkpoint_offsets: Array | None = None,
+    out: Array | None = None,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+    num_threads: int = 0,
+    workspace: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """Runs Kimi Delta Attention over whole sequences.
+
+    Token by token, for each value head, with a state S [K, V] (Kimi Linear, arXiv:2510.26692, section 3)::
+
+        S <- diag(exp(a_t)) S                   decay; a_t <= 0 is the log decay of each channel
+        S <- S + beta_t k_t (v_t - S^T k_t)^T   delta rule; beta_t is the step
+        o_t = scale * S^T q_t                   read-out
+
+    Letters: B batch, T tokens, N sequences, H query/key heads, HV value heads (a multiple of H; value head h reads
+    query/key head h // (HV // H)), K and V head dims. "float" is fp32, fp16 or bf16, for each array by itself;
+    "state" is fp32 or bf16. All arrays are of one library (torch, numpy, cupy or jax) and on one device.
+
+    Strides are free and not negative, but the last dimension must be contiguous, save for beta and A_log.
+
+    Args:
+        q, k: float [B, T, H, K], 1 <= K <= 256.
+        v: float [B, T, HV, V].
+        g: float [B, T, HV, K]: the raw gate, or with gate "none" the log decay itself, in nats a token.
+        beta: float [B, T, HV].
+        A_log: float [HV]; None: exp(A_log) is 1. Not with gate "none".
+        dt_bias: float [HV, K]; None: 0. Not with gate "none".
+        gate: how the log decay comes from g: "none": g; "softplus": -exp(A_log) softplus(g + dt_bias);
+            "sigmoid": lower_bound sigmoid(exp(A_log) (g + dt_bias)).
+        lower_bound: needed with gate "sigmoid", in [-5, 0), nats a token.
+        beta_mode: how the step comes from beta: "given", "sigmoid" or "twice_sigmoid", which allows negative
+            eigenvalues.
+        qk_norm: divide q and k by sqrt(sum of squares + 1e-6), per token and head.
+        scale: None: 1 / sqrt(K).
+        cu_seqlens: int32 or int64 [N + 1], from 0 to T, never falling: B is 1, and sequence n is tokens
+            cu_seqlens[n] to cu_seqlens[n + 1] - 1. None: N = B sequences of T tokens.
+        state_layout: order of the last two dimensions of every state: "v_first", [.., V, K], or "k_first", [.., K, V].
+        initial_state: state [N, HV, V, K], or with state_indices [slots, HV, V, K]; None: 0.
+        final_state: of the same shape, written; may be initial_state itself.
+        output_final_state: return the final states. Where final_state is None they are new: of initial_state's
+            dtype, or fp32.
+        state_indices: int32 [N]: the slot of each sequence in initial_state and final_state, no slot twice. -1:
+            padding, nothing of that sequence is read or written, its rows of out included.
+        checkpoints: state, written: states inside of sequences, with either of the next two.
+        checkpoint_every: n > 0: row j of a sequence is its state after min((j + 1) n, length) tokens. checkpoints is
+            [B, rows, HV, V, K], or with cu_seqlens [rows of all sequences, HV, V, K].
+        checkpoint_offsets: int32 or int64 [N] or [N, C]: tokens after which the state is kept, 0 to the sequence's
+            length; -1: none. checkpoints is [N, HV, V, K] or [N, C, HV, V, K].
+        checkpoint_cu_starts: int32 or int64 [N + 1], with cu_seqlens and checkpoint_every: sequence n has the rows
+            checkpoint_cu_starts[n] to checkpoint_cu_starts[n + 1] - 1.
+        checkpoint_indices: int32 [rows], with checkpoint_cu_starts: row r is written to
+            checkpoints[checkpoint_indices[r]]; -1: not at all.
+        out: float [B, T, HV, V], written; None: a new array of v's dtype. An fp32 out keeps the arithmetic in fp32 on
+            CPUs that would otherwise multiply in bf16.
+        batch_invariant: a sequence's bits do not depend on what it is batched with, nor on num_threads.
+        backend: "auto", by the device of q; "reference", the fp64 oracle; "cpu"; "cuda".
+        num_threads: of the CPU backend; 0: OpenMP's default.
+        workspace: contiguous array on q's device of at least prefill_workspace_size() bytes, contents undefined; None:
+            memory from the library that q is from (on torch its caching allocator).
+
+    Returns:
+        out; or (out, final_state) if output_final_state is true or final_state is given.
+
+    Raises:
+        ValueError: a shape, dtype, device, stride, range or overlap is wrong; the sentence names the argument.
+        TypeError: an argument is no array of q's library, or no number.
+        NotImplementedError: a tensor requires grad; or this build or machine does not have the backend.
+        MemoryError: the workspace could not be allocated.
+        RuntimeError: the CUDA runtime reports an error.
+        Nothing has been written then, save after a RuntimeError.
+
+    On CUDA the call is enqueued on the library's current stream (with jax it also waits) and reads no device memory on
+    the host: it can be captured in a graph and replayed with other contents of every array, cu_seqlens included. Index
+    values in device memory are not checked but kept within bounds.
+
+    Source: include/flash_kda.h, flash_kda_prefill_args.
+    """
+    library = library_of(q)
+    options = _options(gate, lower_bound, beta_mode, qk_norm, scale, state_layout, checkpoint_every, batch_invariant,
+                       backend, num_threads)
+    if output_final_state and final_state is None and state_indices is not None:
+        raise ValueError("final_state is None with state_indices; expected the states that the indices refer to")
+    if library.traced(q) and out is None and final_state is None and checkpoints is None and workspace is None:
+        return library.prefill_op((q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, state_indices),
+                                  output_final_state, options)
+    _check_destinations(library, out=out, final_state=final_state, checkpoints=checkpoints)
+    out, final_state = _outputs(library, q, v, cu_seqlens, options[5], initial_state, final_state, output_final_state,
+                                out)
+    library.run(_C.prefill, (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, initial_state, final_state,
+                             state_indices, checkpoints, checkpoint_cu_starts, checkpoint_indices, checkpoint_offsets),
+                options, workspace)
+    return out if final_state is None else (out, final_state)
+
+
+def prefill_workspace_size(*arguments: Any, **keywords: Any) -> int:
+    """Bytes of scratch memory that prefill() needs for these arguments, which are prefill()'s.
+
+    They depend on shapes, dtypes, num_threads and the number of sequences, not on the data.
+    """
+    return _ask(_C.prefill_workspace_size, arguments, keywords)
+
+
+def prefill_describe(*arguments: Any, **keywords: Any) -> str:
+    """One line on how prefill() would run these arguments, which are prefill()'s: backend, level, arithmetic, split."""
+    return _ask(_C.prefill_describe, arguments, keywords)
+
+
+_SIGNATURE = inspect.signature(prefill)
+_OPTIONS = tuple(inspect.signature(_options).parameters)
+
+
+def _ask(function: _C.Function, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    bound = _SIGNATURE.bind(*arguments, **keywords)
+    bound.apply_defaults()
+    a = bound.arguments
+    library = library_of(a["q"])
+    options = _options(**{name: a[name] for name in _OPTIONS})
+    a["out"], a["final_state"] = _outputs(library, a["q"], a["v"], a["cu_seqlens"], options[5], a["initial_state"],
+                                          a["final_state"], a["output_final_state"], a["out"])
+    return library.run(function, tuple(a[name] for name in _C.TENSORS), options, None)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""flash-linear-attention (fla 0.6) running on this package.
+
+fla finds a package named flash_kda by itself and sends it what FlashKDA can do. After register() its chunk_kda, and so
+its KDA layer, sends everything that this package can do: head dims up to 256, grouped value heads, the softplus gate,
+flags off, K-first states, intermediate states, the CPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from . import _C
+from ._chunk_kda import chunk_kda
+
+_SIGNATURE = inspect.signature(chunk_kda)
+
+
+def _refusal(call: dict[str, Any]) -> str | None:
+    """Why this package cannot take a call of chunk_kda, or None."""
+    import torch
+
+    q = call["q"]
+    if call["cp_context"] is not None:
+        return "flash_kda runs a sequence on one device only"
+    if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in call.values()):
+        return "flash_kda has no backward pass yet"
+    if not _C.backend_available(_C.BACKENDS.get(q.device.type, -1)):
+        return f"this build of flash_kda does not run on {q.device.type} here"
+    if q.shape[-1] > 256:
+        return f"flash_kda takes head dims of keys up to 256, not {q.shape[-1]}"
+    bound = call["lower_bound"]
+    if call["use_gate_in_kernel"] and bound is not None and not -5 <= bound < 0:
+        return f"flash_kda takes a lower_bound in [-5, 0), not {bound}"
+    return None
+
+
+def register() -> None:
+    """Replaces fla's FlashKDA backend by this package's. FLA_FLASH_KDA=0 in the environment turns either off."""
+    import fla.backends
+    from fla.ops.kda import chunk_kda as entry_point
+
+    class Backend(fla.backends.BaseBackend):
+        backend_type = "flash_kda"
+        package_name = "flash_kda"
+        env_var = "FLA_FLASH_KDA"
+        priority = 3
+
+        def chunk_kda_verifier(self, *arguments: Any, **keywords: Any) -> tuple[bool, str | None]:
+            call = _SIGNATURE.bind(*arguments, **keywords)
+            call.apply_defaults()
+            reason = _refusal(call.arguments)
+            return reason is None, reason
+
+        def chunk_kda(self, *arguments: Any, **keywords: Any) -> Any:
+            return chunk_kda(*arguments, **keywords)
+
+    if fla.backends._DISPATCH_DISABLED:
+        raise RuntimeError("FLA_DISABLE_BACKEND_DISPATCH=1 is in the environment, so fla takes no backend")
+    fla.backends.register(entry_point)(Backend)

@@ -1,0 +1,155 @@
+/* SPDX-License-Identifier: MIT */
+/* The module flash_kda._C: the library's entries, positional and without defaults, for the Python code beside it. */
+#include "fwd_size.h"
+#include "workspace.h"
+
+typedef PyObject *(*fast_function)(PyObject *, PyObject *const *, Py_ssize_t);
+
+/* ---- Prefill ----------------------------------------------------------------------------------- */
+
+static PyObject *run(const struct call *call) {
+    struct workspace workspace;
+    size_t bytes = 0;
+    flash_kda_status status = flash_kda_prefill_workspace_size(&call->args, &bytes);
+    if (status)
+        return call_raise(status);
+    if (!workspace_take(&workspace, call, bytes))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS status = flash_kda_prefill(&call->args, workspace.memory, workspace.bytes);
+    Py_END_ALLOW_THREADS workspace_drop(&workspace);
+    return status ? call_raise(status) : Py_NewRef(Py_None);
+}
+
+static PyObject *prefill(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+    (void)module;
+    struct call call;
+    return call_read(&call, arguments, count) ? run(&call) : NULL;
+}
+
+static PyObject *prefill_workspace_size(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+    (void)module;
+    struct call call;
+    size_t bytes = 0;
+    if (!call_read(&call, arguments, count))
+        return NULL;
+    flash_kda_status status = flash_kda_prefill_workspace_size(&call.args, &bytes);
+    return status ? call_raise(status) : PyLong_FromSize_t(bytes);
+}
+
+static PyObject *prefill_describe(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+    (void)module;
+    struct call call;
+    char text[512];
+    if (!call_read(&call, arguments, count))
+        return NULL;
+    flash_kda_status status = flash_kda_prefill_describe(&call.args, text, sizeof text);
+    return status ? call_raise(status) : PyUnicode_FromString(text);
+}
+
+/* ---- What this build and this machine have ----------------------------------------------------- */
+
+static PyObject *has_exchange(PyObject *module, PyObject *type) {
+    (void)module;
+    return PyBool_FromLong(PyType_Check(type) && array_exchange((PyTypeObject *)type));
+}
+
+static PyObject *backend_available(PyObject *module, PyObject *backend) {
+    (void)module;
+    long value = PyLong_AsLong(backend);
+    if (value == -1 && PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(flash_kda_backend_available((flash_kda_backend)value));
+}
+
+static PyObject *cpu_levels(PyObject *module, PyObject *nothing) {
+    (void)module;
+    (void)nothing;
+    PyObject *list = PyList_New(0);
+    for (const char *const *level = flash_kda_cpu_levels(); list && *level; level++) {
+        PyObject *name = PyUnicode_FromString(*level);
+        if (!name || PyList_Append(list, name))
+            Py_CLEAR(list);
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+static PyObject *cpu_level(PyObject *module, PyObject *nothing) {
+    (void)module;
+    (void)nothing;
+    const char *level = flash_kda_cpu_level();
+    return level ? PyUnicode_FromString(level) : call_raise(FLASH_KDA_ERROR_UNSUPPORTED);
+}
+
+/* ---- The module -------------------------------------------------------------------------------- */
+
+static PyMethodDef methods[] = {
+    {"prefill", (PyCFunction)(void (*)(void))(fast_function)prefill, METH_FASTCALL, NULL},
+    {"prefill_workspace_size", (PyCFunction)(void (*)(void))(fast_function)prefill_workspace_size,
+     METH_FASTCALL, NULL},
+    {"prefill_describe", (PyCFunction)(void (*)(void))(fast_function)prefill_describe, METH_FASTCALL, NULL},
+    {"fwd_workspace_size", (PyCFunction)(void (*)(void))(fast_function)fwd_workspace_size, METH_FASTCALL, NULL},
+    {"as_bfloat16", array_as_bfloat16, METH_O, NULL},
+    {"has_exchange", has_exchange, METH_O, NULL},
+    {"backend_available", backend_available, METH_O, NULL},
+    {"cpu_levels", cpu_levels, METH_NOARGS, NULL},
+    {"cpu_level", cpu_level, METH_NOARGS, NULL},
+    {0},
+};
+
+static int add_tensor_names(PyObject *module) {
+    PyObject *names = PyTuple_New(CALL_TENSORS);
+    for (int i = 0; names && i < CALL_TENSORS; i++) {
+        PyObject *name = PyUnicode_FromString(call_tensor_name(i));
+        if (!name || PyTuple_SetItem(names, i, name))
+            Py_CLEAR(names);
+    }
+    int failed = !names || PyModule_AddObjectRef(module, "TENSORS", names);
+    Py_XDECREF(names);
+    return failed ? -1 : 0;
+}
+
+/* Dicts from the names that Python callers use to the header's values. */
+static int add_names(PyObject *module) {
+    PyObject *backends = PyDict_New();
+    for (int i = 0; backends && flash_kda_backend_name((flash_kda_backend)i); i++) {
+        PyObject *value = PyLong_FromLong(i);
+        if (!value || PyDict_SetItemString(backends, flash_kda_backend_name((flash_kda_backend)i), value))
+            Py_CLEAR(backends);
+        Py_XDECREF(value);
+    }
+    const struct {
+        const char *name;
+        PyObject *dict;
+    } dicts[] = {
+        {"BACKENDS", backends},
+        {"GATES", Py_BuildValue("{s:i,s:i,s:i}", "none", FLASH_KDA_GATE_NONE, "softplus",
+                                FLASH_KDA_GATE_SOFTPLUS, "sigmoid", FLASH_KDA_GATE_SIGMOID)},
+        {"BETA_MODES", Py_BuildValue("{s:i,s:i,s:i}", "given", FLASH_KDA_BETA_GIVEN, "sigmoid",
+                                     FLASH_KDA_BETA_SIGMOID, "twice_sigmoid", FLASH_KDA_BETA_TWICE_SIGMOID)},
+        {"STATE_LAYOUTS",
+         Py_BuildValue("{s:i,s:i}", "v_first", FLASH_KDA_STATE_V_FIRST, "k_first", FLASH_KDA_STATE_K_FIRST)},
+    };
+    int failed = 0;
+    for (size_t i = 0; i < sizeof dicts / sizeof *dicts; i++) {
+        failed |= !dicts[i].dict || PyModule_AddObjectRef(module, dicts[i].name, dicts[i].dict);
+        Py_XDECREF(dicts[i].dict);
+    }
+    return failed ? -1 : 0;
+}
+
+static int execute(PyObject *module) {
+    if (PyModule_AddStringConstant(module, "VERSION", flash_kda_version()) ||
+        PyModule_AddIntConstant(module, "QK_NORM", FLASH_KDA_QK_NORM) ||
+        PyModule_AddIntConstant(module, "BATCH_INVARIANT", FLASH_KDA_BATCH_INVARIANT))
+        return -1;
+    return add_tensor_names(module) || add_names(module) ? -1 : 0;
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)execute}, {0}};
+
+static struct PyModuleDef definition = {
+    .m_base = PyModuleDef_HEAD_INIT, .m_name = "flash_kda._C", .m_methods = methods, .m_slots = slots};
+
+PyMODINIT_FUNC PyInit__C(void);
+PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: MIT
+"""Bad input: an exception of the right type, whose sentence names the argument, and nothing written."""
+
+from __future__ import annotations
+
+import flash_kda
+import numpy
+import pytest
+import torch
+from recurrence import make
+
+UNTOUCHED = 7.0
+
+
+@pytest.fixture
+def call(device):
+    """The arguments of a valid call that writes out, final_state and checkpoints."""
+    problem = make(lengths=[30, 40], K=64, V=32, initial_state=torch.float32).to(device)
+    names = ("q", "k", "v", "g", "beta")
+    return {**dict(zip(names, problem.inputs)), **problem.options,
+            "out": torch.full_like(problem.v, UNTOUCHED),
+            "final_state": torch.full((2, 2, 32, 64), UNTOUCHED, device=device),
+            "checkpoints": torch.full((2, 2, 32, 64), UNTOUCHED, device=device),
+            "checkpoint_offsets": torch.tensor([5, 7], device=device)}
+
+
+def test_the_call_is_valid(call):
+    with torch.no_grad():
+        flash_kda.prefill(**call)
+    assert not any((call[name] == UNTOUCHED).all() for name in ("out", "final_state", "checkpoints"))
+
+
+def zeros(*shape, **more):
+    """Of a call, the same argument with another shape or dtype."""
+    return lambda old: torch.zeros(shape or old.shape, **{"dtype": old.dtype, "device": old.device, **more})
+
+
+INDEX = {"dtype": torch.int32}
+
+BAD = [
+    # shapes
+    ("q", zeros(1, 70, 2), ValueError, "q has 3 dimensions"),
+    ("k", zeros(1, 70, 2, 60), ValueError, r"k has shape \[1, 70, 2, 60\]"),
+    ("v", zeros(1, 70, 3, 32), ValueError, "v has HV = 3"),
+    ("g", zeros(1, 70, 1, 64), ValueError, "g has shape"),
+    ("beta", zeros(1, 70), ValueError, "beta has 2 dimensions"),
+    ("A_log", zeros(3), ValueError, "A_log has shape"),
+    ("dt_bias", zeros(128), ValueError, "dt_bias has 1 dimensions"),
+    ("out", zeros(1, 70, 2, 64), ValueError, "out has shape"),
+    ("initial_state", zeros(2, 2, 64, 32), ValueError, "initial_state has shape"),
+    ("final_state", zeros(3, 2, 32, 64), ValueError, "final_state has shape"),
+    ("checkpoints", zeros(2, 2, 32, 60), ValueError, "checkpoints has shape"),
+    ("checkpoint_offsets", zeros(3), ValueError, "checkpoint_offsets has shape"),
+    # dtypes
+    ("q", zeros(dtype=torch.float64), ValueError, "q has a dtype"),
+    ("beta", zeros(dtype=torch.int32), ValueError, "beta has a dtype"),
+    ("initial_state", zeros(dtype=torch.float16), ValueError, "initial_state has a dtype"),
+    ("cu_seqlens", zeros(dtype=torch.float32), ValueError, "cu_seqlens has a dtype"),
+    ("v", zeros(dtype=torch.complex64), ValueError, "v has a dtype"),
+    # strides and overlap
+    ("q", lambda old: old.mT.contiguous().mT, ValueError, "q has stride 70|q has stride 2 in its last"),
+    ("out", lambda old: old[:, :1].expand(old.shape), ValueError, "out has stride 0"),
+    # numbers and words
+    ("gate", lambda old: "relu", ValueError, "gate is 'relu'"),
+    ("beta_mode", lambda old: None, ValueError, "beta_mode is None"),
+    ("state_layout", lambda old: "kv", ValueError, "state_layout is 'kv'"),
+    ("backend", lambda old: "tpu", ValueError, "backend is 'tpu'"),
+    ("scale", lambda old: float("nan"), ValueError, "scale is "),
+    ("scale", lambda old: "1", TypeError, "scale is '1'"),
+    ("num_threads", lambda old: -1, ValueError, "num_threads is -1"),
+    ("num_threads", lambda old: 1 << 80, ValueError, "num_threads is "),
+    ("checkpoint_every", lambda old: 16, ValueError, "checkpoints is given with both checkpoint_every"),
+    ("checkpoint_every", lambda old: 1.5, TypeError, "checkpoint_every is 1.5"),
+    # no arrays
+    ("q", lambda old: None, TypeError, "q is of type"),
+    ("q", lambda old: [1.0], TypeError, "q is of type"),
+    ("k", lambda old: None, ValueError, "k is NULL"),
+    ("k", lambda old: [1.0], TypeError, "k is of type"),
+    ("v", lambda old: 3, TypeError, "v is of type"),
+    ("out", lambda old: "out", TypeError, "out is of type"),
+    ("g", lambda old: old.float().cpu().numpy(), TypeError, "g is of type"),
+    # tensors of another kind
+    ("k", lambda old: old.to("meta"), ValueError, "k cannot be read"),
+    ("g", lambda old: old.to_sparse(), ValueError, "g cannot be read"),
+    # scratch memory
+    ("workspace", lambda old: torch.zeros(3), ValueError, "workspace has 12 bytes|workspace is on DLPack device"),
+    ("workspace", lambda old: torch.zeros(1 << 20)[::2], ValueError, "workspace has strides|workspace is on DLPack"),
+    ("workspace", lambda old: 7, TypeError, "workspace is of type"),
+]
+
+
+def refuse(call, change, exception, message):
+    arguments = {**call, **change}
+    with torch.no_grad(), pytest.raises(exception, match=f"^({message})"):
+        flash_kda.prefill(**arguments)
+    for name in ("out", "final_state", "checkpoints"):
+        assert (call[name] == UNTOUCHED).all(), f"{name} was written"
+
+
+@pytest.mark.parametrize("name, bad, exception, message", BAD, ids=[f"{name}-{message}" for name, *_, message in BAD])
+def test_refused(call, name, bad, exception, message):
+    refuse(call, {name: bad(call.get(name))}, exception, message)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"gate": "sigmoid"}, "lower_bound is None"),
+    ({"gate": "sigmoid", "lower_bound": -5.1}, "lower_bound is -5.1"),
+    ({"gate": "sigmoid", "lower_bound": 0}, "lower_bound is 0"),
+    ({"gate": "none"}, "A_log is given"),
+    ({"checkpoint_offsets": None}, "checkpoints is given with neither"),
+    ({"final_state": None, "output_final_state": True,
+      "state_indices": torch.zeros(2, dtype=torch.int32)}, "final_state is None with state_indices"),
+])
+def test_refused_together(call, change, message):
+    refuse(call, change, ValueError, message)
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("change, message", [
+    ({"cu_seqlens": torch.tensor([0, 30, 60])}, "cu_seqlens ends at 60"),
+    ({"cu_seqlens": torch.tensor([0, 80, 70])}, r"cu_seqlens\[1\] is 80"),
+    ({"cu_seqlens": torch.tensor([1, 30, 70])}, r"cu_seqlens\[0\] is 1"),
+    ({"checkpoint_offsets": torch.tensor([5, 41])}, "checkpoint_offsets of sequence 1 holds 41"),
+    ({"state_indices": torch.tensor([0, 2], dtype=torch.int32)}, r"state_indices\[1\] is 2"),
+    ({"state_indices": torch.tensor([1, 1], dtype=torch.int32)}, r"state_indices\[1\] is 1, a slot that is used twice"),
+])
+def test_contents_of_host_memory(call, change, message):
+    refuse(call, change, ValueError, message)
+
+
+def test_overlap(call):
+    memory = torch.full((1, 71, 2, 32), UNTOUCHED, dtype=torch.bfloat16, device=call["q"].device)
+    refuse(call, {"out": memory[:, 1:], "v": memory[:, :-1]}, ValueError, "out overlaps v")
+    assert (memory == UNTOUCHED).all()
+    refuse(call, {"final_state": call["checkpoints"]}, ValueError, "final_state overlaps checkpoints")
+
+
+def test_freed_memory(call):
+    call["v"].untyped_storage().resize_(0)
+    refuse(call, {}, ValueError, "v has data NULL")
+
+
+def test_freed_workspace(call):
+    workspace = torch.zeros(1 << 22, dtype=torch.uint8, device=call["q"].device)
+    workspace.untyped_storage().resize_(0)
+    refuse(call, {"workspace": workspace}, ValueError, "workspace is NULL")
+
+
+def test_workspace_that_overlaps(call):
+    workspace = torch.zeros(1 << 22, dtype=torch.uint8, device=call["q"].device)
+    v = workspace[1 << 12:][:2 * call["v"].numel()].view(torch.bfloat16).view(call["v"].shape)
+    refuse(call, {"workspace": workspace, "v": v}, ValueError, "workspace overlaps v")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["k", "A_log", "out", "cu_seqlens", "initial_state", "checkpoint_offsets",
+                                  "workspace"])
+@pytest.mark.parametrize("device", ["cuda"])
+def test_mixed_devices(call, name):
+    call["workspace"] = torch.zeros(1 << 22, dtype=torch.uint8, device="cuda")
+    refuse(call, {name: call[name].cpu()}, ValueError, f"{name} is on DLPack device 1:0; expected 2:0, where q is")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("device", ["cuda"])
+def test_backend_of_another_device(call):
+    refuse(call, {"backend": "cpu"}, NotImplementedError, "q is on DLPack device 2:0, where backend cpu does not work")
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_backend_that_is_not_here(call):
+    refuse(call, {"backend": "cuda"}, NotImplementedError, "(backend is cuda|q is on DLPack device 1:0)")
+
+
+# ---- Gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["q", "beta", "A_log", "initial_state", "out"])
+def test_gradients_are_refused(call, name):
+    arguments = {**call, name: call[name].clone().requires_grad_()}
+    with pytest.raises(NotImplementedError, match=f"^{name} requires grad"):
+        flash_kda.prefill(**arguments)
+    assert (call["final_state"] == UNTOUCHED).all()
+    with torch.no_grad():
+        flash_kda.prefill(**arguments)
+    assert not (call["final_state"] == UNTOUCHED).all()
+
+
+def test_gradients_elsewhere():
+    problem = make()
+    with pytest.raises(NotImplementedError, match="^v requires grad"):
+        flash_kda.chunk_kda(problem.q, problem.k, problem.v.requires_grad_(), problem.g, problem.beta)
+    with pytest.raises(NotImplementedError, match="^v requires grad"):
+        flash_kda.fwd(*problem.inputs, 1.0, torch.empty_like(problem.v), None, None, -5.0)
+
+
+def test_no_tensor_that_requires_grad_needs_no_mode(call):
+    """Grad mode is torch's default; it alone is no reason to refuse."""
+    flash_kda.prefill(**call)
+    with torch.inference_mode():
+        flash_kda.prefill(**call)
+
+
+# ---- Other libraries -----------------------------------------------------------------------------
+
+
+def numpy_inputs():
+    return [x.numpy() for x in make(dtype=torch.float32).inputs]
+
+
+def test_numpy_arrays_that_cannot_be_written():
+    inputs = numpy_inputs()
+    out = numpy.full_like(inputs[2], UNTOUCHED)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="^out "):
+        flash_kda.prefill(*inputs, out=out)
+    assert (out == UNTOUCHED).all()
+    for x in inputs:
+        x.flags.writeable = False
+    flash_kda.prefill(*inputs)
+
+
+def test_numpy_arrays_of_other_kinds():
+    q, k, v, g, beta = numpy_inputs()
+    with pytest.raises(ValueError, match="^k cannot be read"):
+        flash_kda.prefill(q, k.astype(">f4"), v, g, beta)
+    with pytest.raises(ValueError, match="^k has stride -"):
+        flash_kda.prefill(q, k[:, ::-1], v, g, beta)
+    with pytest.raises(ValueError, match="^g has a dtype"):
+        flash_kda.prefill(q, k, v, g.view(numpy.uint32), beta)
+    with pytest.raises(ValueError, match="^g has a dtype"):
+        flash_kda.prefill(q, k, v, g.astype(numpy.uint16), beta)
+    with pytest.raises(TypeError, match="^beta is of type"):
+        flash_kda.prefill(q, k, v, g, torch.from_numpy(beta))
+    with pytest.raises(TypeError, match="^q is of type"):
+        flash_kda.prefill(memoryview(q), k, v, g, beta)
+    with pytest.raises(TypeError, match="^q is of type.*expected a torch.Tensor"):
+        flash_kda.chunk_kda(q, k, v, g, beta)
+    with pytest.raises(TypeError, match="^beta is of type.*expected a torch.Tensor"):
+        flash_kda.chunk_kda(*make().inputs[:4], beta)
+
+
+@pytest.mark.library("jax")
+def test_jax():
+    import jax
+
+    inputs = [jax.device_put(x, jax.devices("cpu")[0]) for x in numpy_inputs()]
+    with pytest.raises(ValueError, match="^out is given with jax arrays"):
+        flash_kda.prefill(*inputs, out=inputs[2])
+    with pytest.raises(ValueError, match="^out is given with jax arrays"):
+        flash_kda.fwd(*inputs, 1.0, inputs[2], None, None, -5.0)
+    with pytest.raises(TypeError, match="^k is of type"):
+        flash_kda.prefill(inputs[0], numpy_inputs()[1], *inputs[2:])
+    with pytest.raises(TypeError, match="^q is traced"):
+        jax.jit(flash_kda.prefill)(*inputs)

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: MIT
+"""flash-linear-attention on this package: by its own FlashKDA backend, and after register()."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+
+import flash_kda
+import pytest
+import torch
+from recurrence import BF16_ANY, BF16_MARGIN, assert_close, error_ratio, in_layout, make, solve
+
+pytestmark = [pytest.mark.library("fla"), pytest.mark.usefixtures("no_grad"),
+              pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")]
+
+ROUNDING_BF16 = 1.65e-3
+
+
+@pytest.fixture
+def registry():
+    """fla's backends of chunk_kda, put back afterwards."""
+    import fla.backends
+    import fla.ops.kda
+
+    registry = fla.backends._function_registries[inspect.unwrap(fla.ops.kda.chunk_kda)]
+    backends = dict(registry._backends)
+    yield registry
+    registry._backends = backends
+
+
+def count(monkeypatch, module, name):
+    calls = []
+    function = getattr(module, name)
+
+    def counted(*arguments, **keywords):
+        calls.append(name)
+        return function(*arguments, **keywords)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+@pytest.fixture
+def registered(registry, monkeypatch):
+    """register() is in force. Gives the list of calls that came to this package."""
+    flash_kda.fla.register()
+    return count(monkeypatch, flash_kda.fla, "chunk_kda")
+
+
+def arguments(problem, device):
+    """A problem as chunk_kda() takes it."""
+    here = problem.to(device)
+    o = here.options
+    gate = {} if o["gate"] == "none" else {"A_log": o["A_log"], "dt_bias": o["dt_bias"].flatten()}
+    return {**dict(zip(("q", "k", "v", "g", "beta"), here.inputs)), **gate, "scale": o.get("scale"),
+            "initial_state": o.get("initial_state"), "cu_seqlens": o.get("cu_seqlens"), "output_final_state": True,
+            "use_qk_l2norm_in_kernel": o["qk_norm"], "use_gate_in_kernel": o["gate"] != "none",
+            "use_beta_sigmoid_in_kernel": o["beta_mode"] != "given",
+            "allow_neg_eigval": o["beta_mode"] == "twice_sigmoid", "lower_bound": o.get("lower_bound"),
+            "safe_gate": o["gate"] == "sigmoid", "state_v_first": o["state_layout"] == "v_first"}
+
+
+def assert_right(problem, device, results):
+    expected, states, _ = solve(problem)
+    here = problem.to(device)
+    description = flash_kda.prefill_describe(*here.inputs, **here.options)
+    assert_close(results[0], expected, description)
+    assert_close(results[1], in_layout(states, problem.options["state_layout"]), description)
+
+
+@pytest.mark.parametrize("lengths", [None, [30, 0, 50]])
+@pytest.mark.parametrize("initial_state", [None, torch.float32])
+def test_flas_own_backend(registry, monkeypatch, lengths, initial_state, device):
+    """The backend that fla has for FlashKDA imports flash_kda by name."""
+    import fla.ops.kda
+
+    calls = count(monkeypatch, flash_kda, "fwd")
+    problem = make(gate="sigmoid", lower_bound=-5.0, K=128, V=128, lengths=lengths, initial_state=initial_state)
+    assert_right(problem, device, fla.ops.kda.chunk_kda(**arguments(problem, device)))
+    assert len(calls) == 1
+
+
+WIDER = [
+    {"gate": "softplus"},
+    {"gate": "sigmoid", "lower_bound": -3.0},
+    {"gate": "none", "beta_mode": "given", "qk_norm": False},
+    {"beta_mode": "twice_sigmoid"},
+    {"v_first": False, "initial_state": torch.float32},
+    {"H": 2, "HV": 4, "K": 64, "V": 128},
+    {"K": 256, "V": 64},
+    {"dtype": torch.float16},
+    {"lengths": [30, 0, 50], "v_first": False},
+]
+
+
+@pytest.mark.parametrize("more", WIDER, ids=str)
+def test_wider_backend(registered, more, device):
+    import fla.ops.kda
+
+    problem = make(**{"K": 128, "V": 128, **more})
+    assert_right(problem, device, fla.ops.kda.chunk_kda(**arguments(problem, device)))
+    assert len(registered) == 1
+
+
+@pytest.mark.parametrize("lengths", [None, [70, 0, 130]])
+def test_intermediate_states(registered, lengths, device):
+    import fla.ops.kda
+
+    problem = make(T=200, lengths=lengths, v_first=False, initial_state=torch.float32)
+    with torch.inference_mode():
+        results = fla.ops.kda.chunk_kda(**arguments(problem, device), return_intermediate_states=True)
+    assert_right(problem, device, results)
+    assert len(registered) == 1
+    states = torch.tensor([state.tolist() for sequence in solve(problem, every=64)[2] for state in sequence])
+    assert_close(results[2].flatten(0, 1), states.double().numpy(),
+                 flash_kda.prefill_describe(*problem.to(device).inputs, **problem.to(device).options))
+
+
+@pytest.mark.parametrize("more", [
+    {"cp_context": object()},
+    {"use_gate_in_kernel": True, "lower_bound": -7.0},
+    {"unheard_of": 1},
+], ids=str)
+def test_what_goes_elsewhere(registered, registry, more):
+    """What this package cannot do is rejected before the call, so that fla asks its next backend."""
+    (backend,) = (backend for backend in registry._get_sorted_backends() if backend.backend_type == "flash_kda")
+    accepted, reason = backend.verify("chunk_kda", **{**arguments(make(), "cpu"), **more})
+    assert not accepted and reason
+    assert backend.verify("chunk_kda", **arguments(make(), "cpu")) == (True, None)
+
+
+def test_gradients_go_elsewhere(registered, registry):
+    (backend,) = (backend for backend in registry._get_sorted_backends() if backend.backend_type == "flash_kda")
+    call = arguments(make(), "cpu")
+    call["A_log"].requires_grad_()
+    assert backend.verify("chunk_kda", **call) == (True, None)
+    with torch.enable_grad():
+        accepted, reason = backend.verify("chunk_kda", **call)
+    assert not accepted and "backward" in reason
+
+
+def test_dispatch_that_is_off():
+    script = "import flash_kda; flash_kda.fla.register()"
+    environment = {**os.environ, "FLA_DISABLE_BACKEND_DISPATCH": "1"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode and "RuntimeError: FLA_DISABLE_BACKEND_DISPATCH=1" in result.stderr
+
+
+# ---- Beside fla's own kernels --------------------------------------------------------------------
+
+
+def beside(monkeypatch, registered, call, calls=1):
+    """What fla computes by itself, and what it computes here."""
+    monkeypatch.setenv("FLA_FLASH_KDA", "0")
+    theirs = call()
+    assert not registered
+    monkeypatch.delenv("FLA_FLASH_KDA")
+    ours = call()
+    assert len(registered) == calls
+    return theirs, ours
+
+
+def assert_alike(x, y, roundings):
+    """Both may be off by what bf16 products cost, and by as many roundings to bf16."""
+    ratio, allowed = error_ratio(x, y.double().cpu().numpy()), 2 * (BF16_MARGIN * BF16_ANY + roundings * ROUNDING_BF16)
+    assert x.dtype == y.dtype and ratio <= allowed, f"error ratio {ratio:.3g}, at most {allowed:.3g} is allowed"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("more, intermediate", [
+    ({"gate": "softplus"}, False),
+    ({"gate": "sigmoid", "lower_bound": -5.0}, True),
+    ({"gate": "none", "beta_mode": "given", "qk_norm": False}, False),
+    ({"beta_mode": "twice_sigmoid"}, False),
+    ({"v_first": False, "initial_state": torch.float32}, True),
+    ({"lengths": [70, 0, 430], "v_first": False}, True),
+    ({"H": 1, "HV": 2}, False),
+], ids=str)
+def test_same_as_flas_kernels(registered, monkeypatch, more, intermediate):
+    """fla tunes its kernels anew for other head dims, which takes minutes; test_wider_backend has those."""
+    import fla.ops.kda
+
+    problem = make(**{"K": 128, "V": 128, "T": 500, **more})
+    call = arguments(problem, "cuda")
+    with torch.inference_mode():
+        theirs, ours = beside(monkeypatch, registered, lambda: fla.ops.kda.chunk_kda(
+            **call, return_intermediate_states=intermediate))
+    assert len(theirs) == len(ours)
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.shape == y.shape
+        assert_alike(x, y, roundings=1)
+    assert_right(problem, "cuda", ours)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("gate", [{}, {"safe_gate": True, "lower_bound": -5.0}, {"allow_neg_eigval": True},
+                                  {"num_v_heads": 4}], ids=str)
+def test_kda_layer(registered, monkeypatch, gate):
+    from fla.layers.kda import KimiDeltaAttention
+    from fla.models.cache_utils import Cache
+
+    torch.manual_seed(0)
+    layer = KimiDeltaAttention(**{"hidden_size": 256, "head_dim": 128, "num_heads": 2, "layer_idx": 0, **gate})
+    layer = layer.to("cuda", torch.bfloat16).eval()
+    x = torch.randn(2, 400, 256, dtype=torch.bfloat16, device="cuda")
+
+    def call():
+        cache = Cache()
+        first, _, cache = layer(x[:, :250], past_key_values=cache, use_cache=True)
+        second, _, cache = layer(x[:, 250:], past_key_values=cache, use_cache=True)
+        return torch.cat([first, second], 1)
+
+    theirs, ours = beside(monkeypatch, registered, call, calls=2)
+    assert_alike(ours, theirs, roundings=2)
