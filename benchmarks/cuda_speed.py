@@ -3,8 +3,9 @@
 
 usage: cuda_speed.py [--build DIR] [--flashkda FOLDER] [--quick] [--commit NAME] [-o FILE]
 
-Runs `flashkda bench --backend cuda`, then fla's chunk_kda (the package flash-linear-attention, where it is installed)
-and FlashKDA (a FOLDER with its built package) through torch. Writes benchmarks/results/DEVICE/speed.json and draws
+Runs `flashkda bench --backend cuda`, then fla's chunk_kda (the package flash-linear-attention, where it is installed),
+FlashKDA (a FOLDER with its built package) and the Hopper kernel of nvidia-cudnn-frontend (where it is installed; it gets
+g and beta in fp32) through torch. Writes benchmarks/results/DEVICE/speed.json and draws
 speed.svg beside it; with --quick, a few short cases, it writes nothing unless FILE is given. A peer that is not here is
 null in the JSON.
 """
@@ -49,7 +50,7 @@ def load_peers(flashkda):
         import peers
     except ImportError as error:
         print(f"no peer is measured: {error}")
-        return None, dict.fromkeys(["fla", "flashkda"])
+        return None, dict.fromkeys(["fla", "flashkda", "cudnn"])
     return peers, peers.load(flashkda)
 
 

@@ -3,6 +3,7 @@
 replay of a CUDA graph over as many copies of the tensors as overflow the L2 cache, and against fp64. Needs torch."""
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import statistics
@@ -36,14 +37,15 @@ def make_inputs(case, seed=0):
     boundaries = [0]
     for length in lengths or []:
         boundaries.append(boundaries[-1] + length)
+    sequences = len(lengths) if lengths else B
     state_dtype = torch.bfloat16 if case["state_dtype"] == "bf16" else torch.float32
     return types.SimpleNamespace(
         q=normal(B, T, H, K), k=normal(B, T, H, K), v=normal(B, T, HV, V),
         g=normal(B, T, HV, K, mean=-7.0 if slow else 0.0), beta=normal(B, T, HV),
         A_log=torch.rand(HV, device="cuda"),
         dt_bias=torch.zeros(HV, K, device="cuda") if slow else torch.rand(HV, K, device="cuda"),
-        state=torch.randn((len(lengths) if lengths else B), HV, V, K, device="cuda").to(state_dtype)
-        if case["initial_state"] else None,
+        state=torch.randn(sequences, HV, V, K, device="cuda").to(state_dtype) if case["initial_state"] else None,
+        sequences=sequences,
         cu_seqlens=torch.tensor(boundaries, device="cuda") if lengths else None,
         first_length=lengths[0] if lengths else T,
         lower_bound=case["lower_bound"])  # None: softplus gate
@@ -109,15 +111,20 @@ class Fla:
 
 
 class FlashKDA:
-    """FlashKDA's fwd, from a folder that has its package flash_kda, built."""
+    """FlashKDA's fwd, from a folder with its built package. Its name is that of our own: it is loaded under another."""
 
     def __init__(self, folder):
-        sys.path.insert(0, str(folder))
-        import flash_kda
-        if pathlib.Path(folder).resolve() not in pathlib.Path(flash_kda.__file__).resolve().parents:
-            raise ImportError(f"flash_kda was found in {flash_kda.__file__}, not in {folder}")
-        self.fwd = flash_kda.fwd
-        self.version = getattr(flash_kda, "__version__", "unknown")
+        folder = pathlib.Path(folder).resolve()
+        spec = importlib.util.spec_from_file_location("moonshot_flash_kda", folder / "flash_kda" / "__init__.py")
+        package = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(folder))  # of its extension, which lies beside it
+        try:
+            spec.loader.exec_module(package)
+        finally:
+            sys.path.remove(str(folder))
+        self.fwd = package.fwd
+        found = list(importlib.metadata.distributions(name="flash_kda", path=[str(folder)]))
+        self.version = found[0].version if found else "unknown"
 
     def takes(self, case):
         return (case["gate"] == "sigmoid" and case["key_dim"] == case["value_dim"] == 128 and case["dtype"] == "bf16"
@@ -125,8 +132,7 @@ class FlashKDA:
 
     def prepare(self, x, case):
         out, state_dtype = torch.empty_like(x.v), torch.bfloat16 if case["state_dtype"] == "bf16" else torch.float32
-        sequences = len(x.cu_seqlens) - 1 if x.cu_seqlens is not None else x.q.shape[0]
-        state = torch.empty(sequences, *x.v.shape[2:], x.q.shape[-1], dtype=state_dtype, device="cuda")
+        state = torch.empty(x.sequences, *x.v.shape[2:], x.q.shape[-1], dtype=state_dtype, device="cuda")
 
         def call():
             self.fwd(x.q, x.k, x.v, x.g, x.beta, x.q.shape[-1] ** -0.5, out, x.A_log, x.dt_bias, x.lower_bound,
@@ -135,17 +141,49 @@ class FlashKDA:
         return call
 
 
+class Cudnn:
+    """The fused Hopper kernel of cuDNN's frontend, launched without its host layer, whose work no replay would show.
+    The kernel takes g and beta in fp32: they are converted beforehand, and are not part of the time."""
+
+    def __init__(self):
+        from cudnn.linear_attention.hopper import cuda_host
+        if torch.cuda.get_device_capability() != cuda_host.HOPPER_CC:
+            raise ImportError("its kernel runs on compute capability 9.0 alone")
+        self.host = cuda_host
+        self.flags = cuda_host.FLAG_L2NORM | cuda_host.FLAG_SAFE_GATE | cuda_host.FLAG_BETA_SIGMOID
+        self.version = importlib.metadata.version("nvidia-cudnn-frontend")
+
+    def takes(self, case):
+        return (case["gate"] == "sigmoid" and case["key_dim"] == case["value_dim"] == 128 and case["dtype"] == "bf16"
+                and case["state_dtype"] == "fp32" and not case["checkpoint_every"])
+
+    def prepare(self, x, case):
+        (B, T, H, K), HV = x.q.shape, x.v.shape[2]
+        boundaries = x.cu_seqlens if x.cu_seqlens is not None else torch.arange(0, B * T + 1, T, device="cuda")
+        out, state = torch.empty_like(x.v), torch.empty(x.sequences, HV, x.v.shape[-1], K, device="cuda")
+        tensors = (x.q, x.k, x.v, x.g.float(), x.beta.float(), boundaries.int(),
+                   x.state if x.state is not None else torch.zeros_like(state), out, state)
+
+        def call():
+            self.host.launch(
+                torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream, *(t.data_ptr() for t in tensors),
+                total_tokens=B * T, n_seqs=x.sequences, n_heads=HV, n_qk_heads=H, a_log=x.A_log.data_ptr(),
+                dt_bias=x.dt_bias.data_ptr(), gate_lower_bound=x.lower_bound, flags=self.flags, q_scale=K ** -0.5)
+            return out, state
+        return call
+
+
 def load(flashkda_folder=None):
     """The peers that are here by name, None for those that are not, with a printed line that says why."""
     peers = {}
-    for name, make in {"fla": Fla, "flashkda": lambda: FlashKDA(flashkda_folder)}.items():
+    for name, make in {"fla": Fla, "flashkda": lambda: FlashKDA(flashkda_folder), "cudnn": Cudnn}.items():
         peers[name] = None
         try:
             if name == "flashkda" and not flashkda_folder:
                 raise ImportError("no folder given, see --flashkda")
             peers[name] = make()
             print(f"{name} {peers[name].version}")
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             print(f"{name} is NOT measured: {error}")
     return peers
 

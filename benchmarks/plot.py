@@ -76,8 +76,10 @@ def draw(measured, path):
 
 # ---- CUDA ---------------------------------------------------------------------------------------
 
-MARKS = {"ours": ("o", "#e08a3c"), "fla": ("s", "#4878a8"), "flashkda": ("^", "#6a9f58")}
-LABELS = {"ours": "libflashkda", "fla": "fla chunk_kda", "flashkda": "FlashKDA"}
+MARKS = {"ours": ("o", "#e08a3c"), "fla": ("s", "#4878a8"), "flashkda": ("^", "#6a9f58"),
+         "cudnn": ("D", "#8a6bb0")}
+LABELS = {"ours": "libflashkda", "fla": "fla chunk_kda", "flashkda": "FlashKDA",
+          "cudnn": "cuDNN frontend, g and beta in fp32"}
 
 
 def medians(result, measured):

@@ -1,8 +1,9 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
 # usage: test-install.sh BUILD_DIR
-# Installs a build to a fresh prefix, looks at its symbols, and builds and runs the example against it:
-# find_package, pkg-config with the shared library, pkg-config with the static one.
+# Installs a build to a fresh prefix, looks at its symbols, and builds and runs the examples in C against it:
+# find_package, pkg-config with the shared library, pkg-config with the static one; the one on CUDA with find_package,
+# where CUDA was built.
 set -eu
 
 build=$(realpath "$1")
@@ -38,7 +39,7 @@ exactly_the_header_is_exported() {
 # prints_outputs COMMAND...: runs an example, which must end well and print finite outputs.
 prints_outputs() {
     "$@" >"$prefix/printed" || fail "$1 failed"
-    grep -q '^o\[48, 0, 0..2\] = .*[0-9]\.[0-9]' "$prefix/printed" || fail "$1 printed no outputs"
+    grep -q '^o\[ *[1-9][0-9]*, 0, 0..2\] = .*[0-9]\.[0-9]' "$prefix/printed" || fail "$1 printed no outputs"
     if grep -i -w -e nan -e inf "$prefix/printed"; then fail "$1 printed values that are not finite"; fi
 }
 
@@ -48,6 +49,20 @@ with_find_package() {
     cmake --build "$prefix/cmake-build" >/dev/null
     prints_outputs "$prefix/cmake-build/prefill"
     prints_outputs "$prefix/cmake-build/prefill_static"
+}
+
+# Without a GPU the program must say so.
+with_cuda() {
+    grep -q cudart "$libdir/pkgconfig/flash_kda.pc" || return 0
+    program=$prefix/cmake-build/prefill_cuda
+    [ -x "$program" ] || fail 'CUDA was built, but prefill_cuda was not'
+    if "$build/flashkda_check" --level cuda --list >/dev/null 2>&1; then
+        prints_outputs "$program"
+    elif "$program" 2>"$prefix/error"; then
+        fail 'prefill_cuda succeeded without a GPU'
+    else
+        grep -q '^there is no GPU' "$prefix/error" || fail 'prefill_cuda does not say that there is no GPU'
+    fi
 }
 
 # pkg-config prints words for a command line, hence the missing quotes.
@@ -64,4 +79,5 @@ cmake --install "$build" --prefix "$prefix" >/dev/null
 static_symbols_are_ours
 exactly_the_header_is_exported
 with_find_package
+with_cuda
 with_pkg_config

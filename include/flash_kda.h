@@ -129,7 +129,8 @@ typedef enum flash_kda_flags {
  *
  * dtypes: "float" below is fp32, fp16 or bf16, chosen for each tensor by itself. Arithmetic is fp32; on
  * level avx512bf16 the large products take bf16 operands (accumulated in fp32) if q, k, v and out are all
- * bf16. Ask for an fp32 out to have fp32 arithmetic there too. The CPU backend takes numbers below 2^-126 as 0.
+ * bf16. Ask for an fp32 out to have fp32 arithmetic there too. On CUDA they always take bf16 operands, and tf32 for the
+ * inverse. Numbers below 2^-126 count as 0.
  *
  * Strides: free and not negative (a stride of 0 on an input repeats it), but the last dimension of q, k,
  * v, g, out, dt_bias and of every state must be contiguous. A strides pointer of NULL means compact.

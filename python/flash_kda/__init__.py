@@ -5,6 +5,7 @@ prefill      the library's own interface, complete
 fwd          FlashKDA's interface: same name, order and in-place outputs
 chunk_kda    flash-linear-attention's interface, for inference
 fla          registers this package with flash-linear-attention's dispatch
+plot         draws inputs and benchmarks: python -m flash_kda.plot
 
 docs/python.md introduces them; docs/maths.md says what is computed.
 """

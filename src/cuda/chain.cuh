@@ -23,10 +23,10 @@ struct Chain {
     int columns;                     /* how many of them exist */
 };
 
-/* The chain of CTA (chain, part of V). */
-template <int COLUMNS> __device__ Chain find_chain(const kda_prefill &p, int64_t chunks) {
+/* Chain number `number` for a CTA whose second index is its part of V. */
+template <int COLUMNS> __device__ Chain find_chain(const kda_prefill &p, int64_t number, int64_t chunks) {
     Chain chain;
-    chain.n = blockIdx.x / p.value_heads, chain.head = blockIdx.x % p.value_heads;
+    chain.n = number / p.value_heads, chain.head = number % p.value_heads;
     chain.sequence = kda_sequence(&p, chain.n);
     chain.column = blockIdx.y * COLUMNS;
     chain.columns = (int)(p.value_dim - chain.column < COLUMNS ? p.value_dim - chain.column : COLUMNS);

@@ -8,6 +8,7 @@
 #include "api/backend.h"
 #include "api/status.h"
 #include "cuda/chunks.h"
+#include "cuda/segments.h"
 #include "cuda/sm80/kernels.h"
 #include "cuda/sm90/kernels.h"
 
@@ -37,13 +38,6 @@ static flash_kda_status check_size(const struct kda_prefill *p) {
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *bytes) {
-    flash_kda_status status = check_size(p);
-    if (!status)
-        *bytes = (size_t)chunks_of(p) * (size_t)p->value_heads * kda_sm80_operands_size(p->key_dim);
-    return status;
-}
-
 static flash_kda_status cuda_status(cudaError_t error, const char *what) {
     if (!error)
         return FLASH_KDA_OK;
@@ -52,34 +46,81 @@ static flash_kda_status cuda_status(cudaError_t error, const char *what) {
                     cudaGetErrorString(error));
 }
 
-/* What decides how a problem is run. */
+/* How a problem is run, and what its workspace holds: operands, then summaries of segments. */
 struct plan {
-    bool sm90;      /* the chains run on Hopper's level, else on the portable one */
-    int processors; /* multiprocessors of the device */
+    bool sm90;                  /* the chains run on Hopper's level, else on the portable one */
+    int processors;             /* multiprocessors of the device */
+    int segments;               /* of every sequence; 1: not cut */
+    size_t operands, summaries; /* bytes */
 };
 
 #ifdef KDA_WITH_SM90
 enum { HAS_SM90 = true };
 #else
 enum { HAS_SM90 = false };
-static bool kda_sm90_takes(const struct kda_prefill *p) { return p && false; }
-static cudaError_t kda_sm90_chain(const struct kda_prefill *p, int64_t chunks, const void *operands,
-                                  int processors, cudaStream_t stream) {
-    return kda_sm80_chain(p, chunks, operands, stream);
-}
+#define kda_sm90_takes(p)       false
+#define kda_sm90_parts(columns) 0
+#define kda_sm90_chain(...)     cudaErrorNotSupported
+#define kda_sm90_summarise(...) cudaErrorNotSupported
+#define kda_sm90_scan(...)      cudaErrorNotSupported
+#define kda_sm90_resume(...)    cudaErrorNotSupported
 #endif
+
+/* Sequences are cut where that is faster, but not where a sequence's bits must not depend on the others, nor at
+ * checkpoints that fall between whole chunks. */
+static int choose_segments(const struct kda_prefill *p, int processors, int wished) {
+    double microseconds;
+    if (p->batch_invariant || !p->tokens || !p->sequences || kda_cut_every(p) || kda_cuts(p) ||
+        p->key_dim % 4) /* the scan copies 16 bytes at a time */
+        return 1;
+    if (wished)
+        return wished;
+    int64_t tokens = p->cu_seqlens.data ? p->tokens / p->sequences : p->tokens;
+    return kda_segments(&(struct kda_segment_problem){.chains = p->sequences * p->value_heads,
+                                                      .chunks = kda_chunks_of(tokens),
+                                                      .value_parts = kda_sm90_parts(p->value_dim),
+                                                      .identity_parts = kda_sm90_parts(p->key_dim),
+                                                      .processors = processors},
+                        &microseconds);
+}
+
+static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
+    size_t chains = (size_t)(p->sequences * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
+    plan->operands = (size_t)chunks_of(p) * (size_t)p->value_heads * kda_sm80_operands_size(p->key_dim);
+    plan->summaries = plan->segments > 1 ? chains * (size_t)plan->segments * (V + K) * K * sizeof(float) : 0;
+}
+
+/* What the environment asks for. */
+struct wish {
+    bool sm80, sm90;
+    int segments; /* 0: as is fastest */
+};
+
+static flash_kda_status read_wish(struct wish *wish) {
+    const char *forced = getenv(LEVEL_VARIABLE);
+    char end;
+    *wish = (struct wish){.sm80 = false};
+    if (!forced || !*forced)
+        return FLASH_KDA_OK;
+    wish->sm80 = !strcmp(forced, "sm80");
+    wish->sm90 = !strcmp(forced, "sm90") || (sscanf(forced, "sm90/%d%c", &wish->segments, &end) == 1 &&
+                                             wish->segments > 0 && wish->segments <= KDA_CUDA_MAX_SEGMENTS);
+    if (wish->sm80 || wish->sm90)
+        return FLASH_KDA_OK;
+    return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
+                    "the environment variable " LEVEL_VARIABLE
+                    " is %.40s; expected sm80, sm90 or, for N segments, sm90/N with N from 1 to %d",
+                    forced, KDA_CUDA_MAX_SEGMENTS);
+}
 
 /* Hopper's level where it can take the problem; what it cannot take goes to the portable one, also if it is forced. */
 static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan) {
-    const char *forced = getenv(LEVEL_VARIABLE);
-    bool any = !forced || !*forced, sm80 = !any && !strcmp(forced, "sm80"),
-         sm90 = !any && !strcmp(forced, "sm90");
+    struct wish wish;
     int major = 0;
-    if (!any && !sm80 && !sm90)
-        return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
-                        "the environment variable " LEVEL_VARIABLE " is %.40s; expected sm80 or sm90", forced);
-    flash_kda_status status = cuda_status(
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, p->device), "prefill, device");
+    flash_kda_status status = read_wish(&wish);
+    if (!status)
+        status = cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, p->device),
+                             "prefill, device");
     if (!status)
         status =
             cuda_status(cudaDeviceGetAttribute(&plan->processors, cudaDevAttrMultiProcessorCount, p->device),
@@ -87,12 +128,36 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
     if (status)
         return status;
     bool runs = HAS_SM90 && major == 9;
-    if (sm90 && !runs)
+    if (wish.sm90 && !runs)
         return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
                         "the environment variable " LEVEL_VARIABLE " is sm90, which %s; expected sm80",
                         HAS_SM90 ? "this device cannot run" : "this build lacks");
-    plan->sm90 = runs && !sm80 && kda_sm90_takes(p);
+    plan->sm90 = runs && !wish.sm80 && kda_sm90_takes(p);
+    plan->segments = plan->sm90 ? choose_segments(p, plan->processors, wish.segments) : 1;
+    size_workspace(p, plan);
     return FLASH_KDA_OK;
+}
+
+static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *bytes) {
+    struct plan plan;
+    flash_kda_status status = check_size(p);
+    if (!status)
+        status = make_plan(p, &plan);
+    if (!status)
+        *bytes = plan.operands + plan.summaries;
+    return status;
+}
+
+static flash_kda_status launch_segments(const struct kda_prefill *p, const struct plan *plan, char *workspace) {
+    struct kda_sm90_segments segments = {plan->segments, (float *)(void *)(workspace + plan->operands)};
+    flash_kda_status status = cuda_status(kda_sm90_summarise(p, chunks_of(p), workspace, segments, p->stream),
+                                          "prefill, kernel summarise");
+    if (!status)
+        status = cuda_status(kda_sm90_scan(p, segments, p->stream), "prefill, kernel scan");
+    if (!status)
+        status = cuda_status(kda_sm90_resume(p, chunks_of(p), workspace, segments, p->stream),
+                             "prefill, kernel resume");
+    return status;
 }
 
 static flash_kda_status launch(const struct kda_prefill *p, const struct plan *plan, void *workspace) {
@@ -102,6 +167,8 @@ static flash_kda_status launch(const struct kda_prefill *p, const struct plan *p
             cuda_status(kda_sm80_prepare(p, chunks_of(p), workspace, p->stream), "prefill, kernel prepare");
     if (status)
         return status;
+    if (plan->segments > 1)
+        return launch_segments(p, plan, workspace);
     return cuda_status(plan->sm90 ? kda_sm90_chain(p, chunks_of(p), workspace, plan->processors, p->stream)
                                   : kda_sm80_chain(p, chunks_of(p), workspace, p->stream),
                        "prefill, kernel chain");
@@ -134,8 +201,10 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
     if (status)
         return status;
     snprintf(text, size,
-             "cuda: level %s, bf16 products, %" PRId64 " chains, %" PRId64 " chunks of up to %d tokens",
-             plan.sm90 ? "sm90" : "sm80", p->sequences * p->value_heads, chunks_of(p), KDA_CUDA_CHUNK);
+             "cuda: level %s, bf16 products, %" PRId64 " chains, %" PRId64
+             " chunks of up to %d tokens, %d segment%s",
+             plan.sm90 ? "sm90" : "sm80", p->sequences * p->value_heads, chunks_of(p), KDA_CUDA_CHUNK,
+             plan.segments, plan.segments == 1 ? "" : "s");
     return FLASH_KDA_OK;
 }
 

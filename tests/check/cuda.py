@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Everything that needs a GPU, in one go: the check program on level cuda, short and long cases; the captured inputs;
 and the short cases again under each tool of compute-sanitizer, where that is installed. On a GPU with a level of its
-own all of it runs on the portable level too (FLASH_KDA_CUDA=sm80).
+own all of it runs on the portable level too (FLASH_KDA_CUDA=sm80), and in segments (sm90/5).
 
 usage: cuda.py [--build DIR] [--quick] [--only JOB ...] [--seed N] [--commit NAME] [-o FILE]      (./dev check-cuda)
 
@@ -28,7 +28,9 @@ import device  # noqa: E402
 # With their own options. The check program makes wrong calls on purpose and looks at every status itself.
 TOOL_OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "initcheck": [], "synccheck": []}
 TOOLS = list(TOOL_OPTIONS)
-JOBS = [name + level for name in ("short", "long", "captured", *TOOLS) for level in ("", "-sm80")]
+# The portable level on Hopper too, and Hopper's with every sequence in five segments.
+FORCED = {"-sm80": "sm80", "-segments": "sm90/5"}
+JOBS = [name + level for name in ("short", "long", "captured", *TOOLS) for level in ("", *FORCED)]
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 TOOL_FOUND_ERRORS = 99  # exit status
 
@@ -50,8 +52,8 @@ def all_jobs(build, gpu, seed, quick):
     """Names to commands and environment."""
     jobs = {name: (wanted, None) for name, wanted in commands(build, seed, quick).items()}
     if gpu["compute_capability"].startswith("9."):
-        portable = {**os.environ, "FLASH_KDA_CUDA": "sm80"}
-        jobs |= {f"{name}-sm80": (wanted, portable) for name, (wanted, _) in jobs.items()}
+        jobs |= {name + level: (wanted, {**os.environ, "FLASH_KDA_CUDA": forced})
+                 for name, (wanted, _) in jobs.items() for level, forced in FORCED.items()}
     return jobs
 
 
@@ -91,7 +93,7 @@ class Job:
         result["failures"] = re.findall(r"^FAIL (.*)$", text, re.M)
         if self.name.startswith("long"):
             result["measured"] = dict(re.findall(r"^ok   cuda +(.*?): (out .*)$", text, re.M))
-        if self.name.removesuffix("-sm80") in TOOLS:
+        if self.name.split("-")[0] in TOOLS:
             summary = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (.*)$", text, re.M)
             result["summary"] = summary[-1] if summary else None
             result["good"] &= bool(summary) and not any(int(n) for n in re.findall(r"\d+", summary[-1]))

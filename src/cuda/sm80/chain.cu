@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(THREADS)
     auto stage = [&](int64_t i) -> Stage<KP> & {
         return *reinterpret_cast<Stage<KP> *>(memory + i % STAGES * bytes);
     };
-    Chain chain = find_chain<COLUMNS>(p, chunks);
+    Chain chain = find_chain<COLUMNS>(p, blockIdx.x, chunks);
     if (chain.sequence.slot < 0)
         return;
 

@@ -35,6 +35,8 @@ template <int KP> struct Shared {
     __nv_bfloat16 columns[CHUNK * KP]; /* unit rows of k grown back to the middle of their block */
     __nv_bfloat16 across[BLOCK * KP];  /* those of block 0, decayed to the middle of block 1 */
     Decay decay[BLOCKS][PAIRS];
+    float diagonal[CHUNK];           /* of M */
+    float products[WARPS][BLOCK];    /* of a warp's channels of q and k of one token */
     float squares[WARPS][2 * BLOCK]; /* of a warp's channels of k, then q */
     alignas(
         16) float factor[2][WARPS]
@@ -155,6 +157,15 @@ __device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all
             sums[t] = square(k[t].get(), SHRINK), sums[BLOCK + t] = square(q[t].get(), SHRINK);
     sum_by_lane<16>(sums);
     shared.squares[warp][lane] = sums[0];
+    /* The diagonal of M, often its largest part, is not left to rounded factors. */
+#pragma unroll
+    for (int t = 0; t < BLOCK; t++) {
+        float2 x = k[t].get(), y = q[t].get();
+        sums[t] = x.x * y.x + x.y * y.y, sums[BLOCK + t] = 0;
+    }
+    sum_by_lane<16>(sums);
+    if (lane < BLOCK)
+        shared.products[warp][lane] = sums[0];
     __syncthreads();
     constexpr int PER_BLOCK = Shared<KP>::WARPS / BLOCKS;
     float squares = 0;
@@ -168,6 +179,13 @@ __device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all
     if (warp % PER_BLOCK == 0)
         shared.undo[lane / BLOCK][at.block * BLOCK + lane % BLOCK] = scale / unit;
     __syncwarp();
+    if (warp % PER_BLOCK == 0 && lane < BLOCK) {
+        float product = 0;
+        for (int w = 0; w < PER_BLOCK; w++)
+            product += shared.products[at.block * PER_BLOCK + w][lane];
+        shared.diagonal[at.block * BLOCK + lane] =
+            product * shared.factor[0][warp][lane] * shared.factor[0][warp][BLOCK + lane];
+    }
 }
 
 /* g becomes x, the log2 decay of each token from the middle of its block, and the block's decays. */
@@ -325,7 +343,8 @@ __device__ void make_block(bool normalised, bool of_queries, int later, int earl
         }
         /* What lies above the diagonal may be infinite: it is replaced, never multiplied. */
         if (of_queries) {
-            uint32_t pair = pack_bf16(i >= j ? x : 0.f, i > j ? y : 0.f);
+            float own = shared.diagonal[i];
+            uint32_t pair = pack_bf16(i == j ? own : i > j ? x : 0.f, i == j + 1 ? own : i > j ? y : 0.f);
             *reinterpret_cast<uint32_t *>(&out.M[swizzled<CHUNK, CHUNK>(i, j)]) = pair;
         } else {
             float beta = shared.beta[i];

@@ -7,10 +7,13 @@
  * accumulators. Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand:
  *     [W | Y]^T = S^T [KT; QT]^T    X^T = V^T - W^T    U^T = X^T INV^T    O^T = Y^T + U^T M^T
  *     S^T <- S^T diag(1 + carry) + U^T KR
+ * Where there are few chains, sequences are cut into segments, and this kernel passes over them twice: to find each one's
+ * (A, B), A as the state that comes of the identity and no values, and again from their true states.
  */
 #include "cuda/chain.cuh"
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/sm90/kernels.h"
+#include "cuda/sm90/summaries.cuh"
 
 #include <cuda/ptx>
 
@@ -21,7 +24,11 @@ namespace ptx = cuda::ptx;
 
 constexpr int GROUP = 128;        /* threads of a warpgroup */
 constexpr int GROUP_COLUMNS = 64; /* of V, of one warpgroup */
-constexpr int STAGES = 4;
+
+enum Pass { WHOLE, SUMMARISE, RESUME };
+
+/* As many as leave room for two CTAs of one group, or one of two. */
+template <int GROUPS> constexpr int STAGES = GROUPS == 1 ? 3 : 4;
 
 template <int KP, int GROUPS> struct alignas(1024) Stage {
     Operands<KP> operands;
@@ -29,14 +36,14 @@ template <int KP, int GROUPS> struct alignas(1024) Stage {
 };
 
 template <int KP, int GROUPS> struct Shared {
-    Stage<KP, GROUPS> stages[STAGES];
+    Stage<KP, GROUPS> stages[STAGES<GROUPS>];
     __nv_bfloat16 rows[GROUPS * GROUP / 32][CHUNK * 16]; /* each consumer warp's own, for store_pieces */
-    uint64_t full[STAGES];  /* a chunk has arrived: the loader's lanes and the bytes of its operands */
-    uint64_t empty[STAGES]; /* every consumer is done with it */
+    uint64_t full[STAGES<GROUPS>];  /* a chunk has arrived: the loader's lanes and the bytes of its operands */
+    uint64_t empty[STAGES<GROUPS>]; /* every consumer is done with it */
 };
 
 /* Which stage a chunk uses, and the parity of the barriers' phase in which it does. */
-struct Turn {
+template <int STAGES> struct Turn {
     int stage = 0;
     uint32_t parity = 0;
     __device__ void next() {
@@ -45,21 +52,54 @@ struct Turn {
     }
 };
 
+/* What a CTA works on. */
+struct Part {
+    Chain chain;
+    int segment;
+    int64_t begin, end; /* chunks */
+    bool identity;      /* columns of A instead of V */
+};
+
+template <int COLUMNS, Pass pass>
+__device__ Part find_part(const kda_prefill &p, int64_t chunks, const kda_sm90_segments &segments) {
+    Part part;
+    part.chain = find_chain<COLUMNS>(p, blockIdx.x / segments.count, chunks);
+    part.segment = blockIdx.x % segments.count;
+    int64_t all = INT64_MAX; /* up to where spans are empty */
+    if (pass != WHOLE)
+        all = (kda_chunks_of(part.chain.sequence.length) + segments.count - 1) / segments.count;
+    part.begin = part.segment * all, part.end = part.begin + all;
+    part.identity = pass == SUMMARISE && part.chain.column >= p.value_dim;
+    if (part.identity) {
+        part.chain.column -= (int)p.value_dim;
+        int64_t left = p.key_dim - part.chain.column;
+        part.chain.columns = (int)(left < COLUMNS ? left : COLUMNS);
+    }
+    return part;
+}
+
+/* Does the first pass leave this part out? The last segment acts on nothing; the first has its state. */
+__device__ bool left_out(const Part &part, const kda_sm90_segments &segments) {
+    return part.segment + 1 == segments.count || (part.identity && part.segment == 0);
+}
+
 __device__ void wait(uint64_t &barrier, uint32_t parity) {
     while (!ptx::mbarrier_try_wait_parity(&barrier, parity))
         ;
 }
 
 template <int KP, int GROUPS>
-__device__ void load(const kda_prefill &p, const Chain &chain, const Operands<KP> *all,
+__device__ void load(const kda_prefill &p, const Part &part, const Operands<KP> *all,
                      Shared<KP, GROUPS> &shared) {
+    const Chain &chain = part.chain;
     constexpr int COLUMNS = GROUP_COLUMNS * GROUPS, PIECES = COLUMNS / 8;
     int lane = threadIdx.x % 32;
-    Turn turn;
-    for (int64_t chunk = 0;; chunk++, turn.next()) {
+    Turn<STAGES<GROUPS>> turn;
+    for (int64_t chunk = part.begin; chunk < part.end; chunk++, turn.next()) {
         struct kda_span span = kda_chunk_span(&p, chain.n, chain.sequence.length, chunk);
         if (!span.count)
             return;
+        int64_t rows_given = part.identity ? 0 : span.count;
         Stage<KP, GROUPS> &stage = shared.stages[turn.stage];
         uint64_t &full = shared.full[turn.stage];
         wait(shared.empty[turn.stage], turn.parity ^ 1);
@@ -74,7 +114,7 @@ __device__ void load(const kda_prefill &p, const Chain &chain, const Operands<KP
         for (int i = lane; i < CHUNK * PIECES; i += 32) {
             int t = i / PIECES, c = i % PIECES * 8;
             copy_async(&stage.values[swizzled<CHUNK, COLUMNS>(t, c)],
-                       t < span.count ? rows + t * p.v.stride[1] + c * 2 : rows, t < span.count);
+                       t < rows_given ? rows + t * p.v.stride[1] + c * 2 : p.v.data, t < rows_given);
         }
         ptx::cp_async_mbarrier_arrive_noinc(&full);
     }
@@ -113,7 +153,7 @@ __device__ void store_pieces(const kda_prefill &p, const Chain &chain, const Out
 }
 
 /* One chunk: S goes on, o becomes its outputs. `meanwhile` is done while the first product runs. */
-template <int KP, int GROUPS, class F>
+template <int KP, int GROUPS, Pass pass, class F>
 __device__ void advance(const Stage<KP, GROUPS> &stage, float (&S)[KP / 8][4], float (&o)[CHUNK / 8][4],
                         F meanwhile) {
     const Operands<KP> &operands = stage.operands;
@@ -136,7 +176,8 @@ __device__ void advance(const Stage<KP, GROUPS> &stage, float (&S)[KP / 8][4], f
         wgmma<false, true>(wy, a[c], advanced(queries_keys, c / 4 * (2 * CHUNK * ROW) + c % 4 * 32));
     wgmma_commit();
 
-    meanwhile();
+    if (pass != SUMMARISE)
+        meanwhile();
     uint32_t v[CHUNK / 16][4];
     MatrixRow<CHUNK, GROUP_COLUMNS * GROUPS> values(stage.values, false);
 #pragma unroll
@@ -185,10 +226,12 @@ __device__ void advance(const Stage<KP, GROUPS> &stage, float (&S)[KP / 8][4], f
         wgmma<true, true>(S, u[t].rounded, advanced(keys_to_end, t * 16 * ROW));
         wgmma<true, true>(S, u[t].rest, advanced(keys_to_end, t * 16 * ROW));
     }
-    wgmma<false, false>(o, u[0].rounded, M);
-    wgmma<false, true>(o, u[1].rounded, advanced(M, 32));
-    wgmma<false, true>(o, u[0].rest, M);
-    wgmma<false, true>(o, u[1].rest, advanced(M, 32));
+    if constexpr (pass != SUMMARISE) {
+        wgmma<false, false>(o, u[0].rounded, M);
+        wgmma<false, true>(o, u[1].rounded, advanced(M, 32));
+        wgmma<false, true>(o, u[0].rest, M);
+        wgmma<false, true>(o, u[1].rest, advanced(M, 32));
+    }
     wgmma_commit();
     wgmma_wait<0>();
     pin(S);
@@ -200,22 +243,64 @@ __device__ void advance(const Stage<KP, GROUPS> &stage, float (&S)[KP / 8][4], f
             o[i][n] += wy[CHUNK / 8 + i][n];
 }
 
-template <int KP, int GROUPS>
-__device__ void consume(const kda_prefill &p, const Chain &chain, Shared<KP, GROUPS> &shared) {
+/* The state in a summary of this part's chain. */
+__device__ struct kda_state summary_state(const kda_prefill &p, const kda_sm90_segments &segments,
+                                          const Part &part, int segment) {
+    int64_t chain = part.chain.n * p.value_heads + part.chain.head;
+    float *rows = summary(p, segments, chain, segment, part.identity);
+    return {reinterpret_cast<char *>(rows), KDA_F32, p.key_dim * (int64_t)sizeof(float), true};
+}
+
+template <int KP, Pass pass>
+__device__ void begin_state(const kda_prefill &p, const Part &part, const kda_sm90_segments &segments,
+                            float (&S)[KP / 8][4]) {
+    const Chain &chain = part.chain;
+    struct kda_state from = kda_state_at(&p, &p.initial_state, chain.sequence.slot, chain.head);
+    if (pass == RESUME) /* also the first one's: its slot may be another CTA's to write */
+        from = summary_state(p, segments, part, part.segment == 0 ? segments.count - 1 : part.segment - 1);
+    if (pass == SUMMARISE && part.segment > 0)
+        from.data = nullptr;
+    load_state<KP>(p, chain, from, S);
+    if (part.identity)
+        each_element<KP>(p, chain, S,
+                         [](float &s, int channel, int column) { s = channel == column ? 1.f : 0.f; });
+    if (pass == SUMMARISE && part.segment == 0)
+        store_state<KP>(p, chain, summary_state(p, segments, part, segments.count - 1), S);
+    if (pass != SUMMARISE && part.segment == 0)
+        store_checkpoints<KP>(p, chain, 0, S);
+}
+
+template <int KP, Pass pass>
+__device__ void end_state(const kda_prefill &p, const Part &part, const kda_sm90_segments &segments,
+                          float (&S)[KP / 8][4]) {
+    const Chain &chain = part.chain;
+    struct kda_state to = kda_state_at(&p, &p.final_state, chain.sequence.slot, chain.head);
+    if (pass == SUMMARISE)
+        to = summary_state(p, segments, part, part.segment);
+    if (to.data && (pass == SUMMARISE || part.segment + 1 == segments.count))
+        store_state<KP>(p, chain, to, S);
+}
+
+template <int KP, int GROUPS, Pass pass>
+__device__ void consume(const kda_prefill &p, const Part &part, const kda_sm90_segments &segments,
+                        Shared<KP, GROUPS> &shared) {
+    const Chain &chain = part.chain;
     float S[KP / 8][4], o[CHUNK / 8][4];
-    load_state<KP>(p, chain, kda_state_at(&p, &p.initial_state, chain.sequence.slot, chain.head), S);
-    store_checkpoints<KP>(p, chain, 0, S);
+    begin_state<KP, pass>(p, part, segments, S);
     __nv_bfloat16 *rows = shared.rows[threadIdx.x / 32];
     bool pieces = in_pieces(p, chain);
     Outputs outputs; /* of the chunk before */
-    Turn turn;
-    for (int64_t chunk = 0;; chunk++, turn.next()) {
+    Turn<STAGES<GROUPS>> turn;
+    for (int64_t chunk = part.begin; chunk < part.end; chunk++, turn.next()) {
         struct kda_span span = kda_chunk_span(&p, chain.n, chain.sequence.length, chunk);
         if (!span.count)
             break;
         wait(shared.full[turn.stage], turn.parity);
-        advance<KP, GROUPS>(shared.stages[turn.stage], S, o, [&] { store_pieces(p, chain, outputs, rows); });
+        advance<KP, GROUPS, pass>(shared.stages[turn.stage], S, o,
+                                  [&] { store_pieces(p, chain, outputs, rows); });
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
+        if (pass == SUMMARISE)
+            continue;
         if (pieces) {
             outputs.span = span;
 #pragma unroll
@@ -227,22 +312,22 @@ __device__ void consume(const kda_prefill &p, const Chain &chain, Shared<KP, GRO
             store_outputs<GROUP_COLUMNS * GROUPS>(p, chain, span, o);
         store_checkpoints<KP>(p, chain, span.first + span.count, S);
     }
-    store_pieces(p, chain, outputs, rows);
-    struct kda_state final_state = kda_state_at(&p, &p.final_state, chain.sequence.slot, chain.head);
-    if (final_state.data)
-        store_state<KP>(p, chain, final_state, S);
+    if (pass != SUMMARISE)
+        store_pieces(p, chain, outputs, rows);
+    end_state<KP, pass>(p, part, segments, S);
 }
 
-template <int KP, int GROUPS>
+template <int KP, int GROUPS, Pass pass>
 __global__ void __launch_bounds__((GROUPS + 1) * GROUP, 3 - GROUPS)
-    run(const __grid_constant__ kda_prefill p, const Operands<KP> *operands, int64_t chunks) {
+    run(const __grid_constant__ kda_prefill p, const Operands<KP> *operands, int64_t chunks,
+        kda_sm90_segments segments) {
     extern __shared__ __align__(1024) char memory[];
     Shared<KP, GROUPS> &shared = *reinterpret_cast<Shared<KP, GROUPS> *>(memory);
-    Chain chain = find_chain<GROUP_COLUMNS * GROUPS>(p, chunks);
-    if (chain.sequence.slot < 0)
+    Part part = find_part<GROUP_COLUMNS * GROUPS, pass>(p, chunks, segments);
+    if (part.chain.sequence.slot < 0 || (pass == SUMMARISE && left_out(part, segments)))
         return;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
+        for (int i = 0; i < STAGES<GROUPS>; i++) {
             ptx::mbarrier_init(&shared.full[i], 32 + 1);
             ptx::mbarrier_init(&shared.empty[i], GROUPS * GROUP);
         }
@@ -252,24 +337,35 @@ __global__ void __launch_bounds__((GROUPS + 1) * GROUP, 3 - GROUPS)
     if (threadIdx.x >= GROUPS * GROUP) {
         give_registers<40>();
         if (threadIdx.x < GROUPS * GROUP + 32)
-            load<KP, GROUPS>(p, chain, operands, shared);
+            load<KP, GROUPS>(p, part, operands, shared);
     } else {
         take_registers<GROUPS == 2 ? 232 : 208>();
-        consume<KP, GROUPS>(p, chain, shared);
+        consume<KP, GROUPS, pass>(p, part, segments, shared);
     }
 }
 
-template <int KP, int GROUPS>
-cudaError_t launch(const kda_prefill *p, int64_t chunks, const void *operands, cudaStream_t stream) {
+template <int KP, int GROUPS, Pass pass>
+cudaError_t launch(const kda_prefill *p, int64_t chunks, const void *operands, kda_sm90_segments segments,
+                   cudaStream_t stream) {
     int bytes = sizeof(Shared<KP, GROUPS>);
     cudaError_t error =
-        cudaFuncSetAttribute(run<KP, GROUPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        cudaFuncSetAttribute(run<KP, GROUPS, pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error)
         return error;
-    dim3 grid((unsigned)(p->sequences * p->value_heads), (unsigned)(p->value_dim / (GROUP_COLUMNS * GROUPS)));
-    run<KP, GROUPS><<<grid, (GROUPS + 1) * GROUP, bytes, stream>>>(
-        *p, static_cast<const Operands<KP> *>(operands), chunks);
+    int parts = (int)(p->value_dim / (GROUP_COLUMNS * GROUPS));
+    if (pass == SUMMARISE)
+        parts += kda_sm90_parts(p->key_dim);
+    dim3 grid((unsigned)(p->sequences * p->value_heads * segments.count), (unsigned)parts);
+    run<KP, GROUPS, pass><<<grid, (GROUPS + 1) * GROUP, bytes, stream>>>(
+        *p, static_cast<const Operands<KP> *>(operands), chunks, segments);
     return cudaGetLastError();
+}
+
+template <int GROUPS, Pass pass>
+cudaError_t launch(const kda_prefill *p, int64_t chunks, const void *operands, kda_sm90_segments segments,
+                   cudaStream_t stream) {
+    return p->key_dim <= 64 ? launch<64, GROUPS, pass>(p, chunks, operands, segments, stream)
+                            : launch<128, GROUPS, pass>(p, chunks, operands, segments, stream);
 }
 
 } // namespace
@@ -283,13 +379,23 @@ bool kda_sm90_takes(const kda_prefill *p) {
            reinterpret_cast<uintptr_t>(p->v.data) % 16 == 0;
 }
 
+int kda_sm90_parts(int64_t columns) { return (int)((columns + kda::GROUP_COLUMNS - 1) / kda::GROUP_COLUMNS); }
+
 cudaError_t kda_sm90_chain(const kda_prefill *p, int64_t chunks, const void *operands, int processors,
                            cudaStream_t stream) {
-    int64_t parts = p->sequences * p->value_heads * (p->value_dim / kda::GROUP_COLUMNS);
+    int64_t parts = p->sequences * p->value_heads * kda_sm90_parts(p->value_dim);
     bool pairs = parts > processors && p->value_dim % (2 * kda::GROUP_COLUMNS) == 0;
-    if (p->key_dim <= 64)
-        return pairs ? kda::launch<64, 2>(p, chunks, operands, stream)
-                     : kda::launch<64, 1>(p, chunks, operands, stream);
-    return pairs ? kda::launch<128, 2>(p, chunks, operands, stream)
-                 : kda::launch<128, 1>(p, chunks, operands, stream);
+    kda_sm90_segments whole = {1, nullptr};
+    return pairs ? kda::launch<2, kda::WHOLE>(p, chunks, operands, whole, stream)
+                 : kda::launch<1, kda::WHOLE>(p, chunks, operands, whole, stream);
+}
+
+cudaError_t kda_sm90_summarise(const kda_prefill *p, int64_t chunks, const void *operands,
+                               kda_sm90_segments segments, cudaStream_t stream) {
+    return kda::launch<1, kda::SUMMARISE>(p, chunks, operands, segments, stream);
+}
+
+cudaError_t kda_sm90_resume(const kda_prefill *p, int64_t chunks, const void *operands,
+                            kda_sm90_segments segments, cudaStream_t stream) {
+    return kda::launch<1, kda::RESUME>(p, chunks, operands, segments, stream);
 }

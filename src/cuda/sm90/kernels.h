@@ -11,13 +11,29 @@
 extern "C" {
 #endif
 
+/* Segments that every sequence is cut into, and the memory of their summaries (summaries.cuh). */
+struct kda_sm90_segments {
+    int count; /* 1: not cut, no memory needed */
+    float *summaries;
+};
+
 /* Can kda_sm90_chain take this problem? It needs K <= 128, V a multiple of 64, and v in bf16 with rows that start at
  * multiples of 16 bytes. */
 bool kda_sm90_takes(const struct kda_prefill *p);
 
+/* CTAs that `columns` columns of V or A take. */
+int kda_sm90_parts(int64_t columns);
+
 /* As kda_sm80_chain. `processors`: multiprocessors of the device, which decide how V is shared out. */
 cudaError_t kda_sm90_chain(const struct kda_prefill *p, int64_t chunks, const void *operands, int processors,
                            cudaStream_t stream);
+
+/* The same on segments, in three kernels. No sequence may be cut at checkpoints between whole chunks. */
+cudaError_t kda_sm90_summarise(const struct kda_prefill *p, int64_t chunks, const void *operands,
+                               struct kda_sm90_segments segments, cudaStream_t stream);
+cudaError_t kda_sm90_scan(const struct kda_prefill *p, struct kda_sm90_segments segments, cudaStream_t stream);
+cudaError_t kda_sm90_resume(const struct kda_prefill *p, int64_t chunks, const void *operands,
+                            struct kda_sm90_segments segments, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

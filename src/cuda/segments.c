@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The cost model of cutting sequences into segments, in microseconds as measured on an H200.
+ *
+ * Uncut, a chain's steps follow each other. Cut, a first pass finds each segment's (A, B), which takes its columns of A
+ * beside those of V, a scan gives every segment its true state, and a second pass writes the outputs.
+ */
+#include "cuda/segments.h"
+
+#include <stdbool.h>
+
+/* One step of every CTA: alone on its multiprocessor, and beside another. */
+#define STEP_ALONE  1.2
+#define STEP_BESIDE 2.0
+#define SCAN_STEP   1.2
+#define LAUNCHES    8.0 /* two more kernels, and their ramps */
+enum { MIN_CHUNKS = 4 /* of a segment */ };
+
+static double steps(int64_t chunks, int64_t ctas, int processors) {
+    int64_t waves = (ctas + 2 * processors - 1) / (2 * processors);
+    bool alone = ctas <= processors;
+    return (double)chunks * (alone ? STEP_ALONE : STEP_BESIDE * (double)waves);
+}
+
+static double cost(const struct kda_segment_problem *p, int segments) {
+    if (segments == 1)
+        return steps(p->chunks, p->chains * p->value_parts, p->processors);
+    int64_t each = (p->chunks + segments - 1) / segments;
+    int64_t summed = p->chains * ((segments - 2) * (p->value_parts + p->identity_parts) + p->value_parts);
+    return steps(each, summed, p->processors) +
+           steps(each, p->chains * segments * p->value_parts, p->processors) + (segments - 2) * SCAN_STEP +
+           LAUNCHES;
+}
+
+int kda_segments(const struct kda_segment_problem *problem, double *microseconds) {
+    int best = 1;
+    *microseconds = cost(problem, 1);
+    for (int n = 3; n <= KDA_CUDA_MAX_SEGMENTS && problem->chunks / n >= MIN_CHUNKS; n++)
+        if (cost(problem, n) < *microseconds) {
+            best = n;
+            *microseconds = cost(problem, n);
+        }
+    return best;
+}

@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: MIT */
+/* When are sequences cut into segments, and into how many? On a device of 132 multiprocessors, K = V = 128. */
+#include "cuda/segments.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+
+#include <cmocka.h>
+
+enum { PROCESSORS = 132, PARTS = 2 };
+
+static int segments(int64_t chains, int64_t chunks, double *microseconds) {
+    return kda_segments(&(struct kda_segment_problem){.chains = chains,
+                                                      .chunks = chunks,
+                                                      .value_parts = PARTS,
+                                                      .identity_parts = PARTS,
+                                                      .processors = PROCESSORS},
+                        microseconds);
+}
+
+static void test_many_chains_stay_whole(void **state) {
+    (void)state;
+    double time;
+    for (int64_t chains = PROCESSORS / PARTS; chains < 1000; chains += 7)
+        assert_int_equal(segments(chains, 256, &time), 1);
+}
+
+static void test_short_sequences_stay_whole(void **state) {
+    (void)state;
+    double time;
+    for (int64_t chunks = 0; chunks < 12; chunks++)
+        assert_int_equal(segments(1, chunks, &time), 1);
+}
+
+static void test_a_long_chain_uses_the_device(void **state) {
+    (void)state;
+    double time;
+    int count = segments(1, 4096, &time);
+    assert_true(count >= 16 && count <= KDA_CUDA_MAX_SEGMENTS);
+    assert_true(time < 4096 / 5.0); /* uncut, a step takes more than a microsecond */
+}
+
+/* Two segments need no A and gain nothing: the second waits for the first. */
+static void test_never_two(void **state) {
+    (void)state;
+    double time;
+    for (int64_t chains = 1; chains < 100; chains++)
+        for (int64_t chunks = 1; chunks < 3000; chunks += 37)
+            assert_int_not_equal(segments(chains, chunks, &time), 2);
+}
+
+static void test_longer_is_never_expected_faster(void **state) {
+    (void)state;
+    for (int64_t chains = 1; chains < 100; chains += 3) {
+        double last = 0, time;
+        for (int64_t chunks = 64; chunks < 100000; chunks *= 2) {
+            segments(chains, chunks, &time);
+            assert_true(time > last);
+            last = time;
+        }
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_many_chains_stay_whole),
+        cmocka_unit_test(test_short_sequences_stay_whole),
+        cmocka_unit_test(test_a_long_chain_uses_the_device),
+        cmocka_unit_test(test_never_two),
+        cmocka_unit_test(test_longer_is_never_expected_faster),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
