@@ -139,7 +139,7 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
 }
 
 static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *bytes) {
-    struct plan plan;
+    struct plan plan = {.segments = 1};
     flash_kda_status status = check_size(p);
     if (!status)
         status = make_plan(p, &plan);

@@ -33,6 +33,8 @@ __global__ void __launch_bounds__(HALVES *MAX_K)
     int K = (int)p.key_dim, c = threadIdx.x % K, first = threadIdx.x / K * OWN, row = blockIdx.y * ROWS + first;
     int count = segments.count - 1; /* summaries */
     float sum[OWN];
+    if (kda_sequence(&p, chain / p.value_heads).slot < 0) /* padding has no summaries */
+        return;
     if (count > 1)
         fetch(summary(p, segments, chain, 1, true), K, shared.A[1]);
     for (int s = 0; s < count; s++) {
