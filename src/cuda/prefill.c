@@ -98,13 +98,17 @@ struct wish {
 
 static flash_kda_status read_wish(struct wish *wish) {
     const char *forced = getenv(LEVEL_VARIABLE);
-    char end;
     *wish = (struct wish){.sm80 = false};
     if (!forced || !*forced)
         return FLASH_KDA_OK;
     wish->sm80 = !strcmp(forced, "sm80");
-    wish->sm90 = !strcmp(forced, "sm90") || (sscanf(forced, "sm90/%d%c", &wish->segments, &end) == 1 &&
-                                             wish->segments > 0 && wish->segments <= KDA_CUDA_MAX_SEGMENTS);
+    wish->sm90 = !strcmp(forced, "sm90");
+    if (!strncmp(forced, "sm90/", 5)) {
+        char *end = NULL;
+        long count = strtol(forced + 5, &end, 10);
+        wish->sm90 = !*end && count >= 1 && count <= KDA_CUDA_MAX_SEGMENTS;
+        wish->segments = wish->sm90 ? (int)count : 0;
+    }
     if (wish->sm80 || wish->sm90)
         return FLASH_KDA_OK;
     return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
