@@ -20,8 +20,8 @@ fail() {
     exit 1
 }
 
-# Hidden symbols of a static library still meet those of the program it is linked to. _ZN3kda: of namespace kda; __device_stub__:
-# what nvcc makes of a kernel in it that is no template.
+# Hidden symbols of a static library still meet those of the program it is linked to. _ZN3kda: of namespace kda;
+# __device_stub__: what nvcc makes of a kernel in it that is no template.
 static_symbols_are_ours() {
     "$NM" --extern-only --defined-only --format=just-symbols "$libdir/libflash_kda.a" |
         sed '/:$/d; /^$/d' >"$prefix/global"
