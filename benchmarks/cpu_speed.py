@@ -17,6 +17,7 @@ import time
 
 import numpy
 
+import device
 import plot
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -37,16 +38,12 @@ def matmul_gflops():
     return rates[2:]
 
 
-def commit():
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(describe, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def bench(arguments):
     """Runs `flashkda bench`, which prints its table, and returns what it measured."""
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory) / "bench.json"
-        subprocess.run([ROOT / "build" / "flashkda", "bench", "--commit", commit(), "-o", path, *arguments], check=True)
+        command = [ROOT / "build" / "flashkda", "bench", "--commit", device.commit(), "-o", path, *arguments]
+        subprocess.run(command, check=True)
         return json.loads(path.read_text())
 
 

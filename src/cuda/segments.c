@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The cost model of cutting sequences into segments, in microseconds as measured on an H200.
+ * The cost model of cutting sequences into segments, in microseconds. Steps are as measured on an H200; the scan's step and
+ * the launches are estimates.
  *
  * Uncut, a chain's steps follow each other. Cut, a first pass finds each segment's (A, B), which takes its columns of A
  * beside those of V, a scan gives every segment its true state, and a second pass writes the outputs.

@@ -546,7 +546,9 @@ static void compare_with_oracle(const struct call *c, const struct bytes *from) 
     build(&oracle, &b);
     oracle.args.backend = FLASH_KDA_BACKEND_REFERENCE;
     must(run(&oracle, 0) == FLASH_KDA_OK);
-    const float cancelled = 0.01F;
+    char plan[256];
+    must(flash_kda_prefill_describe(&c->args, plan, sizeof plan) == FLASH_KDA_OK);
+    const float cancelled = strstr(plan, "bf16 products") ? 0.01F : 1e-5F;
     compare(&c->slots[OUT], &oracle.slots[OUT], cancelled * fmaxf(1, (float)fabs(c->args.scale)));
     compare(&c->slots[INITIAL_STATE], &oracle.slots[INITIAL_STATE], cancelled);
     compare(&c->slots[FINAL_STATE], &oracle.slots[FINAL_STATE], cancelled);
