@@ -69,11 +69,12 @@ def exact(x):
     decay = log_decay(x, x.g[0, :tokens])[:, :heads].exp()
     S = x.state[0, :heads].double().clone() if x.state is not None else v.new_zeros(heads, v.shape[-1], q.shape[-1])
     out = torch.empty_like(v)
-    for t in range(tokens):
-        S = S * decay[t, :, None, :]
-        u = beta[t, :, None] * (v[t] - (S @ k[t, :, :, None])[..., 0])
-        S = S + u[:, :, None] * k[t, :, None, :]
-        out[t] = (S @ q[t, :, :, None])[..., 0] * q.shape[-1] ** -0.5
+    column, row = (lambda t: t[..., None]), (lambda t: t[..., None, :])  # of every token and head
+    steps = (row(decay), column(k), row(beta[..., None] * k), column(v), column(q * q.shape[-1] ** -0.5), column(out))
+    for decay_t, k_t, beta_k_t, v_t, q_t, out_t in zip(*steps):  # few kernels a step: of those there are thousands
+        S *= decay_t
+        S.baddbmm_(torch.baddbmm(v_t, S, k_t, alpha=-1), beta_k_t)  # S += (v - S k) beta k^T
+        torch.bmm(S, q_t, out=out_t)
     return out, S
 
 

@@ -76,9 +76,10 @@ def draw(measured, path):
 
 # ---- CUDA ---------------------------------------------------------------------------------------
 
-MARKS = {"ours": ("o", "#e08a3c"), "fla": ("s", "#4878a8"), "flashkda": ("^", "#6a9f58"),
+# Drawn in this order: the portable level lies under what it is compared with.
+MARKS = {"portable": ("o", "#e3bf97"), "ours": ("o", "#e08a3c"), "fla": ("s", "#4878a8"), "flashkda": ("^", "#6a9f58"),
          "cudnn": ("D", "#8a6bb0")}
-LABELS = {"ours": "libflashkda", "fla": "fla chunk_kda", "flashkda": "FlashKDA",
+LABELS = {"ours": "libflashkda", "portable": "its portable level", "fla": "fla chunk_kda", "flashkda": "FlashKDA",
           "cudnn": "cuDNN frontend, g and beta in fp32"}
 
 
@@ -86,7 +87,7 @@ def medians(result, measured):
     """Milliseconds by implementation; and the least that moving the tensors takes at the rate of a copy."""
     copy = measured["machine"]["device"]["copy_gb_per_second"] * 1e9
     times = {"floor": result["bytes"] / copy * 1e3}
-    timed = {"ours": result, **result["peers"]}
+    timed = {"ours": result, "portable": result.get("portable"), **result["peers"]}
     return times | {name: r["seconds"]["median"] * 1e3 for name, r in timed.items() if r and r.get("seconds")}
 
 
@@ -112,7 +113,8 @@ def draw_cuda(measured, path):
     for axes, regime in zip(panels[0], regimes):
         draw_regime(axes, measured, regime)
     device, peers = measured["machine"]["device"], measured["peers"]
-    here = [name for name in MARKS if name == "ours" or peers.get(name)]
+    drawn = {"ours": True, "portable": any(r.get("portable") for r in measured["results"]), **peers}
+    here = [name for name in LABELS if drawn.get(name)]
     marks = [pyplot.Line2D([], [], marker=MARKS[n][0], color=MARKS[n][1], linestyle="none") for n in here]
     marks.append(pyplot.Line2D([], [], marker="|", color="black", linestyle="none"))
     labels = [LABELS[n] + (f" {peers[n]}" if peers.get(n) else "") for n in here] + ["a copy of all tensors' bytes"]

@@ -49,6 +49,7 @@ static flash_kda_status cuda_status(cudaError_t error, const char *what) {
 /* How a problem is run, and what its workspace holds: operands, then summaries of segments. */
 struct plan {
     bool sm90;                  /* the chains run on Hopper's level, else on the portable one */
+    bool fused;                 /* in one kernel, without a workspace */
     int processors;             /* multiprocessors of the device */
     int segments;               /* of every sequence; 1: not cut */
     size_t operands, summaries; /* bytes */
@@ -59,12 +60,25 @@ enum { HAS_SM90 = true };
 #else
 enum { HAS_SM90 = false };
 #define kda_sm90_takes(p)       false
+#define kda_sm90_fuses(p)       false
+#define kda_sm90_fused(...)     cudaErrorNotSupported
 #define kda_sm90_parts(columns) 0
 #define kda_sm90_chain(...)     cudaErrorNotSupported
 #define kda_sm90_summarise(...) cudaErrorNotSupported
 #define kda_sm90_scan(...)      cudaErrorNotSupported
 #define kda_sm90_resume(...)    cudaErrorNotSupported
 #endif
+
+static struct kda_segment_problem segment_problem(const struct kda_prefill *p, int processors) {
+    bool packed = p->cu_seqlens.data;
+    int64_t tokens = packed && p->sequences ? p->tokens / p->sequences : p->tokens;
+    return (struct kda_segment_problem){.chains = p->sequences * p->value_heads,
+                                        .chunks = kda_chunks_of(tokens),
+                                        .packed = packed,
+                                        .value_parts = kda_sm90_parts(p->value_dim),
+                                        .identity_parts = kda_sm90_parts(p->key_dim),
+                                        .processors = processors};
+}
 
 /* Sequences are cut where that is faster, but not where a sequence's bits must not depend on the others, nor at
  * checkpoints that fall between whole chunks. */
@@ -75,24 +89,31 @@ static int choose_segments(const struct kda_prefill *p, int processors, int wish
         return 1;
     if (wished)
         return wished;
-    int64_t tokens = p->cu_seqlens.data ? p->tokens / p->sequences : p->tokens;
-    return kda_segments(&(struct kda_segment_problem){.chains = p->sequences * p->value_heads,
-                                                      .chunks = kda_chunks_of(tokens),
-                                                      .value_parts = kda_sm90_parts(p->value_dim),
-                                                      .identity_parts = kda_sm90_parts(p->key_dim),
-                                                      .processors = processors},
-                        &microseconds);
+    struct kda_segment_problem problem = segment_problem(p, processors);
+    return kda_segments(&problem, &microseconds);
+}
+
+/* The fused kernel where it is faster, or where the choice must not depend on what else is in the batch. */
+static bool choose_fused(const struct kda_prefill *p, int processors, bool wished) {
+    if (!kda_sm90_fuses(p))
+        return false;
+    struct kda_segment_problem problem = segment_problem(p, processors);
+    double otherwise;
+    kda_segments(&problem, &otherwise);
+    return wished || p->batch_invariant || kda_fused_cost(&problem) < otherwise;
 }
 
 static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
     size_t chains = (size_t)(p->sequences * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
+    if (plan->fused)
+        return;
     plan->operands = (size_t)chunks_of(p) * (size_t)p->value_heads * kda_sm80_operands_size(p->key_dim);
     plan->summaries = plan->segments > 1 ? chains * (size_t)plan->segments * (V + K) * K * sizeof(float) : 0;
 }
 
 /* What the environment asks for. */
 struct wish {
-    bool sm80, sm90;
+    bool sm80, sm90, fused;
     int segments; /* 0: as is fastest */
 };
 
@@ -103,7 +124,10 @@ static flash_kda_status read_wish(struct wish *wish) {
         return FLASH_KDA_OK;
     wish->sm80 = !strcmp(forced, "sm80");
     wish->sm90 = !strcmp(forced, "sm90");
-    if (!strncmp(forced, "sm90/", 5)) {
+    wish->fused = !strcmp(forced, "sm90/fused");
+    if (wish->fused) {
+        wish->sm90 = true;
+    } else if (!strncmp(forced, "sm90/", 5)) {
         char *end = NULL;
         long count = strtol(forced + 5, &end, 10);
         wish->sm90 = !*end && count >= 1 && count <= KDA_CUDA_MAX_SEGMENTS;
@@ -113,7 +137,7 @@ static flash_kda_status read_wish(struct wish *wish) {
         return FLASH_KDA_OK;
     return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
                     "the environment variable " LEVEL_VARIABLE
-                    " is %.40s; expected sm80, sm90 or, for N segments, sm90/N with N from 1 to %d",
+                    " is %.40s; expected sm80, sm90, sm90/fused or, for N segments, sm90/N with N from 1 to %d",
                     forced, KDA_CUDA_MAX_SEGMENTS);
 }
 
@@ -137,7 +161,9 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
                         "the environment variable " LEVEL_VARIABLE " is sm90, which %s; expected sm80",
                         HAS_SM90 ? "this device cannot run" : "this build lacks");
     plan->sm90 = runs && !wish.sm80 && kda_sm90_takes(p);
-    plan->segments = plan->sm90 ? choose_segments(p, plan->processors, wish.segments) : 1;
+    plan->fused = runs && !wish.sm80 && !wish.segments && choose_fused(p, plan->processors, wish.fused);
+    plan->segments =
+        plan->sm90 && !plan->fused ? choose_segments(p, plan->processors, wish.segments) : 1;
     size_workspace(p, plan);
     return FLASH_KDA_OK;
 }
@@ -166,6 +192,8 @@ static flash_kda_status launch_segments(const struct kda_prefill *p, const struc
 
 static flash_kda_status launch(const struct kda_prefill *p, const struct plan *plan, void *workspace) {
     flash_kda_status status = FLASH_KDA_OK;
+    if (plan->fused)
+        return cuda_status(kda_sm90_fused(p, plan->processors, p->stream), "prefill, kernel fused");
     if (p->tokens)
         status =
             cuda_status(kda_sm80_prepare(p, chunks_of(p), workspace, p->stream), "prefill, kernel prepare");
@@ -204,6 +232,11 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
         status = make_plan(p, &plan);
     if (status)
         return status;
+    if (plan.fused) {
+        snprintf(text, size, "cuda: level sm90, one kernel, bf16 products, %" PRId64 " chains",
+                 p->sequences * p->value_heads);
+        return FLASH_KDA_OK;
+    }
     snprintf(text, size,
              "cuda: level %s, bf16 products, %" PRId64 " chains, %" PRId64
              " chunks of up to %d tokens, %d segment%s",

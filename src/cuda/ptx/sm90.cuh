@@ -44,6 +44,38 @@ template <int count> __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void *x) {
+    return (uint32_t)__cvta_generic_to_shared(x);
+}
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+/* Makes what the thread wrote to shared memory visible to wgmma and to the copy engine. */
+__device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/* Named barriers of `threads` threads: wait for all, come by without waiting, wait and learn whether any said yes. */
+__device__ __forceinline__ void barrier_wait(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ bool barrier_any(int barrier, int threads, bool yes) {
+    uint32_t any;
+    asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %3, 0;\nbar.red.or.pred q, %1, %2, p;\n"
+                 "selp.u32 %0, 1, 0, q;\n}\n"
+                 : "=r"(any)
+                 : "r"(barrier), "r"(threads), "r"((uint32_t)yes)
+                 : "memory");
+    return any;
+}
+
 /* Four 8x8 matrices of 2-byte elements, transposed; lane i gives the place of row i % 8 of matrix i / 8. */
 __device__ __forceinline__ void stmatrix_transposed(void *row, const uint32_t (&a)[2], const uint32_t (&b)[2]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
@@ -106,6 +138,18 @@ __device__ __forceinline__ void wgmma_tf32(float (&d)[4][4], const uint32_t (&a)
                  "{%16, %17, %18, %19}, %20, p, 1, 1;\n}\n"
                  : KDA_TILES4(0)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+}
+
+/* d [64][32] += a [64][16] b [16][32], bf16 operands both in shared memory, fp32 sums; = if !accumulate. The rows of a and
+ * the columns of b lie contiguous in memory. */
+template <bool accumulate>
+__device__ __forceinline__ void wgmma_shared(float (&d)[4][4], uint64_t a, uint64_t b) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "%16, %17, p, 1, 1, 0, 0;\n}\n"
+                 : KDA_TILES4(0)
+                 : "l"(a), "l"(b), "n"(accumulate));
 }
 
 #undef KDA_TILE

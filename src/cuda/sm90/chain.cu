@@ -10,20 +10,12 @@
  * Where there are few chains, sequences are cut into segments, and this kernel passes over them twice: to find each one's
  * (A, B), A as the state that comes of the identity and no values, and again from their true states.
  */
-#include "cuda/chain.cuh"
-#include "cuda/ptx/sm90.cuh"
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/summaries.cuh"
-
-#include <cuda/ptx>
+#include "cuda/sm90/warpgroup.cuh"
 
 namespace kda {
 namespace {
-
-namespace ptx = cuda::ptx;
-
-constexpr int GROUP = 128;        /* threads of a warpgroup */
-constexpr int GROUP_COLUMNS = 64; /* of V, of one warpgroup */
 
 enum Pass { WHOLE, SUMMARISE, RESUME };
 
@@ -40,16 +32,6 @@ template <int KP, int GROUPS> struct Shared {
     __nv_bfloat16 rows[GROUPS * GROUP / 32][CHUNK * 16]; /* each consumer warp's own, for store_pieces */
     uint64_t full[STAGES<GROUPS>];  /* a chunk has arrived: the loader's lanes and the bytes of its operands */
     uint64_t empty[STAGES<GROUPS>]; /* every consumer is done with it */
-};
-
-/* Which stage a chunk uses, and the parity of the barriers' phase in which it does. */
-template <int STAGES> struct Turn {
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ void next() {
-        if (++stage == STAGES)
-            stage = 0, parity ^= 1;
-    }
 };
 
 /* What a CTA works on. */
@@ -83,11 +65,6 @@ __device__ bool left_out(const Part &part, const kda_sm90_segments &segments) {
     return part.segment + 1 == segments.count || (part.identity && part.segment == 0);
 }
 
-__device__ void wait(uint64_t &barrier, uint32_t parity) {
-    while (!ptx::mbarrier_try_wait_parity(&barrier, parity))
-        ;
-}
-
 template <int KP, int GROUPS>
 __device__ void load(const kda_prefill &p, const Part &part, const Operands<KP> *all,
                      Shared<KP, GROUPS> &shared) {
@@ -118,38 +95,6 @@ __device__ void load(const kda_prefill &p, const Part &part, const Operands<KP> 
         }
         ptx::cp_async_mbarrier_arrive_noinc(&full);
     }
-}
-
-/* A chunk's outputs of one warp, rounded, on their way to memory: [CHUNK][16 columns] as fragments of 8x8 matrices. */
-struct Outputs {
-    uint32_t pairs[CHUNK / 8][2] = {};
-    struct kda_span span = {0, 0};
-};
-
-/* Can outputs leave in pieces of 16 bytes? */
-__device__ bool in_pieces(const kda_prefill &p, const Chain &chain) {
-    const char *row = kda_row(&p.out, chain.sequence.batch, chain.sequence.first, chain.head);
-    return p.out.dtype != KDA_F32 && (reinterpret_cast<uintptr_t>(row) | p.out.stride[1]) % 16 == 0;
-}
-
-/* Turns the outputs over in the warp's own `rows` [CHUNK][16], so that a lane holds a token's, and stores them. */
-__device__ void store_pieces(const kda_prefill &p, const Chain &chain, const Outputs &outputs,
-                             __nv_bfloat16 *rows) {
-    int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16;
-    auto piece = [](int token, int half) { return token * 16 + (half ^ (token >> 2 & 1)) * 8; };
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < CHUNK / 8; i += 2)
-        stmatrix_transposed(&rows[piece((i + lane / 16) * 8 + lane % 8, lane / 8 % 2)], outputs.pairs[i],
-                            outputs.pairs[i + 1]);
-    __syncwarp();
-    if (lane >= outputs.span.count)
-        return;
-    char *to =
-        kda_row(&p.out, chain.sequence.batch, chain.sequence.first + outputs.span.first + lane, chain.head) +
-        (chain.column + column) * 2;
-    reinterpret_cast<uint4 *>(to)[0] = *reinterpret_cast<const uint4 *>(&rows[piece(lane, 0)]);
-    reinterpret_cast<uint4 *>(to)[1] = *reinterpret_cast<const uint4 *>(&rows[piece(lane, 1)]);
 }
 
 /* One chunk: S goes on, o becomes its outputs. `meanwhile` is done while the first product runs. */
@@ -288,7 +233,7 @@ __device__ void consume(const kda_prefill &p, const Part &part, const kda_sm90_s
     float S[KP / 8][4], o[CHUNK / 8][4];
     begin_state<KP, pass>(p, part, segments, S);
     __nv_bfloat16 *rows = shared.rows[threadIdx.x / 32];
-    bool pieces = in_pieces(p, chain);
+    bool pieces = in_pieces(p.out);
     Outputs outputs; /* of the chunk before */
     Turn<STAGES<GROUPS>> turn;
     for (int64_t chunk = part.begin; chunk < part.end; chunk++, turn.next()) {
@@ -297,23 +242,20 @@ __device__ void consume(const kda_prefill &p, const Part &part, const kda_sm90_s
             break;
         wait(shared.full[turn.stage], turn.parity);
         advance<KP, GROUPS, pass>(shared.stages[turn.stage], S, o,
-                                  [&] { store_pieces(p, chain, outputs, rows); });
+                                  [&] { store_pieces(outputs, rows); });
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
         if (pass == SUMMARISE)
             continue;
         if (pieces) {
-            outputs.span = span;
-#pragma unroll
-            for (int i = 0; i < CHUNK / 8; i++) {
-                outputs.pairs[i][0] = pack_output(p.out.dtype, o[i][0], o[i][1]);
-                outputs.pairs[i][1] = pack_output(p.out.dtype, o[i][2], o[i][3]);
-            }
+            round_outputs(p.out.dtype, o, outputs, [](float x, int, int) { return x; });
+            outputs.to = output_place(p, chain.sequence.batch, chain.sequence.first + span.first, span.count,
+                                      chain.head, chain.column + threadIdx.x / 32 * 16);
         } else
             store_outputs<GROUP_COLUMNS * GROUPS>(p, chain, span, o);
         store_checkpoints<KP>(p, chain, span.first + span.count, S);
     }
     if (pass != SUMMARISE)
-        store_pieces(p, chain, outputs, rows);
+        store_pieces(outputs, rows);
     end_state<KP, pass>(p, part, segments, S);
 }
 

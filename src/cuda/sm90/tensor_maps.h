@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: MIT */
+/* Tensor maps: what the copy engine needs to know of tensors to move a chunk's rows of one head. */
+#ifndef KDA_CUDA_SM90_TENSOR_MAPS_H
+#define KDA_CUDA_SM90_TENSOR_MAPS_H
+
+#include "api/problem.h"
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Of tensors [B, T, heads, dim] with elements of 2 bytes. A copy brings [32 tokens][64 channels], swizzled by 128 bytes, with
+ * zeros for tokens behind T, or takes [32 tokens][16 channels] of out away, swizzled by 32. Coordinates: channel, head,
+ * token, batch. */
+struct kda_sm90_maps {
+    CUtensorMap q, k, v, g, out;
+};
+
+/* Can they be mapped? q, k, v and g must be bf16, out bf16 or fp16, addresses and strides multiples of 16 bytes. */
+bool kda_sm90_can_map(const struct kda_prefill *p);
+
+/* No access to the device. */
+cudaError_t kda_sm90_map(const struct kda_prefill *p, struct kda_sm90_maps *maps);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

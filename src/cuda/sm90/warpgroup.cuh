@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: MIT */
+/* What Hopper's kernels share: barriers' turns, and how a consumer warpgroup's outputs leave. */
+#ifndef KDA_CUDA_SM90_WARPGROUP_CUH
+#define KDA_CUDA_SM90_WARPGROUP_CUH
+
+#include "cuda/chain.cuh"
+#include "cuda/ptx/sm90.cuh"
+
+#include <cuda/ptx>
+
+namespace kda {
+
+namespace ptx = cuda::ptx;
+
+constexpr int GROUP = 128;        /* threads of a warpgroup */
+constexpr int GROUP_COLUMNS = 64; /* of V, of one warpgroup */
+
+/* Which stage a chunk uses, and the parity of the barriers' phase in which it does. */
+template <int STAGES> struct Turn {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ void next(int chunks = 1) {
+        stage += chunks;
+        if (stage >= STAGES)
+            stage -= STAGES, parity ^= 1;
+    }
+};
+
+inline __device__ void wait(uint64_t &barrier, uint32_t parity) {
+    while (!ptx::mbarrier_try_wait_parity(&barrier, parity))
+        ;
+}
+
+/* A chunk's outputs of one warp, rounded, on their way to memory: [CHUNK][16 columns] as fragments of 8x8 matrices. */
+struct Outputs {
+    uint32_t pairs[CHUNK / 8][2] = {};
+    char *to = nullptr; /* the lane's token, the warp's columns; NULL: nothing to store */
+};
+
+/* Can outputs leave in pieces of 16 bytes? */
+inline __device__ __host__ bool in_pieces(const kda_tensor &out) {
+    uintptr_t places = reinterpret_cast<uintptr_t>(out.data);
+    for (int i = 0; i < 3; i++)
+        places |= out.shape[i] > 1 ? out.stride[i] : 0;
+    return out.dtype != KDA_F32 && places % 16 == 0;
+}
+
+template <class Scale>
+__device__ void round_outputs(kda_dtype dtype, const float (&o)[CHUNK / 8][4], Outputs &outputs, Scale scale) {
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i++) {
+        outputs.pairs[i][0] = pack_output(dtype, scale(o[i][0], i, 0), scale(o[i][1], i, 1));
+        outputs.pairs[i][1] = pack_output(dtype, scale(o[i][2], i, 0), scale(o[i][3], i, 1));
+    }
+}
+
+/* Where the lane's token of a chunk goes: columns of V from `column` on. */
+inline __device__ char *output_place(const kda_prefill &p, int64_t batch, int64_t token, int64_t count, int64_t head,
+                                     int column) {
+    int lane = threadIdx.x % 32;
+    return lane < count ? kda_row(&p.out, batch, token + lane, head) + column * 2 : nullptr;
+}
+
+/* Turns the outputs over in the warp's own `rows` [CHUNK][16], so that a lane holds a token's, and stores them. */
+inline __device__ void store_pieces(const Outputs &outputs, __nv_bfloat16 *rows) {
+    int lane = threadIdx.x % 32;
+    auto piece = [](int token, int half) { return token * 16 + (half ^ (token >> 2 & 1)) * 8; };
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i += 2)
+        stmatrix_transposed(&rows[piece((i + lane / 16) * 8 + lane % 8, lane / 8 % 2)], outputs.pairs[i],
+                            outputs.pairs[i + 1]);
+    __syncwarp();
+    if (!outputs.to)
+        return;
+    reinterpret_cast<uint4 *>(outputs.to)[0] = *reinterpret_cast<const uint4 *>(&rows[piece(lane, 0)]);
+    reinterpret_cast<uint4 *>(outputs.to)[1] = *reinterpret_cast<const uint4 *>(&rows[piece(lane, 1)]);
+}
+
+} // namespace kda
+
+#endif
