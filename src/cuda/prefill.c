@@ -162,8 +162,7 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
                         HAS_SM90 ? "this device cannot run" : "this build lacks");
     plan->sm90 = runs && !wish.sm80 && kda_sm90_takes(p);
     plan->fused = runs && !wish.sm80 && !wish.segments && choose_fused(p, plan->processors, wish.fused);
-    plan->segments =
-        plan->sm90 && !plan->fused ? choose_segments(p, plan->processors, wish.segments) : 1;
+    plan->segments = plan->sm90 && !plan->fused ? choose_segments(p, plan->processors, wish.segments) : 1;
     size_workspace(p, plan);
     return FLASH_KDA_OK;
 }

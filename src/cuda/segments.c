@@ -3,8 +3,8 @@
  * The cost model of cutting sequences into segments, in microseconds as measured on an H200.
  *
  * Uncut, a chain's steps follow each other. Cut, a first pass finds each segment's (A, B), which takes its columns of A
- * beside those of V, a scan gives every segment its true state, and a second pass writes the outputs. Before either, every
- * multiprocessor prepares operands. The fused kernel needs none, but a step of its takes longer.
+ * beside those of V, a scan gives every segment its true state, and a second pass writes the outputs. Before either,
+ * every multiprocessor prepares operands. The fused kernel needs none of this, but its steps take longer.
  */
 #include "cuda/segments.h"
 
@@ -12,7 +12,7 @@
 #define STEP_ALONE  1.2
 #define STEP_BESIDE 2.0
 #define STEP_FUSED  2.75
-#define PREPARE     2.7  /* a chunk of one head, on one multiprocessor */
+#define PREPARE     2.7 /* a chunk of one head, on one multiprocessor */
 #define SCAN_STEP   3.0
 #define TWO_KERNELS 20.0 /* and their ramps */
 /* The longest sequence of a packed batch, in average ones, and what it costs that CTAs do not end together. */
@@ -44,8 +44,7 @@ int kda_segments(const struct kda_segment_problem *problem, double *microseconds
             best = n;
             *microseconds = cost(problem, n);
         }
-    *microseconds +=
-        (double)(problem->chains * problem->chunks) * PREPARE / problem->processors + TWO_KERNELS;
+    *microseconds += (double)(problem->chains * problem->chunks) * PREPARE / problem->processors + TWO_KERNELS;
     return best;
 }
 

@@ -191,7 +191,8 @@ static void managed_memory(struct check *check) {
 
 enum { MEMBERS = 12, NO_SUCH_DEVICE = 99 };
 
-/* A call whose tensors say that they are on devices; it must fail before it touches their memory, which is the host's. */
+/* A call whose tensors say that they are on devices; it must fail before it touches their memory, which is the
+ * host's. */
 struct placed_call {
     flash_kda_prefill_args args;
     DLTensor tensors[MEMBERS];

@@ -171,6 +171,40 @@ static void scales(struct check *check) {
     both_types(check, &c, "v growing from 1e-6 to 1e4");
 }
 
+/* Normalised q and k may be of any size, whatever factors of the decay they meet. Parameter 0: growing on the way. */
+static void fill_scaled_keys(struct prefill_problem *p, struct random *r) {
+    fill_ordinary(p, r);
+    int64_t row = p->c.H * p->c.K, count = tensor_count(&p->k);
+    for (int64_t i = 0; i < count; i++) {
+        double token = (double)(i / row) / (double)p->T;
+        double size = p->c.parameter != 0 ? p->c.parameter : pow(10, -6 + 10 * token);
+        tensor_set(&p->q, i, size * random_normal(r));
+        tensor_set(&p->k, i, size * random_normal(r));
+    }
+}
+
+static void fill_scaled_keys_at_bound(struct prefill_problem *p, struct random *r) {
+    fill_scaled_keys(p, r);
+    tensor_fill(&p->g, 100);
+    tensor_fill(&p->A_log, 2);
+}
+
+static void key_scales(struct check *check) {
+    static const double sizes[] = {1e-6, 1e4, 1e15, 0};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        char name[80], size[40];
+        snprintf(size, sizeof size, sizes[i] != 0 ? "of scale %g" : "growing from 1e-6 to 1e4", sizes[i]);
+        struct prefill_case c = trap(FLASH_KDA_GATE_SIGMOID, fill_scaled_keys);
+        c.qk_norm = true;
+        c.parameter = sizes[i];
+        snprintf(name, sizeof name, "q and k %s", size);
+        both_types(check, &c, name);
+        c.fill = fill_scaled_keys_at_bound;
+        snprintf(name, sizeof name, "q and k %s, decay at its bound", size);
+        both_types(check, &c, name);
+    }
+}
+
 /* Denormal q and k are normalised by sqrt(1e-6), not by their own length. */
 static void fill_denormal_keys(struct prefill_problem *p, struct random *r) {
     fill_ordinary(p, r);
@@ -212,6 +246,7 @@ void prefill_traps(struct check *check) {
     large_A_log(check);
     resets(check);
     scales(check);
+    key_scales(check);
     denormal_keys(check);
     collinear(check);
 }

@@ -74,8 +74,9 @@ static void test_fused_where_there_are_many_chains(void **state) {
     const struct {
         int64_t chains, chunks;
         bool packed, wins;
-    } cases[] = {{96, 256, false, true}, {576, 43, true, true},   {768, 32, false, true}, {64, 256, false, false},
-                 {192, 43, true, true},  {32, 256, false, false}, {8, 2048, false, false}, {2048, 2, false, true}};
+    } cases[] = {{96, 256, false, true},  {576, 43, true, true}, {768, 32, false, true},
+                 {64, 256, false, false}, {192, 43, true, true}, {32, 256, false, false},
+                 {8, 2048, false, false}, {2048, 2, false, true}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         segments(cases[i].chains, cases[i].chunks, &otherwise);
         assert_int_equal(fused(cases[i].chains, cases[i].chunks, cases[i].packed) < otherwise, cases[i].wins);

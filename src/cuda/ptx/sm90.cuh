@@ -128,8 +128,8 @@ __device__ __forceinline__ void wgmma(float (&d)[TILES][4], const uint32_t (&a)[
         static_assert(TILES == 4, "4, 8 or 16 tiles");
 }
 
-/* d [64][32] += a [64][8] b [8][32], tf32 operands, of which only the upper bits count; = if !accumulate. The columns of
- * b lie contiguous in memory. */
+/* d [64][32] += a [64][8] b [8][32], tf32 operands, of which only the upper bits count; = if !accumulate. The
+ * columns of b lie contiguous in memory. */
 template <bool accumulate>
 __device__ __forceinline__ void wgmma_tf32(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
@@ -140,8 +140,8 @@ __device__ __forceinline__ void wgmma_tf32(float (&d)[4][4], const uint32_t (&a)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
 }
 
-/* d [64][32] += a [64][16] b [16][32], bf16 operands both in shared memory, fp32 sums; = if !accumulate. The rows of a and
- * the columns of b lie contiguous in memory. */
+/* d [64][32] += a [64][16] b [16][32], bf16 operands both in shared memory, fp32 sums; = if !accumulate. The rows of
+ * a and the columns of b lie contiguous in memory. */
 template <bool accumulate>
 __device__ __forceinline__ void wgmma_shared(float (&d)[4][4], uint64_t a, uint64_t b) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"

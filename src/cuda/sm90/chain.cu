@@ -241,8 +241,7 @@ __device__ void consume(const kda_prefill &p, const Part &part, const kda_sm90_s
         if (!span.count)
             break;
         wait(shared.full[turn.stage], turn.parity);
-        advance<KP, GROUPS, pass>(shared.stages[turn.stage], S, o,
-                                  [&] { store_pieces(outputs, rows); });
+        advance<KP, GROUPS, pass>(shared.stages[turn.stage], S, o, [&] { store_pieces(outputs, rows); });
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
         if (pass == SUMMARISE)
             continue;

@@ -3,16 +3,16 @@
  * Prefill in one kernel, for K = V = 128, bf16, normalised q and k and the bounded gate (docs/hopper.md).
  *
  * A CTA works one chain after another. Two producer warpgroups take turns at making a chunk's operands, in place of its
- * q, k and g; two consumer warpgroups, with 64 columns of V each, take the state through them in their accumulators. The
- * last warp of each producer warpgroup is its scout, while the others have more to do: it finds the group's next chunk,
- * describes it to all others and has the copy engine bring it.
+ * q, k and g; two consumer warpgroups, with 64 columns of V each, take the state through them in their accumulators.
+ * Of each producer warpgroup two warps have less to do: one, the receiver, normalises the group's next chunk; the other,
+ * the scout, finds the chunk after that, describes it to all others and has the copy engine bring it.
  *
  * With x_i the log2 decay from the chunk's middle to token i, and S in the coordinates of the middle,
  *     RK = k exp2(x)   RQ = q exp2(x)   CK = k exp2(-x)   [L0; M0] = [RK; RQ] CK^T   [W | Y] = S^T [RK; RQ]^T
  *     U^T = (V^T - W^T diag(rk)) F^T    O^T = (Y^T + U^T M0^T) diag(rq)    S^T <- S^T + U^T CK
  *     F = diag(rk) (I + diag(beta rk) L0 diag(rk))^-1 diag(beta)
- * where rk and rq undo the norms of k and q. Everything is transposed, so that an accumulator is, lane for lane, the next
- * product's first operand.
+ * where rk and rq undo the norms of k and q. Everything is transposed, so that an accumulator is, lane for lane, the
+ * next product's first operand.
  */
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/tensor_maps.h"
@@ -24,17 +24,20 @@ namespace {
 constexpr int DIM = 128; /* K and V */
 constexpr int STAGES = 5, CONSUMERS = 2, PRODUCERS = 2;
 constexpr int THREADS = (CONSUMERS + PRODUCERS) * GROUP;
-constexpr int SORTED = 256; /* sequences at most, more are worked in their own order */
-constexpr int RECEIVER = 2, SCOUT = 3; /* warps of a producer warpgroup; the scout receives too */
+constexpr int SORTED = 256;            /* sequences at most, more are worked in their own order */
+constexpr int RECEIVER = 2, SCOUT = 3; /* warps of a producer warpgroup */
 constexpr int HALF = CHUNK / 2, PANELS = DIM / PANEL;
-constexpr int ROW = PANEL * 2;          /* bytes of a panel's row */
-constexpr int PADDED = HALF + 4;        /* floats from row to row of a scratch matrix: no two in a bank */
-constexpr float LARGE = 0x1p22f;        /* squared norm up to which k and q need no shrinking: factors reach 2^115 */
+constexpr int ROW = PANEL * 2;   /* bytes of a panel's row */
+constexpr int PADDED = HALF + 4; /* floats from row to row of a scratch matrix: no two in a bank */
+constexpr float LARGE = 0x1p22f; /* squared norm up to which k and q need no shrinking: factors reach 2^115 */
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr uint32_t NO_DECAY = 0xff7fff7f; /* two raw gates, the least of bf16, whose decay is nothing */
 
 /* Named barriers; 0 is __syncthreads. */
-enum { BARRIER_GROUP = 1 /* and the next: of each producer warpgroup */, BARRIER_INVERSE = 3 /* and the next */ };
+enum {
+    BARRIER_GROUP = 1 /* and the next: of each producer warpgroup */,
+    BARRIER_INVERSE = 3 /* and the next */
+};
 
 /* 64 channels of a chunk, swizzled by 128 bytes. */
 struct Panel {
@@ -63,8 +66,8 @@ struct Scout {
 /* A producer warpgroup's own. */
 struct Scratch {
     alignas(16) float L[2][HALF * PADDED]; /* diagonal blocks of beta rk L0 rk, transposed */
-    float Z[HALF * PADDED];    /* the block below: rk L0 */
-    alignas(16) float rk[2][CHUNK]; /* of this chunk or the group's next one, in turn */
+    float Z[HALF * PADDED];                /* the block below: rk L0 */
+    alignas(16) float rk[2][CHUNK];        /* of this chunk or the group's next one, in turn */
     float beta[2][CHUNK];
     Scout scout;
 };
@@ -73,12 +76,12 @@ struct alignas(1024) Shared {
     Panel panels[STAGES][PANELS];
     __nv_bfloat16 values[STAGES][CHUNK * DIM];
     __nv_bfloat16 outputs[CONSUMERS * GROUP / 32][CHUNK * 16]; /* of each consumer warp, swizzled by 32 bytes */
-    float inverse[STAGES][CHUNK * CHUNK]; /* F, by tf32_place */
-    float M[STAGES][CHUNK * CHUNK];       /* M0, by tf32_place */
-    float to_middle[STAGES][DIM];         /* decay of the state from the chunk's start, by channel_place */
-    float to_end[STAGES][DIM];            /* and from there to its end */
+    float inverse[STAGES][CHUNK * CHUNK];                      /* F, by tf32_place */
+    float M[STAGES][CHUNK * CHUNK];                            /* M0, by tf32_place */
+    float to_middle[STAGES][DIM]; /* decay of the state from the chunk's start, by channel_place */
+    float to_end[STAGES][DIM];    /* and from there to its end */
     float key_scale[STAGES][CHUNK], query_scale[STAGES][CHUNK]; /* rk, rq by token_place */
-    uint8_t order[SORTED]; /* sequences, the longest first */
+    uint8_t order[SORTED];                                      /* sequences, the longest first */
     Scratch scratch[PRODUCERS];
     Task tasks[STAGES];
     uint64_t arrived[STAGES]; /* q, k, v, g and the task: the scout and the bytes */
@@ -113,8 +116,8 @@ __device__ void sort_sequences(const kda_prefill &p, Shared &shared) {
     __syncthreads();
 }
 
-/* The (sequence, head) that the CTA works in a round: forwards and backwards in turn, so that who began with a long one goes
- * on with a short one. */
+/* The (sequence, head) that the CTA works in a round: forwards and backwards in turn, so that who began with a long
+ * one goes on with a short one. */
 __device__ int find_item(int round) {
     int across = gridDim.x, place = blockIdx.x;
     return round * across + (round % 2 ? across - 1 - place : place);
@@ -218,7 +221,8 @@ __device__ float find_beta(const kda_prefill &p, int count, uint32_t raw) {
     return threadIdx.x % 32 < count ? x : 0.f;
 }
 
-/* threadIdx.x, read anew: what follows from it is computed where it is used, not kept in registers through all of a chunk. */
+/* threadIdx.x, read anew: what follows from it is computed where it is used, not kept in registers through all of a
+ * chunk. */
 __device__ uint32_t thread() {
     uint32_t x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
@@ -261,32 +265,33 @@ __device__ void clear_rows(__nv_bfloat16 *tile, int count, uint32_t word) {
         reinterpret_cast<uint32_t *>(tile + row * PANEL)[thread() % 32] = word;
 }
 
-/* Squared norms of the rows of k or q: of tokens lane / 4 + {0, 8, 16, 24}, in lanes where lane % 4 == lane / 8. */
-__device__ float4 find_squares(const __nv_bfloat16 *tile) {
-    float products[4][4] = {};
+/* Squared norm of the lane's row of k or q. */
+__device__ float find_square(const __nv_bfloat16 *tile) {
+    uint32_t lane = thread() % 32;
+    float sums[4] = {};
 #pragma unroll
-    for (int i = 0; i < PANELS; i++) {
-        MatrixRow<CHUNK, PANEL> rows(tile + i * sizeof(Panel) / sizeof *tile, true);
+    for (int i = 0; i < PANELS; i++)
 #pragma unroll
-        for (int c = 0; c < PANEL; c += 16)
+        for (uint32_t piece = 0; piece < PANEL / 8;
+             piece++) { /* in an order in which no two lanes meet in a bank */
+            const __nv_bfloat16 *at =
+                tile + i * sizeof(Panel) / sizeof *tile + lane * PANEL + (piece ^ lane % 8) * 8;
+            uint4 words = *reinterpret_cast<const uint4 *>(at);
+            const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-            for (int n = 0; n < 2; n++) {
-                uint32_t a[4];
-                ldmatrix(a, rows.at(n * 16, c));
-                mma(products[2 * n], a, a[0], a[2]); /* rows times rows: squares on the diagonal */
-                mma(products[2 * n + 1], a, a[1], a[3]);
+            for (int n = 0; n < 4; n++) {
+                float2 x = unpack_bf16(pairs[n]);
+                sums[n] = fmaf(x.x, x.x, fmaf(x.y, x.y, sums[n]));
             }
-    }
-    bool odd = thread() & 4;
-    return make_float4(odd ? products[0][1] : products[0][0], odd ? products[1][3] : products[1][2],
-                       odd ? products[2][1] : products[2][0], odd ? products[3][3] : products[3][2]);
+        }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 /* Divides a row of k or q by a power of two, so that its factors stay in range. */
 __device__ void shrink_row(__nv_bfloat16 *tile, int token, float factor) {
     for (int i = 0; i < PANELS; i++) {
-        uint32_t &word =
-            reinterpret_cast<uint32_t *>(tile + i * sizeof(Panel) / sizeof *tile + token * PANEL)[thread() % 32];
+        uint32_t &word = reinterpret_cast<uint32_t *>(tile + i * sizeof(Panel) / sizeof *tile +
+                                                      token * PANEL)[thread() % 32];
         float2 x = unpack_bf16(word);
         word = pack_bf16(x.x * factor, x.y * factor);
     }
@@ -299,77 +304,68 @@ __device__ float shrink_factor(float square) {
     return ldexpf(1.f, square < INFINITY ? ((__float_as_int(square) >> 23) - 127) / 2 : 120);
 }
 
-/* Makes rows of large norm smaller. Returns by how much, of the lane's rows. */
-__device__ float4 shrink_rows(__nv_bfloat16 *tile, float4 squares) {
-    float4 factors = {shrink_factor(squares.x), shrink_factor(squares.y), shrink_factor(squares.z),
-                      shrink_factor(squares.w)};
-#pragma unroll 1
-    for (int token = 0; token < CHUNK; token++) {
-        float own = token < 8 ? factors.x : token < 16 ? factors.y : token < 24 ? factors.z : factors.w;
-        shrink_row(tile, token, 1.f / __shfl_sync(~0u, own, token % 8 * 4 + token % 8 / 2));
-    }
-    return factors;
-}
-
-/* The warp finds scale / norm of every row of k or q, to be kept by token_place and, if `plain`, in order. */
+/* The warp finds scale / norm of every row of k or q, to be kept by token_place and, if `plain`, in order. Rows of
+ * large norm are made smaller, and these larger. */
 __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, float *plain) {
-    float4 squares = find_squares(tile);
-    int lane = thread() % 32, token = lane / 4;
-    bool owner = lane % 4 == lane / 8;
-    float largest = fmaxf(fmaxf(squares.x, squares.y), fmaxf(squares.z, squares.w));
-    float4 norms = {rsqrtf(squares.x + 1e-6f) * scale, rsqrtf(squares.y + 1e-6f) * scale,
-                    rsqrtf(squares.z + 1e-6f) * scale, rsqrtf(squares.w + 1e-6f) * scale};
-    if (__any_sync(~0u, owner && !(largest <= LARGE))) {
-        float4 factors = shrink_rows(tile, squares);
-        norms.x *= factors.x, norms.y *= factors.y, norms.z *= factors.z, norms.w *= factors.w;
+    int lane = thread() % 32;
+    float square = find_square(tile), norm = rsqrtf(square + 1e-6f) * scale;
+    if (__any_sync(~0u, !(square <= LARGE))) {
+        float factor = shrink_factor(square);
+#pragma unroll 1
+        for (int token = 0; token < CHUNK; token++)
+            shrink_row(tile, token, 1.f / __shfl_sync(~0u, factor, token));
+        norm *= factor;
     }
-    if (!owner)
-        return;
-    float *to = &scales[token_place(token)]; /* 8 tokens on is 2 places */
-    to[0] = norms.x, to[2] = norms.y, to[4] = norms.z, to[6] = norms.w;
+    scales[token_place(lane)] = norm;
     if (plain)
-        plain[token] = norms.x, plain[token + 8] = norms.y, plain[token + 16] = norms.z, plain[token + 24] = norms.w;
+        plain[lane] = norm;
 }
 
-/* What can be done as soon as a chunk is there, by a receiver warp: one takes k and g, the other, the scout, q and v. Behind a
- * sequence's end k, q and v become 0 and nothing decays. */
-__device__ void receive(const kda_prefill &p, Shared &shared, Scratch &scratch, const Turn<STAGES> &turn, int slot,
-                        uint32_t beta) {
+/* What can be done as soon as a chunk is there, by the receiver and the scout. Behind a sequence's end k, q and v
+ * become 0 and nothing decays. */
+__device__ void receive(const kda_prefill &p, Shared &shared, Scratch &scratch, const Turn<STAGES> &turn,
+                        int slot, uint32_t beta) {
     int s = turn.stage;
-    bool scout = thread() % GROUP / 32 == SCOUT;
     wait(shared.arrived[s], turn.parity);
     int count = shared.tasks[s].count;
     if (count <= 0)
         return;
-    __nv_bfloat16 *tile = scout ? shared.panels[s][0].queries : shared.panels[s][0].keys;
-    if (count < CHUNK) {
-        for (int i = 0; i < PANELS; i++) {
-            clear_rows(tile + i * sizeof(Panel) / sizeof *tile, count, 0);
-            clear_rows(scout ? &shared.values[s][i * CHUNK * PANEL] : shared.panels[s][i].gates, count,
-                       scout ? 0 : NO_DECAY);
+    bool scouts = thread() % GROUP / 32 == SCOUT;
+    for (int i = 0; i < PANELS && count < CHUNK; i++)
+        if (scouts) {
+            clear_rows(&shared.values[s][i * CHUNK * PANEL], count, 0);
+        } else {
+            clear_rows(shared.panels[s][i].keys, count, 0);
+            clear_rows(shared.panels[s][i].queries, count, 0);
+            clear_rows(shared.panels[s][i].gates, count, NO_DECAY);
         }
-        __syncwarp();
-    }
-    if (scout) {
+    __syncwarp();
+    if (scouts) {
         scratch.beta[slot][thread() % 32] = find_beta(p, count, beta);
-        find_norms(tile, p.scale, shared.query_scale[s], nullptr);
-    } else
-        find_norms(tile, 1.f, shared.key_scale[s], scratch.rk[slot]);
+    } else {
+        find_norms(shared.panels[s][0].keys, 1.f, shared.key_scale[s], scratch.rk[slot]);
+        find_norms(shared.panels[s][0].queries, p.scale, shared.query_scale[s], nullptr);
+    }
 }
 
-/* k, q and g of the thread's two channels and half of the chunk become RK, RQ and CK. Returns the log2 decay of the half,
- * from the chunk's start to its middle or from there to its end. Works outwards from the middle. */
+/* k, q and g of the thread's two channels and half of the chunk become RK, RQ and CK. Returns the log2 decay of the
+ * half, from the chunk's start to its middle or from there to its end. Works outwards from the middle. */
 template <bool later> __device__ float2 make_tiles(const Panel &panel, const Gate &gate) {
     constexpr int TOGETHER = 4, QUERIES = sizeof panel.keys, GATES = 2 * QUERIES, STEP = later ? ROW : -ROW;
     uint32_t lane = thread() % 32;
     /* Of token i from the middle; a token's 16-byte pieces are permuted by token % 8. */
-    uint32_t first = shared_address(panel.keys) + (later ? HALF : HALF - 1) * ROW + (lane * 4 ^ (later ? 0 : 7 << 4));
-    auto place = [&](int n, int j) { return ((first + n * TOGETHER * STEP) ^ (n & 1) << 6 ^ j << 4) + j * STEP; };
+    uint32_t first =
+        shared_address(panel.keys) + (later ? HALF : HALF - 1) * ROW + (lane * 4 ^ (later ? 0 : 7 << 4));
+    auto place = [&](int n, int j) {
+        return ((first + n * TOGETHER * STEP) ^ (n & 1) << 6 ^ j << 4) + j * STEP;
+    };
     uint32_t k[TOGETHER], q[TOGETHER], g[TOGETHER];
     float2 sum = make_float2(0, 0);
-    float direction = later ? gate.bound : -gate.bound; /* before the middle, x is what is still to come, negated */
+    float direction =
+        later ? gate.bound : -gate.bound;       /* before the middle, x is what is still to come, negated */
     auto share = [&](float raw, float offset) { /* of the bound */
-        return reciprocal_approximate(1.f + exp2_approximate(fmaf(raw, gate.slope, offset)));
+                                                return reciprocal_approximate(
+                                                    1.f + exp2_approximate(fmaf(raw, gate.slope, offset)));
     };
 #pragma unroll
     for (int j = 0; j < TOGETHER; j++) {
@@ -437,8 +433,8 @@ __device__ void multiply_pairs(const Panel (&panels)[PANELS], float (&d)[CHUNK /
     pin(d);
 }
 
-/* Where a thread's elements of a tile lie by tf32_place, whose 16-byte pieces are permuted by row % 8: an address costs one
- * instruction. */
+/* Where a thread's elements of a tile lie by tf32_place, whose 16-byte pieces are permuted by row % 8: an address
+ * costs one instruction. */
 struct Tf32Places {
     uint32_t even, odd; /* of an even and of an odd token's element */
 
@@ -483,7 +479,8 @@ __device__ void invert_block(const float (&d)[CHUNK / 8][4], Scratch &scratch, i
             L[(j * 8 + column + n % 2) * PADDED + row + n / 2 * 8] =
                 d[block * 2 + j][n] * factors[n / 2] * (n % 2 ? columns.y : columns.x);
             if (block == 1)
-                scratch.Z[(row + n / 2 * 8) * PADDED + j * 8 + column + n % 2] = round_tf32(d[j][n] * rows[n / 2]);
+                scratch.Z[(row + n / 2 * 8) * PADDED + j * 8 + column + n % 2] =
+                    round_tf32(d[j][n] * rows[n / 2]);
         }
     }
     __syncwarp();
@@ -502,7 +499,8 @@ __device__ void invert_block(const float (&d)[CHUNK / 8][4], Scratch &scratch, i
                 if (i + n > j)
                     x[i + n] = fmaf(-l[n], x[j], x[i + n]);
         }
-    int half = lane / HALF * 8, piece = block * 4 + own / 8 * 2 + own % 2; /* half: of the column's rows to store */
+    int half = lane / HALF * 8,
+        piece = block * 4 + own / 8 * 2 + own % 2; /* half: of the column's rows to store */
     uint32_t at = shared_address(F) + (block * HALF + half) * CHUNK * 4 + (piece << 4) + own % 8 / 2 * 4;
     float step = beta[own];
 #pragma unroll
@@ -544,7 +542,8 @@ __device__ void join_blocks(const Scratch &scratch, float *F) {
     }
     /* Elements (s * 8 + part * 2 + b, j * 8 + row) of F00. */
     uint32_t at = shared_address(F) + part * 2 * CHUNK * 4 + row / 2 * 4;
-    uint32_t first = at + ((row % 2 ^ part * 2) << 4), second = at + CHUNK * 4 + ((row % 2 ^ (part * 2 + 1)) << 4);
+    uint32_t first = at + ((row % 2 ^ part * 2) << 4),
+             second = at + CHUNK * 4 + ((row % 2 ^ (part * 2 + 1)) << 4);
 #pragma unroll
     for (int s = 0; s < 2; s++) {
         uint32_t a[4];
@@ -565,7 +564,8 @@ __device__ void join_blocks(const Scratch &scratch, float *F) {
 }
 
 /* The operands of one chunk that was received. */
-__device__ void make_operands(Shared &shared, Scratch &scratch, int stage, int slot, int group, const Gate &gate) {
+__device__ void make_operands(Shared &shared, Scratch &scratch, int stage, int slot, int group,
+                              const Gate &gate) {
     make_decays(shared, stage, gate);
     fence_shared();
     barrier_wait(BARRIER_GROUP + group, GROUP);
@@ -592,16 +592,17 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared 
     Scratch &scratch = shared.scratch[group];
     Turn<STAGES> turn, next, ahead;
     turn.next(group), next.next(group), ahead.next(group);
-    uint32_t beta[2] = {0, 0}; /* of the next chunk and the one after it */
+    uint32_t beta[2] = {0, 0};     /* of the next chunk and the one after it */
     auto go_on = [&](int chunks) { /* the scout, two chunks ahead of what is received */
-        Scout &scout = scratch.scout;
-        if (threadIdx.x % 32 == 0 && scout.count >= 0) {
-            find_next(p, shared, items, scout, chunks);
-            send(p, maps, shared, scout, ahead);
-        }
-        __syncwarp();
-        beta[0] = beta[1], beta[1] = load_beta(p, shared.tasks[ahead.stage], scout.count);
-        ahead.next(PRODUCERS);
+                                   Scout &scout = scratch.scout;
+                                   if (threadIdx.x % 32 == 0 && scout.count >= 0) {
+                                       find_next(p, shared, items, scout, chunks);
+                                       send(p, maps, shared, scout, ahead);
+                                   }
+                                   __syncwarp();
+                                   beta[0] = beta[1],
+                                   beta[1] = load_beta(p, shared.tasks[ahead.stage], scout.count);
+                                   ahead.next(PRODUCERS);
     };
     if (warp == SCOUT) {
         if (threadIdx.x % 32 == 0)
@@ -814,7 +815,8 @@ __device__ void store_whole_checkpoints(const kda_prefill &p, int n, int head, i
 
 /* The warp's outputs of a chunk [CHUNK][16 columns], from o^T, to memory. */
 __device__ void store_chunk(const kda_prefill &p, const kda_sm90_maps &maps, const Task &task,
-                            const float (&o)[CHUNK / 8][4], const float (&scales)[CHUNK / 4], __nv_bfloat16 *rows) {
+                            const float (&o)[CHUNK / 8][4], const float (&scales)[CHUNK / 4],
+                            __nv_bfloat16 *rows) {
     int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16;
     auto piece = [](int token, int half) { return token * 16 + (half ^ (token >> 2 & 1)) * 8; };
     if (lane == 0)
@@ -877,7 +879,8 @@ __device__ void consume(const kda_prefill &p, const kda_sm90_maps &maps, Shared 
 
 /* Registers of a thread at the start: all of a multiprocessor's. Consumers then take some of the producers'. */
 constexpr int REGISTERS = 128, CONSUMER_REGISTERS = 168, PRODUCER_REGISTERS = 88;
-static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <= (CONSUMERS + PRODUCERS) * REGISTERS,
+static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
+                  (CONSUMERS + PRODUCERS) * REGISTERS,
               "or a consumer waits for registers for ever");
 
 __global__ void __maxnreg__(REGISTERS)
@@ -910,18 +913,18 @@ __global__ void __maxnreg__(REGISTERS)
 
 bool kda_sm90_fuses(const kda_prefill *p) {
     return p->key_dim == kda::DIM && p->value_dim == kda::DIM && p->qk_norm &&
-           p->gate == FLASH_KDA_GATE_SIGMOID && p->tokens > 0 && p->tokens <= INT32_MAX &&
-           kda_sm90_can_map(p);
+           p->gate == FLASH_KDA_GATE_SIGMOID && p->tokens > 0 && p->tokens <= INT32_MAX && kda_sm90_can_map(p);
 }
 
 cudaError_t kda_sm90_fused(const kda_prefill *p, int processors, cudaStream_t stream) {
     int bytes = sizeof(kda::Shared), items = (int)(p->sequences * p->value_heads);
+    int ctas = items < processors ? items : processors;
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(p, &maps);
     if (!error)
         error = cudaFuncSetAttribute(kda::fused, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error)
         return error;
-    kda::fused<<<items < processors ? items : processors, kda::THREADS, bytes, stream>>>(*p, maps, items);
+    kda::fused<<<ctas, kda::THREADS, bytes, stream>>>(*p, maps, items);
     return cudaGetLastError();
 }

@@ -21,8 +21,8 @@ struct kda_sm90_segments {
  * multiples of 16 bytes. */
 bool kda_sm90_takes(const struct kda_prefill *p);
 
-/* Can kda_sm90_fused take it? K = V = 128, q, k, v and g in bf16 with rows that start at multiples of 16 bytes, outputs of
- * 2 bytes likewise, normalised q and k, the bounded gate. */
+/* Can kda_sm90_fused take it? K = V = 128, q, k, v and g in bf16 with rows that start at multiples of 16 bytes,
+ * outputs of 2 bytes likewise, normalised q and k, the bounded gate. */
 bool kda_sm90_fuses(const struct kda_prefill *p);
 
 /* All of prefill in one kernel, without a workspace. */

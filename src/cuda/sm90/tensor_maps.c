@@ -44,8 +44,8 @@ bool kda_sm90_can_map(const struct kda_prefill *p) {
     return good && find_encode();
 }
 
-static bool map(encode_function encode, const struct kda_tensor *t, cuuint32_t channels, CUtensorMapSwizzle swizzle,
-                CUtensorMap *result) {
+static bool map(encode_function encode, const struct kda_tensor *t, cuuint32_t channels,
+                CUtensorMapSwizzle swizzle, CUtensorMap *result) {
     cuuint64_t sizes[RANK], strides[RANK - 1];
     const int order[RANK] = {3, 2, 1, 0};
     for (int i = 0; i < RANK; i++) {

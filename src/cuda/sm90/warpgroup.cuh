@@ -55,8 +55,8 @@ __device__ void round_outputs(kda_dtype dtype, const float (&o)[CHUNK / 8][4], O
 }
 
 /* Where the lane's token of a chunk goes: columns of V from `column` on. */
-inline __device__ char *output_place(const kda_prefill &p, int64_t batch, int64_t token, int64_t count, int64_t head,
-                                     int column) {
+inline __device__ char *output_place(const kda_prefill &p, int64_t batch, int64_t token, int64_t count,
+                                     int64_t head, int column) {
     int lane = threadIdx.x % 32;
     return lane < count ? kda_row(&p.out, batch, token + lane, head) + column * 2 : nullptr;
 }
