@@ -49,7 +49,7 @@ static flash_kda_status cuda_status(cudaError_t error, const char *what) {
 /* How a problem is run, and what its workspace holds: operands, then summaries of segments. */
 struct plan {
     bool sm90;                  /* the chains run on Hopper's level, else on the portable one */
-    bool fused;                 /* in one kernel, without a workspace */
+    bool fused;                 /* in one kernel, without a workspace: only where it is asked for */
     int processors;             /* multiprocessors of the device */
     int segments;               /* of every sequence; 1: not cut */
     size_t operands, summaries; /* bytes */
@@ -69,17 +69,6 @@ enum { HAS_SM90 = false };
 #define kda_sm90_resume(...)    cudaErrorNotSupported
 #endif
 
-static struct kda_segment_problem segment_problem(const struct kda_prefill *p, int processors) {
-    bool packed = p->cu_seqlens.data;
-    int64_t tokens = packed && p->sequences ? p->tokens / p->sequences : p->tokens;
-    return (struct kda_segment_problem){.chains = p->sequences * p->value_heads,
-                                        .chunks = kda_chunks_of(tokens),
-                                        .packed = packed,
-                                        .value_parts = kda_sm90_parts(p->value_dim),
-                                        .identity_parts = kda_sm90_parts(p->key_dim),
-                                        .processors = processors};
-}
-
 /* Sequences are cut where that is faster, but not where a sequence's bits must not depend on the others, nor at
  * checkpoints that fall between whole chunks. */
 static int choose_segments(const struct kda_prefill *p, int processors, int wished) {
@@ -89,18 +78,13 @@ static int choose_segments(const struct kda_prefill *p, int processors, int wish
         return 1;
     if (wished)
         return wished;
-    struct kda_segment_problem problem = segment_problem(p, processors);
-    return kda_segments(&problem, &microseconds);
-}
-
-/* The fused kernel where it is faster, or where the choice must not depend on what else is in the batch. */
-static bool choose_fused(const struct kda_prefill *p, int processors, bool wished) {
-    if (!kda_sm90_fuses(p))
-        return false;
-    struct kda_segment_problem problem = segment_problem(p, processors);
-    double otherwise;
-    kda_segments(&problem, &otherwise);
-    return wished || p->batch_invariant || kda_fused_cost(&problem) < otherwise;
+    int64_t tokens = p->cu_seqlens.data ? p->tokens / p->sequences : p->tokens;
+    return kda_segments(&(struct kda_segment_problem){.chains = p->sequences * p->value_heads,
+                                                      .chunks = kda_chunks_of(tokens),
+                                                      .value_parts = kda_sm90_parts(p->value_dim),
+                                                      .identity_parts = kda_sm90_parts(p->key_dim),
+                                                      .processors = processors},
+                        &microseconds);
 }
 
 static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
@@ -161,7 +145,7 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
                         "the environment variable " LEVEL_VARIABLE " is sm90, which %s; expected sm80",
                         HAS_SM90 ? "this device cannot run" : "this build lacks");
     plan->sm90 = runs && !wish.sm80 && kda_sm90_takes(p);
-    plan->fused = runs && !wish.sm80 && !wish.segments && choose_fused(p, plan->processors, wish.fused);
+    plan->fused = runs && wish.fused && kda_sm90_fuses(p);
     plan->segments = plan->sm90 && !plan->fused ? choose_segments(p, plan->processors, wish.segments) : 1;
     size_workspace(p, plan);
     return FLASH_KDA_OK;
