@@ -176,8 +176,9 @@ static void fill_scaled_keys(struct prefill_problem *p, struct random *r) {
     fill_ordinary(p, r);
     int64_t row = p->c.H * p->c.K, count = tensor_count(&p->k);
     for (int64_t i = 0; i < count; i++) {
-        double token = (double)(i / row) / (double)p->T;
-        double size = p->c.parameter != 0 ? p->c.parameter : pow(10, -6 + 10 * token);
+        int64_t token = i / row;
+        double growing = pow(10, -6 + 10.0 * (double)token / (double)p->T);
+        double size = p->c.parameter != 0 ? p->c.parameter : growing;
         tensor_set(&p->q, i, size * random_normal(r));
         tensor_set(&p->k, i, size * random_normal(r));
     }

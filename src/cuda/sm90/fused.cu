@@ -595,7 +595,7 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared 
     uint32_t beta[2] = {0, 0};     /* of the next chunk and the one after it */
     auto go_on = [&](int chunks) { /* the scout, two chunks ahead of what is received */
                                    Scout &scout = scratch.scout;
-        __syncwarp(); /* all lanes have read what is overwritten now */
+                                   __syncwarp(); /* all lanes have read what is overwritten now */
                                    if (threadIdx.x % 32 == 0 && scout.count >= 0) {
                                        find_next(p, shared, items, scout, chunks);
                                        send(p, maps, shared, scout, ahead);
