@@ -29,7 +29,8 @@ constexpr int RECEIVER = 2, SCOUT = 3; /* warps of a producer warpgroup */
 constexpr int HALF = CHUNK / 2, PANELS = DIM / PANEL;
 constexpr int ROW = PANEL * 2;   /* bytes of a panel's row */
 constexpr int PADDED = HALF + 4; /* floats from row to row of a scratch matrix: no two in a bank */
-constexpr float LARGE = 0x1p22f; /* squared norm up to which k and q need no shrinking: factors reach 2^115 */
+constexpr float SMALL = 0x1p-4f, LARGE = 0x1p22f; /* squared norms of k and q that meet factors of 2^115 well */
+constexpr int EDGE = 4;                           /* log2: v and S stay below 2^EDGE of the warp's unit */
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr uint32_t NO_DECAY = 0xff7fff7f; /* two raw gates, the least of bf16, whose decay is nothing */
 
@@ -80,8 +81,9 @@ struct alignas(1024) Shared {
     float M[STAGES][CHUNK * CHUNK];                            /* M0, by tf32_place */
     float to_middle[STAGES][DIM]; /* decay of the state from the chunk's start, by channel_place */
     float to_end[STAGES][DIM];    /* and from there to its end */
-    float key_scale[STAGES][CHUNK], query_scale[STAGES][CHUNK]; /* rk, rq by token_place */
-    uint8_t order[SORTED];                                      /* sequences, the longest first */
+    uint32_t largest[STAGES];     /* value, as bf16 without its sign */
+    alignas(16) float key_scale[STAGES][CHUNK], query_scale[STAGES][CHUNK]; /* rk, rq by token_place */
+    uint8_t order[SORTED];                                                  /* sequences, the longest first */
     Scratch scratch[PRODUCERS];
     Task tasks[STAGES];
     uint64_t arrived[STAGES]; /* q, k, v, g and the task: the scout and the bytes */
@@ -287,38 +289,54 @@ __device__ float find_square(const __nv_bfloat16 *tile) {
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-/* Divides a row of k or q by a power of two, so that its factors stay in range. */
-__device__ void shrink_row(__nv_bfloat16 *tile, int token, float factor) {
+/* Divides a row of k or q by a power of two. */
+__device__ void divide_row(__nv_bfloat16 *tile, int token, float divisor) {
     for (int i = 0; i < PANELS; i++) {
         uint32_t &word = reinterpret_cast<uint32_t *>(tile + i * sizeof(Panel) / sizeof *tile +
                                                       token * PANEL)[thread() % 32];
         float2 x = unpack_bf16(word);
-        word = pack_bf16(x.x * factor, x.y * factor);
+        word = pack_bf16(x.x / divisor, x.y / divisor);
     }
 }
 
-/* By how much a row of this squared norm is divided: elements reach 2^128 where it is infinite. */
-__device__ float shrink_factor(float square) {
-    if (square <= LARGE)
-        return 1.f;
+/* The power of two next to the norm of a row; 2^120 where the square is infinite: elements reach 2^128. */
+__device__ float size_of_row(float square) {
     return ldexpf(1.f, square < INFINITY ? ((__float_as_int(square) >> 23) - 127) / 2 : 120);
 }
 
-/* The warp finds scale / norm of every row of k or q, to be kept by token_place and, if `plain`, in order. Rows of
- * large norm are made smaller, and these larger. */
+/* The warp finds scale / norm of every row of k or q, to be kept by token_place and, if `plain`, in order. Rows whose
+ * norm is far from 1 are brought near it by a power of two, so that they keep their digits under any decay. */
 __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, float *plain) {
     int lane = thread() % 32;
     float square = find_square(tile), norm = rsqrtf(square + 1e-6f) * scale;
-    if (__any_sync(~0u, !(square <= LARGE))) {
-        float factor = shrink_factor(square);
+    bool ordinary = square >= SMALL && square <= LARGE;
+    uint32_t others = __ballot_sync(~0u, !ordinary && square > 0);
+    if (others) {
+        float size = size_of_row(square);
+        norm *= ordinary || square == 0 ? 1.f : size;
 #pragma unroll 1
-        for (int token = 0; token < CHUNK; token++)
-            shrink_row(tile, token, 1.f / __shfl_sync(~0u, factor, token));
-        norm *= factor;
+        for (; others; others &= others - 1) {
+            int token = __ffs(others) - 1;
+            divide_row(tile, token, __shfl_sync(~0u, size, token));
+        }
     }
     scales[token_place(lane)] = norm;
     if (plain)
         plain[lane] = norm;
+}
+
+/* The warp finds the largest of the values, as bf16 without its sign: those are ordered as integers are. */
+__device__ uint32_t find_largest(const __nv_bfloat16 *values) {
+    uint32_t largest = 0; /* of each half */
+#pragma unroll 4
+    for (int i = 0; i < CHUNK * DIM; i += 32 * 8) {
+        uint4 words = *reinterpret_cast<const uint4 *>(&values[i + thread() % 32 * 8]);
+        const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            largest = __vmaxu2(largest, pairs[n] & 0x7fff7fff);
+    }
+    return __reduce_max_sync(~0u, max(largest & 0xffff, largest >> 16));
 }
 
 /* What can be done as soon as a chunk is there, by the receiver and the scout. Behind a sequence's end k, q and v
@@ -342,6 +360,9 @@ __device__ void receive(const kda_prefill &p, Shared &shared, Scratch &scratch, 
     __syncwarp();
     if (scouts) {
         scratch.beta[slot][thread() % 32] = find_beta(p, count, beta);
+        uint32_t largest = find_largest(shared.values[s]);
+        if (thread() % 32 == 0)
+            shared.largest[s] = largest;
     } else {
         find_norms(shared.panels[s][0].keys, 1.f, shared.key_scale[s], scratch.rk[slot]);
         find_norms(shared.panels[s][0].queries, p.scale, shared.query_scale[s], nullptr);
@@ -656,14 +677,76 @@ __device__ void load_scales(const float *scales, float (&own)[CHUNK / 4]) {
             *reinterpret_cast<const float4 *>(&scales[threadIdx.x % 4 * 8 + i]);
 }
 
-/* One chunk: S goes on, o becomes its outputs before their scale. */
-__device__ void advance(const Shared &shared, int stage, float (&S)[DIM / 8][4], float (&o)[CHUNK / 8][4]) {
+/*
+ * A warp keeps S and v in a unit of its own, 2^unit, in which the largest element is near 1: in the middle of a chunk S is
+ * up to 2^115 times smaller, and what is added to it up to 2^115 times larger, than in the end. The unit is raised at
+ * once when v needs it, and is measured again, by S, every MEASURED tokens.
+ */
+constexpr int MEASURED = 512, LEAST_UNIT = -120, GREATEST_UNIT = 120;
+
+/* 0 where fp32 has none so small. */
+__device__ float power_of_two(int exponent) {
+    return exponent < -126 ? 0.f : __int_as_float((exponent + 127) << 23);
+}
+
+__device__ int unit_of(float largest) {
+    int exponent = (int)(__float_as_uint(largest) >> 23) - 127;
+    return min(max(exponent, LEAST_UNIT), GREATEST_UNIT);
+}
+
+__device__ float largest_of_warp(float x) {
+#pragma unroll
+    for (int n = 16; n; n /= 2)
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, n));
+    return x;
+}
+
+/* Goes over to a unit in which S is near 1. */
+__device__ void measure_unit(float (&S)[DIM / 8][4], int &unit) {
+    float largest = 0;
+#pragma unroll
+    for (int c = 0; c < DIM / 8; c++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            largest = fmaxf(largest, fabsf(S[c][n]));
+    largest = largest_of_warp(largest);
+    if (largest >= 0.25f && largest <= power_of_two(EDGE))
+        return;
+    int next = min(max(unit_of(largest) + unit, LEAST_UNIT), GREATEST_UNIT);
+    next = max(next, unit - 120); /* a factor that fp32 holds */
+    float factor = power_of_two(unit - next);
+#pragma unroll
+    for (int c = 0; c < DIM / 8; c++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            S[c][n] *= factor;
+    unit = next;
+}
+
+/* Raises the unit to that of the chunk's largest value. */
+__device__ void raise_unit(uint32_t value, float (&S)[DIM / 8][4], int &unit) {
+    int next = unit_of(__uint_as_float(value << 16));
+    float factor = power_of_two(unit - next);
+#pragma unroll
+    for (int c = 0; c < DIM / 8; c++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            S[c][n] *= factor;
+    unit = next;
+}
+
+/* One chunk: S goes on, o becomes its outputs before their scale, both in the warp's unit. */
+__device__ void advance(const Shared &shared, int stage, float (&S)[DIM / 8][4], float (&o)[CHUNK / 8][4],
+                        int &unit) {
     const Panel(&panels)[PANELS] = shared.panels[stage];
     uint64_t rows = wgmma_operand(panels[0].keys, 0, 8 * ROW, SWIZZLE_128);
     uint64_t columns = wgmma_operand(panels[0].gates, sizeof(Panel), 8 * ROW, SWIZZLE_128);
     uint64_t inverse = wgmma_operand(shared.inverse[stage], 0, 8 * CHUNK * 4, SWIZZLE_128);
     uint64_t M = wgmma_operand(shared.M[stage], 0, 8 * CHUNK * 4, SWIZZLE_128);
 
+    uint32_t value = shared.largest[stage];
+    if (value >= (uint32_t)(127 + unit + EDGE) << 7)
+        raise_unit(value, S, unit);
     decay_state(S, shared.to_middle[stage]);
     float wy[CHUNK / 4][4]; /* W^T, then Y^T */
     uint32_t a[DIM / 16][4];
@@ -687,6 +770,7 @@ __device__ void advance(const Shared &shared, int stage, float (&S)[DIM / 8][4],
     load_scales(shared.key_scale[stage], rk);
     wgmma_wait<0>();
     pin(wy);
+    float in_units = power_of_two(-unit);
     float U[CHUNK / 8][4];
     uint32_t x[CHUNK / 8][4];
 #pragma unroll
@@ -695,8 +779,8 @@ __device__ void advance(const Shared &shared, int stage, float (&S)[DIM / 8][4],
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             float2 pair = unpack_bf16(v[i / 2][i % 2 * 2 + n]);
-            tile[2 * n] = fmaf(-rk[2 * i], wy[i][2 * n], pair.x);
-            tile[2 * n + 1] = fmaf(-rk[2 * i + 1], wy[i][2 * n + 1], pair.y);
+            tile[2 * n] = fmaf(-rk[2 * i], wy[i][2 * n], pair.x * in_units);
+            tile[2 * n + 1] = fmaf(-rk[2 * i + 1], wy[i][2 * n + 1], pair.y * in_units);
         }
         tf32_operand(tile, x[i]);
     }
@@ -786,31 +870,32 @@ __device__ void load_whole(const kda_state &state, float (&S)[DIM / 8][4]) {
         });
 }
 
-__device__ void store_whole(const kda_state &state, const float (&S)[DIM / 8][4]) {
+__device__ void store_whole(const kda_state &state, const float (&S)[DIM / 8][4], int unit) {
+    float factor = power_of_two(unit);
     if (!as_pairs(state))
         each_pair(S, [&](float x, float y, int channel, int column) {
-            store_float(element(state, column, channel), state.dtype, 0, x);
-            store_float(element(state, column, channel + 1), state.dtype, 0, y);
+            store_float(element(state, column, channel), state.dtype, 0, x * factor);
+            store_float(element(state, column, channel + 1), state.dtype, 0, y * factor);
         });
     else if (state.dtype == KDA_F32)
         each_pair(S, [&](float x, float y, int channel, int column) {
-            *reinterpret_cast<float2 *>(element(state, column, channel)) = make_float2(x, y);
+            *reinterpret_cast<float2 *>(element(state, column, channel)) = make_float2(x * factor, y * factor);
         });
     else
         each_pair(S, [&](float x, float y, int channel, int column) {
-            *reinterpret_cast<uint32_t *>(element(state, column, channel)) = pack_bf16(x, y);
+            *reinterpret_cast<uint32_t *>(element(state, column, channel)) = pack_bf16(x * factor, y * factor);
         });
 }
 
 /* At position 0 the state that the chain starts from, else the one behind that token. */
 __device__ void store_whole_checkpoints(const kda_prefill &p, int n, int head, int position,
-                                        const float (&S)[DIM / 8][4]) {
+                                        const float (&S)[DIM / 8][4], int unit) {
     int64_t cursor = 0;
     while (p.checkpoints.data) {
         struct kda_state state = kda_checkpoint_at(&p, n, position, head, &cursor);
         if (!state.data)
             return;
-        store_whole(state, S);
+        store_whole(state, S, unit);
     }
 }
 
@@ -850,6 +935,7 @@ __device__ void store_chunk(const kda_prefill &p, const kda_sm90_maps &maps, con
 
 __device__ void consume(const kda_prefill &p, const kda_sm90_maps &maps, Shared &shared) {
     float S[DIM / 8][4];
+    int unit = 0;
     for (Turn<STAGES> turn;; turn.next()) {
         wait(shared.full[turn.stage], turn.parity);
         const Task &sent = shared.tasks[turn.stage];
@@ -857,22 +943,30 @@ __device__ void consume(const kda_prefill &p, const kda_sm90_maps &maps, Shared 
             break;
         if (sent.first) {
             load_whole(kda_state_at(&p, &p.initial_state, sent.slot, sent.head), S);
-            store_whole_checkpoints(p, sent.n, sent.head, 0, S);
+            store_whole_checkpoints(p, sent.n, sent.head, 0, S, 0);
+            unit = 0;
+            measure_unit(S, unit);
         }
         float o[CHUNK / 8][4];
         alignas(16) float rq[CHUNK / 4];
         if (sent.count > 0) {
-            advance(shared, turn.stage, S, o);
+            advance(shared, turn.stage, S, o, unit);
             load_scales(shared.query_scale[turn.stage], rq);
+            if (unit != 0)
+#pragma unroll
+                for (int i = 0; i < CHUNK / 4; i++)
+                    rq[i] *= power_of_two(unit);
         }
         const Task task = sent; /* the next one may overwrite it */
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
         if (task.count > 0) {
             store_chunk(p, maps, task, o, rq, shared.outputs[threadIdx.x / 32]);
-            store_whole_checkpoints(p, task.n, task.head, task.position, S);
+            store_whole_checkpoints(p, task.n, task.head, task.position, S, unit);
+            if (task.position % MEASURED < CHUNK)
+                measure_unit(S, unit);
         }
         if (task.last && p.final_state.data)
-            store_whole(kda_state_at(&p, &p.final_state, task.slot, task.head), S);
+            store_whole(kda_state_at(&p, &p.final_state, task.slot, task.head), S, unit);
     }
     if (threadIdx.x % 32 == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
