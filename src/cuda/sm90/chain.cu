@@ -3,12 +3,12 @@
  * Takes the state of every sequence and value head through its chunks, as sm80/chain.cu does, on wgmma.
  *
  * A CTA works a chain for 64 columns of V in each of its consumer warpgroups, which share nothing but the operands;
- * a warp of one more warpgroup, the loader, brings these and the values some chunks ahead. A consumer's state stays in its
- * accumulators. Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand:
+ * a warp of one more warpgroup, the loader, brings these and the values some chunks ahead. A consumer's state stays in
+ * its accumulators. Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand:
  *     [W | Y]^T = S^T [KT; QT]^T    X^T = V^T - W^T    U^T = X^T INV^T    O^T = Y^T + U^T M^T
  *     S^T <- S^T diag(1 + carry) + U^T KR
- * Where there are few chains, sequences are cut into segments, and this kernel passes over them twice: to find each one's
- * (A, B), A as the state that comes of the identity and no values, and again from their true states.
+ * Where there are few chains, sequences are cut into segments, and this kernel passes over them twice: to find each
+ * one's (A, B), A as the state that comes of the identity and no values, and again from their true states.
  */
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/summaries.cuh"

@@ -1,0 +1,386 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Producers: a warpgroup turns a chunk's k, q and g, where they lie, into its operands (tiles.cuh).
+ *
+ * With x_i the log2 decay from the chunk's middle to token i,
+ *     RK = k exp2(x)   RQ = q exp2(x)   CK = k exp2(-x)   [L0; M0] = [RK; RQ] CK^T
+ *     F = diag(rk) (I + diag(beta rk) L0 diag(rk))^-1 diag(beta)
+ * where rk and rq undo the norms of k and q.
+ */
+#ifndef KDA_CUDA_SM90_PRODUCE_CUH
+#define KDA_CUDA_SM90_PRODUCE_CUH
+
+#include "cuda/sm90/tiles.cuh"
+#include "cuda/sm90/warpgroup.cuh"
+
+namespace kda {
+
+constexpr int PADDED = HALF + 4; /* floats from row to row of a scratch matrix: no two in a bank */
+constexpr float SMALL = 0x1p-4f, LARGE = 0x1p22f; /* squared norms of k and q that meet factors of 2^115 well */
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr uint32_t NO_DECAY = 0xff7fff7f; /* two raw gates, the least of bf16, whose decay is nothing */
+
+/* A producer warpgroup's own memory. */
+struct Blocks {
+    alignas(16) float L[2][HALF * PADDED]; /* diagonal blocks of beta rk L0 rk, transposed */
+    float Z[HALF * PADDED];                /* the block below: rk L0 */
+    alignas(16) float rk[2][CHUNK];        /* of this chunk or the group's next one, in turn */
+    float beta[2][CHUNK];
+};
+
+/* threadIdx.x, read anew: what follows from it is computed where it is used, not kept in registers through all of a
+ * chunk. */
+inline __device__ uint32_t thread() {
+    uint32_t x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
+/* The gate of a thread's two channels: log2 decay = bound / (1 + exp2(slope g + offset)). */
+struct Gate {
+    int head = -1;
+    float bound, slope;
+    float2 offset;
+};
+
+inline __device__ float load_parameter(const kda_tensor &t, int64_t head, int64_t channel) {
+    const char *row = t.data + head * t.stride[0];
+    if (t.dtype == KDA_F32)
+        return reinterpret_cast<const float *>(row)[channel];
+    uint16_t x = reinterpret_cast<const uint16_t *>(row)[channel];
+    return t.dtype == KDA_BF16 ? kda_from_bf16(x) : __half2float(__ushort_as_half(x));
+}
+
+inline __device__ Gate find_gate(const kda_prefill &p, int head, int channel) {
+    /* Within what leaves NO_DECAY without any, whatever the bias. */
+    float rate = p.A_log.data ? fminf(fmaxf(expf(load_parameter(p.A_log, head, 0)), 1e-30f), 3e38f) : 1.f;
+    Gate gate;
+    gate.head = head;
+    gate.bound = p.lower_bound * LOG2E, gate.slope = -rate * LOG2E;
+    gate.offset = make_float2(0, 0);
+    if (p.dt_bias.data)
+        gate.offset = make_float2(load_parameter(p.dt_bias, head, channel) * gate.slope,
+                                  load_parameter(p.dt_bias, head, channel + 1) * gate.slope);
+    return gate;
+}
+
+/* A tile's rows from `count` on become `word`. */
+inline __device__ void clear_rows(__nv_bfloat16 *tile, int count, uint32_t word) {
+    for (int row = count; row < CHUNK; row++)
+        reinterpret_cast<uint32_t *>(tile + row * PANEL)[thread() % 32] = word;
+}
+
+/* Squared norm of the lane's row of k or q. */
+inline __device__ float find_square(const __nv_bfloat16 *tile) {
+    uint32_t lane = thread() % 32;
+    float sums[4] = {};
+#pragma unroll
+    for (int i = 0; i < PANELS; i++)
+#pragma unroll
+        for (uint32_t piece = 0; piece < PANEL / 8;
+             piece++) { /* in an order in which no two lanes meet in a bank */
+            const __nv_bfloat16 *at =
+                tile + i * sizeof(Panel) / sizeof *tile + lane * PANEL + (piece ^ lane % 8) * 8;
+            uint4 words = *reinterpret_cast<const uint4 *>(at);
+            const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                float2 x = unpack_bf16(pairs[n]);
+                sums[n] = fmaf(x.x, x.x, fmaf(x.y, x.y, sums[n]));
+            }
+        }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+/* Divides a row of k or q by a power of two. */
+inline __device__ void divide_row(__nv_bfloat16 *tile, int token, float divisor) {
+    for (int i = 0; i < PANELS; i++) {
+        uint32_t &word = reinterpret_cast<uint32_t *>(tile + i * sizeof(Panel) / sizeof *tile +
+                                                      token * PANEL)[thread() % 32];
+        float2 x = unpack_bf16(word);
+        word = pack_bf16(x.x / divisor, x.y / divisor);
+    }
+}
+
+/* The power of two next to the norm of a row; 2^120 where the square is infinite: elements reach 2^128. */
+inline __device__ float size_of_row(float square) {
+    return ldexpf(1.f, square < INFINITY ? ((__float_as_int(square) >> 23) - 127) / 2 : 120);
+}
+
+/* The warp finds scale / norm of every row of k or q, to be kept by token_place and, if `plain`, in order. Rows whose
+ * norm is far from 1 are brought near it by a power of two, so that they keep their digits under any decay. */
+inline __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, float *plain) {
+    int lane = thread() % 32;
+    float square = find_square(tile), norm = rsqrtf(square + 1e-6f) * scale;
+    bool ordinary = square >= SMALL && square <= LARGE;
+    uint32_t others = __ballot_sync(~0u, !ordinary && square > 0);
+    if (others) {
+        float size = size_of_row(square);
+        norm *= ordinary || square == 0 ? 1.f : size;
+#pragma unroll 1
+        for (; others; others &= others - 1) {
+            int token = __ffs(others) - 1;
+            divide_row(tile, token, __shfl_sync(~0u, size, token));
+        }
+    }
+    scales[token_place(lane)] = norm;
+    if (plain)
+        plain[lane] = norm;
+}
+
+/* The warp finds the largest of the values, as bf16 without its sign: those are ordered as integers are. */
+inline __device__ uint32_t find_largest(const __nv_bfloat16 *values) {
+    uint32_t largest = 0; /* of each half */
+#pragma unroll 4
+    for (int i = 0; i < CHUNK * DIM; i += 32 * 8) {
+        uint4 words = *reinterpret_cast<const uint4 *>(&values[i + thread() % 32 * 8]);
+        const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            largest = __vmaxu2(largest, pairs[n] & 0x7fff7fff);
+    }
+    return __reduce_max_sync(~0u, max(largest & 0xffff, largest >> 16));
+}
+
+/* k, q and g of the thread's two channels and half of the chunk become RK, RQ and CK. Returns the log2 decay of the
+ * half, from the chunk's start to its middle or from there to its end. Works outwards from the middle. */
+template <bool later> __device__ float2 make_tiles(const Panel &panel, const Gate &gate) {
+    constexpr int TOGETHER = 4, QUERIES = sizeof panel.keys, GATES = 2 * QUERIES, STEP = later ? ROW : -ROW;
+    uint32_t lane = thread() % 32;
+    /* Of token i from the middle; a token's 16-byte pieces are permuted by token % 8. */
+    uint32_t first =
+        shared_address(panel.keys) + (later ? HALF : HALF - 1) * ROW + (lane * 4 ^ (later ? 0 : 7 << 4));
+    auto place = [&](int n, int j) {
+        return ((first + n * TOGETHER * STEP) ^ (n & 1) << 6 ^ j << 4) + j * STEP;
+    };
+    uint32_t k[TOGETHER], q[TOGETHER], g[TOGETHER];
+    float2 sum = make_float2(0, 0);
+    float direction =
+        later ? gate.bound : -gate.bound;       /* before the middle, x is what is still to come, negated */
+    auto share = [&](float raw, float offset) { /* of the bound */
+                                                return reciprocal_approximate(
+                                                    1.f + exp2_approximate(fmaf(raw, gate.slope, offset)));
+    };
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++) {
+        uint32_t at = place(0, j);
+        g[j] = load_shared(at + GATES), k[j] = load_shared(at), q[j] = load_shared(at + QUERIES);
+    }
+#pragma unroll 1
+    for (int n = 0; n < HALF / TOGETHER; n++) {
+        float2 x[TOGETHER];
+        uint32_t key[TOGETHER], query[TOGETHER];
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+            float2 raw = unpack_bf16(g[j]);
+            float2 shares = make_float2(share(raw.x, gate.offset.x), share(raw.y, gate.offset.y));
+            if (!later)
+                x[j] = sum;
+            sum.x = fmaf(shares.x, direction, sum.x), sum.y = fmaf(shares.y, direction, sum.y);
+            if (later)
+                x[j] = sum;
+            key[j] = k[j], query[j] = q[j];
+        }
+        if (n + 1 < HALF / TOGETHER)
+#pragma unroll
+            for (int j = 0; j < TOGETHER; j++) {
+                uint32_t at = place(n + 1, j);
+                g[j] = load_shared(at + GATES), k[j] = load_shared(at), q[j] = load_shared(at + QUERIES);
+            }
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+            uint32_t at = place(n, j);
+            float2 decayed = make_float2(exp2_approximate(x[j].x), exp2_approximate(x[j].y));
+            float2 grown = make_float2(exp2_approximate(-x[j].x), exp2_approximate(-x[j].y));
+            float2 k_pair = unpack_bf16(key[j]), q_pair = unpack_bf16(query[j]);
+            store_shared(at, pack_bf16(k_pair.x * decayed.x, k_pair.y * decayed.y));
+            store_shared(at + QUERIES, pack_bf16(q_pair.x * decayed.x, q_pair.y * decayed.y));
+            store_shared(at + GATES, pack_bf16(k_pair.x * grown.x, k_pair.y * grown.y));
+        }
+    }
+    return later ? sum : make_float2(-sum.x, -sum.y);
+}
+
+/* All of the warpgroup's threads. */
+inline __device__ void make_decays(Tiles &tiles, Factors &factors, const Gate &gate) {
+    int warp = thread() % GROUP / 32, panel = warp % 2;
+    float2 way =
+        warp < 2 ? make_tiles<false>(tiles.panels[panel], gate) : make_tiles<true>(tiles.panels[panel], gate);
+    float *to = warp < 2 ? factors.to_middle : factors.to_end;
+    *reinterpret_cast<float2 *>(&to[channel_place(panel * PANEL + thread() % 32 * 2)]) =
+        make_float2(exp2_approximate(way.x), exp2_approximate(way.y));
+}
+
+/* [L0; M0], in the accumulators of the warpgroup: warps 0 and 1 have rows of L0, the others of M0. */
+inline __device__ void multiply_pairs(const Panel (&panels)[PANELS], float (&d)[CHUNK / 8][4]) {
+    uint64_t rows = wgmma_operand(panels[0].keys, 0, 8 * ROW, SWIZZLE_128);
+    uint64_t columns = wgmma_operand(panels[0].gates, 0, 8 * ROW, SWIZZLE_128);
+    pin(d);
+    wgmma_fence();
+    wgmma_shared<false>(d, rows, columns);
+#pragma unroll
+    for (int c = 1; c < DIM / 16; c++) {
+        uint32_t further = c / 4 * sizeof(Panel) + c % 4 * 32;
+        wgmma_shared<true>(d, advanced(rows, further), advanced(columns, further));
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(d);
+}
+
+/* Where a thread's elements of a tile lie by tf32_place, whose 16-byte pieces are permuted by row % 8: an address
+ * costs one instruction. */
+struct Tf32Places {
+    uint32_t even, odd; /* of an even and of an odd token's element */
+
+    /* Elements (row + lane / 4 + {0, 8}, token + lane % 4 * 2 + {0, 1}), as an accumulator has them. */
+    static __device__ Tf32Places of_accumulator(const float *tile, int row) {
+        uint32_t lane = thread() % 32, r = lane / 4;
+        uint32_t at = shared_address(tile) + (row + r) * CHUNK * 4 + lane % 4 * 4;
+        return {at + (r << 4), at + ((r ^ 1) << 4)};
+    }
+    __device__ uint32_t at(int row, int token) const { /* multiples of 8, but for token % 2 */
+        return ((token & 1 ? odd : even) ^ (token / 8 * 2) << 4) + row * CHUNK * 4;
+    }
+};
+
+/* The warp's rows of M0, of which nothing counts above the diagonal: it may be infinite, so it is replaced. */
+inline __device__ void store_M(const float (&d)[CHUNK / 8][4], float *M) {
+    int lane = thread() % 32, down = thread() / 32 % 2 * HALF;
+    Tf32Places places = Tf32Places::of_accumulator(M, down);
+    int ahead = down + lane / 4 - lane % 4 * 2; /* of the row before the token, in the first element */
+#pragma unroll
+    for (int j = 0; j < CHUNK / 8; j++)
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            float x = ahead >= j * 8 + n % 2 - n / 2 * 8 ? round_tf32(d[j][n]) : 0.f;
+            store_shared(places.at(n / 2 * 8, j * 8 + n % 2), __float_as_uint(x));
+        }
+}
+
+/* A diagonal block of F by forward substitution, a column to a lane; both halves of the warp do the same. */
+template <int block>
+inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], Blocks &blocks, int slot, float *F) {
+    int lane = thread() % 32, row = lane / 4, column = lane % 4 * 2, own = lane % HALF;
+    const float *rk = &blocks.rk[slot][block * HALF], *beta = &blocks.beta[slot][block * HALF];
+    float *L = blocks.L[block];
+    const float rows[2] = {rk[row], rk[row + 8]};
+    const float factors[2] = {rows[0] * beta[row], rows[1] * beta[row + 8]};
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        float2 columns = *reinterpret_cast<const float2 *>(&rk[j * 8 + column]);
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            L[(j * 8 + column + n % 2) * PADDED + row + n / 2 * 8] =
+                d[block * 2 + j][n] * factors[n / 2] * (n % 2 ? columns.y : columns.x);
+            if (block == 1)
+                blocks.Z[(row + n / 2 * 8) * PADDED + j * 8 + column + n % 2] =
+                    round_tf32(d[j][n] * rows[n / 2]);
+        }
+    }
+    __syncwarp();
+    float x[HALF];
+#pragma unroll
+    for (int i = 0; i < HALF; i++)
+        x[i] = i == own ? 1.f : 0.f;
+#pragma unroll
+    for (int j = 0; j < HALF - 1; j++)
+#pragma unroll
+        for (int i = (j + 1) / 4 * 4; i < HALF; i += 4) {
+            float4 of = *reinterpret_cast<const float4 *>(&L[j * PADDED + i]);
+            const float l[4] = {of.x, of.y, of.z, of.w};
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                if (i + n > j)
+                    x[i + n] = fmaf(-l[n], x[j], x[i + n]);
+        }
+    int half = lane / HALF * 8,
+        piece = block * 4 + own / 8 * 2 + own % 2; /* half: of the column's rows to store */
+    uint32_t at = shared_address(F) + (block * HALF + half) * CHUNK * 4 + (piece << 4) + own % 8 / 2 * 4;
+    float step = beta[own];
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+        float4 of = *reinterpret_cast<const float4 *>(&rk[half + i]);
+        const float norms[4] = {of.x, of.y, of.z, of.w};
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            float y = round_tf32((half ? x[i + n + 8] : x[i + n]) * step * norms[n]);
+            store_shared((at ^ (i + n) << 4) + (i + n) * CHUNK * 4, __float_as_uint(y));
+        }
+    }
+}
+
+/* The block of F above the diagonal blocks. */
+inline __device__ void clear_above(float *F) {
+    uint32_t lane = thread() % 32, row = lane / 4, piece = (4 + lane % 4) ^ row;
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+        *reinterpret_cast<float4 *>(&F[(row + n * 8) * CHUNK + piece * 4]) = make_float4(0, 0, 0, 0);
+}
+
+/* The block of F below the diagonal blocks, -F11 Z F00. */
+inline __device__ void join_blocks(const Blocks &blocks, float *F) {
+    uint32_t lane = thread() % 32, row = lane / 4, part = lane % 4;
+    float product[2][4] = {}, result[2][4] = {};
+    Tf32Places places = Tf32Places::of_accumulator(F, HALF);
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+        uint32_t a[4];
+#pragma unroll
+        for (int n = 0; n < 4; n++) /* as tf32_operand has columns */
+            a[n] = load_shared(places.at(n % 2 * 8, HALF + s * 8 + n / 2));
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float *b = &blocks.Z[(s * 8 + part * 2) * PADDED + j * 8 + row];
+            mma_tf32(product[j], a, __float_as_uint(b[0]), __float_as_uint(b[PADDED]));
+        }
+    }
+    /* Elements (s * 8 + part * 2 + b, j * 8 + row) of F00. */
+    uint32_t at = shared_address(F) + part * 2 * CHUNK * 4 + row / 2 * 4;
+    uint32_t first = at + ((row % 2 ^ part * 2) << 4),
+             second = at + CHUNK * 4 + ((row % 2 ^ (part * 2 + 1)) << 4);
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+        uint32_t a[4];
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            product[s][n] = round_tf32(product[s][n]);
+        tf32_operand(product[s], a);
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+            mma_tf32(result[j], a, load_shared((first ^ j << 5) + s * 8 * CHUNK * 4),
+                     load_shared((second ^ j << 5) + s * 8 * CHUNK * 4));
+    }
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            store_shared(places.at(n / 2 * 8, j * 8 + n % 2), __float_as_uint(-round_tf32(result[j][n])));
+}
+
+/* The operands of one chunk, whose norms are found. The warpgroup has a named barrier of its own, and its first two
+ * warps another. */
+inline __device__ void make_operands(Tiles &tiles, Factors &factors, Blocks &blocks, int slot, int barrier,
+                                     int inverse_barrier, const Gate &gate) {
+    make_decays(tiles, factors, gate);
+    fence_shared();
+    barrier_wait(barrier, GROUP);
+    float d[CHUNK / 8][4];
+    multiply_pairs(tiles.panels, d);
+    int warp = thread() % GROUP / 32;
+    if (warp == 0) {
+        invert_block<0>(d, blocks, slot, tiles.inverse);
+        barrier_arrive(inverse_barrier, 64);
+        clear_above(tiles.inverse);
+    } else if (warp == 1) {
+        invert_block<1>(d, blocks, slot, tiles.inverse);
+        barrier_wait(inverse_barrier, 64);
+        join_blocks(blocks, tiles.inverse);
+    } else
+        store_M(d, tiles.M);
+    fence_shared();
+}
+
+} // namespace kda
+
+#endif

@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: MIT */
+/* A chunk's operands in the form of three tiles around its middle (docs/maths.md), K = V = 128, as they lie in shared
+ * memory: what producers make and consumers take the state through. */
+#ifndef KDA_CUDA_SM90_TILES_CUH
+#define KDA_CUDA_SM90_TILES_CUH
+
+#include "cuda/operands.cuh"
+
+namespace kda {
+
+constexpr int DIM = 128; /* K and V */
+constexpr int HALF = CHUNK / 2, PANELS = DIM / PANEL;
+constexpr int ROW = PANEL * 2; /* bytes of a panel's row */
+
+/* 64 channels of a chunk, swizzled by 128 bytes. */
+struct Panel {
+    __nv_bfloat16 keys[CHUNK * PANEL];    /* k, then RK */
+    __nv_bfloat16 queries[CHUNK * PANEL]; /* q, then RQ */
+    __nv_bfloat16 gates[CHUNK * PANEL];   /* g, then CK */
+};
+
+struct alignas(1024) Tiles {
+    Panel panels[PANELS];
+    float inverse[CHUNK * CHUNK]; /* F, by tf32_place */
+    float M[CHUNK * CHUNK];       /* M0, by tf32_place */
+};
+
+struct alignas(16) Factors {
+    float to_middle[DIM]; /* decay of the state from the chunk's start, by channel_place */
+    float to_end[DIM];    /* and from there to its end */
+    float key_scale[CHUNK], query_scale[CHUNK]; /* rk, rq by token_place */
+    uint32_t largest;                           /* value, as bf16 without its sign */
+};
+
+/* A consumer's thread needs channels c * 8 + lane % 4 * 2 + {0, 1} of every c, four at a time. */
+inline __device__ int channel_place(int channel) {
+    return channel / 16 * 16 + channel % 8 / 2 * 4 + channel / 8 % 2 * 2 + channel % 2;
+}
+/* And tokens i * 8 + lane % 4 * 2 + {0, 1}. */
+inline __device__ int token_place(int token) { return token % 8 / 2 * 8 + token / 8 * 2 + token % 2; }
+
+} // namespace kda
+
+#endif
