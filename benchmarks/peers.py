@@ -59,11 +59,11 @@ def log_decay(x, g):
     return x.lower_bound * torch.sigmoid(rate * biased)
 
 
-def exact(x):
-    """Output [tokens, heads, V] and state [heads, V, K] of the recurrence in fp64, for the first tokens and heads of the
-    first sequence."""
+def exact(x, heads=CHECKED_HEADS):
+    """Output [tokens, heads, V] and state [heads, V, K] of the recurrence in fp64, for the first tokens and heads of
+    the first sequence."""
     tokens, group = min(x.first_length, CHECKED_TOKENS), x.v.shape[2] // x.q.shape[2]
-    heads = min(x.v.shape[2], CHECKED_HEADS)
+    heads = min(x.v.shape[2], heads)
     q, k = (t[0, :tokens].double().repeat_interleave(group, dim=1)[:, :heads] for t in (x.q, x.k))
     q, k = (t * (t.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (q, k))
     v, beta = x.v[0, :tokens, :heads].double(), x.beta[0, :tokens, :heads].double().sigmoid()
