@@ -43,26 +43,6 @@ inline __device__ void store_float(char *row, kda_dtype dtype, int64_t i, float 
         reinterpret_cast<__half *>(row)[i] = __float2half_rn(x);
 }
 
-/* x^T [16 columns of V][16 tokens from t on], as two accumulator tiles, from the values of a stage. */
-template <int COLUMNS>
-__device__ void load_values(const kda_prefill &p, const char *values, int t, float (&x)[2][4]) {
-    int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16;
-    if (p.v.dtype == KDA_F32) {
-        for (int i = 0; i < 8; i++)
-            x[i / 4][i % 4] = reinterpret_cast<const float *>(
-                values)[(t + i / 4 * 8 + lane % 4 * 2 + i % 2) * COLUMNS + column + lane / 4 + i % 4 / 2 * 8];
-        return;
-    }
-    uint32_t r[4];
-    ldmatrix_transposed(r, MatrixRow<CHUNK, COLUMNS>(values, false).at(t, column));
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float2 pair =
-            p.v.dtype == KDA_BF16 ? unpack_bf16(r[i]) : __half22float2(*reinterpret_cast<__half2 *>(&r[i]));
-        x[i / 2][i % 2 * 2] = pair.x, x[i / 2][i % 2 * 2 + 1] = pair.y;
-    }
-}
-
 /* Two accumulator tiles side by side become a first operand. */
 inline __device__ void pack_operand(const float (&left)[4], const float (&right)[4], uint32_t (&a)[4]) {
     a[0] = pack_bf16(left[0], left[1]), a[1] = pack_bf16(left[2], left[3]);

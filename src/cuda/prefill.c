@@ -142,8 +142,8 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
     bool runs = HAS_SM90 && major == 9;
     if (wish.sm90 && !runs)
         return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
-                        "the environment variable " LEVEL_VARIABLE " is sm90, which %s; expected sm80",
-                        HAS_SM90 ? "this device cannot run" : "this build lacks");
+                        "the environment variable " LEVEL_VARIABLE " is %.40s, which %s; expected sm80",
+                        getenv(LEVEL_VARIABLE), HAS_SM90 ? "this device cannot run" : "this build lacks");
     plan->sm90 = runs && !wish.sm80 && kda_sm90_takes(p);
     plan->fused = runs && wish.fused && kda_sm90_fuses(p);
     plan->segments = plan->sm90 && !plan->fused ? choose_segments(p, plan->processors, wish.segments) : 1;
