@@ -8,6 +8,7 @@
 #ifndef KDA_CUDA_CHAIN_CUH
 #define KDA_CUDA_CHAIN_CUH
 
+#include "cuda/floats.cuh"
 #include "cuda/operands.cuh"
 #include "cuda/ptx/sm80.cuh"
 
@@ -32,15 +33,6 @@ template <int COLUMNS> __device__ Chain find_chain(const kda_prefill &p, int64_t
     chain.columns = (int)(p.value_dim - chain.column < COLUMNS ? p.value_dim - chain.column : COLUMNS);
     chain.first_operands = chain.head * chunks + kda_first_chunk(&p, chain.sequence.first, chain.n);
     return chain;
-}
-
-inline __device__ void store_float(char *row, kda_dtype dtype, int64_t i, float x) {
-    if (dtype == KDA_F32)
-        reinterpret_cast<float *>(row)[i] = x;
-    else if (dtype == KDA_BF16)
-        reinterpret_cast<__nv_bfloat16 *>(row)[i] = __float2bfloat16_rn(x);
-    else
-        reinterpret_cast<__half *>(row)[i] = __float2half_rn(x);
 }
 
 /* Two accumulator tiles side by side become a first operand. */

@@ -9,11 +9,10 @@
  * for at most exp(-10), which changes a pair by at most 4.5e-5 and keeps any gate in range. The state's carry takes
  * the true sum, so that a hard reset clears.
  */
+#include "cuda/floats.cuh"
 #include "cuda/operands.cuh"
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/sm80/kernels.h"
-
-#include <cuda_fp16.h>
 
 namespace kda {
 namespace {
@@ -45,13 +44,6 @@ template <int KP> struct Shared {
     float beta[CHUNK];
     alignas(16) float L[CHUNK][CHUNK + 4]; /* transposed */
 };
-
-__device__ float load_float(const char *row, kda_dtype dtype, int64_t i) {
-    if (dtype == KDA_F32)
-        return reinterpret_cast<const float *>(row)[i];
-    uint16_t x = reinterpret_cast<const uint16_t *>(row)[i];
-    return dtype == KDA_BF16 ? kda_from_bf16(x) : __half2float(__ushort_as_half(x));
-}
 
 /* 1 / (1 + exp2(x)) */
 __device__ float logistic(float x) { return reciprocal_approximate(1.f + exp2_approximate(x)); }

@@ -246,7 +246,11 @@ __device__ void consume(const kda_prefill &p, const Part &part, const kda_sm90_s
         if (pass == SUMMARISE)
             continue;
         if (pieces) {
-            round_outputs(p.out.dtype, o, outputs, [](float x, int, int) { return x; });
+#pragma unroll
+            for (int i = 0; i < CHUNK / 8; i++) {
+                outputs.pairs[i][0] = pack_output(p.out.dtype, o[i][0], o[i][1]);
+                outputs.pairs[i][1] = pack_output(p.out.dtype, o[i][2], o[i][3]);
+            }
             outputs.to = output_place(p, chain.sequence.batch, chain.sequence.first + span.first, span.count,
                                       chain.head, chain.column + threadIdx.x / 32 * 16);
         } else

@@ -59,6 +59,16 @@ inline __device__ float largest_of_warp(float x) {
     return x;
 }
 
+inline __device__ void change_unit(float (&S)[DIM / 8][4], int &unit, int next) {
+    float factor = power_of_two(unit - next);
+#pragma unroll
+    for (int c = 0; c < DIM / 8; c++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            S[c][n] *= factor;
+    unit = next;
+}
+
 /* Goes over to a unit in which S is near 1. */
 inline __device__ void measure_unit(float (&S)[DIM / 8][4], int &unit) {
     float largest = 0;
@@ -72,25 +82,13 @@ inline __device__ void measure_unit(float (&S)[DIM / 8][4], int &unit) {
         return;
     int next = min(max(unit_of(largest) + unit, LEAST_UNIT), GREATEST_UNIT);
     next = max(next, unit - 120); /* a factor that fp32 holds */
-    float factor = power_of_two(unit - next);
-#pragma unroll
-    for (int c = 0; c < DIM / 8; c++)
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-            S[c][n] *= factor;
-    unit = next;
+    change_unit(S, unit, next);
 }
 
 /* Raises the unit to that of the chunk's largest value. */
 inline __device__ void raise_unit(uint32_t value, float (&S)[DIM / 8][4], int &unit) {
     int next = unit_of(__uint_as_float(value << 16));
-    float factor = power_of_two(unit - next);
-#pragma unroll
-    for (int c = 0; c < DIM / 8; c++)
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-            S[c][n] *= factor;
-    unit = next;
+    change_unit(S, unit, next);
 }
 
 /* One chunk: S goes on, o becomes its outputs before their scale, both in the warp's unit. */
@@ -203,6 +201,7 @@ inline __device__ bool as_pairs(const kda_state &state) {
            (reinterpret_cast<uintptr_t>(state.data) | state.stride) % (state.dtype == KDA_F32 ? 8 : 4) == 0;
 }
 
+/* As load_float, but states are never fp16: its branch would cost registers that the products need. */
 inline __device__ float load_one(const kda_state &state, int column, int channel) {
     const char *at = element(state, column, channel);
     return state.dtype == KDA_F32 ? *reinterpret_cast<const float *>(at)

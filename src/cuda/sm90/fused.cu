@@ -62,6 +62,8 @@ struct alignas(1024) Shared {
     uint64_t empty[STAGES];   /* both consumers are done */
 };
 
+static_assert(sizeof(Shared) == 224 * 1024, "docs/hopper.md says what lies where");
+
 /* ---- Scouts --------------------------------------------------------------------------------------- */
 
 __device__ bool sorts(const kda_prefill &p) { return p.cu_seqlens.data && p.sequences <= SORTED; }
@@ -277,7 +279,6 @@ __device__ void store_chunk(const kda_prefill &p, const kda_sm90_maps &maps, con
                             const float (&o)[CHUNK / 8][4], const float (&scales)[CHUNK / 4],
                             __nv_bfloat16 *rows) {
     int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16;
-    auto piece = [](int token, int half) { return token * 16 + (half ^ (token >> 2 & 1)) * 8; };
     if (lane == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>()); /* the chunk before has left */
     __syncwarp();
@@ -288,9 +289,7 @@ __device__ void store_chunk(const kda_prefill &p, const kda_sm90_maps &maps, con
         for (int n = 0; n < 2; n++)
             pairs[i][n] =
                 pack_output(p.out.dtype, o[i][2 * n] * scales[2 * i], o[i][2 * n + 1] * scales[2 * i + 1]);
-#pragma unroll
-    for (int i = 0; i < CHUNK / 8; i += 2)
-        stmatrix_transposed(&rows[piece((i + lane / 16) * 8 + lane % 8, lane / 8 % 2)], pairs[i], pairs[i + 1]);
+    turn_over(pairs, rows);
     fence_shared();
     __syncwarp();
     if (task.count == CHUNK) {
@@ -300,9 +299,7 @@ __device__ void store_chunk(const kda_prefill &p, const kda_sm90_maps &maps, con
             ptx::cp_async_bulk_commit_group();
         }
     } else if (lane < task.count) { /* what lies behind is another sequence's */
-        char *to = kda_row(&p.out, task.batch, task.token + lane, task.head) + column * 2;
-        reinterpret_cast<uint4 *>(to)[0] = *reinterpret_cast<const uint4 *>(&rows[piece(lane, 0)]);
-        reinterpret_cast<uint4 *>(to)[1] = *reinterpret_cast<const uint4 *>(&rows[piece(lane, 1)]);
+        store_row(rows, kda_row(&p.out, task.batch, task.token + lane, task.head) + column * 2);
     }
 }
 

@@ -10,6 +10,7 @@
 #ifndef KDA_CUDA_SM90_PRODUCE_CUH
 #define KDA_CUDA_SM90_PRODUCE_CUH
 
+#include "cuda/floats.cuh"
 #include "cuda/sm90/tiles.cuh"
 #include "cuda/sm90/warpgroup.cuh"
 
@@ -43,24 +44,22 @@ struct Gate {
     float2 offset;
 };
 
-inline __device__ float load_parameter(const kda_tensor &t, int64_t head, int64_t channel) {
-    const char *row = t.data + head * t.stride[0];
-    if (t.dtype == KDA_F32)
-        return reinterpret_cast<const float *>(row)[channel];
-    uint16_t x = reinterpret_cast<const uint16_t *>(row)[channel];
-    return t.dtype == KDA_BF16 ? kda_from_bf16(x) : __half2float(__ushort_as_half(x));
-}
-
 inline __device__ Gate find_gate(const kda_prefill &p, int head, int channel) {
     /* Within what leaves NO_DECAY without any, whatever the bias. */
-    float rate = p.A_log.data ? fminf(fmaxf(expf(load_parameter(p.A_log, head, 0)), 1e-30f), 3e38f) : 1.f;
+    float rate =
+        p.A_log.data
+            ? fminf(fmaxf(expf(load_float(p.A_log.data + head * p.A_log.stride[0], p.A_log.dtype, 0)), 1e-30f),
+                    3e38f)
+            : 1.f;
     Gate gate;
     gate.head = head;
     gate.bound = p.lower_bound * LOG2E, gate.slope = -rate * LOG2E;
     gate.offset = make_float2(0, 0);
-    if (p.dt_bias.data)
-        gate.offset = make_float2(load_parameter(p.dt_bias, head, channel) * gate.slope,
-                                  load_parameter(p.dt_bias, head, channel + 1) * gate.slope);
+    if (p.dt_bias.data) {
+        const char *bias = p.dt_bias.data + head * p.dt_bias.stride[0];
+        gate.offset = make_float2(load_float(bias, p.dt_bias.dtype, channel) * gate.slope,
+                                  load_float(bias, p.dt_bias.dtype, channel + 1) * gate.slope);
+    }
     return gate;
 }
 

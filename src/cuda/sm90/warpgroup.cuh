@@ -45,15 +45,6 @@ inline __device__ __host__ bool in_pieces(const kda_tensor &out) {
     return out.dtype != KDA_F32 && places % 16 == 0;
 }
 
-template <class Scale>
-__device__ void round_outputs(kda_dtype dtype, const float (&o)[CHUNK / 8][4], Outputs &outputs, Scale scale) {
-#pragma unroll
-    for (int i = 0; i < CHUNK / 8; i++) {
-        outputs.pairs[i][0] = pack_output(dtype, scale(o[i][0], i, 0), scale(o[i][1], i, 1));
-        outputs.pairs[i][1] = pack_output(dtype, scale(o[i][2], i, 0), scale(o[i][3], i, 1));
-    }
-}
-
 /* Where the lane's token of a chunk goes: columns of V from `column` on. */
 inline __device__ char *output_place(const kda_prefill &p, int64_t batch, int64_t token, int64_t count,
                                      int64_t head, int column) {
@@ -61,20 +52,31 @@ inline __device__ char *output_place(const kda_prefill &p, int64_t batch, int64_
     return lane < count ? kda_row(&p.out, batch, token + lane, head) + column * 2 : nullptr;
 }
 
-/* Turns the outputs over in the warp's own `rows` [CHUNK][16], so that a lane holds a token's, and stores them. */
-inline __device__ void store_pieces(const Outputs &outputs, __nv_bfloat16 *rows) {
+/* Place of 8 columns of a token in a warp's `rows` [CHUNK][16]: swizzled by 32 bytes. */
+inline __device__ int output_piece(int token, int half) { return token * 16 + (half ^ (token >> 2 & 1)) * 8; }
+
+/* Turns a chunk's rounded outputs over in the warp's own `rows`, so that a token's columns are neighbours. */
+inline __device__ void turn_over(const uint32_t (&pairs)[CHUNK / 8][2], __nv_bfloat16 *rows) {
     int lane = threadIdx.x % 32;
-    auto piece = [](int token, int half) { return token * 16 + (half ^ (token >> 2 & 1)) * 8; };
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < CHUNK / 8; i += 2)
-        stmatrix_transposed(&rows[piece((i + lane / 16) * 8 + lane % 8, lane / 8 % 2)], outputs.pairs[i],
-                            outputs.pairs[i + 1]);
+        stmatrix_transposed(&rows[output_piece((i + lane / 16) * 8 + lane % 8, lane / 8 % 2)], pairs[i],
+                            pairs[i + 1]);
+}
+
+/* The lane's token out of `rows` to memory. */
+inline __device__ void store_row(const __nv_bfloat16 *rows, char *to) {
+    int lane = threadIdx.x % 32;
+    reinterpret_cast<uint4 *>(to)[0] = *reinterpret_cast<const uint4 *>(&rows[output_piece(lane, 0)]);
+    reinterpret_cast<uint4 *>(to)[1] = *reinterpret_cast<const uint4 *>(&rows[output_piece(lane, 1)]);
+}
+
+inline __device__ void store_pieces(const Outputs &outputs, __nv_bfloat16 *rows) {
     __syncwarp();
-    if (!outputs.to)
-        return;
-    reinterpret_cast<uint4 *>(outputs.to)[0] = *reinterpret_cast<const uint4 *>(&rows[piece(lane, 0)]);
-    reinterpret_cast<uint4 *>(outputs.to)[1] = *reinterpret_cast<const uint4 *>(&rows[piece(lane, 1)]);
+    turn_over(outputs.pairs, rows);
+    __syncwarp();
+    if (outputs.to)
+        store_row(rows, outputs.to);
 }
 
 } // namespace kda
