@@ -49,7 +49,7 @@ static flash_kda_status cuda_status(cudaError_t error, const char *what) {
 /* How a problem is run, and what its workspace holds: operands, then summaries of segments. */
 struct plan {
     bool sm90;                  /* the chains run on Hopper's level, else on the portable one */
-    bool fused;                 /* in one kernel, without a workspace: only where it is asked for */
+    bool fused;                 /* in one kernel, without a workspace */
     int processors;             /* multiprocessors of the device */
     int segments;               /* of every sequence; 1: not cut */
     size_t operands, summaries; /* bytes */
@@ -68,32 +68,6 @@ enum { HAS_SM90 = false };
 #define kda_sm90_scan(...)      cudaErrorNotSupported
 #define kda_sm90_resume(...)    cudaErrorNotSupported
 #endif
-
-/* Sequences are cut where that is faster, but not where a sequence's bits must not depend on the others, nor at
- * checkpoints that fall between whole chunks. */
-static int choose_segments(const struct kda_prefill *p, int processors, int wished) {
-    double microseconds;
-    if (p->batch_invariant || !p->tokens || !p->sequences || kda_cut_every(p) || kda_cuts(p) ||
-        p->key_dim % 4) /* the scan copies 16 bytes at a time */
-        return 1;
-    if (wished)
-        return wished;
-    int64_t tokens = p->cu_seqlens.data ? p->tokens / p->sequences : p->tokens;
-    return kda_segments(&(struct kda_segment_problem){.chains = p->sequences * p->value_heads,
-                                                      .chunks = kda_chunks_of(tokens),
-                                                      .value_parts = kda_sm90_parts(p->value_dim),
-                                                      .identity_parts = kda_sm90_parts(p->key_dim),
-                                                      .processors = processors},
-                        &microseconds);
-}
-
-static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
-    size_t chains = (size_t)(p->sequences * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
-    if (plan->fused)
-        return;
-    plan->operands = (size_t)chunks_of(p) * (size_t)p->value_heads * kda_sm80_operands_size(p->key_dim);
-    plan->summaries = plan->segments > 1 ? chains * (size_t)plan->segments * (V + K) * K * sizeof(float) : 0;
-}
 
 /* What the environment asks for. */
 struct wish {
@@ -125,6 +99,46 @@ static flash_kda_status read_wish(struct wish *wish) {
                     forced, KDA_CUDA_MAX_SEGMENTS);
 }
 
+/* Sequences are not cut where a sequence's bits must not depend on the others, nor at checkpoints that fall between
+ * whole chunks. */
+static bool may_cut(const struct kda_prefill *p) {
+    return !p->batch_invariant && p->tokens && p->sequences && !kda_cut_every(p) && !kda_cuts(p) &&
+           p->key_dim % 4 == 0; /* the scan copies 16 bytes at a time */
+}
+
+/* Where one kernel is expected to be faster, or where the choice must not depend on what else is in the batch. */
+static bool choose_fused(const struct kda_prefill *p, const struct kda_segment_problem *problem,
+                         double otherwise) {
+    return kda_sm90_fuses(p) && (p->batch_invariant || kda_fused_cost(problem) < otherwise);
+}
+
+/* How Hopper's level runs what it takes. */
+static void choose(const struct kda_prefill *p, const struct wish *wish, struct plan *plan) {
+    double microseconds;
+    bool packed = p->cu_seqlens.data;
+    int64_t tokens = packed && p->sequences ? p->tokens / p->sequences : p->tokens;
+    struct kda_segment_problem problem = {.chains = p->sequences * p->value_heads,
+                                          .chunks = kda_chunks_of(tokens),
+                                          .packed = packed,
+                                          .may_cut = may_cut(p),
+                                          .value_parts = kda_sm90_parts(p->value_dim),
+                                          .identity_parts = kda_sm90_parts(p->key_dim),
+                                          .processors = plan->processors};
+    plan->segments = kda_segments(&problem, &microseconds);
+    if (wish->segments)
+        plan->segments = problem.may_cut ? wish->segments : 1;
+    else if (wish->fused ? kda_sm90_fuses(p) : choose_fused(p, &problem, microseconds))
+        plan->fused = true, plan->segments = 1;
+}
+
+static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
+    size_t chains = (size_t)(p->sequences * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
+    if (plan->fused)
+        return;
+    plan->operands = (size_t)chunks_of(p) * (size_t)p->value_heads * kda_sm80_operands_size(p->key_dim);
+    plan->summaries = plan->segments > 1 ? chains * (size_t)plan->segments * (V + K) * K * sizeof(float) : 0;
+}
+
 /* Hopper's level where it can take the problem; what it cannot take goes to the portable one, also if it is forced. */
 static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan) {
     struct wish wish;
@@ -145,8 +159,10 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
                         "the environment variable " LEVEL_VARIABLE " is %.40s, which %s; expected sm80",
                         getenv(LEVEL_VARIABLE), HAS_SM90 ? "this device cannot run" : "this build lacks");
     plan->sm90 = runs && !wish.sm80 && kda_sm90_takes(p);
-    plan->fused = runs && wish.fused && kda_sm90_fuses(p);
-    plan->segments = plan->sm90 && !plan->fused ? choose_segments(p, plan->processors, wish.segments) : 1;
+    plan->fused = false;
+    plan->segments = 1;
+    if (plan->sm90)
+        choose(p, &wish, plan);
     size_workspace(p, plan);
     return FLASH_KDA_OK;
 }

@@ -3,19 +3,23 @@
  * The cost model of cutting sequences into segments, in microseconds, fitted to what an H200 does with K = V = 128.
  *
  * Uncut, a chain's steps follow each other. Cut, a first pass finds each segment's (A, B), which takes its columns of A
- * beside those of V, a scan gives every segment its true state, and a second pass writes the outputs.
+ * beside those of V, a scan gives every segment its true state, and a second pass writes the outputs. Before either,
+ * every multiprocessor prepares operands. The fused kernel needs none of this, but its steps take longer.
  */
 #include "cuda/segments.h"
-
-#include <stdbool.h>
 
 /* One step of every CTA: alone on its multiprocessor, and beside another. */
 struct step {
     double alone, beside;
 };
 static const struct step with_outputs = {1.2, 2.0}, summarising = {0.95, 1.4};
-#define SCAN_STEP 2.5
-#define LAUNCHES  15.0 /* two more kernels, and their ramps */
+#define STEP_FUSED 2.75
+#define PREPARE    2.7 /* a chunk of one head, on one multiprocessor */
+#define SCAN_STEP  2.5
+#define LAUNCH     7.5 /* another kernel, and its ramp */
+/* The longest sequence of a packed batch, in average ones, and what it costs that CTAs do not end together. */
+#define LONGEST   2.0
+#define IMBALANCE 1.15
 enum { MIN_CHUNKS = 4 /* of a segment */ };
 
 static double steps(struct step step, int64_t chunks, int64_t ctas, int processors) {
@@ -31,16 +35,26 @@ static double cost(const struct kda_segment_problem *p, int segments) {
     int64_t summed = p->chains * ((segments - 2) * (p->value_parts + p->identity_parts) + p->value_parts);
     return steps(summarising, each, summed, p->processors) +
            steps(with_outputs, each, p->chains * segments * p->value_parts, p->processors) +
-           (segments - 2) * SCAN_STEP + LAUNCHES;
+           (segments - 2) * SCAN_STEP + 2 * LAUNCH;
 }
 
 int kda_segments(const struct kda_segment_problem *problem, double *microseconds) {
     int best = 1;
     *microseconds = cost(problem, 1);
-    for (int n = 3; n <= KDA_CUDA_MAX_SEGMENTS && problem->chunks / n >= MIN_CHUNKS; n++)
+    for (int n = 3; problem->may_cut && n <= KDA_CUDA_MAX_SEGMENTS && problem->chunks / n >= MIN_CHUNKS; n++)
         if (cost(problem, n) < *microseconds) {
             best = n;
             *microseconds = cost(problem, n);
         }
+    *microseconds += (double)(problem->chains * problem->chunks) * PREPARE / problem->processors + LAUNCH;
     return best;
+}
+
+double kda_fused_cost(const struct kda_segment_problem *problem) {
+    double chunks = (double)problem->chunks, share = (double)problem->chains / problem->processors;
+    int64_t rounds = (problem->chains + problem->processors - 1) / problem->processors;
+    if (!problem->packed)
+        return (double)rounds * chunks * STEP_FUSED;
+    double even = share * chunks * IMBALANCE, longest = LONGEST * chunks;
+    return (even > longest ? even : longest) * STEP_FUSED;
 }

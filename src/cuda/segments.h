@@ -3,6 +3,7 @@
 #ifndef KDA_CUDA_SEGMENTS_H
 #define KDA_CUDA_SEGMENTS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 enum { KDA_CUDA_MAX_SEGMENTS = 64 };
@@ -10,13 +11,18 @@ enum { KDA_CUDA_MAX_SEGMENTS = 64 };
 /* What the choice depends on. */
 struct kda_segment_problem {
     int64_t chains, chunks; /* chunks of an average sequence */
+    bool packed;            /* some are longer, some shorter */
+    bool may_cut;
     int value_parts;        /* CTAs that a chain's columns of V take */
     int identity_parts;     /* CTAs that the columns of a segment's A take */
     int processors;         /* multiprocessors, each of which holds two CTAs */
 };
 
 /* 1, or the number of segments, at least 3, that the cost model below expects to be fastest; *microseconds becomes what
- * it expects of the chains. */
+ * it expects of the kernels. */
 int kda_segments(const struct kda_segment_problem *problem, double *microseconds);
+
+/* What it expects of the fused kernel, which works a chain in one CTA, one CTA on a multiprocessor. */
+double kda_fused_cost(const struct kda_segment_problem *problem);
 
 #endif

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Everything that needs a GPU, in one go: the check program on level cuda, short and long cases; the captured inputs;
 and the short cases again under each tool of compute-sanitizer, where that is installed. On a GPU with a level of its
-own all of it runs on the portable level too (FLASH_KDA_CUDA=sm80), and in segments (sm90/5).
+own all of it runs on the portable level too (FLASH_KDA_CUDA=sm80), in segments (sm90/5) and in one kernel (sm90/fused).
 
 usage: cuda.py [--build DIR] [--quick] [--only JOB ...] [--seed N] [--commit NAME] [-o FILE]      (./dev check-cuda)
 
@@ -28,8 +28,8 @@ import device  # noqa: E402
 # With their own options. The check program makes wrong calls on purpose and looks at every status itself.
 TOOL_OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "initcheck": [], "synccheck": []}
 TOOLS = list(TOOL_OPTIONS)
-# The portable level on Hopper too, and Hopper's with every sequence in five segments.
-FORCED = {"-sm80": "sm80", "-segments": "sm90/5"}
+# The portable level on Hopper too; Hopper's with every sequence in five segments; and all that fits in one kernel.
+FORCED = {"-sm80": "sm80", "-segments": "sm90/5", "-fused": "sm90/fused"}
 JOBS = [name + level for name in ("short", "long", "captured", *TOOLS) for level in ("", *FORCED)]
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 TOOL_FOUND_ERRORS = 99  # exit status

@@ -13,6 +13,7 @@ enum { PROCESSORS = 132, PARTS = 2 };
 static int segments(int64_t chains, int64_t chunks, double *microseconds) {
     return kda_segments(&(struct kda_segment_problem){.chains = chains,
                                                       .chunks = chunks,
+                                                      .may_cut = true,
                                                       .value_parts = PARTS,
                                                       .identity_parts = PARTS,
                                                       .processors = PROCESSORS},
@@ -75,6 +76,41 @@ static void test_as_measured(void **state) {
         assert_int_equal(segments(cases[i].chains, cases[i].chunks, &time), cases[i].count);
 }
 
+static void test_not_where_it_may_not_cut(void **state) {
+    (void)state;
+    double time;
+    assert_int_equal(kda_segments(&(struct kda_segment_problem){.chains = 1,
+                                                                .chunks = 4096,
+                                                                .value_parts = PARTS,
+                                                                .identity_parts = PARTS,
+                                                                .processors = PROCESSORS},
+                                  &time),
+                     1);
+}
+
+/* As measured on an H200. */
+static void test_fused_where_there_are_many_chains(void **state) {
+    (void)state;
+    double otherwise;
+    const struct {
+        int64_t chains, chunks;
+        bool packed, wins;
+    } cases[] = {{96, 256, false, true},  {576, 43, true, true}, {768, 32, false, true},
+                 {64, 256, false, false}, {192, 43, true, true}, {32, 256, false, false},
+                 {8, 2048, false, false}, {2048, 2, false, true}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct kda_segment_problem problem = {.chains = cases[i].chains,
+                                              .chunks = cases[i].chunks,
+                                              .packed = cases[i].packed,
+                                              .may_cut = true,
+                                              .value_parts = PARTS,
+                                              .identity_parts = PARTS,
+                                              .processors = PROCESSORS};
+        kda_segments(&problem, &otherwise);
+        assert_int_equal(kda_fused_cost(&problem) < otherwise, cases[i].wins);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_many_chains_stay_whole),
@@ -83,6 +119,8 @@ int main(void) {
         cmocka_unit_test(test_never_two),
         cmocka_unit_test(test_longer_is_never_expected_faster),
         cmocka_unit_test(test_as_measured),
+        cmocka_unit_test(test_not_where_it_may_not_cut),
+        cmocka_unit_test(test_fused_where_there_are_many_chains),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
