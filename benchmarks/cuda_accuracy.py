@@ -143,7 +143,7 @@ def main():
     path.write_text(json.dumps({
         "version": flash_kda.__version__, "commit": device.commit(options.commit), "device": gpu,
         "torch": torch.__version__, "peers": {name: peer.version if peer else None for name, peer in loaded.items()},
-        "results": rows}, indent=2) + "\n")
+        "errors": rows}, indent=2) + "\n")
     print(f"wrote {path}")
     sys.exit(not good)
 
