@@ -49,7 +49,8 @@ static flash_kda_status cuda_status(cudaError_t error, const char *what) {
 /* How a problem is run, and what its workspace holds: operands, then summaries of segments. */
 struct plan {
     bool sm90;                  /* the chains run on Hopper's level, else on the portable one */
-    bool fused;                 /* in one kernel, without a workspace */
+    bool tiles;                 /* operands in the form of three tiles */
+    bool fused;                 /* these in one kernel, without a workspace */
     int processors;             /* multiprocessors of the device */
     int segments;               /* of every sequence; 1: not cut */
     size_t operands, summaries; /* bytes */
@@ -59,14 +60,19 @@ struct plan {
 enum { HAS_SM90 = true };
 #else
 enum { HAS_SM90 = false };
-#define kda_sm90_takes(p)       false
-#define kda_sm90_fuses(p)       false
-#define kda_sm90_fused(...)     cudaErrorNotSupported
-#define kda_sm90_parts(columns) 0
-#define kda_sm90_chain(...)     cudaErrorNotSupported
-#define kda_sm90_summarise(...) cudaErrorNotSupported
-#define kda_sm90_scan(...)      cudaErrorNotSupported
-#define kda_sm90_resume(...)    cudaErrorNotSupported
+#define kda_sm90_takes(p)             false
+#define kda_sm90_has_tiles(p)         false
+#define kda_sm90_parts(columns)       0
+#define kda_sm90_tiles_size()         0
+#define kda_sm90_fused(...)           cudaErrorNotSupported
+#define kda_sm90_chain(...)           cudaErrorNotSupported
+#define kda_sm90_summarise(...)       cudaErrorNotSupported
+#define kda_sm90_scan(...)            cudaErrorNotSupported
+#define kda_sm90_resume(...)          cudaErrorNotSupported
+#define kda_sm90_tiles_prepare(...)   cudaErrorNotSupported
+#define kda_sm90_tiles_chain(...)     cudaErrorNotSupported
+#define kda_sm90_tiles_summarise(...) cudaErrorNotSupported
+#define kda_sm90_tiles_resume(...)    cudaErrorNotSupported
 #endif
 
 /* What the environment asks for. */
@@ -106,12 +112,6 @@ static bool may_cut(const struct kda_prefill *p) {
            p->key_dim % 4 == 0; /* the scan copies 16 bytes at a time */
 }
 
-/* Where one kernel is expected to be faster, or where the choice must not depend on what else is in the batch. */
-static bool choose_fused(const struct kda_prefill *p, const struct kda_segment_problem *problem,
-                         double otherwise) {
-    return kda_sm90_fuses(p) && (p->batch_invariant || kda_fused_cost(problem) < otherwise);
-}
-
 /* How Hopper's level runs what it takes. */
 static void choose(const struct kda_prefill *p, const struct wish *wish, struct plan *plan) {
     double microseconds;
@@ -121,21 +121,27 @@ static void choose(const struct kda_prefill *p, const struct wish *wish, struct 
                                           .chunks = kda_chunks_of(tokens),
                                           .packed = packed,
                                           .may_cut = may_cut(p),
+                                          .tiles = kda_sm90_has_tiles(p),
                                           .value_parts = kda_sm90_parts(p->value_dim),
                                           .identity_parts = kda_sm90_parts(p->key_dim),
                                           .processors = plan->processors};
+    plan->tiles = problem.tiles;
     plan->segments = kda_segments(&problem, &microseconds);
     if (wish->segments)
         plan->segments = problem.may_cut ? wish->segments : 1;
-    else if (wish->fused ? kda_sm90_fuses(p) : choose_fused(p, &problem, microseconds))
-        plan->fused = true, plan->segments = 1;
+    else /* what is in the batch beside a sequence may not decide */
+        plan->fused =
+            plan->tiles && (wish->fused || p->batch_invariant || kda_fused_cost(&problem) < microseconds);
+    if (plan->fused)
+        plan->segments = 1;
 }
 
 static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
     size_t chains = (size_t)(p->sequences * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
     if (plan->fused)
         return;
-    plan->operands = (size_t)chunks_of(p) * (size_t)p->value_heads * kda_sm80_operands_size(p->key_dim);
+    plan->operands = (size_t)chunks_of(p) * (size_t)p->value_heads *
+                     (plan->tiles ? kda_sm90_tiles_size() : kda_sm80_operands_size(p->key_dim));
     plan->summaries = plan->segments > 1 ? chains * (size_t)plan->segments * (V + K) * K * sizeof(float) : 0;
 }
 
@@ -159,7 +165,7 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
                         "the environment variable " LEVEL_VARIABLE " is %.40s, which %s; expected sm80",
                         getenv(LEVEL_VARIABLE), HAS_SM90 ? "this device cannot run" : "this build lacks");
     plan->sm90 = runs && !wish.sm80 && kda_sm90_takes(p);
-    plan->fused = false;
+    plan->tiles = plan->fused = false;
     plan->segments = 1;
     if (plan->sm90)
         choose(p, &wish, plan);
@@ -179,13 +185,18 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *byte
 
 static flash_kda_status launch_segments(const struct kda_prefill *p, const struct plan *plan, char *workspace) {
     struct kda_sm90_segments segments = {plan->segments, (float *)(void *)(workspace + plan->operands)};
-    flash_kda_status status = cuda_status(kda_sm90_summarise(p, chunks_of(p), workspace, segments, p->stream),
-                                          "prefill, kernel summarise");
+    int processors = plan->processors;
+    flash_kda_status status = cuda_status(
+        plan->tiles ? kda_sm90_tiles_summarise(p, chunks_of(p), workspace, segments, processors, p->stream)
+                    : kda_sm90_summarise(p, chunks_of(p), workspace, segments, p->stream),
+        "prefill, kernel summarise");
     if (!status)
         status = cuda_status(kda_sm90_scan(p, segments, p->stream), "prefill, kernel scan");
     if (!status)
-        status = cuda_status(kda_sm90_resume(p, chunks_of(p), workspace, segments, p->stream),
-                             "prefill, kernel resume");
+        status = cuda_status(
+            plan->tiles ? kda_sm90_tiles_resume(p, chunks_of(p), workspace, segments, processors, p->stream)
+                        : kda_sm90_resume(p, chunks_of(p), workspace, segments, p->stream),
+            "prefill, kernel resume");
     return status;
 }
 
@@ -194,14 +205,18 @@ static flash_kda_status launch(const struct kda_prefill *p, const struct plan *p
     if (plan->fused)
         return cuda_status(kda_sm90_fused(p, plan->processors, p->stream), "prefill, kernel fused");
     if (p->tokens)
-        status =
-            cuda_status(kda_sm80_prepare(p, chunks_of(p), workspace, p->stream), "prefill, kernel prepare");
+        status = cuda_status(
+            plan->tiles ? kda_sm90_tiles_prepare(p, chunks_of(p), workspace, plan->processors, p->stream)
+                        : kda_sm80_prepare(p, chunks_of(p), workspace, p->stream),
+            "prefill, kernel prepare");
     if (status)
         return status;
     if (plan->segments > 1)
         return launch_segments(p, plan, workspace);
-    return cuda_status(plan->sm90 ? kda_sm90_chain(p, chunks_of(p), workspace, plan->processors, p->stream)
-                                  : kda_sm80_chain(p, chunks_of(p), workspace, p->stream),
+    return cuda_status(plan->tiles
+                           ? kda_sm90_tiles_chain(p, chunks_of(p), workspace, plan->processors, p->stream)
+                       : plan->sm90 ? kda_sm90_chain(p, chunks_of(p), workspace, plan->processors, p->stream)
+                                    : kda_sm80_chain(p, chunks_of(p), workspace, p->stream),
                        "prefill, kernel chain");
 }
 

@@ -12,9 +12,12 @@
 struct step {
     double alone, beside;
 };
-static const struct step with_outputs = {1.2, 2.0}, summarising = {0.95, 1.4};
+/* What depends on the form of the operands. */
+static const struct form {
+    double prepare; /* a chunk of one head, on one multiprocessor */
+    struct step with_outputs, summarising;
+} general = {2.7, {1.2, 2.0}, {0.95, 1.4}}, tiles = {1.0, {1.0, 1.6}, {0.8, 1.3}};
 #define STEP_FUSED 2.75
-#define PREPARE    2.7 /* a chunk of one head, on one multiprocessor */
 #define SCAN_STEP  2.5
 #define LAUNCH     7.5 /* another kernel, and its ramp */
 /* The longest sequence of a packed batch, in average ones, and what it costs that CTAs do not end together. */
@@ -28,7 +31,10 @@ static double steps(struct step step, int64_t chunks, int64_t ctas, int processo
     return (double)chunks * (alone ? step.alone : step.beside * (double)waves);
 }
 
+static const struct form *form_of(const struct kda_segment_problem *p) { return p->tiles ? &tiles : &general; }
+
 static double cost(const struct kda_segment_problem *p, int segments) {
+    struct step with_outputs = form_of(p)->with_outputs, summarising = form_of(p)->summarising;
     if (segments == 1)
         return steps(with_outputs, p->chunks, p->chains * p->value_parts, p->processors);
     int64_t each = (p->chunks + segments - 1) / segments;
@@ -46,7 +52,8 @@ int kda_segments(const struct kda_segment_problem *problem, double *microseconds
             best = n;
             *microseconds = cost(problem, n);
         }
-    *microseconds += (double)(problem->chains * problem->chunks) * PREPARE / problem->processors + LAUNCH;
+    *microseconds +=
+        (double)(problem->chains * problem->chunks) * form_of(problem)->prepare / problem->processors + LAUNCH;
     return best;
 }
 

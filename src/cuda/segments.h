@@ -13,6 +13,7 @@ struct kda_segment_problem {
     int64_t chains, chunks; /* chunks of an average sequence */
     bool packed;            /* some are longer, some shorter */
     bool may_cut;           /* exactly, at whole chunks */
+    bool tiles;             /* operands in the form of three tiles */
     int value_parts;        /* CTAs that a chain's columns of V take */
     int identity_parts;     /* CTAs that the columns of a segment's A take */
     int processors;         /* multiprocessors, each of which holds two CTAs */

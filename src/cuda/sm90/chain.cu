@@ -7,17 +7,12 @@
  * its accumulators. Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand:
  *     [W | Y]^T = S^T [KT; QT]^T    X^T = V^T - W^T    U^T = X^T INV^T    O^T = Y^T + U^T M^T
  *     S^T <- S^T diag(1 + carry) + U^T KR
- * Where there are few chains, sequences are cut into segments, and this kernel passes over them twice: to find each
- * one's (A, B), A as the state that comes of the identity and no values, and again from their true states.
  */
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/summaries.cuh"
-#include "cuda/sm90/warpgroup.cuh"
+#include "cuda/sm90/parts.cuh"
 
 namespace kda {
 namespace {
-
-enum Pass { WHOLE, SUMMARISE, RESUME };
 
 /* As many as leave room for two CTAs of one group, or one of two. */
 template <int GROUPS> constexpr int STAGES = GROUPS == 1 ? 3 : 4;
@@ -33,37 +28,6 @@ template <int KP, int GROUPS> struct Shared {
     uint64_t full[STAGES<GROUPS>];  /* a chunk has arrived: the loader's lanes and the bytes of its operands */
     uint64_t empty[STAGES<GROUPS>]; /* every consumer is done with it */
 };
-
-/* What a CTA works on. */
-struct Part {
-    Chain chain;
-    int segment;
-    int64_t begin, end; /* chunks */
-    bool identity;      /* columns of A instead of V */
-};
-
-template <int COLUMNS, Pass pass>
-__device__ Part find_part(const kda_prefill &p, int64_t chunks, const kda_sm90_segments &segments) {
-    Part part;
-    part.chain = find_chain<COLUMNS>(p, blockIdx.x / segments.count, chunks);
-    part.segment = blockIdx.x % segments.count;
-    int64_t all = INT64_MAX; /* up to where spans are empty */
-    if (pass != WHOLE)
-        all = (kda_chunks_of(part.chain.sequence.length) + segments.count - 1) / segments.count;
-    part.begin = part.segment * all, part.end = part.begin + all;
-    part.identity = pass == SUMMARISE && part.chain.column >= p.value_dim;
-    if (part.identity) {
-        part.chain.column -= (int)p.value_dim;
-        int64_t left = p.key_dim - part.chain.column;
-        part.chain.columns = (int)(left < COLUMNS ? left : COLUMNS);
-    }
-    return part;
-}
-
-/* Does the first pass leave this part out? The last segment acts on nothing; the first has its state. */
-__device__ bool left_out(const Part &part, const kda_sm90_segments &segments) {
-    return part.segment + 1 == segments.count || (part.identity && part.segment == 0);
-}
 
 template <int KP, int GROUPS>
 __device__ void load(const kda_prefill &p, const Part &part, const Operands<KP> *all,
@@ -188,24 +152,11 @@ __device__ void advance(const Stage<KP, GROUPS> &stage, float (&S)[KP / 8][4], f
             o[i][n] += wy[CHUNK / 8 + i][n];
 }
 
-/* The state in a summary of this part's chain. */
-__device__ struct kda_state summary_state(const kda_prefill &p, const kda_sm90_segments &segments,
-                                          const Part &part, int segment) {
-    int64_t chain = part.chain.n * p.value_heads + part.chain.head;
-    float *rows = summary(p, segments, chain, segment, part.identity);
-    return {reinterpret_cast<char *>(rows), KDA_F32, p.key_dim * (int64_t)sizeof(float), true};
-}
-
 template <int KP, Pass pass>
 __device__ void begin_state(const kda_prefill &p, const Part &part, const kda_sm90_segments &segments,
                             float (&S)[KP / 8][4]) {
     const Chain &chain = part.chain;
-    struct kda_state from = kda_state_at(&p, &p.initial_state, chain.sequence.slot, chain.head);
-    if (pass == RESUME) /* also the first one's: its slot may be another CTA's to write */
-        from = summary_state(p, segments, part, part.segment == 0 ? segments.count - 1 : part.segment - 1);
-    if (pass == SUMMARISE && part.segment > 0)
-        from.data = nullptr;
-    load_state<KP>(p, chain, from, S);
+    load_state<KP>(p, chain, state_before<pass>(p, part, segments), S);
     if (part.identity)
         each_element<KP>(p, chain, S,
                          [](float &s, int channel, int column) { s = channel == column ? 1.f : 0.f; });
@@ -213,17 +164,6 @@ __device__ void begin_state(const kda_prefill &p, const Part &part, const kda_sm
         store_state<KP>(p, chain, summary_state(p, segments, part, segments.count - 1), S);
     if (pass != SUMMARISE && part.segment == 0)
         store_checkpoints<KP>(p, chain, 0, S);
-}
-
-template <int KP, Pass pass>
-__device__ void end_state(const kda_prefill &p, const Part &part, const kda_sm90_segments &segments,
-                          float (&S)[KP / 8][4]) {
-    const Chain &chain = part.chain;
-    struct kda_state to = kda_state_at(&p, &p.final_state, chain.sequence.slot, chain.head);
-    if (pass == SUMMARISE)
-        to = summary_state(p, segments, part, part.segment);
-    if (to.data && (pass == SUMMARISE || part.segment + 1 == segments.count))
-        store_state<KP>(p, chain, to, S);
 }
 
 template <int KP, int GROUPS, Pass pass>
@@ -259,7 +199,9 @@ __device__ void consume(const kda_prefill &p, const Part &part, const kda_sm90_s
     }
     if (pass != SUMMARISE)
         store_pieces(outputs, rows);
-    end_state<KP, pass>(p, part, segments, S);
+    kda_state to = state_after<pass>(p, part, segments);
+    if (to.data)
+        store_state<KP>(p, chain, to, S);
 }
 
 template <int KP, int GROUPS, Pass pass>

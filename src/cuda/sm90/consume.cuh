@@ -4,12 +4,13 @@
  * (tiles.cuh).
  *
  * S is in the coordinates of the chunk's middle in between:
- *     [W | Y] = S^T [RK; RQ]^T   U^T = (V^T - W^T diag(rk)) F^T   O^T = (Y^T + U^T M0^T) diag(rq)   S^T <- S^T + U^T CK
+ *     [W | Y] = S^T [RK; RQ]^T   U^T = (V^T - W^T diag(rk)) F^T   O^T = Y^T diag(rq) + U^T M^T   S^T <- S^T + U^T CK
  * Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand.
  */
 #ifndef KDA_CUDA_SM90_CONSUME_CUH
 #define KDA_CUDA_SM90_CONSUME_CUH
 
+#include "cuda/sm90/tensor_maps.h"
 #include "cuda/sm90/tiles.cuh"
 #include "cuda/sm90/warpgroup.cuh"
 
@@ -59,14 +60,12 @@ inline __device__ float largest_of_warp(float x) {
     return x;
 }
 
-inline __device__ void change_unit(float (&S)[DIM / 8][4], int &unit, int next) {
-    float factor = power_of_two(unit - next);
+template <int TILES> __device__ void scale_tiles(float (&d)[TILES][4], float factor) {
 #pragma unroll
-    for (int c = 0; c < DIM / 8; c++)
+    for (int c = 0; c < TILES; c++)
 #pragma unroll
         for (int n = 0; n < 4; n++)
-            S[c][n] *= factor;
-    unit = next;
+            d[c][n] *= factor;
 }
 
 /* Goes over to a unit in which S is near 1. */
@@ -82,27 +81,38 @@ inline __device__ void measure_unit(float (&S)[DIM / 8][4], int &unit) {
         return;
     int next = min(max(unit_of(largest) + unit, LEAST_UNIT), GREATEST_UNIT);
     next = max(next, unit - 120); /* a factor that fp32 holds */
-    change_unit(S, unit, next);
+    scale_tiles(S, power_of_two(unit - next));
+    unit = next;
 }
 
-/* Raises the unit to that of the chunk's largest value. */
-inline __device__ void raise_unit(uint32_t value, float (&S)[DIM / 8][4], int &unit) {
-    int next = unit_of(__uint_as_float(value << 16));
-    change_unit(S, unit, next);
+/* The largest of the thread's values, as bf16 without its sign: those are ordered as integers are. */
+inline __device__ uint32_t largest_value(const uint32_t (&v)[CHUNK / 16][4]) {
+    uint32_t largest = 0; /* of each half */
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            largest = __vmaxu2(largest, v[t][n] & 0x7fff7fff);
+    return max(largest & 0xffff, largest >> 16);
 }
 
-/* One chunk: S goes on, o becomes its outputs before their scale, both in the warp's unit. */
-inline __device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_bfloat16 *v_rows,
-                               float (&S)[DIM / 8][4], float (&o)[CHUNK / 8][4], int &unit) {
+/* bf16 values by a power of two. */
+inline __device__ uint32_t scale_pair(uint32_t pair, uint32_t factors) {
+    uint32_t scaled;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(scaled) : "r"(pair), "r"(factors));
+    return scaled;
+}
+
+/* One chunk: S goes on, o becomes its outputs, both in the warp's unit. v lies in rows of COLUMNS. */
+template <int COLUMNS, bool outputs>
+__device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_bfloat16 *v_rows,
+                        float (&S)[DIM / 8][4], float (&o)[CHUNK / 8][4], int &unit) {
     const Panel(&panels)[PANELS] = tiles.panels;
     uint64_t rows = wgmma_operand(panels[0].keys, 0, 8 * ROW, SWIZZLE_128);
     uint64_t columns = wgmma_operand(panels[0].gates, sizeof(Panel), 8 * ROW, SWIZZLE_128);
     uint64_t inverse = wgmma_operand(tiles.inverse, 0, 8 * CHUNK * 4, SWIZZLE_128);
     uint64_t M = wgmma_operand(tiles.M, 0, 8 * CHUNK * 4, SWIZZLE_128);
 
-    uint32_t value = factors.largest;
-    if (value >= (uint32_t)(127 + unit + EDGE) << 7)
-        raise_unit(value, S, unit);
     decay_state(S, factors.to_middle);
     float wy[CHUNK / 4][4]; /* W^T, then Y^T */
     uint32_t a[DIM / 16][4];
@@ -118,15 +128,22 @@ inline __device__ void advance(const Tiles &tiles, const Factors &factors, const
     wgmma_commit();
 
     uint32_t v[CHUNK / 16][4];
-    MatrixRow<CHUNK, DIM> values(v_rows, false);
+    MatrixRow<CHUNK, COLUMNS> values(v_rows, false);
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
         ldmatrix_transposed(v[t], values.at(t * 16, threadIdx.x / 32 * 16));
     alignas(16) float rk[CHUNK / 4];
     load_scales(factors.key_scale, rk);
+    uint32_t largest = largest_value(v);
     wgmma_wait<0>();
     pin(wy);
-    float in_units = power_of_two(-unit);
+    if (__builtin_expect(__any_sync(~0u, largest >= (uint32_t)(127 + unit + EDGE) << 7), 0)) {
+        int next = unit_of(__uint_as_float(__reduce_max_sync(~0u, largest) << 16));
+        scale_tiles(S, power_of_two(unit - next));
+        scale_tiles(wy, power_of_two(unit - next));
+        unit = next;
+    }
+    uint32_t in_units = (uint32_t)(127 - unit) * 0x800080; /* a pair of bf16 */
     float U[CHUNK / 8][4];
     uint32_t x[CHUNK / 8][4];
 #pragma unroll
@@ -134,9 +151,9 @@ inline __device__ void advance(const Tiles &tiles, const Factors &factors, const
         float tile[4];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            float2 pair = unpack_bf16(v[i / 2][i % 2 * 2 + n]);
-            tile[2 * n] = fmaf(-rk[2 * i], wy[i][2 * n], pair.x * in_units);
-            tile[2 * n + 1] = fmaf(-rk[2 * i + 1], wy[i][2 * n + 1], pair.y * in_units);
+            float2 pair = unpack_bf16(scale_pair(v[i / 2][i % 2 * 2 + n], in_units));
+            tile[2 * n] = fmaf(-rk[2 * i], wy[i][2 * n], pair.x);
+            tile[2 * n + 1] = fmaf(-rk[2 * i + 1], wy[i][2 * n + 1], pair.y);
         }
         tf32_operand(tile, x[i]);
     }
@@ -163,20 +180,26 @@ inline __device__ void advance(const Tiles &tiles, const Factors &factors, const
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
         wgmma<true, true>(S, u[t], advanced(columns, t * 16 * ROW));
-    wgmma_tf32<false>(o, x[0], M);
+    if constexpr (outputs) {
+        wgmma_tf32<false>(o, x[0], M);
 #pragma unroll
-    for (int i = 1; i < CHUNK / 8; i++)
-        wgmma_tf32<true>(o, x[i], advanced(M, i * 32));
+        for (int i = 1; i < CHUNK / 8; i++)
+            wgmma_tf32<true>(o, x[i], advanced(M, i * 32));
+    }
     wgmma_commit();
     wgmma_wait<0>();
     pin(S);
     pin(o);
     decay_state(S, factors.to_end);
+    if constexpr (outputs) {
+        alignas(16) float rq[CHUNK / 4];
+        load_scales(factors.query_scale, rq);
 #pragma unroll
-    for (int i = 0; i < CHUNK / 8; i++)
+        for (int i = 0; i < CHUNK / 8; i++)
 #pragma unroll
-        for (int n = 0; n < 4; n++)
-            o[i][n] += wy[CHUNK / 8 + i][n];
+            for (int n = 0; n < 4; n++)
+                o[i][n] = fmaf(wy[CHUNK / 8 + i][n], rq[2 * i + n % 2], o[i][n]);
+    }
 }
 
 /* Runs f(two neighbours of S in a row of V, channel, column) over the thread's share of the state. */
@@ -193,6 +216,13 @@ template <class S, class F> __device__ void each_pair(S (&state)[DIM / 8][4], F 
 inline __device__ char *element(const kda_state &state, int column, int channel) {
     int row = state.v_first ? column : channel, i = state.v_first ? channel : column;
     return state.data + row * state.stride + i * (state.dtype == KDA_F32 ? 4 : 2);
+}
+
+/* The columns of V from `column` on. */
+inline __device__ kda_state from_column(kda_state state, int column) {
+    if (state.data)
+        state.data = element(state, column, 0);
+    return state;
 }
 
 /* Can a pair be accessed at once? */
@@ -245,15 +275,96 @@ inline __device__ void store_whole(const kda_state &state, const float (&S)[DIM 
 }
 
 /* At position 0 the state that the chain starts from, else the one behind that token. */
-inline __device__ void store_whole_checkpoints(const kda_prefill &p, int n, int head, int position,
-                                               const float (&S)[DIM / 8][4], int unit) {
+inline __device__ void store_whole_checkpoints(const kda_prefill &p, int n, int head, int column, int position,
+                                               float (&S)[DIM / 8][4], int unit) {
     int64_t cursor = 0;
     while (p.checkpoints.data) {
         struct kda_state state = kda_checkpoint_at(&p, n, position, head, &cursor);
         if (!state.data)
             return;
-        store_whole(state, S, unit);
+        store_whole(from_column(state, column), S, unit);
+        pin(S);
     }
+}
+
+/* What a loader says of a chunk. */
+struct Task {
+    int n, head;      /* of its chain */
+    int batch, token; /* where it begins in the tensors */
+    int position;     /* where it ends in its sequence */
+    int slot;         /* of its state */
+    int column;       /* first of the CTA's columns of V */
+    int count;        /* tokens; -1 behind the CTA's last chunk, 0 of a sequence without any */
+    bool first, last; /* of what the CTA works of its sequence */
+};
+
+/* The warp's outputs of a chunk [CHUNK][16 columns], from o^T, to memory. */
+inline __device__ void store_chunk(const kda_prefill &p, const kda_sm90_maps &maps, const Task &task,
+                                   const float (&o)[CHUNK / 8][4], __nv_bfloat16 *rows) {
+    int lane = threadIdx.x % 32, column = task.column + threadIdx.x / 32 * 16;
+    if (lane == 0)
+        ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>()); /* the chunk before has left */
+    __syncwarp();
+    uint32_t pairs[CHUNK / 8][2];
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i++)
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+            pairs[i][n] = pack_output(p.out.dtype, o[i][2 * n], o[i][2 * n + 1]);
+    turn_over(pairs, rows);
+    fence_shared();
+    __syncwarp();
+    if (task.count == CHUNK) {
+        if (lane == 0) {
+            const int32_t at[4] = {column, task.head, task.token, task.batch};
+            ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &maps.out, at, rows);
+            ptx::cp_async_bulk_commit_group();
+        }
+    } else if (lane < task.count) { /* what lies behind is another sequence's */
+        store_row(rows, kda_row(&p.out, task.batch, task.token + lane, task.head) + column * 2);
+    }
+}
+
+/* A consumer warpgroup's work: all chunks that a loader sends through `shared`. before(task, S) makes S what it is before
+ * a first chunk; after(task) is where it goes behind a last one. COLUMNS: of V, of the CTA. */
+template <int COLUMNS, bool outputs, class Shared, class Before, class After>
+__device__ void consume(const kda_prefill &p, const kda_sm90_maps &maps, Shared &shared, Before before,
+                        After after) {
+    float S[DIM / 8][4];
+    int unit = 0;
+    for (Turn<sizeof shared.tasks / sizeof(Task)> turn;; turn.next()) {
+        wait(shared.full[turn.stage], turn.parity);
+        const Task &sent = shared.tasks[turn.stage];
+        if (sent.count < 0)
+            break;
+        if (__builtin_expect(sent.first, 0)) {
+            before(sent, S);
+            unit = 0;
+            measure_unit(S, unit);
+        }
+        float o[CHUNK / 8][4];
+        if (sent.count > 0)
+            advance<COLUMNS, outputs>(shared.tiles[turn.stage], shared.factors[turn.stage],
+                                      shared.values[turn.stage], S, o, unit);
+        const Task task = sent; /* the next one may overwrite it */
+        ptx::mbarrier_arrive(&shared.empty[turn.stage]);
+        if (outputs && task.count > 0) {
+            if (__builtin_expect(unit != 0, 0))
+                scale_tiles(o, power_of_two(unit));
+            store_chunk(p, maps, task, o, shared.outputs[threadIdx.x / 32]);
+            if (__builtin_expect(p.checkpoints.data != nullptr, 0))
+                store_whole_checkpoints(p, task.n, task.head, task.column, task.position, S, unit);
+        }
+        if (__builtin_expect(task.position % MEASURED < CHUNK, 0))
+            measure_unit(S, unit);
+        if (__builtin_expect(task.last, 0)) {
+            kda_state to = after(task);
+            if (to.data)
+                store_whole(from_column(to, task.column), S, unit);
+        }
+    }
+    if (outputs && threadIdx.x % 32 == 0)
+        ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
 }
 
 } // namespace kda

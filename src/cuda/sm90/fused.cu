@@ -26,16 +26,6 @@ enum {
     BARRIER_INVERSE = 3 /* and the next */
 };
 
-/* What a scout says of a chunk. */
-struct Task {
-    int n, head;      /* of its chain */
-    int batch, token; /* where it begins in the tensors */
-    int position;     /* where it ends in its sequence */
-    int slot;         /* of its state */
-    int count;        /* tokens; -1 behind the CTA's last chunk, 0 of a sequence without any */
-    bool first, last; /* of its sequence */
-};
-
 /* Where a scout is: at a chunk of the CTA's chain before number `round`. */
 struct Scout {
     int round, chunk, chunks;
@@ -138,6 +128,7 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared &sh
     uint64_t *arrived = &shared.arrived[s];
     Task task;
     task.n = scout.n, task.head = scout.head, task.batch = scout.batch, task.slot = scout.slot;
+    task.column = 0;
     task.count = scout.count;
     if (task.count >= 0) {
         struct kda_span span = kda_chunk_span(&p, task.n, scout.length, chunk);
@@ -169,26 +160,6 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared &sh
     }
 }
 
-/* beta of the lane's token as stored, on its way until it is used. */
-__device__ uint32_t load_beta(const kda_prefill &p, const Task &task, int count) {
-    int lane = threadIdx.x % 32;
-    if (lane >= count)
-        return 0;
-    const char *at = kda_row(&p.beta, task.batch, task.token + lane, task.head);
-    return p.beta.dtype == KDA_F32 ? *reinterpret_cast<const uint32_t *>(at)
-                                   : *reinterpret_cast<const uint16_t *>(at);
-}
-
-__device__ float find_beta(const kda_prefill &p, int count, uint32_t raw) {
-    float x = p.beta.dtype == KDA_F32    ? __uint_as_float(raw)
-              : p.beta.dtype == KDA_BF16 ? kda_from_bf16((uint16_t)raw)
-                                         : __half2float(__ushort_as_half((uint16_t)raw));
-    if (p.beta_mode != FLASH_KDA_BETA_GIVEN)
-        x = reciprocal_approximate(1.f + exp2_approximate(x * -LOG2E)) *
-            (p.beta_mode == FLASH_KDA_BETA_TWICE_SIGMOID ? 2.f : 1.f);
-    return threadIdx.x % 32 < count ? x : 0.f;
-}
-
 /* ---- Producers ------------------------------------------------------------------------------------ */
 
 /* What can be done as soon as a chunk is there, by the receiver and the scout. Behind a sequence's end k, q and v
@@ -212,9 +183,6 @@ __device__ void receive(const kda_prefill &p, Shared &shared, Scratch &scratch, 
     __syncwarp();
     if (scouts) {
         scratch.blocks.beta[slot][thread() % 32] = find_beta(p, count, beta);
-        uint32_t largest = find_largest(shared.values[s]);
-        if (thread() % 32 == 0)
-            shared.factors[s].largest = largest;
     } else {
         find_norms(shared.tiles[s].panels[0].keys, 1.f, shared.factors[s].key_scale, scratch.blocks.rk[slot]);
         find_norms(shared.tiles[s].panels[0].queries, p.scale, shared.factors[s].query_scale, nullptr);
@@ -237,7 +205,8 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared 
             send(p, maps, shared, scout, ahead);
         }
         __syncwarp();
-        beta[0] = beta[1], beta[1] = load_beta(p, shared.tasks[ahead.stage], scout.count);
+        const Task &sent = shared.tasks[ahead.stage];
+        beta[0] = beta[1], beta[1] = load_beta(p, sent.batch, sent.token, sent.head, scout.count);
         ahead.next(PRODUCERS);
     };
     if (warp == SCOUT) {
@@ -274,75 +243,6 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared 
 
 /* ---- Consumers ------------------------------------------------------------------------------------ */
 
-/* The warp's outputs of a chunk [CHUNK][16 columns], from o^T, to memory. */
-__device__ void store_chunk(const kda_prefill &p, const kda_sm90_maps &maps, const Task &task,
-                            const float (&o)[CHUNK / 8][4], const float (&scales)[CHUNK / 4],
-                            __nv_bfloat16 *rows) {
-    int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16;
-    if (lane == 0)
-        ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>()); /* the chunk before has left */
-    __syncwarp();
-    uint32_t pairs[CHUNK / 8][2];
-#pragma unroll
-    for (int i = 0; i < CHUNK / 8; i++)
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-            pairs[i][n] =
-                pack_output(p.out.dtype, o[i][2 * n] * scales[2 * i], o[i][2 * n + 1] * scales[2 * i + 1]);
-    turn_over(pairs, rows);
-    fence_shared();
-    __syncwarp();
-    if (task.count == CHUNK) {
-        if (lane == 0) {
-            const int32_t at[4] = {column, task.head, task.token, task.batch};
-            ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &maps.out, at, rows);
-            ptx::cp_async_bulk_commit_group();
-        }
-    } else if (lane < task.count) { /* what lies behind is another sequence's */
-        store_row(rows, kda_row(&p.out, task.batch, task.token + lane, task.head) + column * 2);
-    }
-}
-
-__device__ void consume(const kda_prefill &p, const kda_sm90_maps &maps, Shared &shared) {
-    float S[DIM / 8][4];
-    int unit = 0;
-    for (Turn<STAGES> turn;; turn.next()) {
-        wait(shared.full[turn.stage], turn.parity);
-        const Task &sent = shared.tasks[turn.stage];
-        if (sent.count < 0)
-            break;
-        if (sent.first) {
-            load_whole(kda_state_at(&p, &p.initial_state, sent.slot, sent.head), S);
-            store_whole_checkpoints(p, sent.n, sent.head, 0, S, 0);
-            unit = 0;
-            measure_unit(S, unit);
-        }
-        float o[CHUNK / 8][4];
-        alignas(16) float rq[CHUNK / 4];
-        if (sent.count > 0) {
-            advance(shared.tiles[turn.stage], shared.factors[turn.stage], shared.values[turn.stage], S, o,
-                    unit);
-            load_scales(shared.factors[turn.stage].query_scale, rq);
-            if (unit != 0)
-#pragma unroll
-                for (int i = 0; i < CHUNK / 4; i++)
-                    rq[i] *= power_of_two(unit);
-        }
-        const Task task = sent; /* the next one may overwrite it */
-        ptx::mbarrier_arrive(&shared.empty[turn.stage]);
-        if (task.count > 0) {
-            store_chunk(p, maps, task, o, rq, shared.outputs[threadIdx.x / 32]);
-            store_whole_checkpoints(p, task.n, task.head, task.position, S, unit);
-            if (task.position % MEASURED < CHUNK)
-                measure_unit(S, unit);
-        }
-        if (task.last && p.final_state.data)
-            store_whole(kda_state_at(&p, &p.final_state, task.slot, task.head), S, unit);
-    }
-    if (threadIdx.x % 32 == 0)
-        ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
-}
-
 /* Registers of a thread at the start: all of a multiprocessor's. Consumers then take some of the producers'. */
 constexpr int REGISTERS = 128, CONSUMER_REGISTERS = 168, PRODUCER_REGISTERS = 88;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
@@ -367,7 +267,13 @@ __global__ void __maxnreg__(REGISTERS)
     int group = threadIdx.x / GROUP;
     if (group < CONSUMERS) {
         take_registers<CONSUMER_REGISTERS>();
-        consume(p, maps, shared);
+        consume<DIM, true>(
+            p, maps, shared,
+            [&](const Task &task, float(&S)[DIM / 8][4]) {
+                load_whole(kda_state_at(&p, &p.initial_state, task.slot, task.head), S);
+                store_whole_checkpoints(p, task.n, task.head, 0, 0, S, 0);
+            },
+            [&](const Task &task) { return kda_state_at(&p, &p.final_state, task.slot, task.head); });
     } else {
         give_registers<PRODUCER_REGISTERS>();
         produce(p, maps, shared, items, group - CONSUMERS);
@@ -377,7 +283,7 @@ __global__ void __maxnreg__(REGISTERS)
 } // namespace
 } // namespace kda
 
-bool kda_sm90_fuses(const kda_prefill *p) {
+bool kda_sm90_has_tiles(const kda_prefill *p) {
     return p->key_dim == kda::DIM && p->value_dim == kda::DIM && p->qk_norm &&
            p->gate == FLASH_KDA_GATE_SIGMOID && p->tokens > 0 && p->tokens <= INT32_MAX && kda_sm90_can_map(p);
 }

@@ -21,13 +21,6 @@ struct kda_sm90_segments {
  * multiples of 16 bytes. */
 bool kda_sm90_takes(const struct kda_prefill *p);
 
-/* Can kda_sm90_fused take it? K = V = 128, q, k, v and g in bf16 with rows that start at multiples of 16 bytes,
- * outputs of 2 bytes likewise, normalised q and k, the bounded gate. */
-bool kda_sm90_fuses(const struct kda_prefill *p);
-
-/* All of prefill in one kernel, without a workspace. */
-cudaError_t kda_sm90_fused(const struct kda_prefill *p, int processors, cudaStream_t stream);
-
 /* CTAs that `columns` columns of V or A take. */
 int kda_sm90_parts(int64_t columns);
 
@@ -41,6 +34,26 @@ cudaError_t kda_sm90_summarise(const struct kda_prefill *p, int64_t chunks, cons
 cudaError_t kda_sm90_scan(const struct kda_prefill *p, struct kda_sm90_segments segments, cudaStream_t stream);
 cudaError_t kda_sm90_resume(const struct kda_prefill *p, int64_t chunks, const void *operands,
                             struct kda_sm90_segments segments, cudaStream_t stream);
+
+/* Can operands have the form of three tiles? K = V = 128, q, k, v and g in bf16 with rows that start at multiples of 16
+ * bytes, outputs of 2 bytes likewise, normalised q and k, the bounded gate. */
+bool kda_sm90_has_tiles(const struct kda_prefill *p);
+
+/* In that form, all of prefill in one kernel, without a workspace. */
+cudaError_t kda_sm90_fused(const struct kda_prefill *p, int processors, cudaStream_t stream);
+
+/* In that form, bytes of the operands of one chunk of one value head. */
+size_t kda_sm90_tiles_size(void);
+
+/* In that form, as the kernels above and as kda_sm80_prepare; kda_sm90_scan serves both. */
+cudaError_t kda_sm90_tiles_prepare(const struct kda_prefill *p, int64_t chunks, void *operands, int processors,
+                                   cudaStream_t stream);
+cudaError_t kda_sm90_tiles_chain(const struct kda_prefill *p, int64_t chunks, const void *operands,
+                                 int processors, cudaStream_t stream);
+cudaError_t kda_sm90_tiles_summarise(const struct kda_prefill *p, int64_t chunks, const void *operands,
+                                     struct kda_sm90_segments segments, int processors, cudaStream_t stream);
+cudaError_t kda_sm90_tiles_resume(const struct kda_prefill *p, int64_t chunks, const void *operands,
+                                  struct kda_sm90_segments segments, int processors, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

@@ -29,14 +29,6 @@ struct Blocks {
     float beta[2][CHUNK];
 };
 
-/* threadIdx.x, read anew: what follows from it is computed where it is used, not kept in registers through all of a
- * chunk. */
-inline __device__ uint32_t thread() {
-    uint32_t x;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-    return x;
-}
-
 /* The gate of a thread's two channels: log2 decay = bound / (1 + exp2(slope g + offset)). */
 struct Gate {
     int head = -1;
@@ -69,26 +61,32 @@ inline __device__ void clear_rows(__nv_bfloat16 *tile, int count, uint32_t word)
         reinterpret_cast<uint32_t *>(tile + row * PANEL)[thread() % 32] = word;
 }
 
-/* Squared norm of the lane's row of k or q. */
+/* Squared norm of the lane's row of k or q: the diagonal of the tile times itself. In a loop, because all of a producer's
+ * code competes for the instruction cache. */
 inline __device__ float find_square(const __nv_bfloat16 *tile) {
-    uint32_t lane = thread() % 32;
-    float sums[4] = {};
+    uint32_t lane = thread() % 32, matrix = lane / 8, row = lane / 4;
+    float square = 0;
+#pragma unroll 1
+    for (uint32_t half = 0; half < 2; half++) {
+        float above[4] = {}, below[4] = {}; /* rows times the first 8 rows, and times the others */
+        uint32_t at = shared_address(tile) + (half * HALF + matrix % 2 * 8 + lane % 8) * ROW;
+#pragma unroll 1
+        for (int i = 0; i < PANELS; i++)
 #pragma unroll
-    for (int i = 0; i < PANELS; i++)
-#pragma unroll
-        for (uint32_t piece = 0; piece < PANEL / 8;
-             piece++) { /* in an order in which no two lanes meet in a bank */
-            const __nv_bfloat16 *at =
-                tile + i * sizeof(Panel) / sizeof *tile + lane * PANEL + (piece ^ lane % 8) * 8;
-            uint4 words = *reinterpret_cast<const uint4 *>(at);
-            const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                float2 x = unpack_bf16(pairs[n]);
-                sums[n] = fmaf(x.x, x.x, fmaf(x.y, x.y, sums[n]));
+            for (uint32_t c = 0; c < PANEL / 16; c++) {
+                uint32_t a[4];
+                ldmatrix(a, at + i * sizeof(Panel) + ((c * 2 + matrix / 2 ^ lane % 8) << 4));
+                mma(above, a, a[0], a[2]);
+                mma(below, a, a[1], a[3]);
             }
-        }
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        /* Element (r, r) is in lane r * 4 + r / 2. */
+        int from = lane % 8 * 4 + lane % 8 / 2;
+        float first = __shfl_sync(~0u, row % 2 ? above[1] : above[0], from);
+        float second = __shfl_sync(~0u, row % 2 ? below[3] : below[2], from);
+        if (lane / HALF == half)
+            square = lane % HALF < 8 ? first : second;
+    }
+    return square;
 }
 
 /* Divides a row of k or q by a power of two. */
@@ -113,7 +111,7 @@ inline __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scale
     float square = find_square(tile), norm = rsqrtf(square + 1e-6f) * scale;
     bool ordinary = square >= SMALL && square <= LARGE;
     uint32_t others = __ballot_sync(~0u, !ordinary && square > 0);
-    if (others) {
+    if (__builtin_expect(others, 0)) {
         float size = size_of_row(square);
         norm *= ordinary || square == 0 ? 1.f : size;
 #pragma unroll 1
@@ -125,20 +123,6 @@ inline __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scale
     scales[token_place(lane)] = norm;
     if (plain)
         plain[lane] = norm;
-}
-
-/* The warp finds the largest of the values, as bf16 without its sign: those are ordered as integers are. */
-inline __device__ uint32_t find_largest(const __nv_bfloat16 *values) {
-    uint32_t largest = 0; /* of each half */
-#pragma unroll 4
-    for (int i = 0; i < CHUNK * DIM; i += 32 * 8) {
-        uint4 words = *reinterpret_cast<const uint4 *>(&values[i + thread() % 32 * 8]);
-        const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-            largest = __vmaxu2(largest, pairs[n] & 0x7fff7fff);
-    }
-    return __reduce_max_sync(~0u, max(largest & 0xffff, largest >> 16));
 }
 
 /* k, q and g of the thread's two channels and half of the chunk become RK, RQ and CK. Returns the log2 decay of the
@@ -200,6 +184,27 @@ template <bool later> __device__ float2 make_tiles(const Panel &panel, const Gat
     return later ? sum : make_float2(-sum.x, -sum.y);
 }
 
+/* beta of the lane's token as stored, on its way until it is used. */
+inline __device__ uint32_t load_beta(const kda_prefill &p, int64_t batch, int64_t token, int64_t head,
+                                     int count) {
+    int lane = threadIdx.x % 32;
+    if (lane >= count)
+        return 0;
+    const char *at = kda_row(&p.beta, batch, token + lane, head);
+    return p.beta.dtype == KDA_F32 ? *reinterpret_cast<const uint32_t *>(at)
+                                   : *reinterpret_cast<const uint16_t *>(at);
+}
+
+inline __device__ float find_beta(const kda_prefill &p, int count, uint32_t raw) {
+    float x = p.beta.dtype == KDA_F32    ? __uint_as_float(raw)
+              : p.beta.dtype == KDA_BF16 ? kda_from_bf16((uint16_t)raw)
+                                         : __half2float(__ushort_as_half((uint16_t)raw));
+    if (p.beta_mode != FLASH_KDA_BETA_GIVEN)
+        x = reciprocal_approximate(1.f + exp2_approximate(x * -LOG2E)) *
+            (p.beta_mode == FLASH_KDA_BETA_TWICE_SIGMOID ? 2.f : 1.f);
+    return threadIdx.x % 32 < count ? x : 0.f;
+}
+
 /* All of the warpgroup's threads. */
 inline __device__ void make_decays(Tiles &tiles, Factors &factors, const Gate &gate) {
     int warp = thread() % GROUP / 32, panel = warp % 2;
@@ -243,16 +248,18 @@ struct Tf32Places {
     }
 };
 
-/* The warp's rows of M0, of which nothing counts above the diagonal: it may be infinite, so it is replaced. */
-inline __device__ void store_M(const float (&d)[CHUNK / 8][4], float *M) {
+/* The warp's rows of M, M0 times rq, of which nothing counts above the diagonal: it may be infinite, so it is replaced. */
+inline __device__ void store_M(const float (&d)[CHUNK / 8][4], const float *query_scale, float *M) {
     int lane = thread() % 32, down = thread() / 32 % 2 * HALF;
     Tf32Places places = Tf32Places::of_accumulator(M, down);
     int ahead = down + lane / 4 - lane % 4 * 2; /* of the row before the token, in the first element */
+    const float rq[2] = {query_scale[token_place(down + lane / 4)],
+                         query_scale[token_place(down + lane / 4 + 8)]};
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-            float x = ahead >= j * 8 + n % 2 - n / 2 * 8 ? round_tf32(d[j][n]) : 0.f;
+            float x = ahead >= j * 8 + n % 2 - n / 2 * 8 ? round_tf32(d[j][n] * rq[n / 2]) : 0.f;
             store_shared(places.at(n / 2 * 8, j * 8 + n % 2), __float_as_uint(x));
         }
 }
@@ -376,7 +383,7 @@ inline __device__ void make_operands(Tiles &tiles, Factors &factors, Blocks &blo
         barrier_wait(inverse_barrier, 64);
         join_blocks(blocks, tiles.inverse);
     } else
-        store_M(d, tiles.M);
+        store_M(d, factors.query_scale, tiles.M);
     fence_shared();
 }
 

@@ -29,7 +29,12 @@ struct alignas(16) Factors {
     float to_middle[DIM]; /* decay of the state from the chunk's start, by channel_place */
     float to_end[DIM];    /* and from there to its end */
     float key_scale[CHUNK], query_scale[CHUNK]; /* rk, rq by token_place */
-    uint32_t largest;                           /* value, as bf16 without its sign */
+};
+
+/* What kernel prepare leaves of a chunk. */
+struct Prepared {
+    Tiles tiles;
+    Factors factors;
 };
 
 /* A consumer's thread needs channels c * 8 + lane % 4 * 2 + {0, 1} of every c, four at a time. */

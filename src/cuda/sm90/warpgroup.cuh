@@ -15,6 +15,14 @@ namespace ptx = cuda::ptx;
 constexpr int GROUP = 128;        /* threads of a warpgroup */
 constexpr int GROUP_COLUMNS = 64; /* of V, of one warpgroup */
 
+/* threadIdx.x, read anew: what follows from it is computed where it is used, not kept in registers through all of a
+ * chunk. */
+inline __device__ uint32_t thread() {
+    uint32_t x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
 /* Which stage a chunk uses, and the parity of the barriers' phase in which it does. */
 template <int STAGES> struct Turn {
     int stage = 0;
