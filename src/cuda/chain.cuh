@@ -64,10 +64,7 @@ inline __device__ void tf32_operand(const float (&tile)[4], uint32_t (&a)[4]) {
 
 /* Two floats rounded to a 2-byte dtype. */
 inline __device__ uint32_t pack_output(kda_dtype dtype, float low, float high) {
-    if (dtype == KDA_BF16)
-        return pack_bf16(low, high);
-    __half2 halves = __floats2half2_rn(low, high);
-    return *reinterpret_cast<uint32_t *>(&halves);
+    return dtype == KDA_BF16 ? pack_bf16(low, high) : pack_half(low, high);
 }
 
 /* O^T of one chunk to memory. Pairs of 2-byte outputs are transposed first, so that a lane holds neighbours in V. */

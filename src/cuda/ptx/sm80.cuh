@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 namespace kda {
 
@@ -85,6 +86,12 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
 /* Two floats rounded to bf16, the first in the low half. */
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&x);
+}
+
+/* Two floats rounded to fp16, the first in the low half. */
+__device__ __forceinline__ uint32_t pack_half(float low, float high) {
+    __half2 x = __floats2half2_rn(low, high);
     return *reinterpret_cast<uint32_t *>(&x);
 }
 

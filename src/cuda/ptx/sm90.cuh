@@ -128,6 +128,18 @@ __device__ __forceinline__ void wgmma(float (&d)[TILES][4], const uint32_t (&a)[
         static_assert(TILES == 4, "4, 8 or 16 tiles");
 }
 
+/* d [64][32] += a [64][16] b [16][32], fp16 operands, fp32 sums; = if !accumulate. The columns of b lie contiguous in
+ * memory. */
+template <bool accumulate>
+__device__ __forceinline__ void wgmma_half(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "{%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}\n"
+                 : KDA_TILES4(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+}
+
 /* d [64][32] += a [64][8] b [8][32], tf32 operands, of which only the upper bits count; = if !accumulate. The
  * columns of b lie contiguous in memory. */
 template <bool accumulate>

@@ -111,7 +111,7 @@ __device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_b
     uint64_t rows = wgmma_operand(panels[0].keys, 0, 8 * ROW, SWIZZLE_128);
     uint64_t columns = wgmma_operand(panels[0].gates, sizeof(Panel), 8 * ROW, SWIZZLE_128);
     uint64_t inverse = wgmma_operand(tiles.inverse, 0, 8 * CHUNK * 4, SWIZZLE_128);
-    uint64_t M = wgmma_operand(tiles.M, 0, 8 * CHUNK * 4, SWIZZLE_128);
+    uint64_t M = wgmma_operand(tiles.M, 0, 8 * CHUNK * 2, SWIZZLE_64);
 
     decay_state(S, factors.to_middle);
     float wy[CHUNK / 4][4]; /* W^T, then Y^T */
@@ -167,13 +167,14 @@ __device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_b
     wgmma_wait<0>();
     pin(U);
 
-    uint32_t u[CHUNK / 16][4];
+    uint32_t u[CHUNK / 16][4], u_half[CHUNK / 16][4];
 #pragma unroll
-    for (int t = 0; t < CHUNK / 16; t++)
+    for (int t = 0; t < CHUNK / 16; t++) {
         pack_operand(U[2 * t], U[2 * t + 1], u[t]);
 #pragma unroll
-    for (int i = 0; i < CHUNK / 8; i++)
-        tf32_operand(U[i], x[i]);
+        for (int n = 0; n < 4; n++)
+            u_half[t][n] = pack_half(U[2 * t + n / 2][n % 2 * 2], U[2 * t + n / 2][n % 2 * 2 + 1]);
+    }
     pin(S);
     pin(o);
     wgmma_fence();
@@ -181,10 +182,8 @@ __device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_b
     for (int t = 0; t < CHUNK / 16; t++)
         wgmma<true, true>(S, u[t], advanced(columns, t * 16 * ROW));
     if constexpr (outputs) {
-        wgmma_tf32<false>(o, x[0], M);
-#pragma unroll
-        for (int i = 1; i < CHUNK / 8; i++)
-            wgmma_tf32<true>(o, x[i], advanced(M, i * 32));
+        wgmma_half<false>(o, u_half[0], M);
+        wgmma_half<true>(o, u_half[1], advanced(M, 32));
     }
     wgmma_commit();
     wgmma_wait<0>();

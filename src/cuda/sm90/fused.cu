@@ -52,7 +52,7 @@ struct alignas(1024) Shared {
     uint64_t empty[STAGES];   /* both consumers are done */
 };
 
-static_assert(sizeof(Shared) == 224 * 1024, "docs/hopper.md says what lies where");
+static_assert(sizeof(Shared) == 214 * 1024, "docs/hopper.md says what lies where");
 
 /* ---- Scouts --------------------------------------------------------------------------------------- */
 
@@ -172,21 +172,18 @@ __device__ void receive(const kda_prefill &p, Shared &shared, Scratch &scratch, 
     if (count <= 0)
         return;
     bool scouts = thread() % GROUP / 32 == SCOUT;
-    for (int i = 0; i < PANELS && count < CHUNK; i++)
-        if (scouts) {
-            clear_rows(&shared.values[s][i * CHUNK * PANEL], count, 0);
-        } else {
-            clear_rows(shared.tiles[s].panels[i].keys, count, 0);
-            clear_rows(shared.tiles[s].panels[i].queries, count, 0);
-            clear_rows(shared.tiles[s].panels[i].gates, count, NO_DECAY);
-        }
-    __syncwarp();
-    if (scouts) {
-        scratch.blocks.beta[slot][thread() % 32] = find_beta(p, count, beta);
-    } else {
-        find_norms(shared.tiles[s].panels[0].keys, 1.f, shared.factors[s].key_scale, scratch.blocks.rk[slot]);
-        find_norms(shared.tiles[s].panels[0].queries, p.scale, shared.factors[s].query_scale, nullptr);
+    Panel(&panels)[PANELS] = shared.tiles[s].panels;
+    Factors &factors = shared.factors[s];
+    for (int i = 0; i < PANELS && __builtin_expect(count < CHUNK, 0); i++) {
+        clear_rows(scouts ? panels[i].keys : panels[i].queries, count, 0);
+        clear_rows(scouts ? &shared.values[s][i * CHUNK * PANEL] : panels[i].gates, count,
+                   scouts ? 0 : NO_DECAY);
     }
+    __syncwarp();
+    if (scouts)
+        scratch.blocks.beta[slot][thread() % 32] = find_beta(p, count, beta);
+    find_norms(scouts ? panels[0].keys : panels[0].queries, scouts ? 1.f : p.scale,
+               scouts ? factors.key_scale : factors.query_scale, scouts ? scratch.blocks.rk[slot] : nullptr);
 }
 
 __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared &shared, int items, int group) {

@@ -249,19 +249,20 @@ struct Tf32Places {
 };
 
 /* The warp's rows of M, M0 times rq, of which nothing counts above the diagonal: it may be infinite, so it is replaced. */
-inline __device__ void store_M(const float (&d)[CHUNK / 8][4], const float *query_scale, float *M) {
-    int lane = thread() % 32, down = thread() / 32 % 2 * HALF;
-    Tf32Places places = Tf32Places::of_accumulator(M, down);
-    int ahead = down + lane / 4 - lane % 4 * 2; /* of the row before the token, in the first element */
-    const float rq[2] = {query_scale[token_place(down + lane / 4)],
-                         query_scale[token_place(down + lane / 4 + 8)]};
+inline __device__ void store_M(const float (&d)[CHUNK / 8][4], const float *query_scale, const __half *M) {
+    uint32_t lane = thread() % 32, row = thread() / 32 % 2 * HALF + lane / 4;
+    int ahead = (int)(row - lane % 4 * 2); /* of the row before the token, in the first element */
+    uint32_t at = shared_address(M) + row * CHUNK * 2 + ((row / 2 % 4) << 4) + lane % 4 * 4;
 #pragma unroll
-    for (int j = 0; j < CHUNK / 8; j++)
+    for (int n = 0; n < 2; n++) {
+        float rq = query_scale[token_place(row + n * 8)];
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            float x = ahead >= j * 8 + n % 2 - n / 2 * 8 ? round_tf32(d[j][n] * rq[n / 2]) : 0.f;
-            store_shared(places.at(n / 2 * 8, j * 8 + n % 2), __float_as_uint(x));
+        for (int j = 0; j < CHUNK / 8; j++) {
+            float left = ahead >= j * 8 - n * 8 ? d[j][2 * n] * rq : 0.f;
+            float right = ahead >= j * 8 - n * 8 + 1 ? d[j][2 * n + 1] * rq : 0.f;
+            store_shared((at ^ j << 4) + n * 8 * CHUNK * 2, pack_half(left, right));
         }
+    }
 }
 
 /* A diagonal block of F by forward substitution, a column to a lane; both halves of the warp do the same. */

@@ -22,7 +22,7 @@ struct Panel {
 struct alignas(1024) Tiles {
     Panel panels[PANELS];
     float inverse[CHUNK * CHUNK]; /* F, by tf32_place */
-    float M[CHUNK * CHUNK];       /* M0, by tf32_place */
+    __half M[CHUNK * CHUNK];      /* M0 diag(rq), swizzled by 64 bytes */
 };
 
 struct alignas(16) Factors {

@@ -77,12 +77,11 @@ __device__ void receive(const kda_prefill &p, Tiles &tiles, Factors &factors, Bl
                    count, warp < 2 ? 0 : NO_DECAY);
     }
     __syncwarp();
-    if (warp == 0)
-        find_norms(tiles.panels[0].keys, 1.f, factors.key_scale, blocks.rk[0]);
-    else if (warp == 1)
-        find_norms(tiles.panels[0].queries, p.scale, factors.query_scale, nullptr);
-    else
+    if (warp == RECEIVE_BETA)
         blocks.beta[0][thread() % 32] = find_beta(p, count, beta);
+    else
+        find_norms(warp == 0 ? tiles.panels[0].keys : tiles.panels[0].queries, warp == 0 ? 1.f : p.scale,
+                   warp == 0 ? factors.key_scale : factors.query_scale, warp == 0 ? blocks.rk[0] : nullptr);
 }
 
 __global__ void __launch_bounds__(GROUPS *GROUP, 1)
