@@ -8,7 +8,7 @@
  */
 #include "cuda/segments.h"
 
-/* One step of every CTA: alone on its multiprocessor, and beside another. */
+/* A step of every CTA: with one warpgroup of consumers to a multiprocessor, and with two. */
 struct step {
     double alone, beside;
 };
@@ -16,32 +16,32 @@ struct step {
 static const struct form {
     double prepare; /* a chunk of one head, on one multiprocessor */
     struct step with_outputs, summarising;
-} general = {2.7, {1.2, 2.0}, {0.95, 1.4}}, tiles = {1.0, {1.0, 1.6}, {0.8, 1.3}};
-#define STEP_FUSED 2.75
-#define SCAN_STEP  2.5
-#define LAUNCH     7.5 /* another kernel, and its ramp */
+} general = {2.7, {1.2, 2.0}, {0.95, 1.4}}, tiles = {2.3, {1.45, 1.8}, {0.8, 1.25}};
+#define STEP_FUSED 2.7
+#define BEGIN      7.5 /* of a CTA's chain or segment, and its end */
+#define SCAN_STEP  3.4
+#define LAUNCH     3.5 /* a kernel, and its ramp */
 /* The longest sequence of a packed batch, in average ones, and what it costs that CTAs do not end together. */
 #define LONGEST   2.0
-#define IMBALANCE 1.15
+#define IMBALANCE 1.1
 enum { MIN_CHUNKS = 4 /* of a segment */ };
 
 static double steps(struct step step, int64_t chunks, int64_t ctas, int processors) {
     int64_t waves = (ctas + 2 * processors - 1) / (2 * processors);
-    bool alone = ctas <= processors;
-    return (double)chunks * (alone ? step.alone : step.beside * (double)waves);
+    return (double)waves * ((double)chunks * (ctas <= processors ? step.alone : step.beside) + BEGIN);
 }
 
-static const struct form *form_of(const struct kda_segment_problem *p) { return p->tiles ? &tiles : &general; }
-
 static double cost(const struct kda_segment_problem *p, int segments) {
-    struct step with_outputs = form_of(p)->with_outputs, summarising = form_of(p)->summarising;
+    const struct form *form = p->tiles ? &tiles : &general;
+    double prepare = (double)(p->chains * p->chunks) * form->prepare / p->processors + LAUNCH;
     if (segments == 1)
-        return steps(with_outputs, p->chunks, p->chains * p->value_parts, p->processors);
+        return prepare + steps(form->with_outputs, p->chunks, p->chains * p->value_parts, p->processors) +
+               LAUNCH;
     int64_t each = (p->chunks + segments - 1) / segments;
     int64_t summed = p->chains * ((segments - 2) * (p->value_parts + p->identity_parts) + p->value_parts);
-    return steps(summarising, each, summed, p->processors) +
-           steps(with_outputs, each, p->chains * segments * p->value_parts, p->processors) +
-           (segments - 2) * SCAN_STEP + 2 * LAUNCH;
+    return prepare + steps(form->summarising, each, summed, p->processors) +
+           steps(form->with_outputs, each, p->chains * segments * p->value_parts, p->processors) +
+           (segments - 2) * SCAN_STEP + 3 * LAUNCH;
 }
 
 int kda_segments(const struct kda_segment_problem *problem, double *microseconds) {
@@ -52,16 +52,15 @@ int kda_segments(const struct kda_segment_problem *problem, double *microseconds
             best = n;
             *microseconds = cost(problem, n);
         }
-    *microseconds +=
-        (double)(problem->chains * problem->chunks) * form_of(problem)->prepare / problem->processors + LAUNCH;
     return best;
 }
 
 double kda_fused_cost(const struct kda_segment_problem *problem) {
-    double chunks = (double)problem->chunks, share = (double)problem->chains / problem->processors;
+    double chunks = (double)problem->chunks, each = chunks * STEP_FUSED + BEGIN;
     int64_t rounds = (problem->chains + problem->processors - 1) / problem->processors;
     if (!problem->packed)
-        return (double)rounds * chunks * STEP_FUSED;
-    double even = share * chunks * IMBALANCE, longest = LONGEST * chunks;
-    return (even > longest ? even : longest) * STEP_FUSED;
+        return (double)rounds * each + LAUNCH;
+    double even = (double)problem->chains / problem->processors * each * IMBALANCE;
+    double longest = LONGEST * chunks * STEP_FUSED;
+    return (even > longest ? even : longest) + LAUNCH;
 }

@@ -10,14 +10,19 @@
 
 enum { PROCESSORS = 132, PARTS = 2 };
 
+static struct kda_segment_problem problem_of(int64_t chains, int64_t chunks) {
+    return (struct kda_segment_problem){.chains = chains,
+                                        .chunks = chunks,
+                                        .may_cut = true,
+                                        .tiles = true,
+                                        .value_parts = PARTS,
+                                        .identity_parts = PARTS,
+                                        .processors = PROCESSORS};
+}
+
 static int segments(int64_t chains, int64_t chunks, double *microseconds) {
-    return kda_segments(&(struct kda_segment_problem){.chains = chains,
-                                                      .chunks = chunks,
-                                                      .may_cut = true,
-                                                      .value_parts = PARTS,
-                                                      .identity_parts = PARTS,
-                                                      .processors = PROCESSORS},
-                        microseconds);
+    struct kda_segment_problem problem = problem_of(chains, chunks);
+    return kda_segments(&problem, microseconds);
 }
 
 static void test_many_chains_stay_whole(void **state) {
@@ -70,8 +75,8 @@ static void test_as_measured(void **state) {
     const struct {
         int64_t chains, chunks;
         int count;
-    } cases[] = {{64, 256, 1}, {32, 256, 1}, {24, 256, 4},  {16, 256, 8}, {8, 256, 8},
-                 {16, 64, 4},  {12, 64, 4},  {8, 2048, 16}, {4, 32, 4}};
+    } cases[] = {{64, 256, 1}, {32, 256, 3}, {24, 256, 4},  {16, 256, 8}, {8, 256, 8},
+                 {16, 64, 5},  {12, 64, 4},  {8, 2048, 16}, {4, 32, 4}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         assert_int_equal(segments(cases[i].chains, cases[i].chunks, &time), cases[i].count);
 }
@@ -79,13 +84,9 @@ static void test_as_measured(void **state) {
 static void test_not_where_it_may_not_cut(void **state) {
     (void)state;
     double time;
-    assert_int_equal(kda_segments(&(struct kda_segment_problem){.chains = 1,
-                                                                .chunks = 4096,
-                                                                .value_parts = PARTS,
-                                                                .identity_parts = PARTS,
-                                                                .processors = PROCESSORS},
-                                  &time),
-                     1);
+    struct kda_segment_problem problem = problem_of(1, 4096);
+    problem.may_cut = false;
+    assert_int_equal(kda_segments(&problem, &time), 1);
 }
 
 /* As measured on an H200. */
@@ -95,17 +96,13 @@ static void test_fused_where_there_are_many_chains(void **state) {
     const struct {
         int64_t chains, chunks;
         bool packed, wins;
-    } cases[] = {{96, 256, false, true},  {576, 43, true, true}, {768, 32, false, true},
-                 {64, 256, false, false}, {192, 43, true, true}, {32, 256, false, false},
-                 {8, 2048, false, false}, {2048, 2, false, true}};
+    } cases[] = {{96, 256, false, true},  {576, 43, true, true},  {768, 32, false, true},
+                 {64, 256, false, false}, {192, 43, true, true},  {32, 256, false, false},
+                 {48, 64, false, false},  {128, 64, false, true}, {2048, 2, false, true},
+                 {8, 2048, false, false}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        struct kda_segment_problem problem = {.chains = cases[i].chains,
-                                              .chunks = cases[i].chunks,
-                                              .packed = cases[i].packed,
-                                              .may_cut = true,
-                                              .value_parts = PARTS,
-                                              .identity_parts = PARTS,
-                                              .processors = PROCESSORS};
+        struct kda_segment_problem problem = problem_of(cases[i].chains, cases[i].chunks);
+        problem.packed = cases[i].packed;
         kda_segments(&problem, &otherwise);
         assert_int_equal(kda_fused_cost(&problem) < otherwise, cases[i].wins);
     }
