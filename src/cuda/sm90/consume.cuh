@@ -103,10 +103,11 @@ inline __device__ uint32_t scale_pair(uint32_t pair, uint32_t factors) {
     return scaled;
 }
 
-/* One chunk: S goes on, o becomes its outputs, both in the warp's unit. v lies in rows of COLUMNS. */
-template <int COLUMNS, bool outputs>
+/* One chunk: S goes on, o becomes its outputs, both in the warp's unit. v lies in rows of COLUMNS. `meanwhile` is done
+ * while the first product runs. */
+template <int COLUMNS, bool outputs, class F>
 __device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_bfloat16 *v_rows,
-                        float (&S)[DIM / 8][4], float (&o)[CHUNK / 8][4], int &unit) {
+                        float (&S)[DIM / 8][4], float (&o)[CHUNK / 8][4], int &unit, F meanwhile) {
     const Panel(&panels)[PANELS] = tiles.panels;
     uint64_t rows = wgmma_operand(panels[0].keys, 0, 8 * ROW, SWIZZLE_128);
     uint64_t columns = wgmma_operand(panels[0].gates, sizeof(Panel), 8 * ROW, SWIZZLE_128);
@@ -127,6 +128,7 @@ __device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_b
         wgmma<false, true>(wy, a[c], advanced(rows, c / 4 * sizeof(Panel) + c % 4 * 32));
     wgmma_commit();
 
+    meanwhile();
     uint32_t v[CHUNK / 16][4];
     MatrixRow<CHUNK, COLUMNS> values(v_rows, false);
 #pragma unroll
@@ -297,11 +299,10 @@ struct Task {
     bool first, last; /* of what the CTA works of its sequence */
 };
 
-/* The warp's outputs of a chunk [CHUNK][16 columns], from o^T, to memory. */
-inline __device__ void store_chunk(const kda_prefill &p, const kda_sm90_maps &maps, const Task &task,
-                                   const float (&o)[CHUNK / 8][4], __nv_bfloat16 *rows) {
-    int lane = threadIdx.x % 32, column = task.column + threadIdx.x / 32 * 16;
-    if (lane == 0)
+/* The warp's outputs of a chunk [CHUNK][16 columns], from o^T, to its own `rows`. */
+inline __device__ void place_outputs(const kda_prefill &p, const float (&o)[CHUNK / 8][4],
+                                     __nv_bfloat16 *rows) {
+    if (threadIdx.x % 32 == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>()); /* the chunk before has left */
     __syncwarp();
     uint32_t pairs[CHUNK / 8][2];
@@ -311,6 +312,12 @@ inline __device__ void store_chunk(const kda_prefill &p, const kda_sm90_maps &ma
         for (int n = 0; n < 2; n++)
             pairs[i][n] = pack_output(p.out.dtype, o[i][2 * n], o[i][2 * n + 1]);
     turn_over(pairs, rows);
+}
+
+/* And from there to memory. */
+inline __device__ void send_outputs(const kda_prefill &p, const kda_sm90_maps &maps, const Task &task,
+                                    const __nv_bfloat16 *rows) {
+    int lane = threadIdx.x % 32, column = task.column + threadIdx.x / 32 * 16;
     fence_shared();
     __syncwarp();
     if (task.count == CHUNK) {
@@ -329,8 +336,14 @@ inline __device__ void store_chunk(const kda_prefill &p, const kda_sm90_maps &ma
 template <int COLUMNS, bool outputs, class Shared, class Before, class After>
 __device__ void consume(const kda_prefill &p, const kda_sm90_maps &maps, Shared &shared, Before before,
                         After after) {
+    /* A group that is alone on its multiprocessor waits for products with nothing else to do: then outputs leave while
+     * the next chunk's first product runs. Beside others that costs more than it hides. */
+    constexpr bool waits = outputs && COLUMNS == GROUP_COLUMNS;
     float S[DIM / 8][4];
     int unit = 0;
+    __nv_bfloat16 *rows = shared.outputs[threadIdx.x / 32];
+    Task leaving; /* the chunk whose outputs are in rows */
+    leaving.count = 0;
     for (Turn<sizeof shared.tasks / sizeof(Task)> turn;; turn.next()) {
         wait(shared.full[turn.stage], turn.parity);
         const Task &sent = shared.tasks[turn.stage];
@@ -344,13 +357,20 @@ __device__ void consume(const kda_prefill &p, const kda_sm90_maps &maps, Shared 
         float o[CHUNK / 8][4];
         if (sent.count > 0)
             advance<COLUMNS, outputs>(shared.tiles[turn.stage], shared.factors[turn.stage],
-                                      shared.values[turn.stage], S, o, unit);
+                                      shared.values[turn.stage], S, o, unit, [&] {
+                                          if (waits)
+                                              send_outputs(p, maps, leaving, rows);
+                                      });
         const Task task = sent; /* the next one may overwrite it */
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
         if (outputs && task.count > 0) {
             if (__builtin_expect(unit != 0, 0))
                 scale_tiles(o, power_of_two(unit));
-            store_chunk(p, maps, task, o, shared.outputs[threadIdx.x / 32]);
+            place_outputs(p, o, rows);
+            if (waits)
+                leaving = task;
+            else
+                send_outputs(p, maps, task, rows);
             if (__builtin_expect(p.checkpoints.data != nullptr, 0))
                 store_whole_checkpoints(p, task.n, task.head, task.column, task.position, S, unit);
         }
@@ -362,6 +382,8 @@ __device__ void consume(const kda_prefill &p, const kda_sm90_maps &maps, Shared 
                 store_whole(from_column(to, task.column), S, unit);
         }
     }
+    if (waits)
+        send_outputs(p, maps, leaving, rows);
     if (outputs && threadIdx.x % 32 == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
 }

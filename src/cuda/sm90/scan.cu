@@ -7,6 +7,7 @@
  */
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/sm90/kernels.h"
+#include "cuda/sm90/launch.cuh"
 #include "cuda/sm90/summaries.cuh"
 
 namespace kda {
@@ -27,12 +28,14 @@ __device__ void fetch(const float *A, int K, float *to) {
 
 __global__ void __launch_bounds__(HALVES *MAX_K)
     scan(const __grid_constant__ kda_prefill p, kda_sm90_segments segments) {
+    let_next_begin();
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
     int64_t chain = blockIdx.x;
     int K = (int)p.key_dim, c = threadIdx.x % K, first = threadIdx.x / K * OWN, row = blockIdx.y * ROWS + first;
     int count = segments.count - 1; /* summaries */
     float sum[OWN];
+    wait_for_kernel_before();
     if (kda_sequence(&p, chain / p.value_heads).slot < 0) /* padding has no summaries */
         return;
     if (count > 1)
@@ -75,6 +78,5 @@ cudaError_t kda_sm90_scan(const kda_prefill *p, kda_sm90_segments segments, cuda
     if (error)
         return error;
     dim3 grid((unsigned)(p->sequences * p->value_heads), (unsigned)(p->value_dim / ROWS));
-    scan<<<grid, HALVES *(unsigned)p->key_dim, sizeof(Shared), stream>>>(*p, segments);
-    return cudaGetLastError();
+    return launch_behind(scan, grid, HALVES * (unsigned)p->key_dim, sizeof(Shared), stream, *p, segments);
 }

@@ -8,13 +8,19 @@
  */
 #include "cuda/sm90/consume.cuh"
 #include "cuda/sm90/kernels.h"
+#include "cuda/sm90/launch.cuh"
 #include "cuda/sm90/parts.cuh"
 #include "cuda/sm90/tensor_maps.h"
 
 namespace kda {
 namespace {
 
-constexpr int STAGES = 5, REGISTERS = 128;
+constexpr int STAGES = 5;
+
+/* Registers of a thread at the start, then of the consumers', then of the loader's warpgroup. */
+template <int GROUPS> constexpr int REGISTERS = GROUPS == 1 ? 152 : 128;
+template <int GROUPS> constexpr int CONSUMER_REGISTERS = GROUPS == 1 ? 200 : 168;
+template <int GROUPS> constexpr int LOADER_REGISTERS = GROUPS == 1 ? 104 : 48;
 
 template <int GROUPS> struct alignas(1024) Shared {
     Tiles tiles[STAGES];
@@ -116,14 +122,13 @@ __device__ void begin_state(const kda_prefill &p, const Part &part, const kda_sm
 }
 
 template <int GROUPS, Pass pass>
-__global__ void __maxnreg__(REGISTERS)
+__global__ void __maxnreg__(REGISTERS<GROUPS>)
     run(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
         const Prepared *operands, int64_t chunks, kda_sm90_segments segments) {
+    let_next_begin();
     extern __shared__ __align__(1024) char memory[];
     Shared<GROUPS> &shared = *reinterpret_cast<Shared<GROUPS> *>(memory);
     Part part = find_part<GROUP_COLUMNS * GROUPS, pass>(p, chunks, segments);
-    if (part.chain.sequence.slot < 0 || (pass == SUMMARISE && left_out(part, segments)))
-        return;
     if (threadIdx.x == 0) {
         shared.part = part; /* consumers need it seldom */
         for (int i = 0; i < STAGES; i++) {
@@ -133,12 +138,15 @@ __global__ void __maxnreg__(REGISTERS)
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
     __syncthreads();
+    wait_for_kernel_before();
+    if (part.chain.sequence.slot < 0 || (pass == SUMMARISE && left_out(part, segments)))
+        return;
     if (threadIdx.x >= GROUPS * GROUP) {
-        give_registers<48>();
+        give_registers<LOADER_REGISTERS<GROUPS>>();
         if (threadIdx.x < GROUPS * GROUP + 32)
             load(p, maps, part, operands, shared);
     } else {
-        take_registers<168>();
+        take_registers<CONSUMER_REGISTERS<GROUPS>>();
         consume<GROUP_COLUMNS * GROUPS, pass != SUMMARISE>(
             p, maps, shared,
             [&](const Task &, float(&S)[DIM / 8][4]) { begin_state<pass>(p, shared.part, segments, S); },
@@ -159,9 +167,8 @@ cudaError_t launch(const kda_prefill *p, int64_t chunks, const void *operands, k
     int columns = DIM + (pass == SUMMARISE ? DIM : 0);
     dim3 grid((unsigned)(p->sequences * p->value_heads * segments.count),
               (unsigned)(columns / (GROUP_COLUMNS * GROUPS)));
-    run<GROUPS, pass><<<grid, (GROUPS + 1) * GROUP, bytes, stream>>>(
-        *p, maps, static_cast<const Prepared *>(operands), chunks, segments);
-    return cudaGetLastError();
+    return launch_behind(run<GROUPS, pass>, grid, (GROUPS + 1) * GROUP, bytes, stream, *p, maps,
+                         static_cast<const Prepared *>(operands), chunks, segments);
 }
 
 /* One group to a CTA while there are multiprocessors for it. */

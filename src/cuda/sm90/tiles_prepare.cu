@@ -5,6 +5,7 @@
  * A CTA has several producer warpgroups that share nothing: while one waits for its chunk, others work.
  */
 #include "cuda/sm90/kernels.h"
+#include "cuda/sm90/launch.cuh"
 #include "cuda/sm90/produce.cuh"
 #include "cuda/sm90/tensor_maps.h"
 
@@ -87,6 +88,7 @@ __device__ void receive(const kda_prefill &p, Tiles &tiles, Factors &factors, Bl
 __global__ void __launch_bounds__(GROUPS *GROUP, 1)
     prepare(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps, Prepared *all,
             int64_t chunks) {
+    let_next_begin();
     extern __shared__ __align__(1024) char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
     if (threadIdx.x < GROUPS)
