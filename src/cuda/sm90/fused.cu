@@ -17,8 +17,8 @@ namespace {
 
 constexpr int STAGES = 5, CONSUMERS = 2, PRODUCERS = 2;
 constexpr int THREADS = (CONSUMERS + PRODUCERS) * GROUP;
-constexpr int SORTED = 256;            /* sequences at most, more are worked in their own order */
-constexpr int RECEIVER = 2, SCOUT = 3; /* warps of a producer warpgroup */
+constexpr int SORTED = 256;                     /* sequences at most, more are worked in their own order */
+constexpr int KEYS = 0, QUERIES = 2, SCOUT = 3; /* warps of a producer warpgroup that receive chunks */
 
 /* Named barriers; 0 is __syncthreads. */
 enum {
@@ -162,33 +162,37 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared &sh
 
 /* ---- Producers ------------------------------------------------------------------------------------ */
 
-/* What can be done as soon as a chunk is there, by the receiver and the scout. Behind a sequence's end k, q and v
- * become 0 and nothing decays. */
+/* What can be done as soon as a chunk is there: norms of k and of q by a warp each, beta by the scout. Behind a
+ * sequence's end k, q and v become 0 and nothing decays. */
 __device__ void receive(const kda_prefill &p, Shared &shared, Scratch &scratch, const Turn<STAGES> &turn,
                         int slot, uint32_t beta) {
-    int s = turn.stage;
+    int s = turn.stage, warp = thread() % GROUP / 32;
     wait(shared.arrived[s], turn.parity);
     int count = shared.tasks[s].count;
     if (count <= 0)
         return;
-    bool scouts = thread() % GROUP / 32 == SCOUT;
     Panel(&panels)[PANELS] = shared.tiles[s].panels;
     Factors &factors = shared.factors[s];
     for (int i = 0; i < PANELS && __builtin_expect(count < CHUNK, 0); i++) {
-        clear_rows(scouts ? panels[i].keys : panels[i].queries, count, 0);
-        clear_rows(scouts ? &shared.values[s][i * CHUNK * PANEL] : panels[i].gates, count,
-                   scouts ? 0 : NO_DECAY);
+        clear_rows(warp == SCOUT  ? &shared.values[s][i * CHUNK * PANEL]
+                   : warp == KEYS ? panels[i].keys
+                                  : panels[i].queries,
+                   count, 0);
+        if (warp == SCOUT)
+            clear_rows(panels[i].gates, count, NO_DECAY);
     }
     __syncwarp();
-    if (scouts)
+    if (warp == SCOUT)
         scratch.blocks.beta[slot][thread() % 32] = find_beta(p, count, beta);
-    find_norms(scouts ? panels[0].keys : panels[0].queries, scouts ? 1.f : p.scale,
-               scouts ? factors.key_scale : factors.query_scale, scouts ? scratch.blocks.rk[slot] : nullptr);
+    else
+        find_norms(warp == KEYS ? panels[0].keys : panels[0].queries, warp == KEYS ? 1.f : p.scale,
+                   warp == KEYS ? factors.key_scale : factors.query_scale,
+                   warp == KEYS ? scratch.blocks.rk[slot] : nullptr);
 }
 
 __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared &shared, int items, int group) {
     int warp = threadIdx.x % GROUP / 32;
-    bool receives = warp >= RECEIVER;
+    bool receives = warp == KEYS || warp == QUERIES || warp == SCOUT;
     Scratch &scratch = shared.scratch[group];
     Turn<STAGES> turn, next, ahead;
     turn.next(group), next.next(group), ahead.next(group);

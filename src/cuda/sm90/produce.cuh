@@ -65,28 +65,30 @@ inline __device__ void clear_rows(__nv_bfloat16 *tile, int count, uint32_t word)
  * code competes for the instruction cache. */
 inline __device__ float find_square(const __nv_bfloat16 *tile) {
     uint32_t lane = thread() % 32, matrix = lane / 8, row = lane / 4;
-    float square = 0;
+    float above[2][4] = {}, below[2][4] = {}; /* 16 rows times the first 8 of them, and times the others */
+    uint32_t at = shared_address(tile) + (matrix % 2 * 8 + lane % 8) * ROW;
 #pragma unroll 1
-    for (uint32_t half = 0; half < 2; half++) {
-        float above[4] = {}, below[4] = {}; /* rows times the first 8 rows, and times the others */
-        uint32_t at = shared_address(tile) + (half * HALF + matrix % 2 * 8 + lane % 8) * ROW;
-#pragma unroll 1
-        for (int i = 0; i < PANELS; i++)
+    for (int i = 0; i < PANELS; i++, at += sizeof(Panel))
 #pragma unroll
-            for (uint32_t c = 0; c < PANEL / 16; c++) {
+        for (uint32_t c = 0; c < PANEL / 16; c++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
                 uint32_t a[4];
-                ldmatrix(a, at + i * sizeof(Panel) + ((c * 2 + matrix / 2 ^ lane % 8) << 4));
-                mma(above, a, a[0], a[2]);
-                mma(below, a, a[1], a[3]);
+                ldmatrix(a, at + half * HALF * ROW + (((c * 2 + matrix / 2) ^ lane % 8) << 4));
+                mma(above[half], a, a[0], a[2]);
+                mma(below[half], a, a[1], a[3]);
             }
-        /* Element (r, r) is in lane r * 4 + r / 2. */
-        int from = lane % 8 * 4 + lane % 8 / 2;
-        float first = __shfl_sync(~0u, row % 2 ? above[1] : above[0], from);
-        float second = __shfl_sync(~0u, row % 2 ? below[3] : below[2], from);
-        if (lane / HALF == half)
-            square = lane % HALF < 8 ? first : second;
+    /* Element (r, r) is in lane r * 4 + r / 2. */
+    int from = lane % 8 * 4 + lane % 8 / 2;
+    float squares[2][2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        squares[half][0] = __shfl_sync(~0u, row % 2 ? above[half][1] : above[half][0], from);
+        squares[half][1] = __shfl_sync(~0u, row % 2 ? below[half][3] : below[half][2], from);
     }
-    return square;
+    float first = lane < HALF ? squares[0][0] : squares[1][0],
+          second = lane < HALF ? squares[0][1] : squares[1][1];
+    return lane % HALF < 8 ? first : second;
 }
 
 /* Divides a row of k or q by a power of two. */
@@ -127,14 +129,15 @@ inline __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scale
 
 /* k, q and g of the thread's two channels and half of the chunk become RK, RQ and CK. Returns the log2 decay of the
  * half, from the chunk's start to its middle or from there to its end. Works outwards from the middle. */
-template <bool later> __device__ float2 make_tiles(const Panel &panel, const Gate &gate) {
-    constexpr int TOGETHER = 4, QUERIES = sizeof panel.keys, GATES = 2 * QUERIES, STEP = later ? ROW : -ROW;
+inline __device__ float2 make_tiles(const Panel &panel, bool later, const Gate &gate) {
+    constexpr int TOGETHER = 4, QUERIES = sizeof panel.keys, GATES = 2 * QUERIES;
     uint32_t lane = thread() % 32;
+    int step = later ? ROW : -ROW;
     /* Of token i from the middle; a token's 16-byte pieces are permuted by token % 8. */
     uint32_t first =
         shared_address(panel.keys) + (later ? HALF : HALF - 1) * ROW + (lane * 4 ^ (later ? 0 : 7 << 4));
     auto place = [&](int n, int j) {
-        return ((first + n * TOGETHER * STEP) ^ (n & 1) << 6 ^ j << 4) + j * STEP;
+        return ((first + n * TOGETHER * step) ^ (n & 1) << 6 ^ j << 4) + j * step;
     };
     uint32_t k[TOGETHER], q[TOGETHER], g[TOGETHER];
     float2 sum = make_float2(0, 0);
@@ -157,11 +160,9 @@ template <bool later> __device__ float2 make_tiles(const Panel &panel, const Gat
         for (int j = 0; j < TOGETHER; j++) {
             float2 raw = unpack_bf16(g[j]);
             float2 shares = make_float2(share(raw.x, gate.offset.x), share(raw.y, gate.offset.y));
-            if (!later)
-                x[j] = sum;
+            float2 before = sum;
             sum.x = fmaf(shares.x, direction, sum.x), sum.y = fmaf(shares.y, direction, sum.y);
-            if (later)
-                x[j] = sum;
+            x[j] = later ? sum : before;
             key[j] = k[j], query[j] = q[j];
         }
         if (n + 1 < HALF / TOGETHER)
@@ -208,8 +209,7 @@ inline __device__ float find_beta(const kda_prefill &p, int count, uint32_t raw)
 /* All of the warpgroup's threads. */
 inline __device__ void make_decays(Tiles &tiles, Factors &factors, const Gate &gate) {
     int warp = thread() % GROUP / 32, panel = warp % 2;
-    float2 way =
-        warp < 2 ? make_tiles<false>(tiles.panels[panel], gate) : make_tiles<true>(tiles.panels[panel], gate);
+    float2 way = make_tiles(tiles.panels[panel], warp >= 2, gate);
     float *to = warp < 2 ? factors.to_middle : factors.to_end;
     *reinterpret_cast<float2 *>(&to[channel_place(panel * PANEL + thread() % 32 * 2)]) =
         make_float2(exp2_approximate(way.x), exp2_approximate(way.y));
@@ -266,8 +266,8 @@ inline __device__ void store_M(const float (&d)[CHUNK / 8][4], const float *quer
 }
 
 /* A diagonal block of F by forward substitution, a column to a lane; both halves of the warp do the same. */
-template <int block>
-inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], Blocks &blocks, int slot, float *F) {
+inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], int block, Blocks &blocks, int slot,
+                                    float *F) {
     int lane = thread() % 32, row = lane / 4, column = lane % 4 * 2, own = lane % HALF;
     const float *rk = &blocks.rk[slot][block * HALF], *beta = &blocks.beta[slot][block * HALF];
     float *L = blocks.L[block];
@@ -278,8 +278,9 @@ inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], Blocks &bloc
         float2 columns = *reinterpret_cast<const float2 *>(&rk[j * 8 + column]);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
+            float x = block == 0 ? d[j][n] : d[2 + j][n];
             L[(j * 8 + column + n % 2) * PADDED + row + n / 2 * 8] =
-                d[block * 2 + j][n] * factors[n / 2] * (n % 2 ? columns.y : columns.x);
+                x * factors[n / 2] * (n % 2 ? columns.y : columns.x);
             if (block == 1)
                 blocks.Z[(row + n / 2 * 8) * PADDED + j * 8 + column + n % 2] =
                     round_tf32(d[j][n] * rows[n / 2]);
@@ -375,14 +376,15 @@ inline __device__ void make_operands(Tiles &tiles, Factors &factors, Blocks &blo
     float d[CHUNK / 8][4];
     multiply_pairs(tiles.panels, d);
     int warp = thread() % GROUP / 32;
-    if (warp == 0) {
-        invert_block<0>(d, blocks, slot, tiles.inverse);
-        barrier_arrive(inverse_barrier, 64);
-        clear_above(tiles.inverse);
-    } else if (warp == 1) {
-        invert_block<1>(d, blocks, slot, tiles.inverse);
-        barrier_wait(inverse_barrier, 64);
-        join_blocks(blocks, tiles.inverse);
+    if (warp < 2) { /* code that is there once is fetched once */
+        invert_block(d, warp, blocks, slot, tiles.inverse);
+        if (warp == 0) {
+            barrier_arrive(inverse_barrier, 64);
+            clear_above(tiles.inverse);
+        } else {
+            barrier_wait(inverse_barrier, 64);
+            join_blocks(blocks, tiles.inverse);
+        }
     } else
         store_M(d, factors.query_scale, tiles.M);
     fence_shared();

@@ -2,8 +2,8 @@
 /*
  * Gives every segment of a chain its true state: S after segment s is A_s S + B_s, with S before it.
  *
- * A CTA works ROWS columns of V, for which nothing else is needed; a thread has one channel of half of them. The next
- * A comes while one is used.
+ * A CTA works ROWS columns of V, for which nothing else is needed; a thread has two channels of all of them and a quarter
+ * of the sum. The next A comes while one is used.
  */
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/sm90/kernels.h"
@@ -13,11 +13,12 @@
 namespace kda {
 namespace {
 
-constexpr int ROWS = 16, HALVES = 2, OWN = ROWS / HALVES, MAX_K = 128;
+constexpr int ROWS = 8, QUARTERS = 4, MAX_K = 128;
 
 struct Shared {
     float A[2][MAX_K * MAX_K]; /* A^T: row j is column j of A */
-    alignas(16) float S[ROWS][MAX_K];
+    alignas(16) float S[ROWS * MAX_K];
+    alignas(16) float sums[QUARTERS][ROWS * MAX_K];
 };
 
 __device__ void fetch(const float *A, int K, float *to) {
@@ -26,46 +27,62 @@ __device__ void fetch(const float *A, int K, float *to) {
     copy_async_commit();
 }
 
-__global__ void __launch_bounds__(HALVES *MAX_K)
+/* A quarter of A S, to sums. */
+__device__ void multiply(const float *A, const float *S, int K, float *sums) {
+    int quarter = threadIdx.x / (K / 2), channel = threadIdx.x % (K / 2) * 2;
+    float2 sum[ROWS] = {};
+#pragma unroll 2
+    for (int j = quarter * 4; j < K; j += QUARTERS * 4) {
+        float2 a[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            a[i] = *reinterpret_cast<const float2 *>(&A[(j + i) * K + channel]);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            float4 x = *reinterpret_cast<const float4 *>(&S[r * K + j]);
+            sum[r].x = fmaf(a[0].x, x.x, sum[r].x), sum[r].y = fmaf(a[0].y, x.x, sum[r].y);
+            sum[r].x = fmaf(a[1].x, x.y, sum[r].x), sum[r].y = fmaf(a[1].y, x.y, sum[r].y);
+            sum[r].x = fmaf(a[2].x, x.z, sum[r].x), sum[r].y = fmaf(a[2].y, x.z, sum[r].y);
+            sum[r].x = fmaf(a[3].x, x.w, sum[r].x), sum[r].y = fmaf(a[3].y, x.w, sum[r].y);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+        *reinterpret_cast<float2 *>(&sums[quarter * ROWS * MAX_K + r * K + channel]) = sum[r];
+}
+
+__global__ void __launch_bounds__(QUARTERS *MAX_K / 2)
     scan(const __grid_constant__ kda_prefill p, kda_sm90_segments segments) {
     let_next_begin();
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
     int64_t chain = blockIdx.x;
-    int K = (int)p.key_dim, c = threadIdx.x % K, first = threadIdx.x / K * OWN, row = blockIdx.y * ROWS + first;
+    int K = (int)p.key_dim,
+        own = threadIdx.x * 4;      /* its elements of S, in rows of K; ROWS K are 4 to a thread */
     int count = segments.count - 1; /* summaries */
-    float sum[OWN];
     wait_for_kernel_before();
     if (kda_sequence(&p, chain / p.value_heads).slot < 0) /* padding has no summaries */
         return;
     if (count > 1)
         fetch(summary(p, segments, chain, 1, true), K, shared.A[1]);
     for (int s = 0; s < count; s++) {
-        float *B = summary(p, segments, chain, s, false) + row * K;
-#pragma unroll
-        for (int r = 0; r < OWN; r++)
-            sum[r] = B[r * K + c];
+        float4 *B =
+            reinterpret_cast<float4 *>(summary(p, segments, chain, s, false) + blockIdx.y * ROWS * K + own);
+        float4 state = *B;
         if (s > 0) {
             copy_async_wait<0>();
             __syncthreads(); /* A has come for all; S is written, and the other A no longer read */
             if (s + 1 < count)
                 fetch(summary(p, segments, chain, s + 1, true), K, shared.A[(s + 1) % 2]);
-            const float *A = shared.A[s % 2];
-#pragma unroll 4
-            for (int j = 0; j < K; j += 4) {
-                float a[4] = {A[j * K + c], A[(j + 1) * K + c], A[(j + 2) * K + c], A[(j + 3) * K + c]};
+            multiply(shared.A[s % 2], shared.S, K, shared.sums[0]);
+            __syncthreads();
 #pragma unroll
-                for (int r = 0; r < OWN; r++) {
-                    float4 x = *reinterpret_cast<const float4 *>(&shared.S[first + r][j]);
-                    sum[r] = fmaf(a[0], x.x, sum[r]), sum[r] = fmaf(a[1], x.y, sum[r]);
-                    sum[r] = fmaf(a[2], x.z, sum[r]), sum[r] = fmaf(a[3], x.w, sum[r]);
-                }
+            for (int i = 0; i < QUARTERS; i++) {
+                float4 sum = *reinterpret_cast<const float4 *>(&shared.sums[i][own]);
+                state.x += sum.x, state.y += sum.y, state.z += sum.z, state.w += sum.w;
             }
-            __syncthreads(); /* S is no longer read */
         }
-#pragma unroll
-        for (int r = 0; r < OWN; r++)
-            B[r * K + c] = shared.S[first + r][c] = sum[r];
+        *B = *reinterpret_cast<float4 *>(&shared.S[own]) = state;
     }
 }
 
@@ -78,5 +95,5 @@ cudaError_t kda_sm90_scan(const kda_prefill *p, kda_sm90_segments segments, cuda
     if (error)
         return error;
     dim3 grid((unsigned)(p->sequences * p->value_heads), (unsigned)(p->value_dim / ROWS));
-    return launch_behind(scan, grid, HALVES * (unsigned)p->key_dim, sizeof(Shared), stream, *p, segments);
+    return launch_behind(scan, grid, QUARTERS * (unsigned)p->key_dim / 2, sizeof(Shared), stream, *p, segments);
 }
