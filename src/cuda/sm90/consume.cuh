@@ -188,13 +188,24 @@ __device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_b
         wgmma_half<true>(o, u_half[1], advanced(M, 32));
     }
     wgmma_commit();
+    alignas(16) float rq[CHUNK / 4];
+    if (outputs)
+        load_scales(factors.query_scale, rq);
+    float4 ahead[8];
+#pragma unroll
+    for (int c = 0; c < 8; c++)
+        ahead[c] = *reinterpret_cast<const float4 *>(&factors.to_end[c * 16 + threadIdx.x % 4 * 4]);
     wgmma_wait<0>();
     pin(S);
     pin(o);
-    decay_state(S, factors.to_end);
+#pragma unroll
+    for (int c = 0; c < DIM / 16; c++) {
+        float4 f = c < 8 ? ahead[c < 8 ? c : 0]
+                         : *reinterpret_cast<const float4 *>(&factors.to_end[c * 16 + threadIdx.x % 4 * 4]);
+        S[2 * c][0] *= f.x, S[2 * c][1] *= f.y, S[2 * c][2] *= f.x, S[2 * c][3] *= f.y;
+        S[2 * c + 1][0] *= f.z, S[2 * c + 1][1] *= f.w, S[2 * c + 1][2] *= f.z, S[2 * c + 1][3] *= f.w;
+    }
     if constexpr (outputs) {
-        alignas(16) float rq[CHUNK / 4];
-        load_scales(factors.query_scale, rq);
 #pragma unroll
         for (int i = 0; i < CHUNK / 8; i++)
 #pragma unroll
