@@ -17,6 +17,7 @@
  *  3. Ask flash_kda_prefill_workspace_size() how much scratch memory the call needs, and bring it.
  *  4. Call flash_kda_prefill(). A status other than FLASH_KDA_OK means that nothing was written;
  *     flash_kda_last_error() says in a sentence which argument was wrong.
+ *  5. Go on from the states it left, one token or a few at a time, with flash_kda_decode().
  *
  * The library never prints, aborts, exits or keeps a reference to an argument. Every function may be
  * called from several threads at once, as long as the calls do not write the same memory.
@@ -122,6 +123,8 @@ typedef enum flash_kda_flags {
     /* A sequence's bits do not depend on what it is batched with nor on num_threads. Costs speed only
      * where there are many more threads than sequences times value heads. */
     FLASH_KDA_BATCH_INVARIANT = 1 << 1,
+    /* Decode only: the state is read, not written. */
+    FLASH_KDA_KEEP_STATE = 1 << 2,
 } flash_kda_flags;
 
 /*
@@ -164,7 +167,7 @@ typedef struct flash_kda_prefill_args {
     double lower_bound; /* sigmoid gate only: in [-5, 0), nats a token */
     flash_kda_beta beta_mode;
     double scale;   /* 0: 1 / sqrt(K); within the range of fp32 */
-    uint32_t flags; /* flash_kda_flags */
+    uint32_t flags; /* flash_kda_flags, FLASH_KDA_KEEP_STATE excepted */
 
     /* -- Packed sequences: B = 1, sequence n is tokens cu_seqlens[n] .. cu_seqlens[n + 1] - 1 -- */
     const DLTensor *cu_seqlens; /* int32 or int64 [N + 1], from 0 to T, never falling; NULL: N = B dense
@@ -234,6 +237,101 @@ FLASH_KDA_API flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *a
  * threads, split. Writes at most size bytes to text, always ended by 0. Errors: as flash_kda_prefill(). */
 FLASH_KDA_API flash_kda_status flash_kda_prefill_describe(const flash_kda_prefill_args *args, char *text,
                                                           size_t size);
+
+/* ---- Decode ------------------------------------------------------------------------------------ */
+
+/* Tokens of a sequence in one call of decode, at most. */
+#define FLASH_KDA_MAX_DECODE_TOKENS 16
+
+/*
+ * Arguments of decode: 0 to 16 tokens of every sequence, whose states lie in a pool and are updated in place. It may
+ * be the pool that prefill writes, its initial_state and final_state. dtypes, strides, devices and what holds on CUDA
+ * are as for prefill; arithmetic is fp32 everywhere.
+ *
+ * Three ways to call it:
+ *
+ *  Decode: state_indices [N]. A sequence's state is read from its slot and written back after its last token.
+ *
+ *  Verify, for speculative decoding with a slot for each of C tokens: state_indices [N, C] and num_accepted_tokens
+ *  [N]. The state is read from slot state_indices[n, num_accepted_tokens[n] - 1], where the call before left it after
+ *  the token that was accepted last. After token t it is written to slot state_indices[n, t]. When drafts are rejected
+ *  nothing has to be copied or undone.
+ *
+ *  Verify and commit, with one slot a sequence: a call with FLASH_KDA_KEEP_STATE writes out alone. When it is known how
+ *  many tokens are accepted, the same call without that flag, with `accepted` and with out NULL, takes the states
+ *  through those.
+ *
+ * Memory: out and state may overlap neither each other nor another argument.
+ */
+typedef struct flash_kda_decode_args {
+    size_t struct_size; /* sizeof(flash_kda_decode_args), set by FLASH_KDA_DECODE_ARGS_INIT */
+
+    /* -- Inputs and output -- */
+    const DLTensor *q;       /* required, float [B, T, H, K], 1 <= K <= 256; packed, or T <= 16 */
+    const DLTensor *k;       /* required, float [B, T, H, K] */
+    const DLTensor *v;       /* required, float [B, T, HV, V], V >= 1 */
+    const DLTensor *g;       /* required, float [B, T, HV, K]: raw gate, or the log decay in nats a token */
+    const DLTensor *beta;    /* required, float [B, T, HV] */
+    const DLTensor *A_log;   /* float [HV]; NULL: exp(A_log) is 1. Not with FLASH_KDA_GATE_NONE */
+    const DLTensor *dt_bias; /* float [HV, K]; NULL: 0. Not with FLASH_KDA_GATE_NONE */
+    const DLTensor *out;     /* float [B, T, HV, V], written; NULL: only the state goes on */
+
+    /* -- What to compute -- */
+    flash_kda_gate gate;
+    double lower_bound; /* sigmoid gate only: in [-5, 0), nats a token */
+    flash_kda_beta beta_mode;
+    double scale;   /* 0: 1 / sqrt(K); within the range of fp32 */
+    uint32_t flags; /* flash_kda_flags. A sequence's bits never depend on its batch here */
+
+    /* -- Packed sequences: B = 1 and any T, sequence n is tokens cu_seqlens[n] .. cu_seqlens[n + 1] - 1 -- */
+    const DLTensor *cu_seqlens; /* int32 or int64 [N + 1], from 0 to T, never falling; NULL: N = B dense
+                                   sequences of T tokens. A sequence without tokens is left alone */
+    int64_t max_tokens; /* with cu_seqlens: no sequence has more tokens, 1 to 16; 0: 16. On CUDA the host does
+                           not see lengths: fewer are faster, and tokens beyond them are left out */
+    const DLTensor *accepted; /* int32 [N]: only so many tokens of each sequence are processed, 0 to its
+                                 length; rows of out behind them are not written. NULL: all */
+
+    /* -- States -- */
+    flash_kda_state_layout state_layout;
+    const DLTensor *state;         /* required, fp32, fp16 or bf16 [N, HV, V, K] or, with state_indices,
+                                      [slots, HV, V, K], read and written */
+    const DLTensor *state_indices; /* int32 [N]: the slot of each sequence; or int32 [N, C]: see Verify, no
+                                      sequence has more than C tokens. No slot twice, but with
+                                      FLASH_KDA_KEEP_STATE. -1 where the state is read: padding, nothing of
+                                      that sequence is read or written, its rows of out included; -1
+                                      elsewhere: the state after that token is not written */
+    const DLTensor *num_accepted_tokens; /* int32 [N], with state_indices [N, C]: the state is read from the
+                                            slot in this column, counted from 1; NULL: 1 */
+
+    /* -- How to compute -- */
+    flash_kda_backend backend;
+    int32_t num_threads; /* CPU backend: 1 to 1024; 0 takes OpenMP's default */
+    void *stream;        /* CUDA backend: a cudaStream_t of q's device; NULL is the default stream */
+} flash_kda_decode_args;
+
+#ifdef __cplusplus
+static inline flash_kda_decode_args flash_kda_decode_args_init() {
+    flash_kda_decode_args args = flash_kda_decode_args();
+    args.struct_size = sizeof args;
+    return args;
+}
+#define FLASH_KDA_DECODE_ARGS_INIT flash_kda_decode_args_init()
+#else
+#define FLASH_KDA_DECODE_ARGS_INIT \
+    { .struct_size = sizeof(flash_kda_decode_args) }
+#endif
+
+/* Takes every sequence's state through its tokens: writes out, where given, and the states. Needs no workspace.
+ *
+ * Results are the same bits from run to run with the same arguments on the same machine.
+ * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED; everything is checked before anything is
+ * written. On CUDA also FLASH_KDA_ERROR_CUDA with CUDA's own name for what went wrong, be it of an earlier call. */
+FLASH_KDA_API flash_kda_status flash_kda_decode(const flash_kda_decode_args *args);
+
+/* Describes in one line how flash_kda_decode() would run these arguments. Writes at most size bytes to text, always ended
+ * by 0. Errors: as flash_kda_decode(). */
+FLASH_KDA_API flash_kda_status flash_kda_decode_describe(const flash_kda_decode_args *args, char *text,
+                                                         size_t size);
 
 #ifdef __cplusplus
 }

@@ -3,6 +3,7 @@
 #ifndef KDA_API_BACKEND_H
 #define KDA_API_BACKEND_H
 
+#include "api/decode_problem.h"
 #include "api/problem.h"
 
 #include <stddef.h>
@@ -15,6 +16,9 @@ struct kda_backend {
     /* workspace is aligned to KDA_WORKSPACE_ALIGNMENT and as large as asked for. */
     flash_kda_status (*prefill)(const struct kda_prefill *p, void *workspace);
     flash_kda_status (*prefill_describe)(const struct kda_prefill *p, char *text, size_t size);
+    /* At least one token and one sequence. */
+    flash_kda_status (*decode)(const struct kda_decode *d);
+    flash_kda_status (*decode_describe)(const struct kda_decode *d, char *text, size_t size);
 };
 
 enum { KDA_WORKSPACE_ALIGNMENT = 64 };
@@ -27,6 +31,12 @@ extern const struct kda_backend kda_cpu_backend;
 #ifdef KDA_WITH_CUDA
 extern const struct kda_backend kda_cuda_backend;
 #endif
+
+/* The entries of decode that stand in files of their own beside a backend's prefill. */
+flash_kda_status kda_reference_decode(const struct kda_decode *d);
+flash_kda_status kda_reference_decode_describe(const struct kda_decode *d, char *text, size_t size);
+flash_kda_status kda_cpu_decode(const struct kda_decode *d);
+flash_kda_status kda_cpu_decode_describe(const struct kda_decode *d, char *text, size_t size);
 
 /* Can the host read memory of this device? */
 bool kda_on_host(DLDevice device);

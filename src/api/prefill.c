@@ -1,253 +1,66 @@
 /* SPDX-License-Identifier: MIT */
 /* The public entries of prefill: every argument is checked here, before anything is written. */
-#include "api/backend.h"
-#include "api/status.h"
+#include "api/check.h"
 
-#include <float.h>
-#include <math.h>
 #include <string.h>
-
-#define INVALID(...) kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
-
-/* Runs a check and leaves the function with its status if it failed. */
-#define TRY(check)                             \
-    do {                                       \
-        flash_kda_status try_status = (check); \
-        if (try_status)                        \
-            return try_status;                 \
-    } while (0)
-
-enum { MAX_KEY_DIM = 256 };
-
-/* ---- Numbers ----------------------------------------------------------------------------------- */
-
-static flash_kda_status check_options(const flash_kda_prefill_args *a, struct kda_prefill *p) {
-    if ((unsigned)a->gate > FLASH_KDA_GATE_SIGMOID)
-        return INVALID("gate is %d; expected a flash_kda_gate", (int)a->gate);
-    if ((unsigned)a->beta_mode > FLASH_KDA_BETA_TWICE_SIGMOID)
-        return INVALID("beta_mode is %d; expected a flash_kda_beta", (int)a->beta_mode);
-    if ((unsigned)a->state_layout > FLASH_KDA_STATE_K_FIRST)
-        return INVALID("state_layout is %d; expected a flash_kda_state_layout", (int)a->state_layout);
-    if (a->flags & ~(uint32_t)(FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT))
-        return INVALID("flags is 0x%x; expected only bits of flash_kda_flags", (unsigned)a->flags);
-    if (a->gate == FLASH_KDA_GATE_SIGMOID && !(a->lower_bound >= -5 && a->lower_bound < 0))
-        return INVALID("lower_bound is %g; expected at least -5 and below 0 with FLASH_KDA_GATE_SIGMOID",
-                       a->lower_bound);
-    if (!(fabs(a->scale) <= FLT_MAX))
-        return INVALID("scale is %g; expected a number that fp32 can hold, or 0 for 1 / sqrt(K)", a->scale);
-    if (a->num_threads < 0 || a->num_threads > KDA_MAX_THREADS)
-        return INVALID("num_threads is %d; expected 0 to %d", (int)a->num_threads, KDA_MAX_THREADS);
-    if (a->checkpoint_every < 0)
-        return INVALID("checkpoint_every is %lld; expected 0 or more", (long long)a->checkpoint_every);
-    p->gate = a->gate;
-    p->lower_bound = (float)a->lower_bound;
-    p->beta_mode = a->beta_mode;
-    p->state_layout = a->state_layout;
-    p->backend = a->backend;
-    p->qk_norm = a->flags & FLASH_KDA_QK_NORM;
-    p->batch_invariant = a->flags & FLASH_KDA_BATCH_INVARIANT;
-    p->num_threads = a->num_threads;
-    p->stream = a->stream;
-    p->checkpoint_every = a->checkpoint_every;
-    return FLASH_KDA_OK;
-}
 
 /* ---- Tensors ----------------------------------------------------------------------------------- */
 
-static flash_kda_status check_required(const flash_kda_prefill_args *a) {
-    const struct {
-        const char *name;
-        const DLTensor *tensor;
-    } required[] = {{"q", a->q}, {"k", a->k}, {"v", a->v}, {"g", a->g}, {"beta", a->beta}, {"out", a->out}};
-    for (size_t i = 0; i < sizeof required / sizeof *required; i++)
-        if (!required[i].tensor)
-            return INVALID("%s is NULL; expected a tensor", required[i].name);
-    return FLASH_KDA_OK;
-}
-
-/* An argument of any float dtype that is read or written in rows. */
-static struct kda_tensor_spec floats(const char *name, const char *form, int rank, const int64_t *shape,
-                                     const DLDevice *device) {
-    return (struct kda_tensor_spec){.name = name,
-                                    .form = form,
-                                    .dtypes = KDA_DTYPES_FLOAT,
-                                    .rank = rank,
-                                    .shape = shape,
-                                    .last_dim_contiguous = true,
-                                    .device = device};
-}
-
-static flash_kda_status check_gate_inputs(const flash_kda_prefill_args *a, struct kda_prefill *p) {
-    const int64_t like_g[4] = {p->batches, p->tokens, p->value_heads, p->key_dim};
-    const int64_t *like_A_log = &like_g[2], *like_dt_bias = &like_g[2];
-    const struct kda_tensor_spec g = floats("g", "[B, T, HV, K]", 4, like_g, &a->q->device);
-    const struct kda_tensor_spec dt_bias = floats("dt_bias", "[HV, K]", 2, like_dt_bias, &a->q->device);
-    struct kda_tensor_spec A_log = floats("A_log", "[HV]", 1, like_A_log, &a->q->device);
-    A_log.last_dim_contiguous = false;
-    TRY(kda_tensor_check(a->g, &g, &p->g));
-    if (p->gate == FLASH_KDA_GATE_NONE && (a->A_log || a->dt_bias))
-        return INVALID("%s is given with FLASH_KDA_GATE_NONE, where g is the log decay itself; expected NULL",
-                       a->A_log ? "A_log" : "dt_bias");
-    if (a->A_log)
-        TRY(kda_tensor_check(a->A_log, &A_log, &p->A_log));
-    if (a->dt_bias)
-        TRY(kda_tensor_check(a->dt_bias, &dt_bias, &p->dt_bias));
-    return FLASH_KDA_OK;
-}
-
-static flash_kda_status check_inputs(const flash_kda_prefill_args *a, struct kda_prefill *p) {
-    const DLDevice *device = &a->q->device;
-    const int64_t any[4] = {-1, -1, -1, -1};
-    const struct kda_tensor_spec q = floats("q", "[B, T, H, K]", 4, any, device);
-    TRY(kda_tensor_check(a->q, &q, &p->q));
-    int64_t B = p->batches = p->q.shape[0], T = p->tokens = p->q.shape[1];
-    int64_t H = p->heads = p->q.shape[2], K = p->key_dim = p->q.shape[3];
-    if (K < 1 || K > MAX_KEY_DIM)
-        return INVALID("q has K = %lld; expected 1 to %d", (long long)K, MAX_KEY_DIM);
-    const int64_t like_q[4] = {B, T, H, K}, values[4] = {B, T, -1, -1};
-    const struct kda_tensor_spec k = floats("k", "[B, T, H, K]", 4, like_q, device);
-    const struct kda_tensor_spec v = floats("v", "[B, T, HV, V]", 4, values, device);
-    TRY(kda_tensor_check(a->k, &k, &p->k));
-    TRY(kda_tensor_check(a->v, &v, &p->v));
-    int64_t HV = p->value_heads = p->v.shape[2], V = p->value_dim = p->v.shape[3];
-    if (V < 1 || V > INT32_MAX)
-        return INVALID("v has V = %lld; expected 1 to %d", (long long)V, INT32_MAX);
-    if (H < 1 || HV < 1 || HV % H)
-        return INVALID("v has HV = %lld value heads; expected a positive multiple of the H = %lld heads of q",
-                       (long long)HV, (long long)H);
-    const int64_t like_v[4] = {B, T, HV, V};
-    struct kda_tensor_spec beta = floats("beta", "[B, T, HV]", 3, like_v, device);
-    struct kda_tensor_spec out = floats("out", "[B, T, HV, V]", 4, like_v, device);
-    beta.last_dim_contiguous = false;
-    out.written = true;
-    TRY(check_gate_inputs(a, p));
-    TRY(kda_tensor_check(a->beta, &beta, &p->beta));
-    TRY(kda_tensor_check(a->out, &out, &p->out));
-    p->scale = (float)(a->scale != 0 ? a->scale : 1 / sqrt((double)K));
-    return FLASH_KDA_OK;
-}
-
-/* An index tensor of int32 and, where dtypes says so, int64. */
-static flash_kda_status check_indices(const DLTensor *t, const char *name, const char *form, unsigned dtypes,
-                                      int rank, const int64_t *shape, const DLDevice *device,
-                                      struct kda_tensor *out) {
-    const struct kda_tensor_spec spec = {
-        .name = name, .form = form, .dtypes = dtypes, .rank = rank, .shape = shape, .device = device};
-    TRY(kda_tensor_check(t, &spec, out));
-    if (out->shape[0] > 1 && out->stride[0] == 0)
-        return INVALID("%s has stride 0 in dimension 0; expected a value of its own for each element", name);
-    return FLASH_KDA_OK;
-}
-
-/* cu_seqlens or checkpoint_cu_starts: from 0 to `end`, never falling. */
-static flash_kda_status check_cumulative(const struct kda_tensor *t, int64_t end, const char *what) {
-    int64_t last = 0;
-    for (int64_t i = 0; i < t->shape[0]; i++) {
-        int64_t value = kda_index(t, i, 0);
-        if (i == 0 && value != 0)
-            return INVALID("%s[0] is %lld; expected 0", t->name, (long long)value);
-        if (value < last)
-            return INVALID("%s[%lld] is %lld, below the %lld before it; expected never falling values", t->name,
-                           (long long)i, (long long)value, (long long)last);
-        if (value > end)
-            return INVALID("%s[%lld] is %lld; expected at most %s = %lld", t->name, (long long)i,
-                           (long long)value, what, (long long)end);
-        last = value;
-    }
-    if (last != end)
-        return INVALID("%s ends at %lld; expected %s = %lld", t->name, (long long)last, what, (long long)end);
-    return FLASH_KDA_OK;
-}
-
-static flash_kda_status check_sequences(const flash_kda_prefill_args *a, struct kda_prefill *p) {
-    const DLDevice *device = &a->q->device;
-    p->sequences = p->batches;
-    if (a->cu_seqlens) {
-        const int64_t any[1] = {-1};
-        TRY(check_indices(a->cu_seqlens, "cu_seqlens", "[N + 1]", KDA_DTYPES_INDEX, 1, any, device,
-                          &p->cu_seqlens));
-        if (p->cu_seqlens.shape[0] < 1)
-            return INVALID("cu_seqlens is empty; expected N + 1 values");
-        if (p->batches != 1)
-            return INVALID("q has B = %lld; expected 1 with cu_seqlens", (long long)p->batches);
-        if (p->on_host)
-            TRY(check_cumulative(&p->cu_seqlens, p->tokens, "T"));
-        p->sequences = p->cu_seqlens.shape[0] - 1;
-    }
+static flash_kda_status check_slot_indices(const flash_kda_prefill_args *a, struct kda_prefill *p) {
     if (a->state_indices) {
         const int64_t like[1] = {p->sequences};
         if (!a->initial_state && !a->final_state)
             return INVALID(
                 "state_indices is given without initial_state and final_state; expected one of them");
-        TRY(check_indices(a->state_indices, "state_indices", "[N]", 1u << KDA_I32, 1, like, device,
-                          &p->state_indices));
+        TRY(kda_check_indices(a->state_indices, "state_indices", "[N]", 1u << KDA_I32, 1, like, &a->q->device,
+                              &p->state_indices));
     }
     return FLASH_KDA_OK;
-}
-
-static flash_kda_status check_state(const DLTensor *t, const char *name, const char *form, int rank,
-                                    int64_t outer, int64_t rows, const DLDevice *device, bool written,
-                                    const struct kda_prefill *p, struct kda_tensor *out) {
-    bool v_first = p->state_layout == FLASH_KDA_STATE_V_FIRST;
-    int64_t first = v_first ? p->value_dim : p->key_dim, second = v_first ? p->key_dim : p->value_dim;
-    const int64_t four[4] = {outer, p->value_heads, first, second};
-    const int64_t five[5] = {outer, rows, p->value_heads, first, second};
-    const struct kda_tensor_spec spec = {.name = name,
-                                         .form = form,
-                                         .dtypes = KDA_DTYPES_STATE,
-                                         .rank = rank,
-                                         .shape = rank == 5 ? five : four,
-                                         .last_dim_contiguous = true,
-                                         .written = written,
-                                         .device = device};
-    return kda_tensor_check(t, &spec, out);
-}
-
-static const char *state_form(const struct kda_prefill *p, const char *v_first, const char *k_first) {
-    return p->state_layout == FLASH_KDA_STATE_V_FIRST ? v_first : k_first;
 }
 
 static flash_kda_status check_states(const flash_kda_prefill_args *a, struct kda_prefill *p) {
     const DLDevice *device = &a->q->device;
     int64_t slots = p->state_indices.data ? -1 : p->sequences;
-    const char *form = slots < 0 ? state_form(p, "[slots, HV, V, K]", "[slots, HV, K, V]")
-                                 : state_form(p, "[N, HV, V, K]", "[N, HV, K, V]");
+    const char *form = slots < 0 ? kda_state_form(p, "[slots, HV, V, K]", "[slots, HV, K, V]")
+                                 : kda_state_form(p, "[N, HV, V, K]", "[N, HV, K, V]");
     if (a->initial_state) {
-        TRY(check_state(a->initial_state, "initial_state", form, 4, slots, 0, device, false, p,
-                        &p->initial_state));
+        TRY(kda_check_state(a->initial_state, "initial_state", form, KDA_DTYPES_STATE, 4, slots, 0, device,
+                            false, p, &p->initial_state));
         slots = p->initial_state.shape[0];
     }
     if (a->final_state)
-        TRY(check_state(a->final_state, "final_state", form, 4, slots, 0, device, true, p, &p->final_state));
+        TRY(kda_check_state(a->final_state, "final_state", form, KDA_DTYPES_STATE, 4, slots, 0, device, true, p,
+                            &p->final_state));
     return FLASH_KDA_OK;
 }
 
 static flash_kda_status check_checkpoints_every(const flash_kda_prefill_args *a, struct kda_prefill *p) {
     const DLDevice *device = &a->q->device;
     if (!a->cu_seqlens) {
-        TRY(check_state(a->checkpoints, "checkpoints",
-                        state_form(p, "[B, rows, HV, V, K]", "[B, rows, HV, K, V]"), 5, p->batches, -1, device,
-                        true, p, &p->checkpoints));
+        TRY(kda_check_state(a->checkpoints, "checkpoints",
+                            kda_state_form(p, "[B, rows, HV, V, K]", "[B, rows, HV, K, V]"), KDA_DTYPES_STATE,
+                            5, p->batches, -1, device, true, p, &p->checkpoints));
     } else {
         if (!a->checkpoint_cu_starts)
             return INVALID(
                 "checkpoint_cu_starts is NULL; expected a tensor with cu_seqlens and checkpoint_every");
-        TRY(check_state(a->checkpoints, "checkpoints", state_form(p, "[rows, HV, V, K]", "[rows, HV, K, V]"), 4,
-                        -1, 0, device, true, p, &p->checkpoints));
+        TRY(kda_check_state(a->checkpoints, "checkpoints",
+                            kda_state_form(p, "[rows, HV, V, K]", "[rows, HV, K, V]"), KDA_DTYPES_STATE, 4, -1,
+                            0, device, true, p, &p->checkpoints));
         const int64_t starts[1] = {p->sequences + 1};
-        TRY(check_indices(a->checkpoint_cu_starts, "checkpoint_cu_starts", "[N + 1]", KDA_DTYPES_INDEX, 1,
-                          starts, device, &p->checkpoint_cu_starts));
+        TRY(kda_check_indices(a->checkpoint_cu_starts, "checkpoint_cu_starts", "[N + 1]", KDA_DTYPES_INDEX, 1,
+                              starts, device, &p->checkpoint_cu_starts));
         int64_t rows = p->checkpoints.shape[0];
         if (a->checkpoint_indices) {
             const int64_t any[1] = {-1};
-            TRY(check_indices(a->checkpoint_indices, "checkpoint_indices", "[rows of all sequences]",
-                              1u << KDA_I32, 1, any, device, &p->checkpoint_indices));
+            TRY(kda_check_indices(a->checkpoint_indices, "checkpoint_indices", "[rows of all sequences]",
+                                  1u << KDA_I32, 1, any, device, &p->checkpoint_indices));
             rows = p->checkpoint_indices.shape[0];
         }
         if (p->on_host)
-            TRY(check_cumulative(&p->checkpoint_cu_starts, rows,
-                                 a->checkpoint_indices ? "the size of checkpoint_indices"
-                                                       : "the rows of checkpoints"));
+            TRY(kda_check_cumulative(&p->checkpoint_cu_starts, rows,
+                                     a->checkpoint_indices ? "the size of checkpoint_indices"
+                                                           : "the rows of checkpoints"));
     }
     int64_t distinct = p->sequences > 0; /* dense sequences are all alike */
     if (a->cu_seqlens)
@@ -271,13 +84,13 @@ static flash_kda_status check_checkpoints_at_offsets(const flash_kda_prefill_arg
     const DLDevice *device = &a->q->device;
     int rank = a->checkpoint_offsets->ndim == 2 ? 2 : 1;
     const int64_t like[2] = {p->sequences, -1};
-    TRY(check_indices(a->checkpoint_offsets, "checkpoint_offsets", rank == 2 ? "[N, C]" : "[N] or [N, C]",
-                      KDA_DTYPES_INDEX, rank, like, device, &p->checkpoint_offsets));
+    TRY(kda_check_indices(a->checkpoint_offsets, "checkpoint_offsets", rank == 2 ? "[N, C]" : "[N] or [N, C]",
+                          KDA_DTYPES_INDEX, rank, like, device, &p->checkpoint_offsets));
     int64_t columns = rank == 2 ? p->checkpoint_offsets.shape[1] : 1;
-    TRY(check_state(a->checkpoints, "checkpoints",
-                    rank == 2 ? state_form(p, "[N, C, HV, V, K]", "[N, C, HV, K, V]")
-                              : state_form(p, "[N, HV, V, K]", "[N, HV, K, V]"),
-                    rank + 3, p->sequences, columns, device, true, p, &p->checkpoints));
+    TRY(kda_check_state(a->checkpoints, "checkpoints",
+                        rank == 2 ? kda_state_form(p, "[N, C, HV, V, K]", "[N, C, HV, K, V]")
+                                  : kda_state_form(p, "[N, HV, V, K]", "[N, HV, K, V]"),
+                        KDA_DTYPES_STATE, rank + 3, p->sequences, columns, device, true, p, &p->checkpoints));
     for (int64_t n = 0; p->on_host && columns && n < p->sequences; n++)
         for (int64_t j = 0; j < columns; j++) {
             int64_t offset = kda_index(&p->checkpoint_offsets, n, j), length = kda_sequence(p, n).length;
@@ -445,14 +258,12 @@ static flash_kda_status check_all(const flash_kda_prefill_args *args, struct kda
     if (args->struct_size != sizeof *args)
         return INVALID("args has struct_size %zu; expected %zu (start it from FLASH_KDA_PREFILL_ARGS_INIT)",
                        args->struct_size, sizeof *args);
+    if (args->checkpoint_every < 0)
+        return INVALID("checkpoint_every is %lld; expected 0 or more", (long long)args->checkpoint_every);
     memset(p, 0, sizeof *p);
-    TRY(check_options(args, p));
-    TRY(check_required(args));
-    TRY(kda_backend_for(args->backend, args->q->device, backend));
-    p->on_host = kda_on_host(args->q->device);
-    p->device = args->q->device.device_id;
-    TRY(check_inputs(args, p));
-    TRY(check_sequences(args, p));
+    p->checkpoint_every = args->checkpoint_every;
+    TRY(kda_check_tokens(args, FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT, true, p, backend));
+    TRY(check_slot_indices(args, p));
     TRY(check_states(args, p));
     TRY(check_checkpoints(args, p));
     TRY(check_all_slots(p, NULL));

@@ -434,4 +434,11 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
 
 static bool available(void) { return true; }
 
-const struct kda_backend kda_cpu_backend = {"cpu", true, available, workspace_size, prefill, describe};
+const struct kda_backend kda_cpu_backend = {.name = "cpu",
+                                            .on_host = true,
+                                            .available = available,
+                                            .prefill_workspace_size = workspace_size,
+                                            .prefill = prefill,
+                                            .prefill_describe = describe,
+                                            .decode = kda_cpu_decode,
+                                            .decode_describe = kda_cpu_decode_describe};

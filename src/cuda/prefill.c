@@ -272,4 +272,9 @@ static bool available(void) {
     return false;
 }
 
-const struct kda_backend kda_cuda_backend = {"cuda", false, available, workspace_size, prefill, describe};
+const struct kda_backend kda_cuda_backend = {.name = "cuda",
+                                             .on_host = false,
+                                             .available = available,
+                                             .prefill_workspace_size = workspace_size,
+                                             .prefill = prefill,
+                                             .prefill_describe = describe};

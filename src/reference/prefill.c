@@ -140,5 +140,11 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
 
 static bool available(void) { return true; }
 
-const struct kda_backend kda_reference_backend = {"reference",    true,    available,
-                                                  workspace_size, prefill, describe};
+const struct kda_backend kda_reference_backend = {.name = "reference",
+                                                  .on_host = true,
+                                                  .available = available,
+                                                  .prefill_workspace_size = workspace_size,
+                                                  .prefill = prefill,
+                                                  .prefill_describe = describe,
+                                                  .decode = kda_reference_decode,
+                                                  .decode_describe = kda_reference_decode_describe};
