@@ -8,94 +8,10 @@
  * carry of the state uses the exponential of a sum, kept as exp(sum) - 1 so that slow decay loses no digits.
  */
 #include "cpu/prefill.h"
+#include "cpu/rows_tmpl.h"
 #include "cpu/unroll.h"
 
-#include <float.h>
-#include <math.h>
 #include <string.h>
-
-#define ALIGNED __attribute__((aligned(64)))
-
-/* ---- Rows in memory ---------------------------------------------------------------------------- */
-
-/* to [padded] = row of count floats, then zeros. */
-static inline void load_row(float *to, const char *row, enum kda_dtype dtype, int64_t count, int64_t padded) {
-    const uint16_t *halves = (const uint16_t *)(const void *)row;
-    int64_t i = 0;
-    if (dtype == KDA_F32)
-        for (; i + LANES <= count; i += LANES)
-            vf_store(to + i, vf_loadu((const float *)(const void *)row + i));
-    else if (dtype == KDA_BF16)
-        for (; i + LANES <= count; i += LANES)
-            vf_store(to + i, vf_load_bf16(halves + i));
-    else
-        for (; i + LANES <= count; i += LANES)
-            vf_store(to + i, vf_load_f16(halves + i));
-    for (; i < count; i++)
-        to[i] = kda_load(row, dtype, i);
-    for (; i < padded; i++)
-        to[i] = 0;
-}
-
-static inline void store_row(char *row, enum kda_dtype dtype, const float *from, int64_t count) {
-    uint16_t *halves = (uint16_t *)(void *)row;
-    int64_t i = 0;
-    if (dtype == KDA_F32)
-        for (; i + LANES <= count; i += LANES)
-            vf_storeu((float *)(void *)row + i, vf_load(from + i));
-    else if (dtype == KDA_BF16)
-        for (; i + LANES <= count; i += LANES)
-            vf_store_bf16(halves + i, vf_load(from + i));
-    else
-        for (; i + LANES <= count; i += LANES)
-            vf_store_f16(halves + i, vf_load(from + i));
-    for (; i < count; i++)
-        kda_store(row, dtype, i, from[i]);
-}
-
-/* ---- Elementary functions ---------------------------------------------------------------------- */
-
-/* exp(x) = (q + 1) 2^n with q = exp(r) - 1 returned, |r| <= ln 2 / 2, and 2^n in *scale. Below -87.7 the scale is 0. */
-static inline vf exp_parts(vf x, vf *scale) {
-    const vf magic = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    x = vf_min(vf_set1(88.0f), vf_max(vf_set1(-88.03f), x));
-    vf t = vf_fma(x, vf_set1(1.44269504f), magic), n = vf_sub(t, magic);
-    /* ln 2 in two parts, the first exact in products with n */
-    vf r = vf_fnma(n, vf_set1(-2.12194440e-4f), vf_fnma(n, vf_set1(0.693359375f), x));
-    /* (exp(r) - 1 - r) / r^2: minimax of degree 4, error 7.5e-9 */
-    vf p = vf_fma(r, vf_set1(1.394111873e-3f), vf_set1(8.363181235e-3f));
-    p = vf_fma(r, p, vf_set1(4.166637520e-2f));
-    p = vf_fma(r, p, vf_set1(1.666657697e-1f));
-    p = vf_fma(r, p, vf_set1(5.000000027e-1f));
-    *scale = vf_pow2(t);
-    return vf_fma(vf_mul(r, r), p, r);
-}
-
-static inline vf vf_exp(vf x) {
-    vf scale, q = exp_parts(x, &scale);
-    return vf_fma(q, scale, scale);
-}
-
-static inline vf vf_expm1(vf x) {
-    vf scale, q = exp_parts(x, &scale);
-    return vf_fma(q, scale, vf_sub(scale, vf_set1(1)));
-}
-
-/* log(1 + exp(x)) */
-static inline vf vf_softplus(vf x) {
-    vf negative = vf_min(x, vf_sub(vf_set1(0), x)), y = vf_exp(negative);
-    /* log1p(y) / y on [0, 1]: minimax of degree 9, error 4e-9 */
-    static const float coefficients[] = {2.027770723e-02f,  -5.775902758e-02f, 1.068452557e-01f,
-                                         -1.535327112e-01f, 1.969245257e-01f,  -2.495734671e-01f,
-                                         3.333027563e-01f,  -4.999991418e-01f, 9.999999960e-01f};
-    vf p = vf_set1(-3.338716686e-03f);
-    UNROLL for (int i = 0; i < 9; i++) p = vf_fma(y, p, vf_set1(coefficients[i]));
-    return vf_fma(y, p, vf_max(vf_set1(0), x));
-}
-
-static inline vf vf_sigmoid(vf x) {
-    return vf_div(vf_set1(1), vf_add(vf_set1(1), vf_exp(vf_sub(vf_set1(0), x))));
-}
 
 /* ---- Prepare: what does not depend on the state ------------------------------------------------- */
 
@@ -108,22 +24,6 @@ struct rows {
     float beta[KDA_CHUNK] ALIGNED;
 };
 
-static inline void scale_row(float *row, int64_t Kp, float factor) {
-    for (int64_t c = 0; c < Kp; c += LANES)
-        vf_store(row + c, vf_mul(vf_load(row + c), vf_set1(factor)));
-}
-
-static inline float inverse_norm(const float *row, int64_t Kp) {
-    vf sum = vf_set1(0);
-    float lanes[LANES] ALIGNED, squares = 0;
-    for (int64_t c = 0; c < Kp; c += LANES)
-        sum = vf_fma(vf_load(row + c), vf_load(row + c), sum);
-    vf_store(lanes, sum);
-    for (int i = 0; i < LANES; i++)
-        squares += lanes[i];
-    return 1 / sqrtf(squares + 1e-6f);
-}
-
 /* One row of q or k, normalised if asked for, times factor. */
 static inline void load_key(const struct kda_prefill *p, const struct kda_tensor *t,
                             const struct kda_chain *chain, int64_t token, float factor, int64_t Kp,
@@ -134,18 +34,6 @@ static inline void load_key(const struct kda_prefill *p, const struct kda_tensor
         factor *= inverse_norm(row, Kp);
     if (factor != 1)
         scale_row(row, Kp, factor);
-}
-
-/* Log decay of LANES channels. A is exp(A_log). */
-static inline vf log_decay(flash_kda_gate gate, vf g, vf dt_bias, float A, float lower_bound) {
-    switch (gate) {
-    case FLASH_KDA_GATE_SOFTPLUS:
-        return vf_mul(vf_set1(-A), vf_softplus(vf_add(g, dt_bias)));
-    case FLASH_KDA_GATE_SIGMOID:
-        return vf_mul(vf_set1(lower_bound), vf_sigmoid(vf_mul(vf_set1(A), vf_add(g, dt_bias))));
-    default:
-        return g;
-    }
 }
 
 /* decay [KDA_CHUNK][Kp] from g in place, and the chunk's carry. */
@@ -166,15 +54,13 @@ static inline void apply_gate(flash_kda_gate gate, const float *dt_bias, float A
 
 static inline void load_decay(const struct kda_prefill *p, const struct kda_chain *chain, int64_t Kp,
                               struct kda_chunk *chunk, float *decay) {
-    float dt_bias[KDA_MAX_PADDED_K] ALIGNED = {0}, A = 1;
+    float dt_bias[KDA_MAX_PADDED_K] ALIGNED = {0}, A = gate_factor(p, chain->head);
     int64_t head = chain->head, first = chain->tokens.first + chunk->first;
     for (int64_t t = 0; t < chunk->count; t++)
         load_row(decay + t * Kp, kda_row(&p->g, chain->tokens.batch, first + t, head), p->g.dtype, p->key_dim,
                  Kp);
     if (p->dt_bias.data)
         load_row(dt_bias, p->dt_bias.data + head * p->dt_bias.stride[0], p->dt_bias.dtype, p->key_dim, Kp);
-    if (p->A_log.data) /* kept finite, so that a gate of 0 times it stays 0 */
-        A = fminf(expf(kda_load(p->A_log.data + head * p->A_log.stride[0], p->A_log.dtype, 0)), FLT_MAX);
     /* One loop a gate: the choice is constant inside. */
     if (p->gate == FLASH_KDA_GATE_SOFTPLUS)
         apply_gate(FLASH_KDA_GATE_SOFTPLUS, dt_bias, A, 0, Kp, chunk->count, decay, chunk->carry);
@@ -191,11 +77,7 @@ static inline void load_beta(const struct kda_prefill *p, const struct kda_chain
         beta[t] = t < chunk->count ? kda_load(kda_row(&p->beta, chain->tokens.batch, first + t, chain->head),
                                               p->beta.dtype, 0)
                                    : 0;
-    if (p->beta_mode == FLASH_KDA_BETA_GIVEN)
-        return;
-    vf factor = vf_set1(p->beta_mode == FLASH_KDA_BETA_TWICE_SIGMOID ? 2 : 1);
-    for (int t = 0; t < KDA_CHUNK; t += LANES)
-        vf_store(beta + t, vf_mul(factor, vf_sigmoid(vf_load(beta + t))));
+    apply_beta(p->beta_mode, KDA_CHUNK, beta);
 }
 
 /* KT and QT: every token's row decayed from the start of the chunk; KR: to its end. */
