@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TENSORS = 16, WRITTEN = 3 /* of them, the first */, GUARD = 512, GUARD_BYTE = 0xff };
+enum { TENSORS = 16, GUARD = 512, GUARD_BYTE = 0xff };
 
 static bool bare;
 
@@ -77,9 +77,23 @@ static size_t extent(const DLTensor *t) {
 
 static char *first_byte(const DLTensor *t) { return (char *)t->data + t->byte_offset; }
 
+/* The arguments of either operation. */
+struct arguments {
+    bool decodes;
+    flash_kda_prefill_args prefill;
+    flash_kda_decode_args decode;
+};
+
+/* A tensor of the arguments; those that are written come first. */
+struct member {
+    const char *name;
+    const DLTensor **tensor;
+    bool written;
+};
+
 /* A call whose tensors are on the device. */
 struct call {
-    flash_kda_prefill_args args;
+    struct arguments args;
     struct copy copies[TENSORS];
     int count, written; /* the first `written` are */
     struct block workspace;
@@ -117,63 +131,71 @@ static bool place(struct call *c, struct copy *copy, enum device_memory memory) 
     return upload(c, copy);
 }
 
-/* The tensors of args in the order of names below. */
-static void tensors_of(flash_kda_prefill_args *a, const DLTensor **list[TENSORS]) {
-    const DLTensor **const all[TENSORS] = {&a->out,
-                                           &a->final_state,
-                                           &a->checkpoints,
-                                           &a->q,
-                                           &a->k,
-                                           &a->v,
-                                           &a->g,
-                                           &a->beta,
-                                           &a->A_log,
-                                           &a->dt_bias,
-                                           &a->cu_seqlens,
-                                           &a->initial_state,
-                                           &a->state_indices,
-                                           &a->checkpoint_cu_starts,
-                                           &a->checkpoint_indices,
-                                           &a->checkpoint_offsets};
+static int prefill_members(flash_kda_prefill_args *a, struct member *list) {
+    const struct member all[] = {{"out", &a->out, true},
+                                 {"final_state", &a->final_state, true},
+                                 {"checkpoints", &a->checkpoints, true},
+                                 {"q", &a->q, false},
+                                 {"k", &a->k, false},
+                                 {"v", &a->v, false},
+                                 {"g", &a->g, false},
+                                 {"beta", &a->beta, false},
+                                 {"A_log", &a->A_log, false},
+                                 {"dt_bias", &a->dt_bias, false},
+                                 {"cu_seqlens", &a->cu_seqlens, false},
+                                 {"initial_state", &a->initial_state, false},
+                                 {"state_indices", &a->state_indices, false},
+                                 {"checkpoint_cu_starts", &a->checkpoint_cu_starts, false},
+                                 {"checkpoint_indices", &a->checkpoint_indices, false},
+                                 {"checkpoint_offsets", &a->checkpoint_offsets, false}};
     memcpy(list, all, sizeof all);
+    return sizeof all / sizeof *all;
 }
 
-static const char *const names[TENSORS] = {"out",
-                                           "final_state",
-                                           "checkpoints",
-                                           "q",
-                                           "k",
-                                           "v",
-                                           "g",
-                                           "beta",
-                                           "A_log",
-                                           "dt_bias",
-                                           "cu_seqlens",
-                                           "initial_state",
-                                           "state_indices",
-                                           "checkpoint_cu_starts",
-                                           "checkpoint_indices",
-                                           "checkpoint_offsets"};
+static int decode_members(flash_kda_decode_args *a, struct member *list) {
+    const struct member all[] = {{"out", &a->out, true},
+                                 {"state", &a->state, !(a->flags & FLASH_KDA_KEEP_STATE)},
+                                 {"q", &a->q, false},
+                                 {"k", &a->k, false},
+                                 {"v", &a->v, false},
+                                 {"g", &a->g, false},
+                                 {"beta", &a->beta, false},
+                                 {"A_log", &a->A_log, false},
+                                 {"dt_bias", &a->dt_bias, false},
+                                 {"cu_seqlens", &a->cu_seqlens, false},
+                                 {"accepted", &a->accepted, false},
+                                 {"state_indices", &a->state_indices, false},
+                                 {"num_accepted_tokens", &a->num_accepted_tokens, false}};
+    memcpy(list, all, sizeof all);
+    return sizeof all / sizeof *all;
+}
+
+/* Returns how many there are, at most TENSORS. */
+static int members(struct arguments *a, struct member *list) {
+    return a->decodes ? decode_members(&a->decode, list) : prefill_members(&a->prefill, list);
+}
 
 static bool place_tensors(struct call *c, enum device_memory memory) {
-    const DLTensor **tensors[TENSORS];
-    tensors_of(&c->args, tensors);
-    for (int i = 0; i < TENSORS; i++)
-        if (*tensors[i]) {
+    struct member list[TENSORS];
+    int n = members(&c->args, list);
+    for (int i = 0; i < n; i++)
+        if (*list[i].tensor) {
             struct copy *copy = &c->copies[c->count++];
-            copy->name = names[i];
-            copy->dl = **tensors[i];
+            copy->name = list[i].name;
+            copy->dl = **list[i].tensor;
             if (!place(c, copy, memory))
                 return false;
-            *tensors[i] = &copy->dl;
-            c->written += i < WRITTEN;
+            *list[i].tensor = &copy->dl;
+            c->written += list[i].written;
         }
     return true;
 }
 
 /* At an odd address: any alignment will do, says the header. */
 static bool make_workspace(struct call *c, int fill) {
-    if (flash_kda_prefill_workspace_size(&c->args, &c->workspace_bytes))
+    if (c->args.decodes)
+        return true;
+    if (flash_kda_prefill_workspace_size(&c->args.prefill, &c->workspace_bytes))
         return fail(c, flash_kda_last_error());
     if (!block_make(&c->workspace, c->workspace_bytes + 1, DEVICE_MEMORY))
         return fail(c, "no memory for the workspace");
@@ -182,11 +204,11 @@ static bool make_workspace(struct call *c, int fill) {
     return good(c, cudaMemset(c->workspace.data, fill, c->workspace.bytes), "filling the workspace");
 }
 
-static bool call_make(struct call *c, const flash_kda_prefill_args *args, int fill, enum device_memory memory) {
+static bool call_make(struct call *c, const struct arguments *args, int fill, enum device_memory memory) {
     *c = (struct call){.args = *args};
     if (!good(c, cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), "making a stream"))
         return false;
-    c->args.stream = c->stream;
+    c->args.prefill.stream = c->args.decode.stream = c->stream;
     return place_tensors(c, memory) && make_workspace(c, fill) &&
            good(c, cudaDeviceSynchronize(), "preparing a call");
 }
@@ -202,7 +224,9 @@ static void call_free(struct call *c) {
 /* ---- Running ----------------------------------------------------------------------------------- */
 
 static bool launch(struct call *c) {
-    flash_kda_status status = flash_kda_prefill(&c->args, c->workspace.data + 1, c->workspace_bytes);
+    flash_kda_status status =
+        c->args.decodes ? flash_kda_decode(&c->args.decode)
+                        : flash_kda_prefill(&c->args.prefill, c->workspace.data + 1, c->workspace_bytes);
     if (!status)
         return true;
     char text[600];
@@ -237,7 +261,7 @@ static bool nothing_else_written(struct call *c) {
         if (i >= c->written && !input_unchanged(c, copy))
             return false;
     }
-    return block_intact(&c->workspace) || fail(c, "wrote outside its workspace");
+    return c->args.decodes || block_intact(&c->workspace) || fail(c, "wrote outside its workspace");
 }
 
 static bool fetch(struct call *c) {
@@ -259,10 +283,26 @@ static const char *finish(struct call *c, bool ran) {
     return *text ? text : NULL;
 }
 
-const char *device_prefill(const flash_kda_prefill_args *args, int fill, enum device_memory memory) {
+static struct arguments prefill_arguments(const flash_kda_prefill_args *args) {
+    return (struct arguments){.decodes = false, .prefill = *args};
+}
+
+static struct arguments decode_arguments(const flash_kda_decode_args *args) {
+    return (struct arguments){.decodes = true, .decode = *args};
+}
+
+static const char *run(struct arguments args, int fill, enum device_memory memory) {
     struct call c;
-    bool ran = call_make(&c, args, fill, memory) && launch(&c) && wait(&c);
+    bool ran = call_make(&c, &args, fill, memory) && launch(&c) && wait(&c);
     return finish(&c, ran);
+}
+
+const char *device_prefill(const flash_kda_prefill_args *args, int fill, enum device_memory memory) {
+    return run(prefill_arguments(args), fill, memory);
+}
+
+const char *device_decode(const flash_kda_decode_args *args, enum device_memory memory) {
+    return run(decode_arguments(args), 0, memory);
 }
 
 /* ---- Graphs ------------------------------------------------------------------------------------ */
@@ -280,33 +320,40 @@ static bool capture(struct call *c, cudaGraphExec_t *graph_exec) {
 }
 
 /* The contents of another call's tensors, of the same shapes and strides. */
-static bool change_contents(struct call *c, const flash_kda_prefill_args *changed) {
-    flash_kda_prefill_args others = *changed;
-    const DLTensor **tensors[TENSORS];
-    int n = 0;
-    tensors_of(&others, tensors);
-    for (int i = 0; i < TENSORS; i++)
-        if (*tensors[i]) {
+static bool change_contents(struct call *c, struct arguments *changed) {
+    struct member list[TENSORS];
+    int count = members(changed, list), n = 0;
+    for (int i = 0; i < count; i++)
+        if (*list[i].tensor) {
             struct copy *copy = &c->copies[n++];
-            if (n > c->count || copy->name != names[i] || copy->bytes != extent(*tensors[i]))
+            if (n > c->count || strcmp(copy->name, list[i].name) != 0 || copy->bytes != extent(*list[i].tensor))
                 return fail(c, "the check itself is wrong: the two calls differ in more than contents");
-            copy->host = first_byte(*tensors[i]);
+            copy->host = first_byte(*list[i].tensor);
             if (!upload(c, copy))
                 return false;
         }
     return good(c, cudaDeviceSynchronize(), "changing contents");
 }
 
-const char *device_prefill_replayed(const flash_kda_prefill_args *captured,
-                                    const flash_kda_prefill_args *changed, int fill) {
+static const char *run_replayed(struct arguments captured, struct arguments changed, int fill) {
     struct call c;
     cudaGraphExec_t graph = NULL;
-    bool ran = call_make(&c, captured, fill, DEVICE_MEMORY) && capture(&c, &graph) &&
-               change_contents(&c, changed) &&
+    bool ran = call_make(&c, &captured, fill, DEVICE_MEMORY) && capture(&c, &graph) &&
+               change_contents(&c, &changed) &&
                good(&c, cudaGraphLaunch(graph, c.stream), "replaying a graph") && wait(&c);
     if (graph)
         cudaGraphExecDestroy(graph);
     return finish(&c, ran);
+}
+
+const char *device_prefill_replayed(const flash_kda_prefill_args *captured,
+                                    const flash_kda_prefill_args *changed, int fill) {
+    return run_replayed(prefill_arguments(captured), prefill_arguments(changed), fill);
+}
+
+const char *device_decode_replayed(const flash_kda_decode_args *captured,
+                                   const flash_kda_decode_args *changed) {
+    return run_replayed(decode_arguments(captured), decode_arguments(changed), 0);
 }
 
 /* ---- Time -------------------------------------------------------------------------------------- */
@@ -325,10 +372,10 @@ static bool time_runs(struct call *c, cudaEvent_t begin, cudaEvent_t end, double
     return true;
 }
 
-const char *device_prefill_time(const flash_kda_prefill_args *args, double *seconds) {
+static const char *run_time(struct arguments args, double *seconds) {
     struct call c;
     cudaEvent_t begin = NULL, end = NULL;
-    if (call_make(&c, args, 0, DEVICE_MEMORY) && good(&c, cudaEventCreate(&begin), "timing") &&
+    if (call_make(&c, &args, 0, DEVICE_MEMORY) && good(&c, cudaEventCreate(&begin), "timing") &&
         good(&c, cudaEventCreate(&end), "timing"))
         time_runs(&c, begin, end, seconds);
     if (begin)
@@ -336,4 +383,12 @@ const char *device_prefill_time(const flash_kda_prefill_args *args, double *seco
     if (end)
         cudaEventDestroy(end);
     return finish(&c, false);
+}
+
+const char *device_prefill_time(const flash_kda_prefill_args *args, double *seconds) {
+    return run_time(prefill_arguments(args), seconds);
+}
+
+const char *device_decode_time(const flash_kda_decode_args *args, double *seconds) {
+    return run_time(decode_arguments(args), seconds);
 }

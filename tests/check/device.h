@@ -20,6 +20,11 @@ const char *device_prefill_replayed(const flash_kda_prefill_args *captured,
 /* Seconds of the fastest of several runs. */
 const char *device_prefill_time(const flash_kda_prefill_args *args, double *seconds);
 
+/* The same of decode. */
+const char *device_decode(const flash_kda_decode_args *args, enum device_memory memory);
+const char *device_decode_replayed(const flash_kda_decode_args *captured, const flash_kda_decode_args *changed);
+const char *device_decode_time(const flash_kda_decode_args *args, double *seconds);
+
 /* A fill that is written although memory is bare, for calls whose indices lead to parts of the workspace that nothing
  * wrote: what they compute means nothing, but the read is no error. */
 enum { DEVICE_FILL_ALWAYS = 0 };

@@ -1,0 +1,19 @@
+/* SPDX-License-Identifier: MIT */
+/* Decode's entry in flashkda_check. */
+#include "check.h"
+#include "decode_families.h"
+
+static void run(struct check *check) {
+    decode_soak(check);
+    if (check->long_cases)
+        return;
+    decode_shapes(check);
+    decode_pairwise(check);
+    decode_traps(check);
+    decode_properties(check);
+#ifdef CHECK_CUDA
+    decode_cuda(check);
+#endif
+}
+
+const struct operation decode_operation = {"decode", run};
