@@ -12,24 +12,6 @@ enum { WORKSPACE_FILL = 0xff };
 
 /* ---- A part of one sequence as a problem of its own -------------------------------------------- */
 
-struct view {
-    DLTensor dl;
-    int64_t shape[TENSOR_MAX_DIMS], strides[TENSOR_MAX_DIMS];
-};
-
-static void view_make(struct view *v, const struct tensor *t) {
-    v->dl = t->dl;
-    memcpy(v->shape, t->shape, sizeof v->shape);
-    memcpy(v->strides, t->strides, sizeof v->strides);
-    v->dl.shape = v->shape;
-    v->dl.strides = v->strides;
-}
-
-static void view_skip(struct view *v, int dim, int64_t first, int64_t length) {
-    v->dl.byte_offset += (uint64_t)(first * v->strides[dim]) * v->dl.dtype.bits / 8;
-    v->shape[dim] = length;
-}
-
 /* Tokens first .. first + length - 1 of sequence n. */
 struct part {
     const struct prefill_problem *p;
@@ -43,15 +25,15 @@ struct part {
 static const char *run_part(const struct part *part, struct tensor *out, struct tensor *final) {
     const struct prefill_problem *p = part->p;
     const struct tensor *inputs[5] = {&p->q, &p->k, &p->v, &p->g, &p->beta};
-    struct view views[5], initial;
+    struct tensor_view views[5], initial;
     bool dense = p->c.packing == PACKING_DENSE;
     for (int i = 0; i < 5; i++) {
-        view_make(&views[i], inputs[i]);
-        view_skip(&views[i], 0, dense ? part->n : 0, 1);
-        view_skip(&views[i], 1, (dense ? 0 : p->starts[part->n]) + part->first, part->length);
+        tensor_view_make(&views[i], inputs[i]);
+        tensor_view_skip(&views[i], 0, dense ? part->n : 0, 1);
+        tensor_view_skip(&views[i], 1, (dense ? 0 : p->starts[part->n]) + part->first, part->length);
     }
-    view_make(&initial, &p->initial_state);
-    view_skip(&initial, 0, part->n, 1);
+    tensor_view_make(&initial, &p->initial_state);
+    tensor_view_skip(&initial, 0, part->n, 1);
     int64_t boundaries[2] = {0, part->length}, two = 2;
     DLTensor cu_seqlens = {
         .data = boundaries, .device = {kDLCPU, 0}, .ndim = 1, .dtype = TYPE_INT64, .shape = &two};

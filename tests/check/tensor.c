@@ -214,6 +214,21 @@ void tensor_fill(struct tensor *t, double value) {
         tensor_set(t, i, value);
 }
 
+/* ---- Views ------------------------------------------------------------------------------------- */
+
+void tensor_view_make(struct tensor_view *v, const struct tensor *t) {
+    v->dl = t->dl;
+    memcpy(v->shape, t->shape, sizeof v->shape);
+    memcpy(v->strides, t->strides, sizeof v->strides);
+    v->dl.shape = v->shape;
+    v->dl.strides = v->strides;
+}
+
+void tensor_view_skip(struct tensor_view *v, int dim, int64_t first, int64_t length) {
+    v->dl.byte_offset += (uint64_t)(first * v->strides[dim]) * v->dl.dtype.bits / 8;
+    v->shape[dim] = length;
+}
+
 /* ---- Untouched bytes --------------------------------------------------------------------------- */
 
 bool tensor_unchanged(const struct tensor *now, const struct tensor *before, int lead, const bool *written,

@@ -52,6 +52,17 @@ void tensor_set(struct tensor *t, int64_t i, double value);
 /* Fills with one value. */
 void tensor_fill(struct tensor *t, double value);
 
+/* A part of a tensor, in its memory. */
+struct tensor_view {
+    DLTensor dl;
+    int64_t shape[TENSOR_MAX_DIMS], strides[TENSOR_MAX_DIMS];
+};
+
+/* All of t. */
+void tensor_view_make(struct tensor_view *v, const struct tensor *t);
+/* Only first .. first + length - 1 of a dimension. */
+void tensor_view_skip(struct tensor_view *v, int dim, int64_t first, int64_t length);
+
 /* Whether the two blocks of a written tensor hold the same bytes, leaving out the elements of leading row r
  * where written[r] or also_written[r]; a row is everything under the first `lead` dimensions. Either list may
  * be NULL. The last dimension is contiguous. */

@@ -1,0 +1,190 @@
+/* SPDX-License-Identifier: MIT */
+/* What decode promises on CUDA alone: graphs that are replayed with other contents, indices in device memory that are out
+ * of range, managed memory. */
+#include "decode_case.h"
+#include "decode_families.h"
+#include "device.h"
+#include "prefill_compare.h"
+
+#include <stdio.h>
+#include <string.h>
+
+/* Calls with every index tensor. */
+static const struct {
+    enum packing packing;
+    int64_t columns;
+    bool accepted, keep_state;
+    const char *name;
+} kinds[] = {
+    {PACKING_DENSE, 0, false, false, "dense"},
+    {PACKING_INT32, 16, false, false, "verify, int32"},
+    {PACKING_INT64, 16, true, false, "verify, accepted, int64"},
+    {PACKING_INT32, 0, true, true, "state kept, int32"},
+};
+enum { KINDS = sizeof kinds / sizeof *kinds };
+
+static struct decode_case case_of_kind(int i) {
+    static const int64_t lengths[] = {4, 0, 16, 1, 2};
+    struct decode_case c = decode_case_plain();
+    c.tokens.packing = kinds[i].packing;
+    c.tokens.sequences = sizeof lengths / sizeof *lengths;
+    for (int n = 0; n < c.tokens.sequences; n++)
+        c.tokens.lengths[n] = kinds[i].packing == PACKING_DENSE ? 1 : lengths[n];
+    c.tokens.inputs = SPACING_FUSED;
+    c.tokens.q_type = c.tokens.k_type = c.tokens.v_type = c.tokens.g_type = c.tokens.out_type = TYPE_BF16;
+    c.columns = kinds[i].columns;
+    c.num_accepted = kinds[i].columns;
+    c.accepted = kinds[i].accepted;
+    c.keep_state = kinds[i].keep_state;
+    return c;
+}
+
+static bool wanted(const struct check *check, struct decode_case *c, const char *what, int kind) {
+    snprintf(c->tokens.name, sizeof c->tokens.name, "decode, %s, %s", what, kinds[kind].name);
+    return check_wanted(check, c->tokens.name);
+}
+
+static void report(struct check *check, const struct decode_case *c, const char *wrong, const char *right) {
+    check_report(check, !wrong, "cuda", c->tokens.name, wrong ? wrong : right);
+}
+
+static const char *differ(const struct decode_results *a, const struct decode_results *b) {
+    bool same = memcmp(a->out.block, b->out.block, a->out.block_bytes) == 0 &&
+                memcmp(a->state.block, b->state.block, a->state.block_bytes) == 0;
+    return same ? NULL : "other bits than an ordinary call";
+}
+
+/* ---- Graphs ------------------------------------------------------------------------------------ */
+
+static const char *replay_differs(const struct decode_problem *captured, const struct decode_problem *changed) {
+    struct decode_results first, replayed, called;
+    decode_results_make(&first, captured);
+    decode_results_make(&replayed, changed);
+    decode_results_make(&called, changed);
+    const flash_kda_decode_args before = decode_bind(captured, &first, FLASH_KDA_BACKEND_CUDA);
+    const flash_kda_decode_args after = decode_bind(changed, &replayed, FLASH_KDA_BACKEND_CUDA);
+    const flash_kda_decode_args ordinary = decode_bind(changed, &called, FLASH_KDA_BACKEND_CUDA);
+    const char *wrong = decode_call(&ordinary);
+    if (!wrong)
+        wrong = device_decode_replayed(&before, &after);
+    if (!wrong)
+        wrong = differ(&replayed, &called);
+    decode_results_free(&first);
+    decode_results_free(&replayed);
+    decode_results_free(&called);
+    return wrong;
+}
+
+static void graphs(struct check *check) {
+    for (int i = 0; i < KINDS; i++) {
+        struct decode_case c = case_of_kind(i);
+        if (!wanted(check, &c, "a graph replayed with other contents", i))
+            continue;
+        struct random r = random_named(check->seed, c.tokens.name);
+        struct decode_problem captured, changed;
+        const char *wrong = decode_problem_make(&captured, &c, false, &r);
+        for (int n = 0; n < c.tokens.sequences / 2; n++) {
+            int64_t length = c.tokens.lengths[n], other = c.tokens.sequences - 1 - n;
+            c.tokens.lengths[n] = c.tokens.lengths[other];
+            c.tokens.lengths[other] = length;
+        }
+        if (!wrong)
+            wrong = decode_problem_make(&changed, &c, false, &r);
+        report(check, &c, wrong ? wrong : replay_differs(&captured, &changed), "the same bits as a call");
+        decode_problem_free(&captured);
+        decode_problem_free(&changed);
+    }
+}
+
+/* ---- Wild indices ------------------------------------------------------------------------------ */
+
+/* Replaces about half of an index tensor by values that are out of range, none of which is a slot. */
+static void spoil(struct tensor *t, struct random *r) {
+    const bool wide = t->block && t->dl.dtype.bits == 64;
+    const double wild[] = {-2, -1000, 1000, 2147483647, -2147483648., wide ? 9e18 : 1e6, wide ? -9e18 : -1e6};
+    for (int64_t i = 0; t->block && i < tensor_count(t); i++)
+        if (random_below(r, 2))
+            tensor_set(t, i, wild[random_below(r, sizeof wild / sizeof *wild)]);
+}
+
+static void mark_all(bool *rows, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        rows[i] = true;
+}
+
+/* What rows hold afterwards means nothing, but padding between them, and behind the tensors, is as it was. */
+static const char *wild_indices_break(struct decode_problem *d, struct random *r) {
+    struct decode_results results, before;
+    struct tensor *const indices[] = {&d->p.cu_seqlens, &d->state_indices, &d->num_accepted_tokens,
+                                      &d->accepted};
+    decode_results_make(&results, d);
+    decode_results_make(&before, d);
+    for (size_t i = 0; i < sizeof indices / sizeof *indices; i++)
+        spoil(indices[i], r);
+    const flash_kda_decode_args args = decode_bind(d, &results, FLASH_KDA_BACKEND_CUDA);
+    const char *wrong = decode_call(&args);
+    mark_all(d->out_written, d->p.B * d->p.T);
+    mark_all(d->state_written, d->c.keep_state ? 0 : d->slots);
+    if (!wrong && !tensor_unchanged(&results.out, &before.out, 2, d->out_written, NULL))
+        wrong = "wrote to padding of out";
+    if (!wrong && !tensor_unchanged(&results.state, &before.state, 1, d->state_written, NULL))
+        wrong = "wrote to padding of state";
+    decode_results_free(&results);
+    decode_results_free(&before);
+    return wrong;
+}
+
+static void wild_indices(struct check *check) {
+    for (int i = 0; i < KINDS; i++) {
+        struct decode_case c = case_of_kind(i);
+        if (!wanted(check, &c, "indices out of range", i))
+            continue;
+        struct random r = random_named(check->seed, c.tokens.name);
+        const char *wrong = NULL;
+        for (int round = 0; round < 8 && !wrong; round++) {
+            struct decode_problem d;
+            wrong = decode_problem_make(&d, &c, false, &r);
+            if (!wrong)
+                wrong = wild_indices_break(&d, &r);
+            decode_problem_free(&d);
+        }
+        report(check, &c, wrong, "nothing else was written");
+    }
+}
+
+/* ---- Memory ------------------------------------------------------------------------------------ */
+
+static void managed_memory(struct check *check) {
+    struct decode_case c = case_of_kind(1);
+    if (!wanted(check, &c, "managed memory", 1))
+        return;
+    struct random r = random_named(check->seed, c.tokens.name);
+    struct decode_problem d;
+    struct decode_results managed, plain;
+    const char *wrong = decode_problem_make(&d, &c, false, &r);
+    decode_results_make(&managed, &d);
+    decode_results_make(&plain, &d);
+    const flash_kda_decode_args in_managed = decode_bind(&d, &managed, FLASH_KDA_BACKEND_CUDA);
+    const flash_kda_decode_args in_plain = decode_bind(&d, &plain, FLASH_KDA_BACKEND_CUDA);
+    if (!wrong)
+        wrong = device_decode(&in_managed, DEVICE_MANAGED);
+    if (!wrong)
+        wrong = device_decode(&in_plain, DEVICE_MEMORY);
+    if (!wrong)
+        wrong = differ(&managed, &plain);
+    report(check, &c, wrong, "the same bits as in device memory");
+    decode_results_free(&managed);
+    decode_results_free(&plain);
+    decode_problem_free(&d);
+}
+
+void decode_cuda(struct check *check) {
+    bool tested = false;
+    for (int i = 0; i < check->level_count; i++)
+        tested |= prefill_backend(check->levels[i]) == FLASH_KDA_BACKEND_CUDA;
+    if (!tested)
+        return;
+    graphs(check);
+    wild_indices(check);
+    managed_memory(check);
+}
