@@ -3,6 +3,7 @@
 #include "call.h"
 
 #include "device.h"
+#include "feed.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -69,7 +70,9 @@ static double now(void) {
 
 bool call_run(struct prefill_call *call, double *seconds, char *error, size_t error_size) {
     double start = now();
-    flash_kda_status status = flash_kda_prefill(&call->args, call->workspace, call->workspace_bytes);
+    flash_kda_status status = call->by_token
+                                  ? feed_tokens(call, call->by_token)
+                                  : flash_kda_prefill(&call->args, call->workspace, call->workspace_bytes);
     if (status != FLASH_KDA_OK) {
         snprintf(error, error_size, "%s", flash_kda_last_error());
         return false;

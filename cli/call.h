@@ -14,6 +14,7 @@ struct prefill_call {
     struct device_copies *copies; /* of all tensors, where the call runs; NULL: in host memory */
     void *workspace;
     size_t workspace_bytes;
+    const struct kda_case *by_token; /* decode runs it, one token after the other; NULL: prefill does */
 };
 
 /* Allocates everything, on the CUDA backend with copies on the device. The oracle's states and checkpoints are

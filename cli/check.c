@@ -18,7 +18,11 @@ static const struct {
                    {.output = 1.15 * 1.5e-2, .state = 1.15 * 2.4e-2}};
 
 /* The rule of flash_kda.h. */
-static bool uses_bf16_products(const flash_kda_prefill_args *args) {
+static bool uses_bf16_products(const struct prefill_call *call) {
+    const flash_kda_prefill_args *args = &call->args;
+    if (call->by_token) {
+        return false;
+    }
     if (args->backend == FLASH_KDA_BACKEND_CUDA) {
         return true;
     }
@@ -51,7 +55,7 @@ struct tolerance call_tolerance(const struct prefill_call *call, const struct pr
                                 const char *regime) {
     bool near_collinear = strcmp(regime, regime_names[REGIME_NEAR_COLLINEAR]) == 0;
     struct tolerance tolerance;
-    if (uses_bf16_products(&call->args)) {
+    if (uses_bf16_products(call)) {
         tolerance = near_collinear ? bf16_products.near_collinear : bf16_products.ordinary;
     } else {
         tolerance = near_collinear ? fp32_arithmetic.near_collinear : fp32_arithmetic.ordinary;

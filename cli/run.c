@@ -4,6 +4,7 @@
 
 #include "case_file.h"
 #include "command.h"
+#include "feed.h"
 #include "progress.h"
 
 #include <stdio.h>
@@ -11,19 +12,23 @@
 
 enum { DEFAULT_REPEATS = 3, MAX_REPEATS = 100000 };
 
-static const char documentation[] = "Runs KDA prefill on the inputs of a safetensors file and prints what it "
-                                    "ran on, how fast the heads forget and "
-                                    "how long it took.\v"
-                                    "With --check the result is compared with the oracle, the token recurrence "
-                                    "in fp64, and with the tensors `o` and "
-                                    "`state` of the file where it has them.\n\n"
-                                    "Examples:\n"
-                                    "  flashkda run data/small_softplus.safetensors --check\n"
-                                    "  flashkda run in.safetensors -o out.safetensors --threads 4\n"
-                                    "  flashkda run in.safetensors --backend reference --check --json\n"
-                                    "  FLASH_KDA_CPU=generic flashkda run in.safetensors --repeat 20\n\n"
-                                    "Exit status: 0 the result is within tolerance (or was not checked), 1 it "
-                                    "is not, 2 a bad file or argument.";
+static const char documentation[] =
+    "Runs KDA prefill on the inputs of a safetensors file and prints what it "
+    "ran on, how fast the heads forget and "
+    "how long it took.\v"
+    "With --check the result is compared with the oracle, the token recurrence "
+    "in fp64, and with the tensors `o` and "
+    "`state` of the file where it has them.\n\n"
+    "With --decode the tokens go through decode, one a call, and the result is also "
+    "compared with prefill's.\n\n"
+    "Examples:\n"
+    "  flashkda run data/small_softplus.safetensors --check\n"
+    "  flashkda run data/small_softplus.safetensors --decode --check\n"
+    "  flashkda run in.safetensors -o out.safetensors --threads 4\n"
+    "  flashkda run in.safetensors --backend reference --check --json\n"
+    "  FLASH_KDA_CPU=generic flashkda run in.safetensors --repeat 20\n\n"
+    "Exit status: 0 the result is within tolerance (or was not checked), 1 it "
+    "is not, 2 a bad file or argument.";
 
 static const struct argp_option argp_options[] = {
     {"output", 'o', "OUT.safetensors", 0, "Write the output `o` and the final state `state`", 0},
@@ -31,6 +36,7 @@ static const struct argp_option argp_options[] = {
     {"threads", 't', "N", 0, "Threads of the CPU backend (as many as OpenMP takes)", 0},
     {"repeat", 'r', "N", 0, "Times to run it after the first, which warms up (3)", 0},
     {"check", 'c', NULL, 0, "Compare with the oracle and with the file's answer", 0},
+    {"decode", 'd', NULL, 0, "Decode it token by token instead of prefilling it", 0},
     {"json", 'j', NULL, 0, "Print one JSON object", 0},
     {0},
 };
@@ -39,7 +45,7 @@ struct run_options {
     const char *path, *out_path;
     int backend; /* flash_kda_backend */
     int64_t threads, repeats;
-    bool check, json;
+    bool check, decode, json;
 };
 
 static error_t parse_backend(const struct argp_state *state, const char *text, int *backend) {
@@ -67,6 +73,9 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         return parse_integer(state, "repeat", argument, 1, MAX_REPEATS, &options->repeats);
     case 'c':
         options->check = true;
+        return 0;
+    case 'd':
+        options->decode = true;
         return 0;
     case 'j':
         options->json = true;
@@ -125,6 +134,27 @@ static void add_check_against_file(struct run_report *report, const char *what, 
     }
 }
 
+/* What was decoded, against prefill of the same tokens on the same backend. */
+static bool check_against_prefill(struct run_report *report, const struct prefill_call *call,
+                                  const struct prefill_call *oracle, char *error, size_t error_size) {
+    const struct kda_case *c = report->problem;
+    const flash_kda_prefill_args *a = &call->args;
+    struct prefill_call prefill;
+    double seconds = 0;
+    if (!call_prepare(&prefill, c, report->out_dtype, a->backend, a->num_threads, error, error_size)) {
+        return false;
+    }
+    bool good = call_run(&prefill, &seconds, error, error_size);
+    if (good) {
+        struct tolerance decoded = call_tolerance(call, oracle, c->regime);
+        struct tolerance prefilled = call_tolerance(&prefill, oracle, c->regime);
+        add_check(report, "output", "prefill", &call->out, &prefill.out, decoded.output + prefilled.output);
+        add_check(report, "state", "prefill", &call->state, &prefill.state, decoded.state + prefilled.state);
+    }
+    call_free(&prefill);
+    return good;
+}
+
 static bool check_call(struct run_report *report, const struct prefill_call *call, char *error,
                        size_t error_size) {
     const struct kda_case *c = report->problem;
@@ -145,6 +175,7 @@ static bool check_call(struct run_report *report, const struct prefill_call *cal
         add_check_against_file(report, "state", &call->state, &c->expected_state, state, tolerance.state);
         add_check_against_file(report, "oracle output", out, &c->expected_out, out, exact.output);
         add_check_against_file(report, "oracle state", state, &c->expected_state, state, exact.state);
+        good = !call->by_token || check_against_prefill(report, call, &oracle, error, error_size);
     }
     call_free(&oracle);
     return good;
@@ -155,7 +186,10 @@ static bool run_call(struct run_report *report, struct prefill_call *call, const
                      char *error, size_t error_size) {
     const struct kda_case *c = report->problem;
     int steps = 1 + (int)options->repeats + (options->check ? 1 : 0);
-    if (flash_kda_prefill_describe(&call->args, report->ran_on, sizeof report->ran_on) != FLASH_KDA_OK) {
+    flash_kda_status status =
+        call->by_token ? feed_describe(call, c, report->ran_on, sizeof report->ran_on)
+                       : flash_kda_prefill_describe(&call->args, report->ran_on, sizeof report->ran_on);
+    if (status != FLASH_KDA_OK) {
         snprintf(error, error_size, "%s", flash_kda_last_error());
         return false;
     }
@@ -193,6 +227,7 @@ static int run_case(const char *program, const struct kda_case *c, const struct 
                       error, sizeof error)) {
         return report_error(program, "%s: %s", options->path, error);
     }
+    call.by_token = options->decode ? c : NULL;
     struct run_report report = {
         .path = options->path, .out_path = options->out_path, .problem = c, .out_dtype = c->v.dl.dtype};
     int status = STATUS_ERROR;

@@ -22,7 +22,7 @@ struct run_report {
     struct timing timing;
     double tokens_per_second;
     int64_t non_finite; /* elements of the output and the final state */
-    struct run_check checks[6];
+    struct run_check checks[8];
     int check_count; /* 0: not checked */
     bool passed;     /* every check, and nothing that is not finite */
 };

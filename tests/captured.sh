@@ -21,6 +21,7 @@ for file in "$directory"/*.safetensors ${FLASH_KDA_DATA:+"$FLASH_KDA_DATA"/*.saf
     [ -e "$file" ] || continue
     echo "== $file"
     "$flashkda" run "$file" --backend "$backend" --check
+    "$flashkda" run "$file" --backend "$backend" --decode --repeat 1 --check
     count=$((count + 1))
 done
 if [ "$count" -eq 0 ]; then

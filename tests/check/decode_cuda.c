@@ -81,7 +81,7 @@ static void graphs(struct check *check) {
         if (!wanted(check, &c, "a graph replayed with other contents", i))
             continue;
         struct random r = random_named(check->seed, c.tokens.name);
-        struct decode_problem captured, changed;
+        struct decode_problem captured, changed = {.slots = 0};
         const char *wrong = decode_problem_make(&captured, &c, false, &r);
         for (int n = 0; n < c.tokens.sequences / 2; n++) {
             int64_t length = c.tokens.lengths[n], other = c.tokens.sequences - 1 - n;
