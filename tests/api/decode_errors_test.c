@@ -1,0 +1,544 @@
+/* SPDX-License-Identifier: MIT */
+/* One test for every error that decode promises: the status, a message that names the argument, and not a byte written. */
+#include "fixture.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdint.h>
+/* cmocka.h wants the four above first. */
+#include <cmocka.h>
+
+#include <ctype.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- A valid call ------------------------------------------------------------------------------ */
+
+enum decode_argument {
+    Q,
+    K,
+    V,
+    G,
+    BETA,
+    A_LOG,
+    DT_BIAS,
+    OUT,
+    CU_SEQLENS,
+    ACCEPTED,
+    STATE,
+    STATE_INDICES,
+    NUM_ACCEPTED,
+    TENSORS
+};
+
+static const char *const names[TENSORS] = {"q",
+                                           "k",
+                                           "v",
+                                           "g",
+                                           "beta",
+                                           "A_log",
+                                           "dt_bias",
+                                           "out",
+                                           "cu_seqlens",
+                                           "accepted",
+                                           "state",
+                                           "state_indices",
+                                           "num_accepted_tokens"};
+
+/* Three sequences of 2, 0 and 3 tokens, verified with three slots each; one is padding. */
+enum { N = 3, T = 5, C = 3, SLOTS = 9, H = 2, HV = 4, DIM_K = 8, DIM_V = 4 };
+
+struct call {
+    flash_kda_decode_args args;
+    struct fixture_tensor tensor[TENSORS];
+};
+
+static const DLTensor **member(flash_kda_decode_args *a, enum decode_argument argument) {
+    const DLTensor **const members[TENSORS] = {&a->q,
+                                               &a->k,
+                                               &a->v,
+                                               &a->g,
+                                               &a->beta,
+                                               &a->A_log,
+                                               &a->dt_bias,
+                                               &a->out,
+                                               &a->cu_seqlens,
+                                               &a->accepted,
+                                               &a->state,
+                                               &a->state_indices,
+                                               &a->num_accepted_tokens};
+    return members[argument];
+}
+
+static void set_tensor(struct call *c, enum decode_argument argument, int ndim, const int64_t *shape) {
+    struct fixture_tensor *t = &c->tensor[argument];
+    bool index =
+        argument == CU_SEQLENS || argument == ACCEPTED || argument == STATE_INDICES || argument == NUM_ACCEPTED;
+    memcpy(t->shape, shape, (size_t)ndim * sizeof *shape);
+    t->dl = (DLTensor){.data = t->memory.bytes,
+                       .device = {kDLCPU, 0},
+                       .ndim = ndim,
+                       .dtype = {index ? kDLInt : kDLFloat, 32, 1},
+                       .shape = t->shape};
+    for (int i = 0; i < FIXTURE_BYTES / 4; i++)
+        t->memory.fp32[i] = (float)(i * 7 % 13 - 6) / 8;
+    *member(&c->args, argument) = &t->dl;
+}
+
+static struct call *call_new(void) {
+    static const int32_t cu_seqlens[] = {0, 2, 2, 5}, slots[] = {4, 0, 2, -1, 7, 1, 3, 8, -1},
+                         read[] = {3, 1, 2}, accepted[] = {1, 0, 3};
+    struct call *c = calloc(1, sizeof *c);
+    assert_non_null(c);
+    c->args = (flash_kda_decode_args)FLASH_KDA_DECODE_ARGS_INIT;
+    c->args.gate = FLASH_KDA_GATE_SIGMOID;
+    c->args.lower_bound = -5;
+    c->args.beta_mode = FLASH_KDA_BETA_SIGMOID;
+    c->args.flags = FLASH_KDA_QK_NORM;
+    set_tensor(c, Q, 4, (int64_t[]){1, T, H, DIM_K});
+    set_tensor(c, K, 4, (int64_t[]){1, T, H, DIM_K});
+    set_tensor(c, V, 4, (int64_t[]){1, T, HV, DIM_V});
+    set_tensor(c, G, 4, (int64_t[]){1, T, HV, DIM_K});
+    set_tensor(c, BETA, 3, (int64_t[]){1, T, HV});
+    set_tensor(c, A_LOG, 1, (int64_t[]){HV});
+    set_tensor(c, DT_BIAS, 2, (int64_t[]){HV, DIM_K});
+    set_tensor(c, OUT, 4, (int64_t[]){1, T, HV, DIM_V});
+    set_tensor(c, CU_SEQLENS, 1, (int64_t[]){N + 1});
+    set_tensor(c, ACCEPTED, 1, (int64_t[]){N});
+    set_tensor(c, STATE, 4, (int64_t[]){SLOTS, HV, DIM_V, DIM_K});
+    set_tensor(c, STATE_INDICES, 2, (int64_t[]){N, C});
+    set_tensor(c, NUM_ACCEPTED, 1, (int64_t[]){N});
+    memcpy(c->tensor[CU_SEQLENS].memory.int32, cu_seqlens, sizeof cu_seqlens);
+    memcpy(c->tensor[ACCEPTED].memory.int32, accepted, sizeof accepted);
+    memcpy(c->tensor[STATE_INDICES].memory.int32, slots, sizeof slots);
+    memcpy(c->tensor[NUM_ACCEPTED].memory.int32, read, sizeof read);
+    return c;
+}
+
+/* Five sequences of one token, each in the slot of its number. */
+static void make_dense(struct call *c) {
+    static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT};
+    c->args.cu_seqlens = c->args.accepted = c->args.state_indices = c->args.num_accepted_tokens = NULL;
+    for (size_t i = 0; i < sizeof by_token / sizeof *by_token; i++) {
+        c->tensor[by_token[i]].shape[0] = T;
+        c->tensor[by_token[i]].shape[1] = 1;
+    }
+    c->tensor[STATE].shape[0] = T;
+}
+
+/* ---- What every error must do ------------------------------------------------------------------- */
+
+/* `word` as a whole word. */
+static bool mentions(const char *message, const char *word) {
+    size_t length = strlen(word);
+    for (const char *at = strstr(message, word); at; at = strstr(at + 1, word)) {
+        bool begins = at == message || !(isalnum((unsigned char)at[-1]) || at[-1] == '_');
+        bool ends = !(isalnum((unsigned char)at[length]) || at[length] == '_');
+        if (begins && ends)
+            return true;
+    }
+    return false;
+}
+
+static void expect_failure(const char *entry, flash_kda_status status, flash_kda_status expected,
+                           const char *word) {
+    const char *message = flash_kda_last_error();
+    if (status != expected)
+        fail_msg("%s: %s, expected %s (%s)", entry, flash_kda_status_name(status),
+                 flash_kda_status_name(expected), message);
+    if (!mentions(message, word))
+        fail_msg("%s: \"%s\" does not name %s", entry, message, word);
+    if (!strstr(message, "expected") && !strstr(message, "which"))
+        fail_msg("%s: \"%s\" does not say what was expected", entry, message);
+}
+
+static bool same_memory(const struct call *a, const struct call *b) {
+    for (int i = 0; i < TENSORS; i++)
+        if (memcmp(&a->tensor[i].memory, &b->tensor[i].memory, FIXTURE_BYTES) != 0)
+            return false;
+    return true;
+}
+
+/* A call that fails leaves a message that names no tensor. */
+static void forget_message(void) {
+    flash_kda_decode(NULL);
+    assert_true(mentions(flash_kda_last_error(), "args"));
+}
+
+static void expect_error(struct call *c, flash_kda_status expected, const char *word) {
+    struct call *before = malloc(sizeof *before);
+    char text[64] = "untouched";
+    assert_non_null(before);
+    memcpy(before, c, sizeof *before);
+    forget_message();
+    expect_failure("decode", flash_kda_decode(&c->args), expected, word);
+    forget_message();
+    expect_failure("describe", flash_kda_decode_describe(&c->args, text, sizeof text), expected, word);
+    assert_string_equal(text, "untouched");
+    if (!same_memory(before, c))
+        fail_msg("a call that failed wrote to a tensor");
+    free(before);
+}
+
+/* ---- Faults of one tensor ------------------------------------------------------------------------ */
+
+#define BIT(argument) (1u << (argument))
+
+static void rank_too_high(struct fixture_tensor *t) { t->shape[t->dl.ndim++] = 1; }
+static void rank_zero(struct fixture_tensor *t) { t->dl.ndim = 0; }
+static void shape_missing(struct fixture_tensor *t) { t->dl.shape = NULL; }
+static void data_missing(struct fixture_tensor *t) { t->dl.data = NULL; }
+static void last_dim_wrong(struct fixture_tensor *t) { t->shape[t->dl.ndim - 1]++; }
+static void dim_negative(struct fixture_tensor *t) { t->shape[0] = -1; }
+static void stride_negative(struct fixture_tensor *t) {
+    fixture_spell_strides(t);
+    t->strides[0] = -t->strides[0];
+}
+static void elements_shared(struct fixture_tensor *t) {
+    fixture_spell_strides(t);
+    t->strides[1] = 0;
+}
+static void dtype_uint8(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLUInt, 8, 1}; }
+static void dtype_fp64(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLFloat, 64, 1}; }
+static void misaligned(struct fixture_tensor *t) { t->dl.byte_offset = 1; }
+static void elsewhere(struct fixture_tensor *t) { t->dl.device = (DLDevice){kDLCUDA, 0}; }
+
+static const struct fault {
+    const char *name;
+    void (*apply)(struct fixture_tensor *t);
+    unsigned except; /* tensors that the fault does not make wrong, or that others are measured by */
+} faults[] = {
+    {"rank too high", rank_too_high, 0},
+    {"rank zero", rank_zero, 0},
+    {"no shape", shape_missing, 0},
+    {"no data", data_missing, 0},
+    {"last dimension wrong", last_dim_wrong, BIT(Q) | BIT(V) | BIT(CU_SEQLENS) | BIT(STATE_INDICES)},
+    {"negative dimension", dim_negative, 0},
+    {"negative stride", stride_negative, 0},
+    {"elements share memory", elements_shared, ~(BIT(OUT) | BIT(STATE))},
+    {"uint8", dtype_uint8, 0},
+    {"fp64", dtype_fp64, 0},
+    {"misaligned", misaligned, 0},
+    {"on another device", elsewhere, BIT(Q)},
+};
+enum { FAULTS = sizeof faults / sizeof *faults };
+
+static struct tensor_case {
+    char name[80];
+    enum decode_argument argument;
+    const struct fault *fault;
+} tensor_cases[FAULTS * TENSORS];
+
+static void test_tensor_fault(void **state) {
+    const struct tensor_case *t = *state;
+    struct call *c = call_new();
+    t->fault->apply(&c->tensor[t->argument]);
+    expect_error(c, FLASH_KDA_ERROR_INVALID_ARGUMENT, names[t->argument]);
+    free(c);
+}
+
+/* ---- All others ---------------------------------------------------------------------------------- */
+
+static void q_null(struct call *c) { c->args.q = NULL; }
+static void k_null(struct call *c) { c->args.k = NULL; }
+static void v_null(struct call *c) { c->args.v = NULL; }
+static void g_null(struct call *c) { c->args.g = NULL; }
+static void beta_null(struct call *c) { c->args.beta = NULL; }
+static void state_null(struct call *c) { c->args.state = NULL; }
+static void struct_size_zero(struct call *c) { c->args.struct_size = 0; }
+static void struct_size_large(struct call *c) { c->args.struct_size++; }
+static void gate_unknown(struct call *c) { c->args.gate = (flash_kda_gate)3; }
+static void beta_mode_unknown(struct call *c) { c->args.beta_mode = (flash_kda_beta)3; }
+static void layout_unknown(struct call *c) { c->args.state_layout = (flash_kda_state_layout)2; }
+static void flags_unknown(struct call *c) { c->args.flags = 8; }
+static void backend_unknown(struct call *c) { c->args.backend = (flash_kda_backend)9; }
+static void threads_negative(struct call *c) { c->args.num_threads = -1; }
+static void scale_nan(struct call *c) { c->args.scale = (double)NAN; }
+static void lower_bound_zero(struct call *c) { c->args.lower_bound = 0; }
+static void A_log_without_gate(struct call *c) { c->args.gate = FLASH_KDA_GATE_NONE; }
+static void K_too_large(struct call *c) { c->tensor[Q].shape[3] = 257; }
+static void HV_no_multiple(struct call *c) { c->tensor[V].shape[2] = 3; }
+static void max_tokens_negative(struct call *c) { c->args.max_tokens = -1; }
+static void max_tokens_huge(struct call *c) { c->args.max_tokens = 17; }
+static void max_tokens_exceeded(struct call *c) { c->args.max_tokens = 2; }
+static void max_tokens_without_cu_seqlens(struct call *c) {
+    make_dense(c);
+    c->args.max_tokens = 1;
+}
+static void too_many_tokens(struct call *c) {
+    static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT};
+    make_dense(c);
+    for (size_t i = 0; i < sizeof by_token / sizeof *by_token; i++) {
+        c->tensor[by_token[i]].shape[0] = 1;
+        c->tensor[by_token[i]].shape[1] = 17;
+    }
+    c->tensor[STATE].shape[0] = 1;
+}
+static void cu_seqlens_falls(struct call *c) { c->tensor[CU_SEQLENS].memory.int32[2] = 1; }
+static void cu_seqlens_overruns(struct call *c) { c->tensor[CU_SEQLENS].memory.int32[3] = 6; }
+static void batch_of_two(struct call *c) {
+    static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT};
+    for (size_t i = 0; i < sizeof by_token / sizeof *by_token; i++)
+        c->tensor[by_token[i]].shape[0] = 2;
+}
+static void slot_too_large(struct call *c) { c->tensor[STATE_INDICES].memory.int32[1] = SLOTS; }
+static void slot_too_low(struct call *c) { c->tensor[STATE_INDICES].memory.int32[1] = -2; }
+static void slot_of_padding_too_large(struct call *c) { c->tensor[STATE_INDICES].memory.int32[5] = SLOTS; }
+static void slot_twice(struct call *c) { c->tensor[STATE_INDICES].memory.int32[7] = 4; }
+static void slot_twice_in_one_sequence(struct call *c) { c->tensor[STATE_INDICES].memory.int32[1] = 4; }
+static void columns_too_few(struct call *c) {
+    fixture_spell_strides(&c->tensor[STATE_INDICES]);
+    c->tensor[STATE_INDICES].shape[1] = 2;
+    c->tensor[NUM_ACCEPTED].memory.int32[0] = 1;
+}
+static void columns_none(struct call *c) { c->tensor[STATE_INDICES].shape[1] = 0; }
+static void num_accepted_zero(struct call *c) { c->tensor[NUM_ACCEPTED].memory.int32[0] = 0; }
+static void num_accepted_too_large(struct call *c) {
+    c->tensor[STATE_INDICES].memory.int32[8] = 5;
+    c->tensor[NUM_ACCEPTED].memory.int32[2] = C + 1;
+}
+static void num_accepted_without_columns(struct call *c) { c->tensor[STATE_INDICES].dl.ndim = 1; }
+static void num_accepted_without_slots(struct call *c) { c->args.state_indices = NULL; }
+static void accepted_negative(struct call *c) { c->tensor[ACCEPTED].memory.int32[0] = -1; }
+static void accepted_too_large(struct call *c) { c->tensor[ACCEPTED].memory.int32[2] = 4; }
+static void pool_without_indices(struct call *c) {
+    make_dense(c);
+    c->tensor[STATE].shape[0] = T + 1;
+}
+static void nothing_to_write(struct call *c) {
+    c->args.out = NULL;
+    c->args.flags |= FLASH_KDA_KEEP_STATE;
+}
+
+/* Lays one tensor over another. */
+static void overlay(struct call *c, enum decode_argument written, enum decode_argument other) {
+    c->tensor[written].dl.data = c->tensor[other].memory.bytes;
+}
+static void out_over_q(struct call *c) { overlay(c, OUT, Q); }
+static void out_over_v(struct call *c) { overlay(c, OUT, V); }
+static void out_over_A_log(struct call *c) { overlay(c, OUT, A_LOG); }
+static void out_over_state(struct call *c) { overlay(c, OUT, STATE); }
+static void out_over_state_indices(struct call *c) { overlay(c, OUT, STATE_INDICES); }
+static void state_over_k(struct call *c) { overlay(c, STATE, K); }
+static void state_over_cu_seqlens(struct call *c) { overlay(c, STATE, CU_SEQLENS); }
+static void state_over_accepted(struct call *c) { overlay(c, STATE, ACCEPTED); }
+static void state_over_num_accepted(struct call *c) { overlay(c, STATE, NUM_ACCEPTED); }
+
+static void all_on_cuda(struct call *c) {
+    for (int i = 0; i < TENSORS; i++)
+        c->tensor[i].dl.device.device_type = kDLCUDA;
+    c->args.backend = FLASH_KDA_BACKEND_CPU;
+}
+
+static struct argument_case {
+    const char *name;
+    void (*apply)(struct call *c);
+    flash_kda_status status;
+    const char *word;
+} cases[] = {
+#define INVALID(apply, word) \
+    { #apply, apply, FLASH_KDA_ERROR_INVALID_ARGUMENT, word }
+    INVALID(q_null, "q"),
+    INVALID(k_null, "k"),
+    INVALID(v_null, "v"),
+    INVALID(g_null, "g"),
+    INVALID(beta_null, "beta"),
+    INVALID(state_null, "state"),
+    INVALID(struct_size_zero, "struct_size"),
+    INVALID(struct_size_large, "struct_size"),
+    INVALID(gate_unknown, "gate"),
+    INVALID(beta_mode_unknown, "beta_mode"),
+    INVALID(layout_unknown, "state_layout"),
+    INVALID(flags_unknown, "flags"),
+    INVALID(backend_unknown, "backend"),
+    INVALID(threads_negative, "num_threads"),
+    INVALID(scale_nan, "scale"),
+    INVALID(lower_bound_zero, "lower_bound"),
+    INVALID(A_log_without_gate, "A_log"),
+    INVALID(K_too_large, "q"),
+    INVALID(HV_no_multiple, "v"),
+    INVALID(max_tokens_negative, "max_tokens"),
+    INVALID(max_tokens_huge, "max_tokens"),
+    INVALID(max_tokens_exceeded, "max_tokens"),
+    INVALID(max_tokens_without_cu_seqlens, "max_tokens"),
+    INVALID(too_many_tokens, "q"),
+    INVALID(cu_seqlens_falls, "cu_seqlens"),
+    INVALID(cu_seqlens_overruns, "cu_seqlens"),
+    INVALID(batch_of_two, "cu_seqlens"),
+    INVALID(slot_too_large, "state_indices"),
+    INVALID(slot_too_low, "state_indices"),
+    INVALID(slot_of_padding_too_large, "state_indices"),
+    INVALID(slot_twice, "state_indices"),
+    INVALID(slot_twice_in_one_sequence, "state_indices"),
+    INVALID(columns_too_few, "state_indices"),
+    INVALID(columns_none, "state_indices"),
+    INVALID(num_accepted_zero, "num_accepted_tokens"),
+    INVALID(num_accepted_too_large, "num_accepted_tokens"),
+    INVALID(num_accepted_without_columns, "num_accepted_tokens"),
+    INVALID(num_accepted_without_slots, "num_accepted_tokens"),
+    INVALID(accepted_negative, "accepted"),
+    INVALID(accepted_too_large, "accepted"),
+    INVALID(pool_without_indices, "state"),
+    INVALID(nothing_to_write, "out"),
+    INVALID(out_over_q, "out"),
+    INVALID(out_over_v, "out"),
+    INVALID(out_over_A_log, "out"),
+    INVALID(out_over_state, "out"),
+    INVALID(out_over_state_indices, "out"),
+    INVALID(state_over_k, "state"),
+    INVALID(state_over_cu_seqlens, "state"),
+    INVALID(state_over_accepted, "state"),
+    INVALID(state_over_num_accepted, "state"),
+    {"all_on_cuda", all_on_cuda, FLASH_KDA_ERROR_UNSUPPORTED, "q"},
+};
+enum { CASES = sizeof cases / sizeof *cases };
+
+static void test_argument(void **state) {
+    const struct argument_case *a = *state;
+    struct call *c = call_new();
+    a->apply(c);
+    expect_error(c, a->status, a->word);
+    free(c);
+}
+
+/* ---- Calls that must succeed ---------------------------------------------------------------------- */
+
+static void expect_success(struct call *c, bool writes) {
+    struct call *before = malloc(sizeof *before);
+    assert_non_null(before);
+    memcpy(before, c, sizeof *before);
+    if (flash_kda_decode(&c->args))
+        fail_msg("%s", flash_kda_last_error());
+    assert_int_equal(same_memory(before, c), !writes);
+    free(before);
+    free(c);
+}
+
+static void test_valid(void **state) {
+    (void)state;
+    expect_success(call_new(), true);
+}
+
+static void test_valid_dense(void **state) {
+    (void)state;
+    struct call *c = call_new();
+    make_dense(c);
+    expect_success(c, true);
+}
+
+/* Of a padding row nothing is looked at, whatever its other indices hold. */
+static void test_padding_holds_anything(void **state) {
+    (void)state;
+    struct call *c = call_new();
+    c->tensor[NUM_ACCEPTED].memory.int32[1] = -100; /* kept within the columns: the first, which is -1 */
+    c->tensor[ACCEPTED].memory.int32[1] = 99;
+    expect_success(c, true);
+}
+
+/* Drafts of several branches may read one state that nothing writes. */
+static void test_kept_state_is_shared(void **state) {
+    (void)state;
+    struct call *c = call_new();
+    for (int i = 0; i < N * C; i++)
+        c->tensor[STATE_INDICES].memory.int32[i] = 4;
+    c->args.flags |= FLASH_KDA_KEEP_STATE;
+    unsigned char kept[FIXTURE_BYTES];
+    memcpy(kept, c->tensor[STATE].memory.bytes, sizeof kept);
+    if (flash_kda_decode(&c->args))
+        fail_msg("%s", flash_kda_last_error());
+    assert_memory_equal(kept, c->tensor[STATE].memory.bytes, sizeof kept);
+    free(c);
+}
+
+/* Slots far apart are told apart, and the same ones found, in a pool of any size. */
+static void test_large_pool(void **state) {
+    (void)state;
+    struct call *c = call_new();
+    enum { MANY = 200000 };
+    char *pool = calloc(MANY, HV * DIM_V * DIM_K * sizeof(float));
+    assert_non_null(pool);
+    c->tensor[STATE].dl.data = pool;
+    c->tensor[STATE].shape[0] = MANY;
+    c->tensor[STATE_INDICES].memory.int32[0] = 65536;
+    c->tensor[STATE_INDICES].memory.int32[1] = 0;
+    c->tensor[STATE_INDICES].memory.int32[6] = MANY - 1;
+    assert_int_equal(flash_kda_decode(&c->args), FLASH_KDA_OK);
+    c->tensor[STATE_INDICES].memory.int32[1] = MANY - 1;
+    expect_failure("decode", flash_kda_decode(&c->args), FLASH_KDA_ERROR_INVALID_ARGUMENT, "state_indices");
+    free(pool);
+    free(c);
+}
+
+static void test_no_tokens(void **state) {
+    (void)state;
+    static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT};
+    struct call *c = call_new();
+    make_dense(c);
+    for (size_t i = 0; i < sizeof by_token / sizeof *by_token; i++)
+        c->tensor[by_token[i]].shape[1] = 0;
+    expect_success(c, false);
+}
+
+static void test_describe(void **state) {
+    (void)state;
+    struct call *c = call_new();
+    char text[200];
+    assert_int_equal(flash_kda_decode_describe(&c->args, text, sizeof text), FLASH_KDA_OK);
+    assert_non_null(strstr(text, "cpu: level"));
+    c->args.backend = FLASH_KDA_BACKEND_REFERENCE;
+    assert_int_equal(flash_kda_decode_describe(&c->args, text, sizeof text), FLASH_KDA_OK);
+    assert_non_null(strstr(text, "reference"));
+    assert_int_equal(flash_kda_decode_describe(&c->args, NULL, 8), FLASH_KDA_ERROR_INVALID_ARGUMENT);
+    assert_int_equal(flash_kda_decode_describe(&c->args, text, 0), FLASH_KDA_ERROR_INVALID_ARGUMENT);
+    assert_int_equal(flash_kda_decode_describe(NULL, text, sizeof text), FLASH_KDA_ERROR_INVALID_ARGUMENT);
+    free(c);
+}
+
+static void test_level_unknown(void **state) {
+    (void)state;
+    struct call *c = call_new();
+    setenv("FLASH_KDA_CPU", "sse9", 1);
+    expect_error(c, FLASH_KDA_ERROR_UNSUPPORTED, "FLASH_KDA_CPU");
+    unsetenv("FLASH_KDA_CPU");
+    free(c);
+}
+
+/* ---- Running them all ------------------------------------------------------------------------------ */
+
+static size_t list_tensor_cases(struct CMUnitTest *tests) {
+    size_t count = 0;
+    for (int i = 0; i < FAULTS; i++)
+        for (int argument = 0; argument < TENSORS; argument++) {
+            struct tensor_case *c = &tensor_cases[count];
+            if (faults[i].except >> argument & 1)
+                continue;
+            c->argument = (enum decode_argument)argument;
+            c->fault = &faults[i];
+            snprintf(c->name, sizeof c->name, "%s: %s", names[argument], faults[i].name);
+            tests[count++] =
+                (struct CMUnitTest){.name = c->name, .test_func = test_tensor_fault, .initial_state = c};
+        }
+    return count;
+}
+
+int main(void) {
+    enum { PLAIN = 8 };
+    static struct CMUnitTest tests[FAULTS * TENSORS + CASES + PLAIN];
+    size_t count = list_tensor_cases(tests);
+    for (int i = 0; i < CASES; i++)
+        tests[count++] =
+            (struct CMUnitTest){.name = cases[i].name, .test_func = test_argument, .initial_state = &cases[i]};
+    const struct CMUnitTest plain[PLAIN] = {cmocka_unit_test(test_valid),
+                                            cmocka_unit_test(test_valid_dense),
+                                            cmocka_unit_test(test_padding_holds_anything),
+                                            cmocka_unit_test(test_kept_state_is_shared),
+                                            cmocka_unit_test(test_large_pool),
+                                            cmocka_unit_test(test_no_tokens),
+                                            cmocka_unit_test(test_describe),
+                                            cmocka_unit_test(test_level_unknown)};
+    memcpy(tests + count, plain, sizeof plain);
+    count += PLAIN;
+    return _cmocka_run_group_tests("decode errors", tests, count, NULL, NULL);
+}
