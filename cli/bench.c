@@ -30,7 +30,9 @@ static const double time_budget = 4;
 static const int64_t oracle_budget = (int64_t)1 << 29;
 
 static const char documentation[] =
-    "Times prefill on random cases: a built-in table, or the one case that the options describe. A result is "
+    "Times prefill, or with --decode decode, on random cases: a built-in table, or the one case that the "
+    "options "
+    "describe. A result is "
     "timed "
     "only after it has been compared with the oracle, where that takes long on its first heads and tokens.\v"
     "Each line is the median of repeated runs after a warm-up, with the quartiles. On CUDA it is the GPU's "
@@ -43,9 +45,17 @@ static const char documentation[] =
     "  flashkda bench --quick --level all\n"
     "  flashkda bench --tokens 65536 --heads 1 --threads 1 --out-dtype fp32\n"
     "  flashkda bench --backend cuda -o cuda.json\n"
+    "  flashkda bench --backend cuda --decode\n"
     "  flashkda bench --commit $(git rev-parse HEAD) -o cpu.json";
 
-enum option_key { OPTION_LEVEL = 0x200, OPTION_QUICK, OPTION_CSV, OPTION_COMMIT, OPTION_OUT_DTYPE };
+enum option_key {
+    OPTION_LEVEL = 0x200,
+    OPTION_QUICK,
+    OPTION_CSV,
+    OPTION_COMMIT,
+    OPTION_OUT_DTYPE,
+    OPTION_DECODE,
+};
 
 static const char *const backend_names[] = {"cpu", "cuda", NULL};
 
@@ -55,6 +65,7 @@ static const struct argp_option argp_options[] = {
     {"threads", 't', "N", 0, "Threads (as many as OpenMP takes)", 0},
     {"repeat", 'r', "N", 0, "Times to run each case after the warm-up, fewer if it takes long (9)", 0},
     {"quick", OPTION_QUICK, NULL, 0, "A table of a few short cases", 0},
+    {"decode", OPTION_DECODE, NULL, 0, "A table of decode instead of prefill, beside the rate of a copy", 0},
     {"out-dtype", OPTION_OUT_DTYPE, "NAME", 0, "Only this output dtype: bf16, fp16 or fp32", 0},
     {"output", 'o', "FILE", 0, "Write the results, as JSON or with --csv as CSV", 0},
     {"json", 'j', NULL, 0, "Print JSON instead of the table", 0},
@@ -69,7 +80,7 @@ struct bench_options {
     int64_t threads, repeats; /* 0: the default */
     DLDataType out_dtype;     /* where has_out_dtype */
     int backend;              /* in backend_names */
-    bool has_out_dtype, quick, json, csv;
+    bool has_out_dtype, decode, quick, json, csv;
 };
 
 static bool on_cuda(const struct bench_options *options) { return options->backend == 1; }
@@ -77,6 +88,9 @@ static bool on_cuda(const struct bench_options *options) { return options->backe
 static error_t check_options(const struct argp_state *state, const struct bench_options *options) {
     if (options->spec.given && options->quick) {
         return argument_error(state, "--quick is a table of its own: it does not go with options of a case");
+    }
+    if (options->decode && (options->spec.given || options->has_out_dtype)) {
+        return argument_error(state, "--decode is a table of its own: it does not go with options of a case");
     }
     if (options->json && options->csv) {
         return argument_error(state, "--json and --csv exclude each other");
@@ -106,6 +120,9 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         return parse_integer(state, "repeat", argument, 1, MAX_REPEATS, &options->repeats);
     case OPTION_QUICK:
         options->quick = true;
+        return 0;
+    case OPTION_DECODE:
+        options->decode = true;
         return 0;
     case OPTION_OUT_DTYPE:
         options->has_out_dtype = dtype_from_name(argument, &options->out_dtype);
@@ -261,6 +278,10 @@ static bool same_result(struct bench *bench, const struct prefill_call *copies, 
     return true;
 }
 
+static bool launch(const void *calls, int i, void *stream, char *error, size_t error_size) {
+    return call_launch((const struct prefill_call *)calls + i, stream, error, error_size);
+}
+
 static bool time_copies(struct bench *bench, const struct bench_case *c, const struct prefill_call *checked,
                         struct prefill_call *copies, int count, struct timing *timing) {
     double seconds[MAX_REPEATS];
@@ -269,10 +290,10 @@ static bool time_copies(struct bench *bench, const struct bench_case *c, const s
                                         0, bench->error, sizeof bench->error)) {
         made++;
     }
-    bool good =
-        made == count &&
-        replay_calls(copies, count, seconds, repeats(bench->options), bench->error, sizeof bench->error) &&
-        same_result(bench, copies, count, checked);
+    bool good = made == count &&
+                replay_calls(launch, copies, count, seconds, repeats(bench->options), bench->error,
+                             sizeof bench->error) &&
+                same_result(bench, copies, count, checked);
     if (good) {
         *timing = timing_of(seconds, repeats(bench->options));
     }
@@ -442,8 +463,65 @@ static bool bench_all_rows(struct bench *bench) {
     return good;
 }
 
+/* ---- Decode ------------------------------------------------------------------------------------ */
+
+static const struct bench_decode_table *decode_table(const struct bench_options *options) {
+    return on_cuda(options) ? &bench_decode_cuda_table : &bench_decode_cpu_table;
+}
+
+static bool bench_decode_on_level(struct bench *bench, const struct bench_decode_row *row, const char *level) {
+    const struct bench_options *options = bench->options;
+    const struct bench_decode how = {.machine = &bench->machine,
+                                     .backend =
+                                         on_cuda(options) ? FLASH_KDA_BACKEND_CUDA : FLASH_KDA_BACKEND_CPU,
+                                     .threads = on_cuda(options)   ? 0
+                                                : options->threads ? (int)options->threads
+                                                                   : bench->machine.host.threads,
+                                     .repeats = repeats(options)};
+    struct bench_result *result = &bench->results[bench->done];
+    progress_show(bench->done, bench->total, "decode");
+    if (level) {
+        setenv("FLASH_KDA_CPU", level, 1);
+    }
+    if (!bench_decode_row(&how, row, result, bench->error, sizeof bench->error)) {
+        return false;
+    }
+    bench->done++;
+    bench->wrong += !result->passed;
+    if (bench->table) {
+        progress_clear();
+        bench_print_decode_line(stdout, &bench->machine, result);
+    }
+    return true;
+}
+
+static bool bench_decode_rows(struct bench *bench) {
+    const struct bench_decode_table *table = decode_table(bench->options);
+    bool good = true;
+    for (int i = 0; i < table->count; i++) {
+        for (int level = 0; good && level < bench->level_count; level++) {
+            if (table->rows[i].quick == bench->options->quick) {
+                good = bench_decode_on_level(bench, &table->rows[i], bench->levels[level]);
+            }
+        }
+    }
+    return good;
+}
+
+static int count_decode_results(const struct bench *bench) {
+    const struct bench_decode_table *table = decode_table(bench->options);
+    int count = 0;
+    for (int i = 0; i < table->count; i++) {
+        count += table->rows[i].quick == bench->options->quick;
+    }
+    return count * bench->level_count;
+}
+
 static int count_results(const struct bench *bench) {
     struct variant variants[MAX_VARIANTS];
+    if (bench->options->decode) {
+        return count_decode_results(bench);
+    }
     if (bench->options->spec.given) {
         return bench->level_count;
     }
@@ -516,6 +594,10 @@ static bool print_results(struct bench *bench) {
 static bool describe_machine(struct bench *bench) {
     struct bench_machine *machine = &bench->machine;
     machine_describe(&machine->host);
+    if (bench->options->decode && !on_cuda(bench->options)) {
+        int64_t threads = bench->options->threads;
+        machine->copy_rate = machine_copy_rate(threads ? (int)threads : machine->host.threads);
+    }
     return !on_cuda(bench->options) ||
            (device_describe(&machine->device, 0, bench->error, sizeof bench->error) &&
             replay_copy(&machine->copy_rate, bench->error, sizeof bench->error));
@@ -534,10 +616,11 @@ static bool bench_all(struct bench *bench) {
     }
     if (bench->table) {
         bench_print_machine(stdout, &bench->machine);
-        bench_print_head(stdout);
+        (options->decode ? bench_print_decode_head : bench_print_head)(stdout);
     }
-    bool good =
-        options->spec.given ? bench_spec(bench, &options->spec.spec, false, false) : bench_all_rows(bench);
+    bool good = options->decode       ? bench_decode_rows(bench)
+                : options->spec.given ? bench_spec(bench, &options->spec.spec, false, false)
+                                      : bench_all_rows(bench);
     progress_clear();
     return good && print_results(bench);
 }

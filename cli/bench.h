@@ -3,6 +3,7 @@
 #ifndef FLASHKDA_BENCH_H
 #define FLASHKDA_BENCH_H
 
+#include "decode_call.h"
 #include "device.h"
 #include "generate.h"
 #include "machine.h"
@@ -35,13 +36,36 @@ extern const struct bench_table bench_cpu_table, bench_cuda_table;
 struct bench_machine {
     struct machine host;
     struct device device; /* on CUDA, else all 0 */
-    double copy_rate;     /* bytes read and written a second within its memory */
+    double copy_rate;     /* bytes read and written a second within its memory; 0: not measured */
+};
+
+/* One case of decode: K = V = 128, bf16 inputs, sigmoid gate. */
+struct bench_decode_row {
+    int64_t heads, batch, tokens;
+    bool bf16_state;
+    enum decode_way way;
+    bool quick; /* the whole of the quick table */
+};
+
+struct bench_decode_table {
+    const struct bench_decode_row *rows;
+    int count;
+};
+
+extern const struct bench_decode_table bench_decode_cpu_table, bench_decode_cuda_table;
+
+/* How all rows are timed. */
+struct bench_decode {
+    const struct bench_machine *machine;
+    flash_kda_backend backend;
+    int threads, repeats;
 };
 
 struct bench_result {
     char name[96];
     struct case_spec spec;
-    int64_t tokens; /* of a batch entry */
+    const char *decode; /* what becomes of decode's states; NULL: it is prefill */
+    int64_t tokens;     /* of a batch entry */
     DLDataType out_dtype;
     char level[16];
     int threads; /* 0 on CUDA */
@@ -53,6 +77,10 @@ struct bench_result {
     struct timing timing;
 };
 
+/* Fills *result, without a timing if it is not right. On failure returns false and writes one sentence to error. */
+bool bench_decode_row(const struct bench_decode *how, const struct bench_decode_row *row,
+                      struct bench_result *result, char *error, size_t error_size);
+
 double bench_tokens_per_second(const struct bench_result *result);
 
 /* 8 K V floating-point operations for a token of a value head: three products and one update of the state. */
@@ -61,6 +89,9 @@ double bench_gflops(const struct bench_result *result);
 void bench_print_machine(FILE *stream, const struct bench_machine *machine);
 void bench_print_head(FILE *stream);
 void bench_print_line(FILE *stream, const struct bench_result *result);
+void bench_print_decode_head(FILE *stream);
+void bench_print_decode_line(FILE *stream, const struct bench_machine *machine,
+                             const struct bench_result *result);
 
 /* Bytes a second, of those that a call must move. */
 double bench_byte_rate(const struct bench_result *result);

@@ -31,12 +31,11 @@ double bench_byte_rate(const struct bench_result *result) {
 /* ---- Table ------------------------------------------------------------------------------------- */
 
 void bench_print_machine(FILE *stream, const struct bench_machine *machine) {
+    fprintf(stream, "%s, ", machine->device.name[0] ? machine->device.name : machine->host.cpu);
     if (machine->copy_rate > 0) {
-        fprintf(stream, "%s, copies %.0f GB/s, flashkda %s\n", machine->device.name, machine->copy_rate * 1e-9,
-                flash_kda_version());
-    } else {
-        fprintf(stream, "%s, flashkda %s\n", machine->host.cpu, flash_kda_version());
+        fprintf(stream, "copies %.3g GB/s, ", machine->copy_rate * 1e-9);
     }
+    fprintf(stream, "flashkda %s\n", flash_kda_version());
 }
 
 void bench_print_head(FILE *stream) {
@@ -57,6 +56,29 @@ void bench_print_line(FILE *stream, const struct bench_result *result) {
                 bench_gflops(result), bench_byte_rate(result) * 1e-9);
     } else {
         fprintf(stream, "%58s ", "WRONG, not timed");
+    }
+    fprintf(stream, "%.1e %.1e\n", result->output_error, result->state_error);
+    fflush(stream);
+}
+
+void bench_print_decode_head(FILE *stream) {
+    fprintf(stream, "%-32s %-10s %7s %10s %21s %9s %8s %15s\n", "case", "level", "threads", "median us",
+            "quartiles", "GB/s", "of copy", "error o, state");
+}
+
+void bench_print_decode_line(FILE *stream, const struct bench_machine *machine,
+                             const struct bench_result *result) {
+    char threads[16] = "-";
+    if (result->threads) {
+        snprintf(threads, sizeof threads, "%d", result->threads);
+    }
+    fprintf(stream, "%-32s %-10s %7s ", result->name, result->level, threads);
+    if (result->passed) {
+        fprintf(stream, "%10.2f %10.2f-%-10.2f %9.1f %7.0f%% ", result->timing.median * 1e6,
+                result->timing.q1 * 1e6, result->timing.q3 * 1e6, bench_byte_rate(result) * 1e-9,
+                100 * bench_byte_rate(result) / machine->copy_rate);
+    } else {
+        fprintf(stream, "%51s ", "WRONG, not timed");
     }
     fprintf(stream, "%.1e %.1e\n", result->output_error, result->state_error);
     fflush(stream);
@@ -96,6 +118,9 @@ static json_t *result_json(const struct bench_result *result) {
         (json_int_t)result->checked_heads, "output_error", real(result->output_error), "state_error",
         real(result->state_error), "checkpoint_error",
         result->spec.checkpoint_every ? real(result->checkpoint_error) : json_null(), "passed", result->passed);
+    if (result->decode) {
+        json_object_set_new(object, "decode", json_string(result->decode));
+    }
     if (result->passed) {
         json_object_set_new(object, "seconds", timing_json(&result->timing));
         json_object_set_new(object, "tokens_per_second", real(bench_tokens_per_second(result)));
@@ -110,10 +135,10 @@ static json_t *machine_json(const struct bench_machine *machine) {
     json_t *object =
         json_pack("{s:s, s:s, s:s, s:i, s:i}", "cpu", host->cpu, "architecture", host->architecture, "features",
                   host->features, "processors", host->processors, "threads", host->threads);
-    json_t *device = json_null();
+    bool on_device = machine->device.name[0];
+    json_t *device = on_device ? device_json(&machine->device) : json_null();
     if (machine->copy_rate > 0) {
-        device = device_json(&machine->device);
-        json_object_set_new(device, "copy_gb_per_second", real(machine->copy_rate * 1e-9));
+        json_object_set_new(on_device ? device : object, "copy_gb_per_second", real(machine->copy_rate * 1e-9));
     }
     json_object_set_new(object, "device", device);
     return object;

@@ -38,6 +38,16 @@ static bool allocate_workspace(struct prefill_call *call, char *error, size_t er
     return call->workspace != NULL;
 }
 
+static bool copy_to_device(struct prefill_call *call, char *error, size_t error_size) {
+    flash_kda_prefill_args *a = &call->args;
+    const DLTensor **const tensors[] = {&a->out,   &a->final_state, &a->checkpoints, &a->q,
+                                        &a->k,     &a->v,           &a->g,           &a->beta,
+                                        &a->A_log, &a->dt_bias,     &a->cu_seqlens,  &a->initial_state};
+    enum { WRITTEN = 3 };
+    call->copies = device_copies_make(tensors, sizeof tensors / sizeof tensors[0], WRITTEN, error, error_size);
+    return call->copies != NULL;
+}
+
 bool call_prepare(struct prefill_call *call, const struct kda_case *c, DLDataType out_dtype,
                   flash_kda_backend backend, int32_t threads, char *error, size_t error_size) {
     *call = (struct prefill_call){.args = case_args(c)};
@@ -51,12 +61,19 @@ bool call_prepare(struct prefill_call *call, const struct kda_case *c, DLDataTyp
     call->args.checkpoints = c->checkpoint_every ? &call->checkpoints.dl : NULL;
     call->args.backend = backend;
     call->args.num_threads = threads;
-    if (backend == FLASH_KDA_BACKEND_CUDA) {
-        call->copies = device_copies_make(&call->args, error, error_size);
-    }
-    bool placed = backend != FLASH_KDA_BACKEND_CUDA || call->copies;
+    bool placed = backend != FLASH_KDA_BACKEND_CUDA || copy_to_device(call, error, error_size);
     if (!placed || !allocate_workspace(call, error, error_size)) {
         call_free(call);
+        return false;
+    }
+    return true;
+}
+
+bool call_launch(const struct prefill_call *call, void *stream, char *error, size_t error_size) {
+    flash_kda_prefill_args args = call->args;
+    args.stream = stream;
+    if (flash_kda_prefill(&args, call->workspace, call->workspace_bytes) != FLASH_KDA_OK) {
+        snprintf(error, error_size, "%s", flash_kda_last_error());
         return false;
     }
     return true;

@@ -27,6 +27,9 @@ bool call_prepare(struct prefill_call *call, const struct kda_case *c, DLDataTyp
  * memories not counted. On failure returns false and writes one sentence to error. */
 bool call_run(struct prefill_call *call, double *seconds, char *error, size_t error_size);
 
+/* Launches it on a stream. On failure returns false and writes one sentence to error. */
+bool call_launch(const struct prefill_call *call, void *stream, char *error, size_t error_size);
+
 /* Bytes that it must move: every tensor once. */
 int64_t call_bytes(const struct prefill_call *call);
 

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_TENSORS = 16, WRITTEN = 3 /* of them, the first */ };
+enum { MAX_TENSORS = 16 };
 
 bool device_failed(cudaError_t status, const char *what, char *error, size_t error_size) {
     if (status != cudaSuccess) {
@@ -124,29 +124,14 @@ static bool copy_make(struct copy *copy, const DLTensor *host, char *error, size
                           "copying a tensor to the device", error, error_size);
 }
 
-struct device_copies *device_copies_make(flash_kda_prefill_args *args, char *error, size_t error_size) {
-    const DLTensor **const tensors[MAX_TENSORS] = {&args->out,
-                                                   &args->final_state,
-                                                   &args->checkpoints,
-                                                   &args->q,
-                                                   &args->k,
-                                                   &args->v,
-                                                   &args->g,
-                                                   &args->beta,
-                                                   &args->A_log,
-                                                   &args->dt_bias,
-                                                   &args->cu_seqlens,
-                                                   &args->initial_state,
-                                                   &args->state_indices,
-                                                   &args->checkpoint_cu_starts,
-                                                   &args->checkpoint_indices,
-                                                   &args->checkpoint_offsets};
+struct device_copies *device_copies_make(const DLTensor **const tensors[], int count, int written, char *error,
+                                         size_t error_size) {
     struct device_copies *copies = calloc(1, sizeof *copies);
     if (!copies) {
         snprintf(error, error_size, "out of memory for device copies");
         return NULL;
     }
-    for (int i = 0; i < MAX_TENSORS; i++) {
+    for (int i = 0; i < count && i < MAX_TENSORS; i++) {
         if (!*tensors[i]) {
             continue;
         }
@@ -156,7 +141,7 @@ struct device_copies *device_copies_make(flash_kda_prefill_args *args, char *err
             return NULL;
         }
         *tensors[i] = &copy->dl;
-        copies->written += i < WRITTEN;
+        copies->written += i < written;
     }
     return copies;
 }

@@ -24,9 +24,10 @@ bool device_describe(struct device *device, int index, char *error, size_t error
 /* Copies on device 0 of all tensors of a call. */
 struct device_copies;
 
-/* Copies every tensor of args and points args to the copies. On failure returns NULL and writes one sentence to
- * error. */
-struct device_copies *device_copies_make(flash_kda_prefill_args *args, char *error, size_t error_size);
+/* Copies the tensors of a call, those that are not NULL, and points the call to the copies: tensors[count] are the members
+ * of its arguments, the `written` first of which it writes. On failure returns NULL and writes one sentence to error. */
+struct device_copies *device_copies_make(const DLTensor **const tensors[], int count, int written, char *error,
+                                         size_t error_size);
 
 /* Copies what a call has written back to where it came from. False, with one sentence in error, if that or
  * the call failed. */

@@ -2,12 +2,14 @@
 /* The machine this runs on. */
 #include "machine.h"
 
+#include <math.h>
 #include <omp.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/utsname.h>
+#include <time.h>
 
 /* The value of a line "key   : value" of /proc/cpuinfo, or NULL. */
 static const char *value_of(const char *line, const char *key) {
@@ -68,4 +70,32 @@ void machine_describe(struct machine *machine) {
     }
     snprintf(machine->cpu, sizeof machine->cpu, "%s", machine->architecture);
     read_cpuinfo(machine);
+}
+
+enum { COPY_BYTES = 1 << 28, COPY_REPEATS = 7 };
+
+static double copy_seconds(char *to, const char *from, int threads) {
+    size_t share = COPY_BYTES / (size_t)threads;
+    struct timespec begin, end;
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int i = 0; i < threads; i++) {
+        memcpy(to + (size_t)i * share, from + (size_t)i * share, share);
+    }
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    return (double)(end.tv_sec - begin.tv_sec) + (double)(end.tv_nsec - begin.tv_nsec) * 1e-9;
+}
+
+double machine_copy_rate(int threads) {
+    char *from = malloc(COPY_BYTES), *to = malloc(COPY_BYTES);
+    double best = HUGE_VAL;
+    if (from && to) {
+        memset(from, 1, COPY_BYTES);
+        for (int i = 0; i < COPY_REPEATS; i++) {
+            best = fmin(best, copy_seconds(to, from, threads));
+        }
+    }
+    free(from);
+    free(to);
+    return 2.0 * COPY_BYTES / best;
 }

@@ -13,4 +13,7 @@ struct machine {
 
 void machine_describe(struct machine *machine);
 
+/* The rate of a large copy within memory by all of so many threads, bytes read and written a second; 0 if out of memory. */
+double machine_copy_rate(int threads);
+
 #endif

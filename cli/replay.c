@@ -106,26 +106,21 @@ static bool measure_repeatedly(struct replay *replay, double *seconds, int repea
     return true;
 }
 
-static bool capture_calls(struct replay *replay, struct prefill_call *calls, int count) {
-    flash_kda_status status = FLASH_KDA_OK;
-    if (!begin_capture(replay)) {
+static bool capture_calls(struct replay *replay, replay_launch *launch, const void *calls, int count) {
+    bool good = begin_capture(replay);
+    if (!good) {
         return false;
     }
-    for (int i = 0; i < count && status == FLASH_KDA_OK; i++) {
-        flash_kda_prefill_args args = calls[i].args;
-        args.stream = replay->stream;
-        status = flash_kda_prefill(&args, calls[i].workspace, calls[i].workspace_bytes);
-        if (status != FLASH_KDA_OK) {
-            snprintf(replay->error, replay->error_size, "%s", flash_kda_last_error());
-        }
+    for (int i = 0; i < count && good; i++) {
+        good = launch(calls, i, replay->stream, replay->error, replay->error_size);
     }
-    return end_capture(replay, status == FLASH_KDA_OK);
+    return end_capture(replay, good);
 }
 
-bool replay_calls(struct prefill_call *calls, int count, double *seconds, int repeats, char *error,
-                  size_t error_size) {
+bool replay_calls(replay_launch *launch, const void *calls, int count, double *seconds, int repeats,
+                  char *error, size_t error_size) {
     struct replay replay;
-    bool good = replay_open(&replay, error, error_size) && capture_calls(&replay, calls, count) &&
+    bool good = replay_open(&replay, error, error_size) && capture_calls(&replay, launch, calls, count) &&
                 measure_repeatedly(&replay, seconds, repeats);
     for (int i = 0; good && i < repeats; i++) {
         seconds[i] /= count;
