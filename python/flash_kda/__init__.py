@@ -2,6 +2,7 @@
 """Kimi Delta Attention (KDA) on CPU and CUDA for torch, numpy, cupy and jax arrays.
 
 prefill      the library's own interface, complete
+decode       goes on from the states it left, one token or a few at a time
 fwd          FlashKDA's interface: same name, order and in-place outputs
 chunk_kda    flash-linear-attention's interface, for inference
 fla          registers this package with flash-linear-attention's dispatch
@@ -13,8 +14,9 @@ docs/python.md introduces them; docs/maths.md says what is computed.
 from . import fla
 from ._C import VERSION as __version__
 from ._chunk_kda import chunk_kda
+from ._decode import decode, decode_describe
 from ._fwd import fwd, get_workspace_size
 from ._prefill import prefill, prefill_describe, prefill_workspace_size
 
-__all__ = ["__version__", "chunk_kda", "fla", "fwd", "get_workspace_size", "prefill", "prefill_describe",
-           "prefill_workspace_size"]
+__all__ = ["__version__", "chunk_kda", "decode", "decode_describe", "fla", "fwd", "get_workspace_size", "prefill",
+           "prefill_describe", "prefill_workspace_size"]

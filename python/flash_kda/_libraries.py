@@ -9,6 +9,11 @@ from typing import Any
 from . import _C
 
 
+def tensor_names(function: _C.Function) -> tuple[str, ...]:
+    """Of the tensors that an entry of the extension takes."""
+    return _C.DECODE_TENSORS if function in (_C.decode, _C.decode_describe) else _C.TENSORS
+
+
 class Library:
     """An array library without DLPack's C exchange: every array is lent by a capsule."""
 
@@ -44,8 +49,8 @@ class Library:
         except Exception as error:
             raise ValueError(f"{name} cannot be read as an array: {error}") from error
 
-    def capsules(self, tensors: tuple[Any, ...], **how: Any) -> list[Any]:
-        return [self.capsule(array, name, **how) for array, name in zip(tensors, _C.TENSORS)]
+    def capsules(self, function: _C.Function, tensors: tuple[Any, ...], **how: Any) -> list[Any]:
+        return [self.capsule(array, name, **how) for array, name in zip(tensors, tensor_names(function))]
 
     def run(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
         """Calls an entry of the extension on the library's current stream."""
@@ -76,7 +81,7 @@ class Numpy(Library):
         return lend_numeric(array, **self.dlpack_arguments)
 
     def run(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
-        return function(*self.capsules(tensors), *options, None, self.capsule(workspace, "workspace"))
+        return function(*self.capsules(function, tensors), *options, None, self.capsule(workspace, "workspace"))
 
 
 class Cupy(Library):
@@ -99,7 +104,7 @@ class Cupy(Library):
 
     def run(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
         with tensors[0].device:
-            capsules = self.capsules(tensors)
+            capsules = self.capsules(function, tensors)
             memory = self.allocate if workspace is None else self.capsule(workspace, "workspace")
             return function(*capsules, *options, self.cupy.cuda.get_current_stream().ptr, memory)
 
@@ -128,7 +133,7 @@ class Jax(Library):
         if workspace is not None:
             raise ValueError("workspace is given with jax arrays, which cannot be written; expected None")
         if all(device.platform == "cpu" for array in given for device in array.devices()):
-            capsules = self.capsules(tensors)
+            capsules = self.capsules(function, tensors)
             self.jax.block_until_ready(given)
             return function(*capsules, *options, None, None)
         return _JaxOnCuda(self, function, tensors, options).run()
@@ -151,7 +156,7 @@ class _JaxOnCuda:
             self.scratch.append(self.library.empty(self.tensors[0], (size,), "uint8"))
             return self.library.lend(self.scratch[-1], stream=stream)
 
-        capsules = self.library.capsules(self.tensors, stream=stream)
+        capsules = self.library.capsules(self.function, self.tensors, stream=stream)
         self.result = self.function(*capsules, *self.options, stream, allocate)
         return self.library.lend(self.tensors[0], stream=stream)
 

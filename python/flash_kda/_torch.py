@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import _C
-from ._libraries import Library
+from ._libraries import Library, tensor_names
 from ._shapes import state_shape
 
 _INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens", "initial_state", "state_indices")
@@ -33,8 +33,10 @@ class Torch(Library):
 
     def run(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
         if torch.is_grad_enabled():
-            refuse_grad(tensors, _C.TENSORS)
+            refuse_grad(tensors, tensor_names(function))
         if self.traced(tensors[0]):
+            if function is _C.decode:
+                return torch.ops.flash_kda.decode(*tensors, *options)
             return torch.ops.flash_kda.prefill_into(*tensors, *options, workspace)
         if self.exchange:
             return function(*tensors, *options, None, workspace)
@@ -49,7 +51,7 @@ class Torch(Library):
     def _run_by_capsules(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...],
                          workspace: Any) -> Any:
         q = tensors[0]
-        capsules = self.capsules(tensors)
+        capsules = self.capsules(function, tensors)
         stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else None
 
         def allocate(size: int) -> Any:
@@ -72,8 +74,9 @@ def refuse_grad(tensors: tuple[Any, ...], names: tuple[str, ...]) -> None:
 # ---- Custom ops: what torch.compile and torch.export record ---------------------------------------
 
 _REQUIRED = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias"
-_OPTIONS = ("int gate, float lower_bound, int beta_mode, float scale, int flags, int state_layout, "
-            "int checkpoint_every, int backend, int num_threads")
+_WHAT = "int gate, float lower_bound, int beta_mode, float scale, int flags, int state_layout"
+_HOW = "int backend, int num_threads"
+_OPTIONS = f"{_WHAT}, int checkpoint_every, {_HOW}"
 
 
 @torch.library.custom_op("flash_kda::prefill", mutates_args=(), schema=(
@@ -112,5 +115,19 @@ def _prefill_into(*arguments):
 
 
 @_prefill_into.register_fake
+def _(*arguments):
+    return None
+
+
+@torch.library.custom_op("flash_kda::decode", mutates_args=("out", "state"), schema=(
+    f"({_REQUIRED}, Tensor(a!)? out, Tensor? cu_seqlens, Tensor? accepted, Tensor(b!) state, Tensor? state_indices, "
+    f"Tensor? num_accepted_tokens, {_WHAT}, int max_tokens, {_HOW}) -> ()"))
+def _decode(*arguments):
+    tensors, options = arguments[:len(_C.DECODE_TENSORS)], arguments[len(_C.DECODE_TENSORS):]
+    with torch.no_grad():
+        LIBRARY.run(_C.decode, tensors, options, None)
+
+
+@_decode.register_fake
 def _(*arguments):
     return None

@@ -3,7 +3,7 @@
 
 fla finds a package named flash_kda by itself and sends it what FlashKDA can do. After register() its chunk_kda, and so
 its KDA layer, sends everything that this package can do: head dims up to 256, grouped value heads, the softplus gate,
-flags off, K-first states, intermediate states, the CPU.
+flags off, K-first states, intermediate states, the CPU. Its fused_recurrent_kda sends calls of up to 16 tokens to decode.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import Any
 
 from . import _C
 from ._chunk_kda import chunk_kda
+from ._fused_recurrent import fused_recurrent_kda_fwd
+from ._fused_recurrent import refusal as recurrent_refusal
 
-_SIGNATURE = inspect.signature(chunk_kda)
+_CHUNK = inspect.signature(chunk_kda)
+_RECURRENT = inspect.signature(fused_recurrent_kda_fwd)
 
 
 def _refusal(call: dict[str, Any]) -> str | None:
-    """Why this package cannot take a call of chunk_kda, or None."""
+    """Why this package cannot take a call of either function, or None."""
     import torch
 
     q = call["q"]
-    if call["cp_context"] is not None:
-        return "flash_kda runs a sequence on one device only"
     if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in call.values()):
         return "flash_kda has no backward pass yet"
     if not _C.backend_available(_C.BACKENDS.get(q.device.type, -1)):
@@ -36,8 +37,21 @@ def _refusal(call: dict[str, Any]) -> str | None:
     return None
 
 
+def _verdict(signature: inspect.Signature, arguments: Any, keywords: Any) -> tuple[bool, str | None]:
+    call = signature.bind(*arguments, **keywords)
+    call.apply_defaults()
+    reason = _refusal(call.arguments)
+    if not reason and signature is _RECURRENT:
+        names = inspect.signature(recurrent_refusal).parameters
+        reason = recurrent_refusal(**{name: call.arguments[name] for name in names})
+    elif not reason and call.arguments["cp_context"] is not None:
+        reason = "flash_kda runs a sequence on one device only"
+    return reason is None, reason
+
+
 def register() -> None:
-    """Replaces fla's FlashKDA backend by this package's. FLA_FLASH_KDA=0 in the environment turns either off."""
+    """Replaces fla's FlashKDA backend by this package's, and has decode take its token recurrence. FLA_FLASH_KDA=0 in the
+    environment turns either off."""
     import fla.backends
     from fla.ops.kda import chunk_kda as entry_point
 
@@ -48,14 +62,18 @@ def register() -> None:
         priority = 3
 
         def chunk_kda_verifier(self, *arguments: Any, **keywords: Any) -> tuple[bool, str | None]:
-            call = _SIGNATURE.bind(*arguments, **keywords)
-            call.apply_defaults()
-            reason = _refusal(call.arguments)
-            return reason is None, reason
+            return _verdict(_CHUNK, arguments, keywords)
 
         def chunk_kda(self, *arguments: Any, **keywords: Any) -> Any:
             return chunk_kda(*arguments, **keywords)
 
+        def fused_recurrent_kda_fwd_verifier(self, *arguments: Any, **keywords: Any) -> tuple[bool, str | None]:
+            return _verdict(_RECURRENT, arguments, keywords)
+
+        def fused_recurrent_kda_fwd(self, *arguments: Any, **keywords: Any) -> Any:
+            return fused_recurrent_kda_fwd(*arguments, **keywords)
+
     if fla.backends._DISPATCH_DISABLED:
         raise RuntimeError("FLA_DISABLE_BACKEND_DISPATCH=1 is in the environment, so fla takes no backend")
     fla.backends.register(entry_point)(Backend)
+    fla.backends.register("kda")(Backend)  # fused_recurrent_kda

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* The module flash_kda._C: the library's entries, positional and without defaults, for the Python code beside it. */
+#include "decode.h"
 #include "fwd_size.h"
 #include "workspace.h"
 
@@ -88,6 +89,8 @@ static PyMethodDef methods[] = {
     {"prefill_workspace_size", (PyCFunction)(void (*)(void))(fast_function)prefill_workspace_size,
      METH_FASTCALL, NULL},
     {"prefill_describe", (PyCFunction)(void (*)(void))(fast_function)prefill_describe, METH_FASTCALL, NULL},
+    {"decode", (PyCFunction)(void (*)(void))(fast_function)decode, METH_FASTCALL, NULL},
+    {"decode_describe", (PyCFunction)(void (*)(void))(fast_function)decode_describe, METH_FASTCALL, NULL},
     {"fwd_workspace_size", (PyCFunction)(void (*)(void))(fast_function)fwd_workspace_size, METH_FASTCALL, NULL},
     {"as_bfloat16", array_as_bfloat16, METH_O, NULL},
     {"has_exchange", has_exchange, METH_O, NULL},
@@ -97,15 +100,10 @@ static PyMethodDef methods[] = {
     {0},
 };
 
-static int add_tensor_names(PyObject *module) {
-    PyObject *names = PyTuple_New(CALL_TENSORS);
-    for (int i = 0; names && i < CALL_TENSORS; i++) {
-        PyObject *name = PyUnicode_FromString(call_tensor_name(i));
-        if (!name || PyTuple_SetItem(names, i, name))
-            Py_CLEAR(names);
-    }
-    int failed = !names || PyModule_AddObjectRef(module, "TENSORS", names);
-    Py_XDECREF(names);
+/* Adds a tuple of names, and drops it. */
+static int add_tuple(PyObject *module, const char *name, PyObject *tuple) {
+    int failed = !tuple || PyModule_AddObjectRef(module, name, tuple);
+    Py_XDECREF(tuple);
     return failed ? -1 : 0;
 }
 
@@ -141,9 +139,13 @@ static int add_names(PyObject *module) {
 static int execute(PyObject *module) {
     if (PyModule_AddStringConstant(module, "VERSION", flash_kda_version()) ||
         PyModule_AddIntConstant(module, "QK_NORM", FLASH_KDA_QK_NORM) ||
-        PyModule_AddIntConstant(module, "BATCH_INVARIANT", FLASH_KDA_BATCH_INVARIANT))
+        PyModule_AddIntConstant(module, "BATCH_INVARIANT", FLASH_KDA_BATCH_INVARIANT) ||
+        PyModule_AddIntConstant(module, "KEEP_STATE", FLASH_KDA_KEEP_STATE) ||
+        PyModule_AddIntConstant(module, "MAX_DECODE_TOKENS", FLASH_KDA_MAX_DECODE_TOKENS) ||
+        add_tuple(module, "TENSORS", call_names(call_members, CALL_TENSORS)) ||
+        add_tuple(module, "DECODE_TENSORS", decode_tensor_names()))
         return -1;
-    return add_tensor_names(module) || add_names(module) ? -1 : 0;
+    return add_names(module) ? -1 : 0;
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)execute}, {0}};

@@ -21,14 +21,16 @@ ROUNDING_BF16 = 1.65e-3
 
 @pytest.fixture
 def registry():
-    """fla's backends of chunk_kda, put back afterwards."""
+    """fla's backends of chunk_kda; those and the ones of all of KDA are put back afterwards."""
     import fla.backends
     import fla.ops.kda
 
     registry = fla.backends._function_registries[inspect.unwrap(fla.ops.kda.chunk_kda)]
-    backends = dict(registry._backends)
+    registries = registry, fla.backends._operation_registries["kda"]
+    backends = [dict(registry._backends) for registry in registries]
     yield registry
-    registry._backends = backends
+    for registry, before in zip(registries, backends, strict=True):
+        registry._backends = before
 
 
 def count(monkeypatch, module, name):
@@ -117,6 +119,75 @@ def test_intermediate_states(registered, lengths, device):
     states = torch.tensor([state.tolist() for sequence in solve(problem, every=64)[2] for state in sequence])
     assert_close(results[2].flatten(0, 1), states.double().numpy(),
                  flash_kda.prefill_describe(*problem.to(device).inputs, **problem.to(device).options))
+
+
+# ---- The token recurrence ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recurrent(registered, monkeypatch):
+    """Gives the list of calls that came to decode()."""
+    return count(monkeypatch, flash_kda.fla, "fused_recurrent_kda_fwd")
+
+
+def recurrent_arguments(problem, device):
+    names = ("safe_gate",)
+    return {name: value for name, value in arguments(problem, device).items() if name not in names}
+
+
+@pytest.mark.parametrize("more", [*WIDER[:-1], {"B": 3, "T": 1}, {"lengths": [3, 0, 5]}, {"initial_state": torch.bfloat16}],
+                         ids=str)
+def test_recurrent(recurrent, more, device):
+    import fla.ops.kda
+
+    problem = make(**{"T": 7, "K": 64, "V": 64, **more})
+    expected, states, _ = solve(problem)
+    out, final_state = fla.ops.kda.fused_recurrent_kda(**recurrent_arguments(problem, device))
+    assert_close(out, expected, "fp32")
+    assert_close(final_state, in_layout(states, problem.options["state_layout"]), "fp32")
+    assert final_state.dtype == torch.float32 and len(recurrent) == 1
+    initial = problem.options.get("initial_state")
+    if initial is not None:  # is as it was
+        call = recurrent_arguments(problem, device)
+        assert fla.ops.kda.fused_recurrent_kda(**{**call, "output_final_state": False})[1] is None
+        assert torch.equal(call["initial_state"].cpu(), initial)
+
+
+def test_recurrent_on_a_pool(recurrent, device):
+    """As a serving engine calls it: two drafted tokens, of which one was accepted last."""
+    from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
+
+    problem = make(B=2, T=2, initial_state=torch.float32)
+    expected, _, inner = solve(problem, every=1)
+    call = recurrent_arguments(problem, device)
+    pool = torch.full((6, 2, 64, 64), torch.nan, device=device)
+    slots = torch.tensor([[4, 0], [1, 5]], device=device)
+    pool[[4, 1]] = call["initial_state"]
+    out, state = fused_recurrent_kda_fwd(**{**call, "initial_state": pool}, inplace_final_state=True,
+                                         ssm_state_indices=slots, num_accepted_tokens=torch.tensor([1, 1], device=device))
+    assert state is pool and len(recurrent) == 1
+    assert_close(out, expected, "fp32")
+    assert_close(pool[slots[:, 0]], in_layout(torch.tensor([x[1].tolist() for x in inner]).double().numpy(), "v_first"), "fp32")
+    assert pool[[2, 3]].isnan().all()
+
+
+@pytest.mark.parametrize("problem, more", [
+    (make(T=17), {}),
+    (make(lengths=[30, 2]), {}),
+    (make(T=2), {"beta": torch.ones(1, 2, 2, 64)}),
+    (make(T=2), {"A_log": None}),
+    (make(T=2, K=300), {}),
+], ids=["T=17", "packed", "beta a channel", "no A_log", "K=300"])
+def test_recurrent_goes_elsewhere(registered, problem, more):
+    import fla.backends
+
+    backend = fla.backends._operation_registries["kda"]._backends["flash_kda"]
+    call = {**recurrent_arguments(problem, "cpu"), "inplace_final_state": False}
+    accepted, reason = backend.verify("fused_recurrent_kda_fwd", **{**call, **more})
+    assert not accepted and "flash_kda" in reason
+
+
+# ---- What is not taken ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("more", [

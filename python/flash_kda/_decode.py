@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""Decode: every member of flash_kda_decode_args."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from . import _C
+from ._libraries import Library, library_of
+from ._prefill import Array, _check_destinations, _options
+from ._shapes import shape_of
+
+
+def _call(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, A_log: Array | None,
+          dt_bias: Array | None, gate: str, lower_bound: float | None, beta_mode: str, qk_norm: bool,
+          scale: float | None, cu_seqlens: Array | None, max_tokens: int, accepted: Array | None, state_layout: str,
+          state_indices: Array | None, num_accepted_tokens: Array | None, keep_state: bool, out: Array | None,
+          output: bool, backend: str, num_threads: int
+          ) -> tuple[Library, tuple[Array | None, ...], tuple[Any, ...], Array | None]:
+    """Library, tensors and options of a call, and out: the one that is given, or a new one."""
+    library = library_of(q)
+    options = list(_options(gate, lower_bound, beta_mode, qk_norm, scale, state_layout, max_tokens, False, backend,
+                            num_threads))
+    options[4] |= _C.KEEP_STATE if keep_state else 0
+    if out is not None and not output:
+        raise ValueError("out is given with output=False; expected None")
+    _check_destinations(library, out=out, state=None if keep_state else state)
+    if out is None and output:
+        out = library.empty(q, shape_of(v, "v"), v.dtype)
+    tensors = (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, accepted, state, state_indices, num_accepted_tokens)
+    return library, tensors, tuple(options), out
+
+
+def decode(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    state: Array,
+    *,
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    gate: str = "none",
+    lower_bound: float | None = None,
+    beta_mode: str = "given",
+    qk_norm: bool = False,
+    scale: float | None = None,
+    cu_seqlens: Array | None = None,
+    max_tokens: int = 0,
+    accepted: Array | None = None,
+    state_layout: str = "v_first",
+    state_indices: Array | None = None,
+    num_accepted_tokens: Array | None = None,
+    keep_state: bool = False,
+    out: Array | None = None,
+    output: bool = True,
+    backend: str = "auto",
+    num_threads: int = 0,
+) -> Array | None:
+    """Takes every sequence's state, in a pool, through its next 0 to 16 tokens, in place.
+
+    Letters, dtypes, gates and strides as prefill()'s; the arithmetic is fp32.
+
+    Decode: state_indices [N]. A sequence's state is read from its slot and written back after its last token.
+
+    Verify, for speculative decoding with a slot for each of C tokens: state_indices [N, C] and num_accepted_tokens [N].
+    The state is read from slot state_indices[n, num_accepted_tokens[n] - 1], where the call before left it after the
+    token that was accepted last; after token t it is written to slot state_indices[n, t].
+
+    Verify and commit, with one slot a sequence: a call with keep_state returns out alone; when it is known how many tokens
+    are accepted, the same call without keep_state, with `accepted` and with output=False, takes the states through those.
+
+    Args:
+        q, k: float [B, T, H, K], 1 <= K <= 256, T <= 16; or with cu_seqlens [1, T, H, K], any T.
+        v: float [B, T, HV, V].
+        g: float [B, T, HV, K]: the raw gate, or with gate "none" the log decay itself, in nats a token.
+        beta: float [B, T, HV].
+        state: fp32, fp16 or bf16 [N, HV, V, K], or with state_indices [slots, HV, V, K]; read and written.
+        A_log, dt_bias, gate, lower_bound, beta_mode, qk_norm, scale, state_layout: as prefill()'s.
+        cu_seqlens: int32 or int64 [N + 1], from 0 to T, never falling: B is 1, and sequence n is tokens cu_seqlens[n] to
+            cu_seqlens[n + 1] - 1, at most 16. A sequence without tokens is left alone. None: N = B sequences of T tokens.
+        max_tokens: with cu_seqlens: no sequence has more tokens; 0: 16. On CUDA, where the host does not see lengths, fewer
+            are faster, and tokens beyond them are left out.
+        accepted: int32 [N]: only so many tokens of each sequence are processed; rows of out behind them are not written.
+            None: all.
+        state_indices: int32 [N] or [N, C]: slots, see above; no sequence has more than C tokens. No slot twice, but with
+            keep_state. -1 where the state is read: padding, nothing of that sequence is read or written, its rows of
+            out included; -1 elsewhere: the state after that token is not written. None: slot n.
+        num_accepted_tokens: int32 [N], with state_indices [N, C]: column, counted from 1, of the slot that the state is read
+            from; None: 1.
+        keep_state: the state is read, not written. jax arrays, which cannot be written, need it.
+        out: float [B, T, HV, V], written; None: a new array of v's dtype.
+        output: False: only the states go on, and nothing is returned.
+        backend, num_threads: as prefill()'s.
+
+    Returns:
+        out, or None without output.
+
+    Raises:
+        As prefill(). Nothing has been written then, save after a RuntimeError.
+
+    On CUDA the call is enqueued on the library's current stream, allocates nothing but out, and reads no device memory on
+    the host: it can be captured in a graph and replayed with other contents of every array. Index values in device memory
+    are not checked but kept within bounds; that no slot is used twice is then the caller's duty.
+
+    Source: include/flash_kda.h, flash_kda_decode_args.
+    """
+    library, tensors, options, out = _call(
+        q, k, v, g, beta, state, A_log, dt_bias, gate, lower_bound, beta_mode, qk_norm, scale, cu_seqlens, max_tokens,
+        accepted, state_layout, state_indices, num_accepted_tokens, keep_state, out, output, backend, num_threads)
+    library.run(_C.decode, tensors, options, None)
+    return out
+
+
+_SIGNATURE = inspect.signature(decode)
+
+
+def decode_describe(*arguments: Any, **keywords: Any) -> str:
+    """One line on how decode() would run these arguments, which are decode()'s."""
+    bound = _SIGNATURE.bind(*arguments, **keywords)
+    bound.apply_defaults()
+    library, tensors, options, _ = _call(**bound.arguments)
+    return library.run(_C.decode_describe, tensors, options, None)
