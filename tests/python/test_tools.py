@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported on curre
 
 ROOT = pathlib.Path(__file__).parents[2]
 BENCHMARKS = sorted(path for path in (ROOT / "benchmarks" / "results").rglob("*.json")
-                    if "results" in json.loads(path.read_text()))
+                    if {"results", "machine"} <= json.loads(path.read_text()).keys())
 PNG = b"\x89PNG\r\n"
 matplotlib = pytest.mark.library("matplotlib")
 
@@ -266,6 +266,13 @@ def test_a_package_is_missing(package, tmp_path):
 
 
 # ---- examples/ -----------------------------------------------------------------------------------
+
+
+def test_serve(device):
+    result = run(ROOT / "examples" / "serve.py", "--device", device)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith(f"on {device}: every sequence is what one prefill makes of it\n")
+    assert result.stdout.count("is done") == 10
 
 
 def test_layer(device):
