@@ -243,6 +243,12 @@ FLASH_KDA_API flash_kda_status flash_kda_prefill_describe(const flash_kda_prefil
 /* Tokens of a sequence in one call of decode, at most. */
 #define FLASH_KDA_MAX_DECODE_TOKENS 16
 
+/* What the gate of the norm behind decode goes through. */
+typedef enum flash_kda_norm_activation {
+    FLASH_KDA_NORM_SIGMOID = 0, /* times sigmoid(norm_gate) */
+    FLASH_KDA_NORM_SILU = 1,    /* times norm_gate sigmoid(norm_gate) */
+} flash_kda_norm_activation;
+
 /*
  * Arguments of decode: 0 to 16 tokens of every sequence, whose states lie in a pool and are updated in place. It may
  * be the pool that prefill writes, its initial_state and final_state. dtypes, strides, devices and what holds on CUDA
@@ -261,7 +267,10 @@ FLASH_KDA_API flash_kda_status flash_kda_prefill_describe(const flash_kda_prefil
  *  many tokens are accepted, the same call without that flag, with `accepted` and with out NULL, takes the states
  *  through those.
  *
- * Memory: out and state may overlap neither each other nor another argument.
+ * Fused, a call is a whole step of a KDA layer between its projections: convolutions, recurrence, gated norm.
+ *
+ * Memory: out, state and the states of the convolutions may overlap neither each other nor another argument. They may
+ * interleave: as parts of one page for each slot, or as ranges of the channels of one tensor.
  */
 typedef struct flash_kda_decode_args {
     size_t struct_size; /* sizeof(flash_kda_decode_args), set by FLASH_KDA_DECODE_ARGS_INIT */
@@ -302,6 +311,23 @@ typedef struct flash_kda_decode_args {
                                       elsewhere: the state after that token is not written */
     const DLTensor *num_accepted_tokens; /* int32 [N], with state_indices [N, C]: the state is read from the
                                             slot in this column, counted from 1; NULL: 1 */
+
+    /* -- Before: a short causal convolution and SiLU, for each of q, k and v that has a weight. Channels are H K of q and
+     * of k, HV V of v; x being the argument, token t of channel c becomes
+     *     silu(bias[c] + weight[c, 0] x[t - 3, c] + .. + weight[c, 3] x[t, c]),
+     * where the three x before the first token are the state's. The states lie in slots as `state` does, and are read,
+     * written or kept where it is. q and k are normalised behind it -- */
+    const DLTensor *q_conv_weight; /* float [H K, 4] */
+    const DLTensor *q_conv_bias;   /* float [H K]; NULL: 0 */
+    const DLTensor *q_conv_state;  /* with a weight: float [slots, H K, 3], any strides, read and written */
+    const DLTensor *k_conv_weight, *k_conv_bias, *k_conv_state; /* likewise */
+    const DLTensor *v_conv_weight, *v_conv_bias, *v_conv_state; /* likewise, HV V channels */
+
+    /* -- After: with norm_weight, a row o of out becomes o / sqrt(mean(o^2) + norm_eps) * norm_weight, gated -- */
+    const DLTensor *norm_weight;               /* float [V], V <= 1024 */
+    const DLTensor *norm_gate;                 /* float [B, T, HV, V], with norm_weight; NULL: no gate */
+    flash_kda_norm_activation norm_activation; /* of norm_gate */
+    double norm_eps;                           /* above 0 with norm_weight */
 
     /* -- How to compute -- */
     flash_kda_backend backend;

@@ -19,6 +19,7 @@ struct kda_backend {
     /* At least one token and one sequence. */
     flash_kda_status (*decode)(const struct kda_decode *d);
     flash_kda_status (*decode_describe)(const struct kda_decode *d, char *text, size_t size);
+    bool fuses_decode; /* takes convolutions and a norm */
 };
 
 enum { KDA_WORKSPACE_ALIGNMENT = 64 };
@@ -37,6 +38,8 @@ flash_kda_status kda_reference_decode(const struct kda_decode *d);
 flash_kda_status kda_reference_decode_describe(const struct kda_decode *d, char *text, size_t size);
 flash_kda_status kda_cpu_decode(const struct kda_decode *d);
 flash_kda_status kda_cpu_decode_describe(const struct kda_decode *d, char *text, size_t size);
+flash_kda_status kda_cuda_decode(const struct kda_decode *d);
+flash_kda_status kda_cuda_decode_describe(const struct kda_decode *d, char *text, size_t size);
 
 /* Can the host read memory of this device? */
 bool kda_on_host(DLDevice device);

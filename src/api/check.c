@@ -52,9 +52,8 @@ static flash_kda_status check_required(const flash_kda_prefill_args *a, bool nee
     return FLASH_KDA_OK;
 }
 
-/* An argument of any float dtype that is read or written in rows. */
-static struct kda_tensor_spec floats(const char *name, const char *form, int rank, const int64_t *shape,
-                                     const DLDevice *device) {
+struct kda_tensor_spec kda_floats(const char *name, const char *form, int rank, const int64_t *shape,
+                                  const DLDevice *device) {
     return (struct kda_tensor_spec){.name = name,
                                     .form = form,
                                     .dtypes = KDA_DTYPES_FLOAT,
@@ -67,9 +66,9 @@ static struct kda_tensor_spec floats(const char *name, const char *form, int ran
 static flash_kda_status check_gate_inputs(const flash_kda_prefill_args *a, struct kda_prefill *p) {
     const int64_t like_g[4] = {p->batches, p->tokens, p->value_heads, p->key_dim};
     const int64_t *like_A_log = &like_g[2], *like_dt_bias = &like_g[2];
-    const struct kda_tensor_spec g = floats("g", "[B, T, HV, K]", 4, like_g, &a->q->device);
-    const struct kda_tensor_spec dt_bias = floats("dt_bias", "[HV, K]", 2, like_dt_bias, &a->q->device);
-    struct kda_tensor_spec A_log = floats("A_log", "[HV]", 1, like_A_log, &a->q->device);
+    const struct kda_tensor_spec g = kda_floats("g", "[B, T, HV, K]", 4, like_g, &a->q->device);
+    const struct kda_tensor_spec dt_bias = kda_floats("dt_bias", "[HV, K]", 2, like_dt_bias, &a->q->device);
+    struct kda_tensor_spec A_log = kda_floats("A_log", "[HV]", 1, like_A_log, &a->q->device);
     A_log.last_dim_contiguous = false;
     TRY(kda_tensor_check(a->g, &g, &p->g));
     if (p->gate == FLASH_KDA_GATE_NONE && (a->A_log || a->dt_bias))
@@ -85,15 +84,15 @@ static flash_kda_status check_gate_inputs(const flash_kda_prefill_args *a, struc
 static flash_kda_status check_inputs(const flash_kda_prefill_args *a, struct kda_prefill *p) {
     const DLDevice *device = &a->q->device;
     const int64_t any[4] = {-1, -1, -1, -1};
-    const struct kda_tensor_spec q = floats("q", "[B, T, H, K]", 4, any, device);
+    const struct kda_tensor_spec q = kda_floats("q", "[B, T, H, K]", 4, any, device);
     TRY(kda_tensor_check(a->q, &q, &p->q));
     int64_t B = p->batches = p->q.shape[0], T = p->tokens = p->q.shape[1];
     int64_t H = p->heads = p->q.shape[2], K = p->key_dim = p->q.shape[3];
     if (K < 1 || K > MAX_KEY_DIM)
         return INVALID("q has K = %lld; expected 1 to %d", (long long)K, MAX_KEY_DIM);
     const int64_t like_q[4] = {B, T, H, K}, values[4] = {B, T, -1, -1};
-    const struct kda_tensor_spec k = floats("k", "[B, T, H, K]", 4, like_q, device);
-    const struct kda_tensor_spec v = floats("v", "[B, T, HV, V]", 4, values, device);
+    const struct kda_tensor_spec k = kda_floats("k", "[B, T, H, K]", 4, like_q, device);
+    const struct kda_tensor_spec v = kda_floats("v", "[B, T, HV, V]", 4, values, device);
     TRY(kda_tensor_check(a->k, &k, &p->k));
     TRY(kda_tensor_check(a->v, &v, &p->v));
     int64_t HV = p->value_heads = p->v.shape[2], V = p->value_dim = p->v.shape[3];
@@ -103,8 +102,8 @@ static flash_kda_status check_inputs(const flash_kda_prefill_args *a, struct kda
         return INVALID("v has HV = %lld value heads; expected a positive multiple of the H = %lld heads of q",
                        (long long)HV, (long long)H);
     const int64_t like_v[4] = {B, T, HV, V};
-    struct kda_tensor_spec beta = floats("beta", "[B, T, HV]", 3, like_v, device);
-    struct kda_tensor_spec out = floats("out", "[B, T, HV, V]", 4, like_v, device);
+    struct kda_tensor_spec beta = kda_floats("beta", "[B, T, HV]", 3, like_v, device);
+    struct kda_tensor_spec out = kda_floats("out", "[B, T, HV, V]", 4, like_v, device);
     beta.last_dim_contiguous = false;
     out.written = true;
     TRY(check_gate_inputs(a, p));

@@ -22,6 +22,10 @@
 flash_kda_status kda_check_tokens(const flash_kda_prefill_args *a, uint32_t flags, bool needs_out,
                                   struct kda_prefill *p, const struct kda_backend **backend);
 
+/* An argument of any float dtype that is read or written in rows. */
+struct kda_tensor_spec kda_floats(const char *name, const char *form, int rank, const int64_t *shape,
+                                  const DLDevice *device);
+
 /* An index tensor of the dtypes that `dtypes` allows. */
 flash_kda_status kda_check_indices(const DLTensor *t, const char *name, const char *form, unsigned dtypes,
                                    int rank, const int64_t *shape, const DLDevice *device,

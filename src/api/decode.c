@@ -3,6 +3,7 @@
 #include "api/check.h"
 #include "api/decode_problem.h"
 
+#include <float.h>
 #include <string.h>
 
 /* ---- Tensors ----------------------------------------------------------------------------------- */
@@ -93,6 +94,83 @@ static flash_kda_status check_state(const flash_kda_decode_args *a, struct kda_d
                            &a->q->device, !d->keep_state, p, &d->state);
 }
 
+/* ---- Before and after -------------------------------------------------------------------------- */
+
+/* A convolution's arguments, and their names. */
+struct convolution_args {
+    const DLTensor *weight, *bias, *state;
+    const char *weight_name, *bias_name, *state_name;
+    const char *weight_form, *bias_form, *state_form;
+    int64_t channels;
+};
+
+static flash_kda_status check_convolution(const struct convolution_args *c, const struct kda_decode *d,
+                                          const DLDevice *device, struct kda_convolution *out) {
+    const int64_t weight_shape[2] = {c->channels, KDA_CONV_WIDTH};
+    const int64_t state_shape[3] = {d->state.shape[0], c->channels, KDA_CONV_PAST};
+    if (!c->weight && (c->bias || c->state))
+        return INVALID("%s is given without %s; expected NULL", c->bias ? c->bias_name : c->state_name,
+                       c->weight_name);
+    if (!c->weight)
+        return FLASH_KDA_OK;
+    if (!c->state)
+        return INVALID("%s is NULL with %s; expected a tensor", c->state_name, c->weight_name);
+    struct kda_tensor_spec weight = kda_floats(c->weight_name, c->weight_form, 2, weight_shape, device);
+    struct kda_tensor_spec bias = kda_floats(c->bias_name, c->bias_form, 1, weight_shape, device);
+    struct kda_tensor_spec state = kda_floats(c->state_name, c->state_form, 3, state_shape, device);
+    state.last_dim_contiguous = false;
+    state.written = !d->keep_state;
+    TRY(kda_tensor_check(c->weight, &weight, &out->weight));
+    if (c->bias)
+        TRY(kda_tensor_check(c->bias, &bias, &out->bias));
+    return kda_tensor_check(c->state, &state, &out->state);
+}
+
+#define CONVOLUTION(x, H, K, count)                                               \
+    (&(struct convolution_args){.weight = a->x##_conv_weight,                     \
+                                .bias = a->x##_conv_bias,                         \
+                                .state = a->x##_conv_state,                       \
+                                .weight_name = #x "_conv_weight",                 \
+                                .bias_name = #x "_conv_bias",                     \
+                                .state_name = #x "_conv_state",                   \
+                                .weight_form = "[" H " " K ", 4]",                \
+                                .bias_form = "[" H " " K "]",                     \
+                                .state_form = "[slots of state, " H " " K ", 3]", \
+                                .channels = (count)})
+
+static flash_kda_status check_convolutions(const flash_kda_decode_args *a, struct kda_decode *d) {
+    const struct kda_prefill *p = &d->tokens;
+    const DLDevice *device = &a->q->device;
+    int64_t keys = p->heads * p->key_dim, values = p->value_heads * p->value_dim;
+    TRY(check_convolution(CONVOLUTION(q, "H", "K", keys), d, device, &d->q_conv));
+    TRY(check_convolution(CONVOLUTION(k, "H", "K", keys), d, device, &d->k_conv));
+    return check_convolution(CONVOLUTION(v, "HV", "V", values), d, device, &d->v_conv);
+}
+
+static flash_kda_status check_norm(const flash_kda_decode_args *a, struct kda_decode *d) {
+    const struct kda_prefill *p = &d->tokens;
+    const int64_t like_v[4] = {p->batches, p->tokens, p->value_heads, p->value_dim};
+    if ((unsigned)a->norm_activation > FLASH_KDA_NORM_SILU)
+        return INVALID("norm_activation is %d; expected a flash_kda_norm_activation", (int)a->norm_activation);
+    if (!a->norm_weight && a->norm_gate)
+        return INVALID("norm_gate is given without norm_weight; expected NULL");
+    if (!a->norm_weight)
+        return FLASH_KDA_OK;
+    if (p->value_dim > KDA_MAX_NORM_DIM)
+        return INVALID("v has V = %lld with norm_weight; expected at most %d", (long long)p->value_dim,
+                       KDA_MAX_NORM_DIM);
+    if (!(a->norm_eps > 0 && a->norm_eps <= FLT_MAX))
+        return INVALID("norm_eps is %g with norm_weight; expected a number above 0", a->norm_eps);
+    const struct kda_tensor_spec weight = kda_floats("norm_weight", "[V]", 1, like_v + 3, &a->q->device);
+    const struct kda_tensor_spec gate = kda_floats("norm_gate", "[B, T, HV, V]", 4, like_v, &a->q->device);
+    TRY(kda_tensor_check(a->norm_weight, &weight, &d->norm_weight));
+    if (a->norm_gate)
+        TRY(kda_tensor_check(a->norm_gate, &gate, &d->norm_gate));
+    d->norm_activation = a->norm_activation;
+    d->norm_eps = (float)a->norm_eps;
+    return FLASH_KDA_OK;
+}
+
 /* ---- What the index tensors hold --------------------------------------------------------------- */
 
 /* A sequence's values, unless it is padding, of which nothing is looked at. */
@@ -169,6 +247,9 @@ static flash_kda_status check_aliasing(const struct kda_decode *d) {
     const struct kda_prefill *p = &d->tokens;
     const struct kda_tensor *const all[] = {&p->out,
                                             &d->state,
+                                            &d->q_conv.state,
+                                            &d->k_conv.state,
+                                            &d->v_conv.state,
                                             &p->q,
                                             &p->k,
                                             &p->v,
@@ -179,9 +260,17 @@ static flash_kda_status check_aliasing(const struct kda_decode *d) {
                                             &p->cu_seqlens,
                                             &d->accepted,
                                             &d->state_indices,
-                                            &d->num_accepted_tokens};
-    enum { ALL = sizeof all / sizeof *all };
-    int written = d->keep_state ? 1 : 2;
+                                            &d->num_accepted_tokens,
+                                            &d->q_conv.weight,
+                                            &d->q_conv.bias,
+                                            &d->k_conv.weight,
+                                            &d->k_conv.bias,
+                                            &d->v_conv.weight,
+                                            &d->v_conv.bias,
+                                            &d->norm_weight,
+                                            &d->norm_gate};
+    enum { ALL = sizeof all / sizeof *all, OUT = 1, STATES = 4 };
+    int written = d->keep_state ? OUT : OUT + STATES;
     for (int i = 0; i < written; i++)
         for (int j = i + 1; j < ALL; j++)
             if (all[i]->data && all[j]->data && kda_tensors_overlap(all[i], all[j]))
@@ -191,6 +280,16 @@ static flash_kda_status check_aliasing(const struct kda_decode *d) {
 }
 
 /* ---- Entries ----------------------------------------------------------------------------------- */
+
+/* The name of an argument that asks for more than the recurrence, or NULL. */
+static const char *fused_argument(const struct kda_decode *d) {
+    const struct kda_tensor *const all[] = {&d->q_conv.weight, &d->k_conv.weight, &d->v_conv.weight,
+                                            &d->norm_weight};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (all[i]->data)
+            return all[i]->name;
+    return NULL;
+}
 
 static flash_kda_status check_all(const flash_kda_decode_args *args, struct kda_decode *d,
                                   const struct kda_backend **backend) {
@@ -207,8 +306,14 @@ static flash_kda_status check_all(const flash_kda_decode_args *args, struct kda_
     TRY(check_accepted(args, d));
     TRY(check_state_indices(args, d));
     TRY(check_state(args, d));
+    TRY(check_convolutions(args, d));
+    TRY(check_norm(args, d));
     TRY(check_values(d));
     TRY(check_aliasing(d));
+    if (fused_argument(d) && !(*backend)->fuses_decode)
+        return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
+                        "%s is given, which backend %s does not take yet; expected NULL", fused_argument(d),
+                        (*backend)->name);
     if (!(*backend)->decode)
         return kda_fail(
             FLASH_KDA_ERROR_UNSUPPORTED,

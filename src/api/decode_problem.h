@@ -5,6 +5,16 @@
 
 #include "api/problem.h"
 
+enum { KDA_CONV_WIDTH = 4, KDA_CONV_PAST = KDA_CONV_WIDTH - 1, KDA_MAX_NORM_DIM = 1024 };
+
+/* The convolution of q, k or v; weight.data is NULL without one. */
+struct kda_convolution {
+    struct kda_tensor weight; /* [channels, KDA_CONV_WIDTH] */
+    struct kda_tensor bias;   /* [channels], or not given */
+    struct kda_tensor
+        state; /* [slots, channels, KDA_CONV_PAST], in any strides: inputs before, the oldest first */
+};
+
 struct kda_decode {
     /* What decode has in common with prefill: q to out (out.data may be NULL), cu_seqlens, sizes, gate, beta_mode, scale,
      * state_layout, qk_norm, device, num_threads, stream. Its states, state_indices and checkpoints are not given. */
@@ -14,7 +24,11 @@ struct kda_decode {
     struct kda_tensor num_accepted_tokens; /* [N]; only with state_indices [N, C] */
     struct kda_tensor accepted;            /* [N] */
     int64_t max_tokens;                    /* of one sequence, 0 to FLASH_KDA_MAX_DECODE_TOKENS */
-    bool keep_state;                       /* state is only read */
+    bool keep_state;                       /* states are only read */
+    struct kda_convolution q_conv, k_conv, v_conv;
+    struct kda_tensor norm_weight, norm_gate; /* [V], [B, T, HV, V]; each may not be given */
+    flash_kda_norm_activation norm_activation;
+    float norm_eps;
 };
 
 /* The slot in column `column` of sequence n's row of state_indices; -1 for what is no slot of the pool. */

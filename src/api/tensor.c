@@ -188,11 +188,58 @@ static bool interleaved(const struct kda_tensor *a, const struct kda_tensor *b) 
     return offset >= inner[0] && offset + inner[1] <= pitch;
 }
 
+/* A tensor's dimensions of more than one element, from the largest stride to the smallest, and what the last `rank` of
+ * them reach. */
+struct extents {
+    int rank;
+    int64_t stride[KDA_MAX_RANK], shape[KDA_MAX_RANK], size;
+};
+
+static struct extents extents_of(const struct kda_tensor *t) {
+    struct extents e = {.rank = 0, .size = (int64_t)kda_dtype_size(t->dtype)};
+    int order[KDA_MAX_RANK] = {0};
+    sort_dimensions(t, order);
+    for (int i = t->rank - 1; i >= 0; i--)
+        if (t->shape[order[i]] > 1) {
+            e.stride[e.rank] = t->stride[order[i]];
+            e.shape[e.rank++] = t->shape[order[i]];
+        }
+    return e;
+}
+
+static int64_t reach(const struct extents *e, int from) {
+    int64_t bytes = e->size;
+    for (int i = from; i < e->rank; i++)
+        bytes += e->stride[i] * (e->shape[i] - 1);
+    return bytes;
+}
+
+/* Do two tensors step through memory together, each in its own part of every step? A step is a page that both have a part
+ * of, then perhaps a row within it, and so on. */
+static bool paged(const struct kda_tensor *a, const struct kda_tensor *b) {
+    const struct extents in_a = extents_of(a), in_b = extents_of(b);
+    int64_t offset = b->data - a->data;
+    for (int d = 0; d < in_a.rank && d < in_b.rank && in_a.stride[d] == in_b.stride[d]; d++) {
+        int64_t step = in_a.stride[d], of_a = reach(&in_a, d + 1), of_b = reach(&in_b, d + 1);
+        if (!step)
+            return false;
+        /* The parts of b that lie nearest to one of a, behind its beginning and before it. */
+        int64_t behind = (offset % step + step) % step, before = behind - step;
+        bool meets_behind = behind < of_a, meets_before = -before < of_b;
+        if (!meets_behind && !meets_before)
+            return true;
+        if ((meets_behind && meets_before) || behind + step < of_a || step - before < of_b)
+            return false;
+        offset = meets_behind ? behind : before;
+    }
+    return false;
+}
+
 bool kda_tensors_overlap(const struct kda_tensor *a, const struct kda_tensor *b) {
     int64_t a_bytes = kda_tensor_extent(a), b_bytes = kda_tensor_extent(b);
     if (!a_bytes || !b_bytes || a->data + a_bytes <= b->data || b->data + b_bytes <= a->data)
         return false;
-    return !interleaved(a, b);
+    return !interleaved(a, b) && !paged(a, b);
 }
 
 bool kda_tensors_identical(const struct kda_tensor *a, const struct kda_tensor *b) {

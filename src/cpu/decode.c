@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* The CPU backend's decode: how heads, and parts of them, are shared out among threads. */
 #include "api/backend.h"
+#include "api/convolution.h"
 #include "api/status.h"
 #include "cpu/denormals.h"
 #include "cpu/level.h"
@@ -26,7 +27,8 @@ static flash_kda_status make_plan(const struct kda_decode *d, struct plan *plan)
     double bytes = (double)heads * (double)(p->key_dim * p->value_dim) * (double)kda_dtype_size(d->state.dtype);
     int wanted = p->num_threads ? p->num_threads : (int)kda_min64(omp_get_max_threads(), KDA_MAX_THREADS);
     plan->threads = bytes / MIN_BYTES + 1 < wanted ? (int)(bytes / MIN_BYTES) + 1 : wanted;
-    plan->parts = heads < plan->threads ? kda_min64((plan->threads + heads - 1) / heads, pieces) : 1;
+    bool whole = d->norm_weight.data; /* rows of out */
+    plan->parts = heads < plan->threads && !whole ? kda_min64((plan->threads + heads - 1) / heads, pieces) : 1;
     return FLASH_KDA_OK;
 }
 
@@ -43,6 +45,28 @@ static void run_part(const struct kda_decode *d, const struct plan *plan, int64_
         plan->level->decode(d, &part);
 }
 
+/* A row of a convolution's channels: of one head of one sequence. */
+static void advance_convolution(const struct kda_decode *d, const struct kda_tensor *x,
+                                const struct kda_convolution *conv, int64_t i) {
+    int64_t n = i / x->shape[2], head = i % x->shape[2];
+    const struct kda_sequence s = kda_decode_sequence(d, n);
+    for (int64_t c = 0; c < x->shape[3] && s.slot >= 0; c++)
+        kda_conv_advance(d, x, conv, n, &s, head, c);
+}
+
+/* Once all heads are done, for several may read one channel. Called by every thread of a team. */
+static void advance_convolutions(const struct kda_decode *d) {
+    const struct kda_tensor *const inputs[] = {&d->tokens.q, &d->tokens.k, &d->tokens.v};
+    const struct kda_convolution *const convs[] = {&d->q_conv, &d->k_conv, &d->v_conv};
+    for (int conv = 0; conv < 3; conv++) {
+        if (!convs[conv]->weight.data || d->keep_state)
+            continue;
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < d->tokens.sequences * inputs[conv]->shape[2]; i++)
+            advance_convolution(d, inputs[conv], convs[conv], i);
+    }
+}
+
 flash_kda_status kda_cpu_decode(const struct kda_decode *d) {
     struct plan plan;
     flash_kda_status status = make_plan(d, &plan);
@@ -55,6 +79,7 @@ flash_kda_status kda_cpu_decode(const struct kda_decode *d) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < parts; i++)
             run_part(d, &plan, i);
+        advance_convolutions(d);
         kda_set_float_mode(mode);
     }
     return FLASH_KDA_OK;

@@ -5,7 +5,7 @@
 
 #include <math.h>
 
-static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+double kda_sigmoid(double x) { return 1 / (1 + exp(-x)); }
 
 static double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
 
@@ -15,7 +15,7 @@ static double log_decay(const struct kda_prefill *p, double g, double A, double 
     case FLASH_KDA_GATE_SOFTPLUS:
         return -A * softplus(g + dt_bias);
     case FLASH_KDA_GATE_SIGMOID:
-        return p->lower_bound * sigmoid(A * (g + dt_bias));
+        return p->lower_bound * kda_sigmoid(A * (g + dt_bias));
     default:
         return g;
     }
@@ -24,25 +24,29 @@ static double log_decay(const struct kda_prefill *p, double g, double A, double 
 static double step(const struct kda_prefill *p, double beta) {
     switch (p->beta_mode) {
     case FLASH_KDA_BETA_SIGMOID:
-        return sigmoid(beta);
+        return kda_sigmoid(beta);
     case FLASH_KDA_BETA_TWICE_SIGMOID:
-        return 2 * sigmoid(beta);
+        return 2 * kda_sigmoid(beta);
     default:
         return beta;
     }
+}
+
+void kda_normalise(const struct kda_prefill *p, double *x) {
+    double squares = 0;
+    for (int64_t c = 0; c < p->key_dim; c++)
+        squares += x[c] * x[c];
+    for (int64_t c = 0; p->qk_norm && c < p->key_dim; c++)
+        x[c] /= sqrt(squares + 1e-6);
 }
 
 /* x [K]: one row of q or k, normalised if asked for. */
 static void load_key(const struct kda_prefill *p, const struct kda_tensor *t, int64_t batch, int64_t token,
                      int64_t head, double *x) {
     const char *row = kda_row(t, batch, token, head);
-    double squares = 0;
-    for (int64_t c = 0; c < p->key_dim; c++) {
+    for (int64_t c = 0; c < p->key_dim; c++)
         x[c] = kda_load(row, t->dtype, c);
-        squares += x[c] * x[c];
-    }
-    for (int64_t c = 0; p->qk_norm && c < p->key_dim; c++)
-        x[c] /= sqrt(squares + 1e-6);
+    kda_normalise(p, x);
 }
 
 struct kda_token kda_load_token(const struct kda_prefill *p, int64_t batch, int64_t token, int64_t head) {

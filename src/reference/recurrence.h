@@ -21,6 +21,11 @@ struct kda_columns {
 
 struct kda_token kda_load_token(const struct kda_prefill *p, int64_t batch, int64_t token, int64_t head);
 
+/* x [K] becomes what a row of q or k is after the norm. */
+void kda_normalise(const struct kda_prefill *p, double *x);
+
+double kda_sigmoid(double x);
+
 /* S [K, count] from memory; zero if there is none. */
 void kda_load_state(const struct kda_prefill *p, struct kda_state state, struct kda_columns columns, double *S);
 
