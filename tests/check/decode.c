@@ -10,6 +10,7 @@ static void run(struct check *check) {
     decode_shapes(check);
     decode_pairwise(check);
     decode_traps(check);
+    decode_fused(check);
     decode_properties(check);
 #ifdef CHECK_CUDA
     decode_cuda(check);

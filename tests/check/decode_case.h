@@ -15,6 +15,22 @@ struct decode_case {
     int64_t columns;             /* 0: state_indices [N]; C: [N, C] */
     bool num_accepted, accepted; /* whether these tensors are given */
     bool keep_state, no_out;
+
+    /* Fused: which of q, k and v have a convolution, whether its channels have a bias, how its states are stored. */
+    bool conv[3], conv_bias;
+    DLDataType conv_type; /* of weights, biases and states */
+    bool norm, norm_gate;
+    flash_kda_norm_activation norm_activation;
+};
+
+#define DECODE_NORM_EPS 1e-5
+
+enum { CONV_WIDTH = 4, CONV_PAST = CONV_WIDTH - 1 };
+
+/* One convolution: of q, k or v. */
+struct decode_convolution {
+    struct tensor raw;                 /* what the call reads; the problem's q, k or v is what becomes of it */
+    struct tensor weight, bias, state; /* state: as it is before a call, like decode_problem.state */
 };
 
 /* A small plain case to change from: two sequences of three tokens in a pool, everything fp32. */
@@ -25,9 +41,12 @@ struct decode_problem {
     struct prefill_problem p; /* what the oracle runs; its initial_state holds the states as they are stored */
     struct prefill_results exact; /* out, and the state after every token in checkpoints */
     int64_t slots, slot[MAX_SEQUENCES][MAX_COLUMNS];
+    int64_t column[MAX_SEQUENCES];    /* that each state is read from */
     int64_t processed[MAX_SEQUENCES]; /* tokens; 0 for padding */
     struct tensor state;              /* as it is before a call: NaN where nothing is to be read */
     struct tensor state_indices, num_accepted_tokens, accepted;
+    struct decode_convolution conv[3]; /* of q, k, v; absent where the case has none */
+    struct tensor norm_weight, norm_gate;
     bool *out_written, *state_written; /* rows [B T] of out, slots of state */
     flash_kda_decode_args args;        /* everything but out and state */
 };
@@ -43,8 +62,16 @@ int64_t decode_place(const struct decode_problem *d, int64_t n, int64_t t);
 int64_t decode_target(const struct decode_problem *d, int64_t n, int64_t t);
 
 struct decode_results {
-    struct tensor out, state;
+    struct tensor out, state, conv_state[3];
 };
+
+/* Input of a channel, counted over heads, at token t of sequence n, as the convolution sees it; t >= -CONV_PAST. */
+double decode_conv_input(const struct decode_problem *d, int i, int64_t n, int64_t t, int64_t channel);
+
+/* From the inputs of the convolutions to their outputs, which the oracle runs on; and from the oracle's outputs to their
+ * norm. */
+void decode_fuse_inputs(struct decode_problem *d, struct random *r);
+void decode_fuse_outputs(struct decode_problem *d, struct random *r);
 
 void decode_results_make(struct decode_results *r, const struct decode_problem *d);
 void decode_results_free(struct decode_results *r);

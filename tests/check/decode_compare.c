@@ -61,7 +61,7 @@ static bool results_within(const struct decode_problem *d, const struct decode_r
 
 /* ---- One level --------------------------------------------------------------------------------- */
 
-enum { INPUTS = 11 };
+enum { INPUTS = 22 };
 
 static void input_list(const struct decode_problem *d, const struct tensor *list[INPUTS]) {
     const struct prefill_problem *p = &d->p;
@@ -75,7 +75,18 @@ static void input_list(const struct decode_problem *d, const struct tensor *list
                                         &p->cu_seqlens,
                                         &d->accepted,
                                         &d->state_indices,
-                                        &d->num_accepted_tokens};
+                                        &d->num_accepted_tokens,
+                                        &d->conv[0].raw,
+                                        &d->conv[0].weight,
+                                        &d->conv[0].bias,
+                                        &d->conv[1].raw,
+                                        &d->conv[1].weight,
+                                        &d->conv[1].bias,
+                                        &d->conv[2].raw,
+                                        &d->conv[2].weight,
+                                        &d->conv[2].bias,
+                                        &d->norm_weight,
+                                        &d->norm_gate};
     memcpy(list, all, sizeof all);
 }
 
@@ -98,6 +109,27 @@ static const char *rest_touched(const struct decode_problem *d, const struct dec
     return NULL;
 }
 
+/* Every state of a convolution holds the last inputs before where it stands, and all other memory what it held. */
+static const char *conv_states_differ(const struct decode_problem *d, const struct decode_results *r) {
+    for (int i = 0; i < 3; i++) {
+        struct tensor expected;
+        if (!d->c.conv[i])
+            continue;
+        tensor_clone(&expected, &d->conv[i].state);
+        int64_t channels = expected.shape[1];
+        for (int64_t n = 0; n < d->p.N; n++)
+            for (int64_t t = 0; t < d->processed[n]; t++)
+                for (int64_t e = 0, slot = decode_target(d, n, t); e < channels * CONV_PAST && slot >= 0; e++)
+                    tensor_set(&expected, slot * channels * CONV_PAST + e,
+                               decode_conv_input(d, i, n, t + 1 - CONV_PAST + e % CONV_PAST, e / CONV_PAST));
+        bool same = memcmp(expected.block, r->conv_state[i].block, expected.block_bytes) == 0;
+        tensor_free(&expected);
+        if (!same)
+            return "a convolution's states are not the last inputs, or memory beside them was touched";
+    }
+    return NULL;
+}
+
 static const char *run(const struct decode_problem *d, struct decode_results *r, const char *level) {
     const flash_kda_decode_args args = decode_bind(d, r, prefill_backend(level));
     return decode_call(&args);
@@ -108,7 +140,10 @@ static const char *differs_again(const struct decode_problem *d, const struct de
     struct decode_results again;
     decode_results_make(&again, d);
     const char *wrong = run(d, &again, level);
-    if (!wrong && !(same_bytes(&first->out, &again.out) && same_bytes(&first->state, &again.state)))
+    bool same = same_bytes(&first->out, &again.out) && same_bytes(&first->state, &again.state);
+    for (int i = 0; i < 3; i++)
+        same = same && same_bytes(&first->conv_state[i], &again.conv_state[i]);
+    if (!wrong && !same)
         wrong = "a second run gave other bits";
     decode_results_free(&again);
     return wrong;
@@ -135,13 +170,18 @@ static void compare_level(struct check *check, const struct decode_problem *d,
                           const struct tensor inputs[INPUTS], const char *level) {
     struct decode_results r, before;
     char text[800] = "";
-    double allowed = strcmp(level, "reference") ? d->c.tokens.fp32_tolerance : TOLERANCE_ORACLE;
+    bool convolved = d->c.conv[0] || d->c.conv[1] || d->c.conv[2];
+    double allowed = strcmp(level, "reference") ? d->c.tokens.fp32_tolerance
+                     : convolved                ? TOLERANCE_ORACLE_CONVOLVED
+                                                : TOLERANCE_ORACLE;
     check_select_level(level);
     decode_results_make(&r, d);
     decode_results_make(&before, d);
     const char *wrong = run(d, &r, level);
     if (!wrong)
         wrong = rest_touched(d, &r, &before, inputs);
+    if (!wrong)
+        wrong = conv_states_differ(d, &r);
     if (!wrong)
         wrong = differs_again(d, &r, level);
     bool good = !wrong && results_within(d, &r, allowed, text, sizeof text);

@@ -8,6 +8,7 @@
 void decode_shapes(struct check *check);   /* token counts, head dims */
 void decode_pairwise(struct check *check); /* all options together */
 void decode_traps(struct check *check);    /* numerical traps */
+void decode_fused(struct check *check);    /* convolutions in front, a norm behind */
 void decode_properties(
     struct check *check);              /* token by token, verified or committed: what prefill makes of it */
 void decode_soak(struct check *check); /* sequences that join, leave, are preempted and resume */

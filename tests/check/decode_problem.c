@@ -48,12 +48,12 @@ static void shuffle_slots(struct decode_problem *d, struct random *r) {
 }
 
 /* Padding has -1 where its state would be read; in other columns, of any sequence, it means: not written. */
-static void make_state_indices(struct decode_problem *d, const int64_t *column, struct random *r) {
+static void make_state_indices(struct decode_problem *d, struct random *r) {
     int64_t columns = columns_of(d), shape[2] = {d->p.N, columns};
     shuffle_slots(d, r);
     for (int64_t n = 0; n < d->p.N; n++)
         for (int64_t t = 0; t < columns; t++)
-            if (t == column[n] ? d->p.slot[n] < 0 : random_below(r, 5) == 0)
+            if (t == d->column[n] ? d->p.slot[n] < 0 : random_below(r, 5) == 0)
                 d->slot[n][t] = -1;
     tensor_make(&d->state_indices, TYPE_INT32, d->c.columns ? 2 : 1, shape, index_layout(d));
     for (int64_t i = 0; i < d->p.N * columns; i++)
@@ -61,16 +61,15 @@ static void make_state_indices(struct decode_problem *d, const int64_t *column, 
     d->args.state_indices = &d->state_indices.dl;
 }
 
-/* column [N]: becomes that which each state is read from. */
-static void choose_columns(struct decode_problem *d, int64_t *column, struct random *r) {
+static void choose_columns(struct decode_problem *d, struct random *r) {
     if (d->c.num_accepted) {
         tensor_make(&d->num_accepted_tokens, TYPE_INT32, 1, &d->p.N, index_layout(d));
         d->args.num_accepted_tokens = &d->num_accepted_tokens.dl;
     }
     for (int64_t n = 0; n < d->p.N; n++) {
-        column[n] = d->c.num_accepted ? random_below(r, d->c.columns) : 0;
+        d->column[n] = d->c.num_accepted ? random_below(r, d->c.columns) : 0;
         if (d->c.num_accepted)
-            tensor_set(&d->num_accepted_tokens, n, (double)(column[n] + 1));
+            tensor_set(&d->num_accepted_tokens, n, (double)(d->column[n] + 1));
     }
 }
 
@@ -92,7 +91,7 @@ static void choose_accepted(struct decode_problem *d, struct random *r) {
 /* ---- States ------------------------------------------------------------------------------------ */
 
 /* The initial states, rounded to how they are stored, where each sequence reads its own. */
-static void make_state(struct decode_problem *d, const int64_t *column) {
+static void make_state(struct decode_problem *d) {
     const struct prefill_problem *p = &d->p;
     bool v_first = d->c.tokens.layout == FLASH_KDA_STATE_V_FIRST;
     int64_t matrix = p->HV * p->c.K * p->c.V;
@@ -100,7 +99,7 @@ static void make_state(struct decode_problem *d, const int64_t *column) {
     tensor_make(&d->state, d->c.state_type, 4, shape, (struct tensor_layout){d->c.tokens.outputs, 0, false});
     for (int64_t n = 0; n < p->N; n++)
         for (int64_t i = 0; i < matrix && p->slot[n] >= 0; i++) {
-            int64_t place = d->slot[n][column[n]] * matrix + i, given = p->slot[n] * matrix + i;
+            int64_t place = d->slot[n][d->column[n]] * matrix + i, given = p->slot[n] * matrix + i;
             tensor_set(&d->state, place, tensor_get(&p->initial_state, given));
             tensor_set(&d->p.initial_state, given, tensor_get(&d->state, place));
         }
@@ -132,13 +131,25 @@ static void mark_written(struct decode_problem *d) {
 
 /* ---- A problem --------------------------------------------------------------------------------- */
 
+static const DLTensor *optional(const struct tensor *t) { return t->block ? &t->dl : NULL; }
+
 static void make_args(struct decode_problem *d) {
     const flash_kda_prefill_args *p = &d->p.args;
     flash_kda_decode_args *a = &d->args;
     a->struct_size = sizeof *a;
-    a->q = p->q;
-    a->k = p->k;
-    a->v = p->v;
+    a->q = d->c.conv[0] ? &d->conv[0].raw.dl : p->q;
+    a->k = d->c.conv[1] ? &d->conv[1].raw.dl : p->k;
+    a->v = d->c.conv[2] ? &d->conv[2].raw.dl : p->v;
+    a->q_conv_weight = optional(&d->conv[0].weight);
+    a->q_conv_bias = optional(&d->conv[0].bias);
+    a->k_conv_weight = optional(&d->conv[1].weight);
+    a->k_conv_bias = optional(&d->conv[1].bias);
+    a->v_conv_weight = optional(&d->conv[2].weight);
+    a->v_conv_bias = optional(&d->conv[2].bias);
+    a->norm_weight = optional(&d->norm_weight);
+    a->norm_gate = optional(&d->norm_gate);
+    a->norm_activation = d->c.norm_activation;
+    a->norm_eps = DECODE_NORM_EPS;
     a->g = p->g;
     a->beta = p->beta;
     a->A_log = p->A_log;
@@ -156,7 +167,6 @@ static void make_args(struct decode_problem *d) {
 const char *decode_problem_make(struct decode_problem *d, const struct decode_case *c, bool formula,
                                 struct random *r) {
     struct prefill_case tokens = c->tokens;
-    int64_t column[MAX_SEQUENCES];
     tokens.initial = STORAGE_FP32;
     tokens.final = STORAGE_NONE;
     tokens.checkpoints = CHECKPOINTS_EVERY;
@@ -164,26 +174,37 @@ const char *decode_problem_make(struct decode_problem *d, const struct decode_ca
     *d = (struct decode_problem){.c = *c};
     prefill_problem_make(&d->p, &tokens, r);
     d->slots = d->p.N;
-    choose_columns(d, column, r);
+    choose_columns(d, r);
     choose_accepted(d, r);
     if (tokens.pool)
-        make_state_indices(d, column, r);
+        make_state_indices(d, r);
     for (int64_t n = 0; n < d->p.N && !tokens.pool; n++)
         d->slot[n][0] = n;
-    make_state(d, column);
+    make_state(d);
+    decode_fuse_inputs(d, r);
     mark_written(d);
-    make_args(d);
     prefill_results_make_exact(&d->exact, &d->p);
-    if (!formula)
-        return prefill_run(&d->p, &d->exact, FLASH_KDA_BACKEND_REFERENCE, 0);
-    formula_prefill(&d->p, &d->exact);
-    return NULL;
+    const char *wrong = NULL;
+    if (formula)
+        formula_prefill(&d->p, &d->exact);
+    else
+        wrong = prefill_run(&d->p, &d->exact, FLASH_KDA_BACKEND_REFERENCE, 0);
+    decode_fuse_outputs(d, r);
+    make_args(d);
+    return wrong;
 }
 
 void decode_problem_free(struct decode_problem *d) {
-    struct tensor *const tensors[] = {&d->state, &d->state_indices, &d->num_accepted_tokens, &d->accepted};
+    struct tensor *const tensors[] = {&d->state,    &d->state_indices, &d->num_accepted_tokens,
+                                      &d->accepted, &d->norm_weight,   &d->norm_gate};
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
         tensor_free(tensors[i]);
+    for (int i = 0; i < 3; i++) {
+        tensor_free(&d->conv[i].raw);
+        tensor_free(&d->conv[i].weight);
+        tensor_free(&d->conv[i].bias);
+        tensor_free(&d->conv[i].state);
+    }
     free(d->out_written);
     free(d->state_written);
     prefill_results_free(&d->exact);
@@ -197,11 +218,16 @@ void decode_results_make(struct decode_results *r, const struct decode_problem *
     tensor_make(&r->out, d->p.out.type, 4, d->p.out.shape,
                 (struct tensor_layout){d->c.tokens.outputs, 0, false});
     tensor_clone(&r->state, &d->state);
+    for (int i = 0; i < 3; i++)
+        if (d->c.conv[i])
+            tensor_clone(&r->conv_state[i], &d->conv[i].state);
 }
 
 void decode_results_free(struct decode_results *r) {
     tensor_free(&r->out);
     tensor_free(&r->state);
+    for (int i = 0; i < 3; i++)
+        tensor_free(&r->conv_state[i]);
 }
 
 flash_kda_decode_args decode_bind(const struct decode_problem *d, struct decode_results *r,
@@ -210,6 +236,9 @@ flash_kda_decode_args decode_bind(const struct decode_problem *d, struct decode_
     args.backend = backend;
     args.out = d->c.no_out ? NULL : &r->out.dl;
     args.state = &r->state.dl;
+    args.q_conv_state = optional(&r->conv_state[0]);
+    args.k_conv_state = optional(&r->conv_state[1]);
+    args.v_conv_state = optional(&r->conv_state[2]);
     return args;
 }
 

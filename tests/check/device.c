@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TENSORS = 16, GUARD = 512, GUARD_BYTE = 0xff };
+enum { TENSORS = 24, GUARD = 512, GUARD_BYTE = 0xff };
 
 static bool bare;
 
@@ -153,8 +153,12 @@ static int prefill_members(flash_kda_prefill_args *a, struct member *list) {
 }
 
 static int decode_members(flash_kda_decode_args *a, struct member *list) {
+    bool writes = !(a->flags & FLASH_KDA_KEEP_STATE);
     const struct member all[] = {{"out", &a->out, true},
-                                 {"state", &a->state, !(a->flags & FLASH_KDA_KEEP_STATE)},
+                                 {"state", &a->state, writes},
+                                 {"q_conv_state", &a->q_conv_state, writes},
+                                 {"k_conv_state", &a->k_conv_state, writes},
+                                 {"v_conv_state", &a->v_conv_state, writes},
                                  {"q", &a->q, false},
                                  {"k", &a->k, false},
                                  {"v", &a->v, false},
@@ -165,7 +169,15 @@ static int decode_members(flash_kda_decode_args *a, struct member *list) {
                                  {"cu_seqlens", &a->cu_seqlens, false},
                                  {"accepted", &a->accepted, false},
                                  {"state_indices", &a->state_indices, false},
-                                 {"num_accepted_tokens", &a->num_accepted_tokens, false}};
+                                 {"num_accepted_tokens", &a->num_accepted_tokens, false},
+                                 {"q_conv_weight", &a->q_conv_weight, false},
+                                 {"q_conv_bias", &a->q_conv_bias, false},
+                                 {"k_conv_weight", &a->k_conv_weight, false},
+                                 {"k_conv_bias", &a->k_conv_bias, false},
+                                 {"v_conv_weight", &a->v_conv_weight, false},
+                                 {"v_conv_bias", &a->v_conv_bias, false},
+                                 {"norm_weight", &a->norm_weight, false},
+                                 {"norm_gate", &a->norm_gate, false}};
     memcpy(list, all, sizeof all);
     return sizeof all / sizeof *all;
 }

@@ -11,6 +11,9 @@
  * fp32 (2^-24 at worst) and the bits that terms of both signs cancel. */
 #define TOLERANCE_ORACLE 2e-7
 
+/* The same behind a convolution, whose outputs reach the formula in fp32. */
+#define TOLERANCE_ORACLE_CONVOLVED 1e-6
+
 /* fp32 arithmetic where keys nearly coincide: each token's correction is a small difference of large terms, which
  * magnifies fp32's 6e-8 by the condition of I + L. */
 #define TOLERANCE_FP32_COLLINEAR 1e-3
