@@ -30,6 +30,17 @@ enum decode_argument {
     STATE,
     STATE_INDICES,
     NUM_ACCEPTED,
+    Q_CONV_WEIGHT,
+    Q_CONV_BIAS,
+    Q_CONV_STATE,
+    K_CONV_WEIGHT,
+    K_CONV_BIAS,
+    K_CONV_STATE,
+    V_CONV_WEIGHT,
+    V_CONV_BIAS,
+    V_CONV_STATE,
+    NORM_WEIGHT,
+    NORM_GATE,
     TENSORS
 };
 
@@ -45,7 +56,18 @@ static const char *const names[TENSORS] = {"q",
                                            "accepted",
                                            "state",
                                            "state_indices",
-                                           "num_accepted_tokens"};
+                                           "num_accepted_tokens",
+                                           "q_conv_weight",
+                                           "q_conv_bias",
+                                           "q_conv_state",
+                                           "k_conv_weight",
+                                           "k_conv_bias",
+                                           "k_conv_state",
+                                           "v_conv_weight",
+                                           "v_conv_bias",
+                                           "v_conv_state",
+                                           "norm_weight",
+                                           "norm_gate"};
 
 /* Three sequences of 2, 0 and 3 tokens, verified with three slots each; one is padding. */
 enum { N = 3, T = 5, C = 3, SLOTS = 9, H = 2, HV = 4, DIM_K = 8, DIM_V = 4 };
@@ -68,7 +90,18 @@ static const DLTensor **member(flash_kda_decode_args *a, enum decode_argument ar
                                                &a->accepted,
                                                &a->state,
                                                &a->state_indices,
-                                               &a->num_accepted_tokens};
+                                               &a->num_accepted_tokens,
+                                               &a->q_conv_weight,
+                                               &a->q_conv_bias,
+                                               &a->q_conv_state,
+                                               &a->k_conv_weight,
+                                               &a->k_conv_bias,
+                                               &a->k_conv_state,
+                                               &a->v_conv_weight,
+                                               &a->v_conv_bias,
+                                               &a->v_conv_state,
+                                               &a->norm_weight,
+                                               &a->norm_gate};
     return members[argument];
 }
 
@@ -110,6 +143,18 @@ static struct call *call_new(void) {
     set_tensor(c, STATE, 4, (int64_t[]){SLOTS, HV, DIM_V, DIM_K});
     set_tensor(c, STATE_INDICES, 2, (int64_t[]){N, C});
     set_tensor(c, NUM_ACCEPTED, 1, (int64_t[]){N});
+    set_tensor(c, Q_CONV_WEIGHT, 2, (int64_t[]){H * DIM_K, 4});
+    set_tensor(c, Q_CONV_BIAS, 1, (int64_t[]){H * DIM_K});
+    set_tensor(c, Q_CONV_STATE, 3, (int64_t[]){SLOTS, H * DIM_K, 3});
+    set_tensor(c, K_CONV_WEIGHT, 2, (int64_t[]){H * DIM_K, 4});
+    set_tensor(c, K_CONV_BIAS, 1, (int64_t[]){H * DIM_K});
+    set_tensor(c, K_CONV_STATE, 3, (int64_t[]){SLOTS, H * DIM_K, 3});
+    set_tensor(c, V_CONV_WEIGHT, 2, (int64_t[]){HV * DIM_V, 4});
+    set_tensor(c, V_CONV_BIAS, 1, (int64_t[]){HV * DIM_V});
+    set_tensor(c, V_CONV_STATE, 3, (int64_t[]){SLOTS, HV * DIM_V, 3});
+    set_tensor(c, NORM_WEIGHT, 1, (int64_t[]){DIM_V});
+    set_tensor(c, NORM_GATE, 4, (int64_t[]){1, T, HV, DIM_V});
+    c->args.norm_eps = 1e-5;
     memcpy(c->tensor[CU_SEQLENS].memory.int32, cu_seqlens, sizeof cu_seqlens);
     memcpy(c->tensor[ACCEPTED].memory.int32, accepted, sizeof accepted);
     memcpy(c->tensor[STATE_INDICES].memory.int32, slots, sizeof slots);
@@ -117,15 +162,20 @@ static struct call *call_new(void) {
     return c;
 }
 
+static void set_slots(struct call *c, int64_t slots) {
+    c->tensor[STATE].shape[0] = c->tensor[Q_CONV_STATE].shape[0] = c->tensor[K_CONV_STATE].shape[0] =
+        c->tensor[V_CONV_STATE].shape[0] = slots;
+}
+
 /* Five sequences of one token, each in the slot of its number. */
 static void make_dense(struct call *c) {
-    static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT};
+    static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT, NORM_GATE};
     c->args.cu_seqlens = c->args.accepted = c->args.state_indices = c->args.num_accepted_tokens = NULL;
     for (size_t i = 0; i < sizeof by_token / sizeof *by_token; i++) {
         c->tensor[by_token[i]].shape[0] = T;
         c->tensor[by_token[i]].shape[1] = 1;
     }
-    c->tensor[STATE].shape[0] = T;
+    set_slots(c, T);
 }
 
 /* ---- What every error must do ------------------------------------------------------------------- */
@@ -190,6 +240,7 @@ static void rank_too_high(struct fixture_tensor *t) { t->shape[t->dl.ndim++] = 1
 static void rank_zero(struct fixture_tensor *t) { t->dl.ndim = 0; }
 static void shape_missing(struct fixture_tensor *t) { t->dl.shape = NULL; }
 static void data_missing(struct fixture_tensor *t) { t->dl.data = NULL; }
+static void first_dim_wrong(struct fixture_tensor *t) { t->shape[0]++; }
 static void last_dim_wrong(struct fixture_tensor *t) { t->shape[t->dl.ndim - 1]++; }
 static void dim_negative(struct fixture_tensor *t) { t->shape[0] = -1; }
 static void stride_negative(struct fixture_tensor *t) {
@@ -215,9 +266,11 @@ static const struct fault {
     {"no shape", shape_missing, 0},
     {"no data", data_missing, 0},
     {"last dimension wrong", last_dim_wrong, BIT(Q) | BIT(V) | BIT(CU_SEQLENS) | BIT(STATE_INDICES)},
+    {"first dimension wrong", first_dim_wrong, BIT(Q) | BIT(V) | BIT(CU_SEQLENS) | BIT(STATE)},
     {"negative dimension", dim_negative, 0},
     {"negative stride", stride_negative, 0},
-    {"elements share memory", elements_shared, ~(BIT(OUT) | BIT(STATE))},
+    {"elements share memory", elements_shared,
+     ~(BIT(OUT) | BIT(STATE) | BIT(Q_CONV_STATE) | BIT(K_CONV_STATE) | BIT(V_CONV_STATE))},
     {"uint8", dtype_uint8, 0},
     {"fp64", dtype_fp64, 0},
     {"misaligned", misaligned, 0},
@@ -268,18 +321,18 @@ static void max_tokens_without_cu_seqlens(struct call *c) {
     c->args.max_tokens = 1;
 }
 static void too_many_tokens(struct call *c) {
-    static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT};
+    static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT, NORM_GATE};
     make_dense(c);
     for (size_t i = 0; i < sizeof by_token / sizeof *by_token; i++) {
         c->tensor[by_token[i]].shape[0] = 1;
         c->tensor[by_token[i]].shape[1] = 17;
     }
-    c->tensor[STATE].shape[0] = 1;
+    set_slots(c, 1);
 }
 static void cu_seqlens_falls(struct call *c) { c->tensor[CU_SEQLENS].memory.int32[2] = 1; }
 static void cu_seqlens_overruns(struct call *c) { c->tensor[CU_SEQLENS].memory.int32[3] = 6; }
 static void batch_of_two(struct call *c) {
-    static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT};
+    static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT, NORM_GATE};
     for (size_t i = 0; i < sizeof by_token / sizeof *by_token; i++)
         c->tensor[by_token[i]].shape[0] = 2;
 }
@@ -325,6 +378,22 @@ static void state_over_k(struct call *c) { overlay(c, STATE, K); }
 static void state_over_cu_seqlens(struct call *c) { overlay(c, STATE, CU_SEQLENS); }
 static void state_over_accepted(struct call *c) { overlay(c, STATE, ACCEPTED); }
 static void state_over_num_accepted(struct call *c) { overlay(c, STATE, NUM_ACCEPTED); }
+
+static void q_conv_without_state(struct call *c) { c->args.q_conv_state = NULL; }
+static void k_conv_without_weight(struct call *c) { c->args.k_conv_weight = NULL; }
+static void v_conv_state_alone(struct call *c) { c->args.v_conv_weight = c->args.v_conv_bias = NULL; }
+static void norm_gate_alone(struct call *c) { c->args.norm_weight = NULL; }
+static void norm_activation_unknown(struct call *c) { c->args.norm_activation = (flash_kda_norm_activation)2; }
+static void norm_eps_zero(struct call *c) { c->args.norm_eps = 0; }
+static void norm_eps_nan(struct call *c) { c->args.norm_eps = (double)NAN; }
+static void norm_of_wide_rows(struct call *c) {
+    c->args.v_conv_weight = c->args.v_conv_bias = c->args.v_conv_state = NULL;
+    c->tensor[V].shape[3] = c->tensor[OUT].shape[3] = c->tensor[STATE].shape[2] =
+        c->tensor[NORM_WEIGHT].shape[0] = c->tensor[NORM_GATE].shape[3] = 1025;
+}
+static void q_conv_state_over_state(struct call *c) { overlay(c, Q_CONV_STATE, STATE); }
+static void v_conv_state_over_v(struct call *c) { overlay(c, V_CONV_STATE, V); }
+static void out_over_norm_gate(struct call *c) { overlay(c, OUT, NORM_GATE); }
 
 static void all_on_cuda(struct call *c) {
     for (int i = 0; i < TENSORS; i++)
@@ -391,6 +460,17 @@ static struct argument_case {
     INVALID(state_over_cu_seqlens, "state"),
     INVALID(state_over_accepted, "state"),
     INVALID(state_over_num_accepted, "state"),
+    INVALID(q_conv_without_state, "q_conv_state"),
+    INVALID(k_conv_without_weight, "k_conv_bias"),
+    INVALID(v_conv_state_alone, "v_conv_state"),
+    INVALID(norm_gate_alone, "norm_gate"),
+    INVALID(norm_activation_unknown, "norm_activation"),
+    INVALID(norm_eps_zero, "norm_eps"),
+    INVALID(norm_eps_nan, "norm_eps"),
+    INVALID(norm_of_wide_rows, "v"),
+    INVALID(q_conv_state_over_state, "state"),
+    INVALID(v_conv_state_over_v, "v_conv_state"),
+    INVALID(out_over_norm_gate, "out"),
     {"all_on_cuda", all_on_cuda, FLASH_KDA_ERROR_UNSUPPORTED, "q"},
 };
 enum { CASES = sizeof cases / sizeof *cases };
@@ -457,6 +537,9 @@ static void test_large_pool(void **state) {
     (void)state;
     struct call *c = call_new();
     enum { MANY = 200000 };
+    c->args.q_conv_weight = c->args.q_conv_bias = c->args.q_conv_state = NULL;
+    c->args.k_conv_weight = c->args.k_conv_bias = c->args.k_conv_state = NULL;
+    c->args.v_conv_weight = c->args.v_conv_bias = c->args.v_conv_state = NULL;
     char *pool = calloc(MANY, HV * DIM_V * DIM_K * sizeof(float));
     assert_non_null(pool);
     c->tensor[STATE].dl.data = pool;
@@ -471,9 +554,48 @@ static void test_large_pool(void **state) {
     free(c);
 }
 
+/* Gives a tensor strides, in elements, and a place in a buffer. */
+static void lay(struct call *c, enum decode_argument argument, float *place, const int64_t *strides) {
+    struct fixture_tensor *t = &c->tensor[argument];
+    memcpy(t->strides, strides, (size_t)t->dl.ndim * sizeof *strides);
+    t->dl.strides = t->strides;
+    t->dl.data = place;
+}
+
+/* One page a slot: the state, then the convolutions' [3, channels], those of q, k and v beside each other. */
+enum { MATRICES = HV * DIM_V * DIM_K, KEYS = H * DIM_K, CHANNELS = 2 * KEYS + HV * DIM_V };
+enum { PAGE = MATRICES + 3 * CHANNELS + 5 };
+
+static float *lay_in_pages(struct call *c, int64_t overlap) {
+    float *pages = calloc((size_t)SLOTS * PAGE, sizeof *pages), *inputs = pages + MATRICES;
+    assert_non_null(pages);
+    lay(c, STATE, pages, (int64_t[]){PAGE, DIM_V * DIM_K, DIM_K, 1});
+    lay(c, Q_CONV_STATE, inputs, (int64_t[]){PAGE, 1, CHANNELS});
+    lay(c, K_CONV_STATE, inputs + KEYS, (int64_t[]){PAGE, 1, CHANNELS});
+    lay(c, V_CONV_STATE, inputs + (ptrdiff_t)(2 * KEYS - overlap), (int64_t[]){PAGE, 1, CHANNELS});
+    return pages;
+}
+
+static void test_states_in_pages(void **state) {
+    (void)state;
+    struct call *c = call_new(), *apart = call_new();
+    assert_int_equal(flash_kda_decode(&apart->args), FLASH_KDA_OK);
+    for (int64_t overlap = 0; overlap < 2; overlap++) {
+        float *pages = lay_in_pages(c, overlap);
+        if (overlap)
+            expect_failure("decode", flash_kda_decode(&c->args), FLASH_KDA_ERROR_INVALID_ARGUMENT,
+                           "k_conv_state");
+        else if (flash_kda_decode(&c->args))
+            fail_msg("%s", flash_kda_last_error());
+        free(pages);
+    }
+    free(apart);
+    free(c);
+}
+
 static void test_no_tokens(void **state) {
     (void)state;
-    static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT};
+    static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT, NORM_GATE};
     struct call *c = call_new();
     make_dense(c);
     for (size_t i = 0; i < sizeof by_token / sizeof *by_token; i++)
@@ -524,7 +646,7 @@ static size_t list_tensor_cases(struct CMUnitTest *tests) {
 }
 
 int main(void) {
-    enum { PLAIN = 8 };
+    enum { PLAIN = 9 };
     static struct CMUnitTest tests[FAULTS * TENSORS + CASES + PLAIN];
     size_t count = list_tensor_cases(tests);
     for (int i = 0; i < CASES; i++)
@@ -535,6 +657,7 @@ int main(void) {
                                             cmocka_unit_test(test_padding_holds_anything),
                                             cmocka_unit_test(test_kept_state_is_shared),
                                             cmocka_unit_test(test_large_pool),
+                                            cmocka_unit_test(test_states_in_pages),
                                             cmocka_unit_test(test_no_tokens),
                                             cmocka_unit_test(test_describe),
                                             cmocka_unit_test(test_level_unknown)};
