@@ -15,6 +15,7 @@ BACKENDS: dict[str, int]
 GATES: dict[str, int]
 BETA_MODES: dict[str, int]
 STATE_LAYOUTS: dict[str, int]
+NORM_ACTIVATIONS: dict[str, int]
 
 # The sixteen of TENSORS, then gate, lower_bound, beta_mode, scale, flags, state_layout, checkpoint_every, backend,
 # num_threads, stream, workspace.
@@ -23,7 +24,7 @@ def prefill_workspace_size(*arguments: Any) -> int: ...
 def prefill_describe(*arguments: Any) -> str: ...
 
 # Those of DECODE_TENSORS, then gate, lower_bound, beta_mode, scale, flags, state_layout, max_tokens, backend, num_threads,
-# stream, workspace (not used).
+# norm_activation, norm_eps, stream, workspace (not used).
 def decode(*arguments: Any) -> None: ...
 def decode_describe(*arguments: Any) -> str: ...
 def fwd_workspace_size(T_total: int, H: int, N: int, /) -> int: ...

@@ -8,16 +8,27 @@ from typing import Any
 
 from . import _C
 from ._libraries import Library, library_of
-from ._prefill import Array, _check_destinations, _options
+from ._prefill import Array, _check_destinations, _options, _value
 from ._shapes import shape_of
+
+Convolution = tuple[Array, Array | None, Array]  #: weight, bias, states
+
+
+def _convolution(given: Convolution | None, name: str) -> tuple[Array | None, ...]:
+    if given is None:
+        return None, None, None
+    if not isinstance(given, (tuple, list)) or len(given) != 3:
+        raise TypeError(f"{name} is of type {type(given)}; expected weight, bias or None, and states")
+    return tuple(given)
 
 
 def _call(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, A_log: Array | None,
           dt_bias: Array | None, gate: str, lower_bound: float | None, beta_mode: str, qk_norm: bool,
           scale: float | None, cu_seqlens: Array | None, max_tokens: int, accepted: Array | None, state_layout: str,
           state_indices: Array | None, num_accepted_tokens: Array | None, keep_state: bool, out: Array | None,
-          output: bool, backend: str, num_threads: int
-          ) -> tuple[Library, tuple[Array | None, ...], tuple[Any, ...], Array | None]:
+          output: bool, q_conv: Convolution | None, k_conv: Convolution | None, v_conv: Convolution | None,
+          norm_weight: Array | None, norm_gate: Array | None, norm_activation: str, norm_eps: float, backend: str,
+          num_threads: int) -> tuple[Library, tuple[Array | None, ...], tuple[Any, ...], Array | None]:
     """Library, tensors and options of a call, and out: the one that is given, or a new one."""
     library = library_of(q)
     options = list(_options(gate, lower_bound, beta_mode, qk_norm, scale, state_layout, max_tokens, False, backend,
@@ -25,10 +36,15 @@ def _call(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, A_l
     options[4] |= _C.KEEP_STATE if keep_state else 0
     if out is not None and not output:
         raise ValueError("out is given with output=False; expected None")
-    _check_destinations(library, out=out, state=None if keep_state else state)
+    convolutions = [*_convolution(q_conv, "q_conv"), *_convolution(k_conv, "k_conv"), *_convolution(v_conv, "v_conv")]
+    if not keep_state:
+        _check_destinations(library, state=state, q_conv=convolutions[2], k_conv=convolutions[5], v_conv=convolutions[8])
+    _check_destinations(library, out=out)
     if out is None and output:
         out = library.empty(q, shape_of(v, "v"), v.dtype)
-    tensors = (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, accepted, state, state_indices, num_accepted_tokens)
+    tensors = (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, accepted, state, state_indices, num_accepted_tokens,
+               *convolutions, norm_weight, norm_gate)
+    options += [_value(_C.NORM_ACTIVATIONS, norm_activation, "norm_activation"), norm_eps]
     return library, tensors, tuple(options), out
 
 
@@ -56,6 +72,13 @@ def decode(
     keep_state: bool = False,
     out: Array | None = None,
     output: bool = True,
+    q_conv: Convolution | None = None,
+    k_conv: Convolution | None = None,
+    v_conv: Convolution | None = None,
+    norm_weight: Array | None = None,
+    norm_gate: Array | None = None,
+    norm_activation: str = "sigmoid",
+    norm_eps: float = 1e-5,
     backend: str = "auto",
     num_threads: int = 0,
 ) -> Array | None:
@@ -68,6 +91,8 @@ def decode(
     Verify, for speculative decoding with a slot for each of C tokens: state_indices [N, C] and num_accepted_tokens [N].
     The state is read from slot state_indices[n, num_accepted_tokens[n] - 1], where the call before left it after the
     token that was accepted last; after token t it is written to slot state_indices[n, t].
+
+    Fused, it is a whole step of a KDA layer between its projections: short convolutions, recurrence, gated norm.
 
     Verify and commit, with one slot a sequence: a call with keep_state returns out alone; when it is known how many tokens
     are accepted, the same call without keep_state, with `accepted` and with output=False, takes the states through those.
@@ -93,6 +118,11 @@ def decode(
         keep_state: the state is read, not written. jax arrays, which cannot be written, need it.
         out: float [B, T, HV, V], written; None: a new array of v's dtype.
         output: False: only the states go on, and nothing is returned.
+        q_conv, k_conv, v_conv: weight, bias or None, and states of a short causal convolution with SiLU that q, k or v goes
+            through first: float [channels, 4], [channels] and [slots, channels, 3], channels being H K or HV V. The states
+            are the last inputs, the oldest first, in any strides, in slots as `state`, and written or kept as it is.
+        norm_weight: float [V], V <= 1024: RMS norm of every row of out, with norm_eps.
+        norm_gate: float [B, T, HV, V], with norm_weight: times "sigmoid" or "silu", norm_activation, of this.
         backend, num_threads: as prefill()'s.
 
     Returns:
@@ -109,7 +139,8 @@ def decode(
     """
     library, tensors, options, out = _call(
         q, k, v, g, beta, state, A_log, dt_bias, gate, lower_bound, beta_mode, qk_norm, scale, cu_seqlens, max_tokens,
-        accepted, state_layout, state_indices, num_accepted_tokens, keep_state, out, output, backend, num_threads)
+        accepted, state_layout, state_indices, num_accepted_tokens, keep_state, out, output, q_conv, k_conv, v_conv,
+        norm_weight, norm_gate, norm_activation, norm_eps, backend, num_threads)
     library.run(_C.decode, tensors, options, None)
     return out
 

@@ -119,9 +119,13 @@ def _(*arguments):
     return None
 
 
-@torch.library.custom_op("flash_kda::decode", mutates_args=("out", "state"), schema=(
+@torch.library.custom_op(
+    "flash_kda::decode", mutates_args=("out", "state", "q_conv_state", "k_conv_state", "v_conv_state"), schema=(
     f"({_REQUIRED}, Tensor(a!)? out, Tensor? cu_seqlens, Tensor? accepted, Tensor(b!) state, Tensor? state_indices, "
-    f"Tensor? num_accepted_tokens, {_WHAT}, int max_tokens, {_HOW}) -> ()"))
+    "Tensor? num_accepted_tokens, Tensor? q_conv_weight, Tensor? q_conv_bias, Tensor(c!)? q_conv_state, "
+    "Tensor? k_conv_weight, Tensor? k_conv_bias, Tensor(d!)? k_conv_state, Tensor? v_conv_weight, Tensor? v_conv_bias, "
+    f"Tensor(e!)? v_conv_state, Tensor? norm_weight, Tensor? norm_gate, {_WHAT}, int max_tokens, {_HOW}, "
+    "int norm_activation, float norm_eps) -> ()"))
 def _decode(*arguments):
     tensors, options = arguments[:len(_C.DECODE_TENSORS)], arguments[len(_C.DECODE_TENSORS):]
     with torch.no_grad():

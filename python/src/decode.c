@@ -22,9 +22,20 @@ static const struct call_member members[] = {
     {MEMBER(state), true},
     {MEMBER(state_indices), false},
     {MEMBER(num_accepted_tokens), false},
+    {MEMBER(q_conv_weight), false},
+    {MEMBER(q_conv_bias), false},
+    {MEMBER(q_conv_state), true},
+    {MEMBER(k_conv_weight), false},
+    {MEMBER(k_conv_bias), false},
+    {MEMBER(k_conv_state), true},
+    {MEMBER(v_conv_weight), false},
+    {MEMBER(v_conv_bias), false},
+    {MEMBER(v_conv_state), true},
+    {MEMBER(norm_weight), false},
+    {MEMBER(norm_gate), false},
 };
 
-enum { TENSORS = sizeof members / sizeof *members, STATE = 10, OPTIONS = 11 };
+enum { TENSORS = sizeof members / sizeof *members, OUT = 7, OPTIONS = 13 };
 
 PyObject *decode_tensor_names(void) { return call_names(members, TENSORS); }
 
@@ -34,7 +45,7 @@ struct decode_call {
 };
 
 static bool read_options(flash_kda_decode_args *args, PyObject *const *arguments) {
-    long long gate, beta_mode, flags, layout, max_tokens, backend, threads;
+    long long gate, beta_mode, flags, layout, max_tokens, backend, threads, activation;
     if (!call_read_integer(arguments[0], "gate", 0, INT32_MAX, &gate) ||
         !call_read_number(arguments[1], "lower_bound", &args->lower_bound) ||
         !call_read_integer(arguments[2], "beta_mode", 0, INT32_MAX, &beta_mode) ||
@@ -43,7 +54,9 @@ static bool read_options(flash_kda_decode_args *args, PyObject *const *arguments
         !call_read_integer(arguments[5], "state_layout", 0, INT32_MAX, &layout) ||
         !call_read_integer(arguments[6], "max_tokens", INT64_MIN, INT64_MAX, &max_tokens) ||
         !call_read_integer(arguments[7], "backend", 0, INT32_MAX, &backend) ||
-        !call_read_integer(arguments[8], "num_threads", INT32_MIN, INT32_MAX, &threads))
+        !call_read_integer(arguments[8], "num_threads", INT32_MIN, INT32_MAX, &threads) ||
+        !call_read_integer(arguments[9], "norm_activation", 0, INT32_MAX, &activation) ||
+        !call_read_number(arguments[10], "norm_eps", &args->norm_eps))
         return false;
     args->gate = (flash_kda_gate)gate;
     args->beta_mode = (flash_kda_beta)beta_mode;
@@ -52,6 +65,7 @@ static bool read_options(flash_kda_decode_args *args, PyObject *const *arguments
     args->max_tokens = max_tokens;
     args->backend = (flash_kda_backend)backend;
     args->num_threads = (int32_t)threads;
+    args->norm_activation = (flash_kda_norm_activation)activation;
     return true;
 }
 
@@ -65,9 +79,10 @@ static bool read_call(struct decode_call *call, PyObject *const *arguments, Py_s
     if (!read_options(&call->args, arguments + TENSORS))
         return false;
     memcpy(here, members, sizeof members);
-    here[STATE].written = !(call->args.flags & FLASH_KDA_KEEP_STATE);
+    for (int i = 0; i < TENSORS; i++) /* the others are states */
+        here[i].written &= i == OUT || !(call->args.flags & FLASH_KDA_KEEP_STATE);
     return call_read_tensors(here, TENSORS, arguments, &call->args, call->tensors) &&
-           call_read_stream(arguments[TENSORS + 9], call->args.q, array_exchange(Py_TYPE(arguments[0])),
+           call_read_stream(arguments[TENSORS + 11], call->args.q, array_exchange(Py_TYPE(arguments[0])),
                             &call->args.stream);
 }
 

@@ -125,6 +125,8 @@ static int add_names(PyObject *module) {
                                 FLASH_KDA_GATE_SOFTPLUS, "sigmoid", FLASH_KDA_GATE_SIGMOID)},
         {"BETA_MODES", Py_BuildValue("{s:i,s:i,s:i}", "given", FLASH_KDA_BETA_GIVEN, "sigmoid",
                                      FLASH_KDA_BETA_SIGMOID, "twice_sigmoid", FLASH_KDA_BETA_TWICE_SIGMOID)},
+        {"NORM_ACTIVATIONS",
+         Py_BuildValue("{s:i,s:i}", "sigmoid", FLASH_KDA_NORM_SIGMOID, "silu", FLASH_KDA_NORM_SILU)},
         {"STATE_LAYOUTS",
          Py_BuildValue("{s:i,s:i}", "v_first", FLASH_KDA_STATE_V_FIRST, "k_first", FLASH_KDA_STATE_K_FIRST)},
     };

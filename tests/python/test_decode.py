@@ -160,6 +160,74 @@ def test_verify_and_commit(accepted, device):
         assert_close(state, in_layout(numpy.array([x[accepted] for x in inner]), "v_first"), "fp32")
 
 
+# ---- A whole step ----------------------------------------------------------------------------------
+
+
+def convolve(x, weight, bias, past):
+    """x [B, T, heads, dim] behind past [B, channels, 3]: what comes out, in fp64, and the last three inputs."""
+    flat = torch.cat([past.double(), x.flatten(2).mT.double()], 2)
+    y = torch.nn.functional.conv1d(flat, weight.double()[:, None], None if bias is None else bias.double(),
+                                   groups=len(weight))
+    return torch.nn.functional.silu(y).mT.reshape(x.shape), flat[..., -3:]
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "silu"])
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused(T, dtype, activation, device):
+    problem = make(B=2, T=T, H=2, HV=4, K=32, V=48, dtype=dtype, initial_state=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    raw, convolutions, pasts = [], [], []
+    for i, x in enumerate(problem.inputs[:3]):
+        channels = x.shape[2] * x.shape[3]
+        weight = (torch.randn(channels, 4, generator=generator) / 2).to(dtype)
+        bias = torch.randn(channels, generator=generator).to(dtype) if i else None
+        past = torch.randn(2, channels, 3, generator=generator).to(dtype)
+        raw.append(x)
+        convolutions.append((weight, bias, past))
+    outputs = [convolve(x, *conv) for x, conv in zip(raw, convolutions)]
+    # in fp64, so that the recurrence sees what the step does
+    exact = dataclasses.replace(problem, q=outputs[0][0], k=outputs[1][0], v=outputs[2][0])
+    expected, states, _ = solve(exact)
+    weight, gate = torch.rand(48, generator=generator), torch.randn(2, T, 4, 48, generator=generator).to(dtype)
+    expected = torch.from_numpy(expected)
+    expected = expected / (expected.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    expected = expected * (gate.double().sigmoid() if activation == "sigmoid"
+                           else torch.nn.functional.silu(gate.double()))
+
+    def moved(conv):
+        """Three slots, the sequences in 2 and 0, channels last."""
+        pool = torch.full((3, 3, len(conv[0])), torch.nan, dtype=dtype, device=device)
+        pool[[2, 0]] = conv[2].mT.to(device)
+        pasts.append(pool)
+        return conv[0].to(device), None if conv[1] is None else conv[1].to(device), pool.mT
+
+    here = problem.to(device)
+    pool = start(here, 3, [2, 0])
+    names = ("q_conv", "k_conv", "v_conv")
+    out = flash_kda.decode(*(x.to(device) for x in raw), here.g, here.beta, pool, **options_of(here),
+                           state_indices=indices([2, 0], device), norm_weight=weight.to(device), norm_gate=gate.to(device),
+                           norm_activation=activation, **{name: moved(conv) for name, conv in zip(names, convolutions)})
+    assert_close(out, expected.numpy(), "fp32")
+    assert_close(pool[[2, 0]], in_layout(states, "v_first"), "fp32")
+    for past, (_, last) in zip(pasts, outputs, strict=True):
+        assert torch.equal(past[[2, 0]].mT.cpu(), last.to(dtype)) and past[1].isnan().all()
+
+
+@pytest.mark.parametrize("more, exception, sentence", [
+    ({"q_conv": torch.zeros(128, 4)}, TypeError, "q_conv is of type"),
+    ({"q_conv": (torch.zeros(128, 3), None, torch.zeros(1, 128, 3))}, ValueError, "q_conv_weight has shape"),
+    ({"v_conv": (torch.zeros(128, 4), None, None)}, ValueError, "v_conv_state is NULL"),
+    ({"norm_gate": torch.zeros(1, 2, 2, 64)}, ValueError, "norm_gate is given without norm_weight"),
+    ({"norm_weight": torch.zeros(64), "norm_activation": "relu"}, ValueError, "norm_activation is 'relu'"),
+    ({"norm_weight": torch.zeros(64), "norm_eps": 0.0}, ValueError, "norm_eps is 0"),
+], ids=str)
+def test_errors_of_a_whole_step(more, exception, sentence):
+    problem = make(T=2, initial_state=torch.float32)
+    with pytest.raises(exception, match=sentence):
+        flash_kda.decode(*problem.inputs, problem.options["initial_state"], **options_of(problem), **more)
+
+
 def test_describe():
     problem = make(T=1, initial_state=torch.float32)
     text = flash_kda.decode_describe(*problem.inputs, problem.options["initial_state"], **options_of(problem))
@@ -284,7 +352,7 @@ def test_op_is_well_formed(device):
     o = problem.options
     torch.library.opcheck(torch.ops.flash_kda.decode.default,
                           (*problem.inputs, o["A_log"], o["dt_bias"], torch.empty_like(problem.v), None, None,
-                           o["initial_state"], indices([1, 0], device), None, 1, 0.0, 1, 0.0, 1, 0, 0, 0, 0))
+                           o["initial_state"], indices([1, 0], device), None, *[None] * 11, 1, 0.0, 1, 0.0, 1, 0, 0, 0, 0, 0, 1e-5))
 
 
 def test_fake_and_meta_tensors():
