@@ -154,17 +154,13 @@ static inline void load_tokens(const struct kda_decode *d, const struct kda_part
 
 /* ---- Outputs, and the norm behind them ----------------------------------------------------------- */
 
-/* Outputs of a part; with a norm, which needs whole rows, they wait here. */
-struct outputs {
-    float rows[TOKENS * KDA_MAX_NORM_DIM] ALIGNED;
-};
-
+/* With a norm, which needs whole rows, they wait in rows [TOKENS][KDA_MAX_NORM_DIM]. */
 static inline void store_outputs(const struct kda_decode *d, const struct kda_part *part, int64_t token,
-                                 int64_t first, int64_t count, const float *o, struct outputs *all) {
+                                 int64_t first, int64_t count, const float *o, float *rows) {
     const struct kda_prefill *p = &d->tokens;
     const struct kda_sequence *s = &part->tokens;
     if (d->norm_weight.data)
-        memcpy(all->rows + token * KDA_MAX_NORM_DIM + first, o, (size_t)count * sizeof *o);
+        memcpy(rows + token * KDA_MAX_NORM_DIM + first, o, (size_t)count * sizeof *o);
     else if (p->out.data)
         store_row(kda_row(&p->out, s->batch, s->first + token, part->head) +
                       first * (int64_t)kda_dtype_size(p->out.dtype),
@@ -192,14 +188,14 @@ static inline void norm_row(const struct kda_decode *d, const struct kda_part *p
     }
 }
 
-static void store_normed(const struct kda_decode *d, const struct kda_part *part, struct outputs *all) {
+static void store_normed(const struct kda_decode *d, const struct kda_part *part, float *rows) {
     const struct kda_prefill *p = &d->tokens;
     const struct kda_sequence *s = &part->tokens;
     int64_t V = p->value_dim, Vp = (V + LANES - 1) / LANES * LANES;
     float weight[KDA_MAX_NORM_DIM] ALIGNED;
     load_row(weight, d->norm_weight.data, d->norm_weight.dtype, V, Vp);
     for (int64_t t = 0; t < s->length; t++) {
-        float *row = all->rows + t * KDA_MAX_NORM_DIM;
+        float *row = rows + t * KDA_MAX_NORM_DIM;
         memset(row + V, 0, (size_t)(Vp - V) * sizeof *row);
         norm_row(d, part, t, weight, Vp, row);
         store_row(kda_row(&p->out, s->batch, s->first + t, part->head), p->out.dtype, row, V);
@@ -244,7 +240,7 @@ static inline void correct_rows(const struct tokens *x, int64_t t, const float *
 
 /* Values first .. first + count - 1, at most ROWS. */
 static void run_rows(const struct kda_decode *d, const struct kda_part *part, const struct tokens *x,
-                     int64_t first, int64_t count, struct outputs *all) {
+                     int64_t first, int64_t count, float *rows) {
     const struct kda_prefill *p = &d->tokens;
     const struct kda_state from = kda_state_at(p, &d->state, part->tokens.slot, part->head);
     float S[ROWS * MAX_K] ALIGNED, values[TOKENS * VALUES] ALIGNED, u[ROWS], o[VALUES] ALIGNED, sums[2 * ROWS];
@@ -260,7 +256,7 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
             o[r] = sums[2 * r + 1] + u[r] * x->kq[t];
         }
         correct_rows(x, t, u, S);
-        store_outputs(d, part, t, first, count, o, all);
+        store_outputs(d, part, t, first, count, o, rows);
         int64_t slot = kda_decode_written_slot(d, part->sequence, &part->tokens, t);
         if (slot < 0)
             continue;
@@ -303,7 +299,7 @@ static inline void run_token(const struct kda_prefill *p, const struct tokens *x
 
 /* Values first .. first + count - 1, at most COLUMNS. */
 static void run_columns(const struct kda_decode *d, const struct kda_part *part, const struct tokens *x,
-                        int64_t first, int64_t count, struct outputs *all) {
+                        int64_t first, int64_t count, float *rows) {
     const struct kda_prefill *p = &d->tokens;
     const struct kda_state from = kda_state_at(p, &d->state, part->tokens.slot, part->head);
     int64_t offset = first * (int64_t)kda_dtype_size(from.dtype);
@@ -313,7 +309,7 @@ static void run_columns(const struct kda_decode *d, const struct kda_part *part,
     load_inputs(&p->v, &d->v_conv, part, part->head, first, count, COLUMNS, values);
     for (int64_t t = 0; t < part->tokens.length; t++) {
         run_token(p, x, t, values + t * COLUMNS, S, o);
-        store_outputs(d, part, t, first, count, o, all);
+        store_outputs(d, part, t, first, count, o, rows);
         int64_t slot = kda_decode_written_slot(d, part->sequence, &part->tokens, t);
         if (slot < 0)
             continue;
@@ -325,14 +321,19 @@ static void run_columns(const struct kda_decode *d, const struct kda_part *part,
 
 /* ---- A part ------------------------------------------------------------------------------------- */
 
-static void decode_part(const struct kda_decode *d, const struct kda_part *part) {
+static void run_part(const struct kda_decode *d, const struct kda_part *part, const struct tokens *x,
+                     float *rows) {
     bool v_first = d->tokens.state_layout == FLASH_KDA_STATE_V_FIRST;
     int64_t step = v_first ? ROWS : COLUMNS, end = part->first + part->count;
-    struct tokens x;
-    struct outputs all;
-    load_tokens(d, part, &x);
     for (int64_t first = part->first; first < end; first += step)
-        (v_first ? run_rows : run_columns)(d, part, &x, first, kda_min64(step, end - first), &all);
+        (v_first ? run_rows : run_columns)(d, part, x, first, kda_min64(step, end - first), rows);
+}
+
+static void decode_part(const struct kda_decode *d, const struct kda_part *part) {
+    float rows[TOKENS * KDA_MAX_NORM_DIM] ALIGNED;
+    struct tokens x;
+    load_tokens(d, part, &x);
+    run_part(d, part, &x, rows);
     if (d->norm_weight.data && d->tokens.out.data)
-        store_normed(d, part, &all);
+        store_normed(d, part, rows);
 }

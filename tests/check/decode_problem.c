@@ -35,7 +35,7 @@ static int64_t columns_of(const struct decode_problem *d) { return d->c.columns 
 /* A slot of its own for every column, in random order, with gaps between them. */
 static void shuffle_slots(struct decode_problem *d, struct random *r) {
     enum { SPARE = 3 };
-    int64_t order[MAX_SEQUENCES * MAX_COLUMNS + SPARE], columns = columns_of(d);
+    int64_t order[MAX_SEQUENCES * MAX_COLUMNS + SPARE] = {0}, columns = columns_of(d);
     d->slots = d->p.N * columns + SPARE;
     for (int64_t i = 0; i < d->slots; i++) {
         int64_t j = random_below(r, i + 1);
