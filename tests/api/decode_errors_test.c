@@ -206,7 +206,7 @@ static void expect_failure(const char *entry, flash_kda_status status, flash_kda
 
 static bool same_memory(const struct call *a, const struct call *b) {
     for (int i = 0; i < TENSORS; i++)
-        if (memcmp(&a->tensor[i].memory, &b->tensor[i].memory, FIXTURE_BYTES) != 0)
+        if (memcmp(a->tensor[i].memory.bytes, b->tensor[i].memory.bytes, FIXTURE_BYTES) != 0)
             return false;
     return true;
 }
@@ -540,7 +540,7 @@ static void test_large_pool(void **state) {
     c->args.q_conv_weight = c->args.q_conv_bias = c->args.q_conv_state = NULL;
     c->args.k_conv_weight = c->args.k_conv_bias = c->args.k_conv_state = NULL;
     c->args.v_conv_weight = c->args.v_conv_bias = c->args.v_conv_state = NULL;
-    char *pool = calloc(MANY, HV * DIM_V * DIM_K * sizeof(float));
+    float *pool = calloc((size_t)MANY * HV * DIM_V * DIM_K, sizeof *pool);
     assert_non_null(pool);
     c->tensor[STATE].dl.data = pool;
     c->tensor[STATE].shape[0] = MANY;

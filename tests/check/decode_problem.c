@@ -56,8 +56,9 @@ static void make_state_indices(struct decode_problem *d, struct random *r) {
             if (t == d->column[n] ? d->p.slot[n] < 0 : random_below(r, 5) == 0)
                 d->slot[n][t] = -1;
     tensor_make(&d->state_indices, TYPE_INT32, d->c.columns ? 2 : 1, shape, index_layout(d));
-    for (int64_t i = 0; i < d->p.N * columns; i++)
-        tensor_set(&d->state_indices, i, (double)d->slot[i / columns][i % columns]);
+    for (int64_t n = 0; n < d->p.N; n++)
+        for (int64_t t = 0; t < columns; t++)
+            tensor_set(&d->state_indices, n * columns + t, (double)d->slot[n][t]);
     d->args.state_indices = &d->state_indices.dl;
 }
 

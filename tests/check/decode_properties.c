@@ -32,7 +32,8 @@ struct chain {
 
 static void chain_make(struct chain *c, const struct prefill_problem *p, DLDataType type, int64_t columns,
                        struct random *r) {
-    int64_t width = columns ? columns : 1, slots = p->N * width + SPARE, order[MAX_SEQUENCES * DRAFTS + SPARE];
+    int64_t width = columns ? columns : 1, slots = p->N * width + SPARE,
+            order[MAX_SEQUENCES * DRAFTS + SPARE] = {0};
     int64_t matrix = p->HV * p->c.K * p->c.V, shape[4];
     c->columns = columns;
     c->accepted = 1;
