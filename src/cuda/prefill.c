@@ -7,6 +7,7 @@
  */
 #include "api/backend.h"
 #include "api/status.h"
+#include "cuda/call.h"
 #include "cuda/chunks.h"
 #include "cuda/segments.h"
 #include "cuda/sm80/kernels.h"
@@ -21,29 +22,14 @@
 /* The name of the environment variable that forces a level. */
 #define LEVEL_VARIABLE "FLASH_KDA_CUDA"
 
-/* What a grid can hold in its second dimension. */
-enum { MAX_GRID_Y = 65535 };
-
 static int64_t chunks_of(const struct kda_prefill *p) { return kda_first_chunk(p, p->tokens, p->sequences); }
 
 static flash_kda_status check_size(const struct kda_prefill *p) {
-    if (p->value_heads > MAX_GRID_Y)
-        return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
-                        "v has HV = %lld value heads; expected at most %d on CUDA", (long long)p->value_heads,
-                        MAX_GRID_Y);
     if (chunks_of(p) > INT_MAX || p->sequences > INT_MAX / p->value_heads)
         return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
                         "q has %lld tokens in %lld sequences; expected at most %d chunks of %d tokens on CUDA",
                         (long long)(p->batches * p->tokens), (long long)p->sequences, INT_MAX, KDA_CUDA_CHUNK);
-    return FLASH_KDA_OK;
-}
-
-static flash_kda_status cuda_status(cudaError_t error, const char *what) {
-    if (!error)
-        return FLASH_KDA_OK;
-    cudaGetLastError(); /* or the next launch would report this error as its own */
-    return kda_fail(FLASH_KDA_ERROR_CUDA, "%s: %s (%s)", what, cudaGetErrorName(error),
-                    cudaGetErrorString(error));
+    return kda_cuda_check_heads(p);
 }
 
 /* How a problem is run, and what its workspace holds: operands, then summaries of segments. */
@@ -151,12 +137,12 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
     int major = 0;
     flash_kda_status status = read_wish(&wish);
     if (!status)
-        status = cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, p->device),
-                             "prefill, device");
+        status = kda_cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, p->device),
+                                 "prefill, device");
     if (!status)
-        status =
-            cuda_status(cudaDeviceGetAttribute(&plan->processors, cudaDevAttrMultiProcessorCount, p->device),
-                        "prefill, device");
+        status = kda_cuda_status(
+            cudaDeviceGetAttribute(&plan->processors, cudaDevAttrMultiProcessorCount, p->device),
+            "prefill, device");
     if (status)
         return status;
     bool runs = HAS_SM90 && major == 9;
@@ -186,14 +172,14 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *byte
 static flash_kda_status launch_segments(const struct kda_prefill *p, const struct plan *plan, char *workspace) {
     struct kda_sm90_segments segments = {plan->segments, (float *)(void *)(workspace + plan->operands)};
     int processors = plan->processors;
-    flash_kda_status status = cuda_status(
+    flash_kda_status status = kda_cuda_status(
         plan->tiles ? kda_sm90_tiles_summarise(p, chunks_of(p), workspace, segments, processors, p->stream)
                     : kda_sm90_summarise(p, chunks_of(p), workspace, segments, p->stream),
         "prefill, kernel summarise");
     if (!status)
-        status = cuda_status(kda_sm90_scan(p, segments, p->stream), "prefill, kernel scan");
+        status = kda_cuda_status(kda_sm90_scan(p, segments, p->stream), "prefill, kernel scan");
     if (!status)
-        status = cuda_status(
+        status = kda_cuda_status(
             plan->tiles ? kda_sm90_tiles_resume(p, chunks_of(p), workspace, segments, processors, p->stream)
                         : kda_sm90_resume(p, chunks_of(p), workspace, segments, p->stream),
             "prefill, kernel resume");
@@ -203,9 +189,9 @@ static flash_kda_status launch_segments(const struct kda_prefill *p, const struc
 static flash_kda_status launch(const struct kda_prefill *p, const struct plan *plan, void *workspace) {
     flash_kda_status status = FLASH_KDA_OK;
     if (plan->fused)
-        return cuda_status(kda_sm90_fused(p, plan->processors, p->stream), "prefill, kernel fused");
+        return kda_cuda_status(kda_sm90_fused(p, plan->processors, p->stream), "prefill, kernel fused");
     if (p->tokens)
-        status = cuda_status(
+        status = kda_cuda_status(
             plan->tiles ? kda_sm90_tiles_prepare(p, chunks_of(p), workspace, plan->processors, p->stream)
                         : kda_sm80_prepare(p, chunks_of(p), workspace, p->stream),
             "prefill, kernel prepare");
@@ -213,29 +199,26 @@ static flash_kda_status launch(const struct kda_prefill *p, const struct plan *p
         return status;
     if (plan->segments > 1)
         return launch_segments(p, plan, workspace);
-    return cuda_status(plan->tiles
-                           ? kda_sm90_tiles_chain(p, chunks_of(p), workspace, plan->processors, p->stream)
-                       : plan->sm90 ? kda_sm90_chain(p, chunks_of(p), workspace, plan->processors, p->stream)
-                                    : kda_sm80_chain(p, chunks_of(p), workspace, p->stream),
-                       "prefill, kernel chain");
+    return kda_cuda_status(
+        plan->tiles  ? kda_sm90_tiles_chain(p, chunks_of(p), workspace, plan->processors, p->stream)
+        : plan->sm90 ? kda_sm90_chain(p, chunks_of(p), workspace, plan->processors, p->stream)
+                     : kda_sm80_chain(p, chunks_of(p), workspace, p->stream),
+        "prefill, kernel chain");
 }
 
 /* Launches on q's device and leaves the thread's current device as it was. */
 static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
-    int current = 0;
+    int previous = 0;
     struct plan plan;
     flash_kda_status status = check_size(p);
     if (!status)
         status = make_plan(p, &plan);
     if (!status)
-        status = cuda_status(cudaGetDevice(&current), "prefill, cudaGetDevice");
-    if (!status && current != p->device)
-        status = cuda_status(cudaSetDevice(p->device), "prefill, cudaSetDevice");
+        status = kda_cuda_enter(p->device, &previous);
     if (status)
         return status;
     status = launch(p, &plan, workspace);
-    if (current != p->device)
-        cudaSetDevice(current);
+    kda_cuda_leave(p->device, previous);
     return status;
 }
 
@@ -277,4 +260,6 @@ const struct kda_backend kda_cuda_backend = {.name = "cuda",
                                              .available = available,
                                              .prefill_workspace_size = workspace_size,
                                              .prefill = prefill,
-                                             .prefill_describe = describe};
+                                             .prefill_describe = describe,
+                                             .decode = kda_cuda_decode,
+                                             .decode_describe = kda_cuda_decode_describe};

@@ -3,7 +3,7 @@
 #ifndef KDA_CUDA_SM80_KERNELS_H
 #define KDA_CUDA_SM80_KERNELS_H
 
-#include "api/problem.h"
+#include "api/decode_problem.h"
 
 #include <cuda_runtime_api.h>
 
@@ -20,6 +20,9 @@ cudaError_t kda_sm80_prepare(const struct kda_prefill *p, int64_t chunks, void *
 /* Takes every state through its chunks: writes out, final_state and checkpoints at whole chunks. */
 cudaError_t kda_sm80_chain(const struct kda_prefill *p, int64_t chunks, const void *operands,
                            cudaStream_t stream);
+
+/* Takes every state through its sequence's tokens. aligned: every row of the states is whole pieces of 16 bytes. */
+cudaError_t kda_sm80_decode(const struct kda_decode *d, bool aligned, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

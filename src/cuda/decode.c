@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: MIT */
+/* The CUDA backend's decode: one kernel, by the rules of prefill.c. */
+#include "api/backend.h"
+#include "api/status.h"
+#include "cuda/call.h"
+#include "cuda/sm80/kernels.h"
+
+#include <inttypes.h>
+#include <limits.h>
+#include <stdio.h>
+
+/* Can the state be read in pieces of 16 bytes, each within a row? */
+static bool aligned(const struct kda_decode *d) {
+    const struct kda_tensor *t = &d->state;
+    uint64_t all = (uint64_t)(uintptr_t)t->data | (uint64_t)(t->shape[3] * (int64_t)kda_dtype_size(t->dtype));
+    for (int i = 0; i < 3; i++)
+        all |= t->shape[i] > 1 ? (uint64_t)t->stride[i] : 0;
+    return all % 16 == 0;
+}
+
+static flash_kda_status check_size(const struct kda_decode *d) {
+    const struct kda_prefill *p = &d->tokens;
+    if (p->sequences > INT_MAX || p->tokens > INT_MAX)
+        return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
+                        "q has %lld tokens in %lld sequences; expected at most %d on CUDA",
+                        (long long)(p->batches * p->tokens), (long long)p->sequences, INT_MAX);
+    return kda_cuda_check_heads(p);
+}
+
+flash_kda_status kda_cuda_decode(const struct kda_decode *d) {
+    int previous = 0;
+    flash_kda_status status = check_size(d);
+    if (!status)
+        status = kda_cuda_enter(d->tokens.device, &previous);
+    if (status)
+        return status;
+    status = kda_cuda_status(kda_sm80_decode(d, aligned(d), d->tokens.stream), "decode, kernel decode");
+    kda_cuda_leave(d->tokens.device, previous);
+    return status;
+}
+
+flash_kda_status kda_cuda_decode_describe(const struct kda_decode *d, char *text, size_t size) {
+    flash_kda_status status = check_size(d);
+    if (!status)
+        snprintf(text, size,
+                 "cuda: level sm80, one kernel, fp32 arithmetic, %" PRId64 " chains of up to %" PRId64
+                 " token%s, states read %s",
+                 d->tokens.sequences * d->tokens.value_heads, d->max_tokens, d->max_tokens == 1 ? "" : "s",
+                 aligned(d) ? "16 bytes at a time" : "by elements (16 bytes at a time need their alignment)");
+    return status;
+}
