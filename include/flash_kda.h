@@ -216,7 +216,7 @@ static inline flash_kda_prefill_args flash_kda_prefill_args_init() {
 
 /* Bytes of scratch memory that flash_kda_prefill() needs for these arguments, on the device of q, to *bytes.
  * It depends on shapes, dtypes, num_threads and, for packed sequences, on N, not on the data. On the CPU it does not grow
- * with T; on CUDA it is about 0.7 times the bytes of q, k, v, g and out in bf16. Errors: as flash_kda_prefill(), but for
+ * with T; on CUDA it is up to 0.8 times the bytes of q, k, v, g and out in bf16, or none. Errors: as flash_kda_prefill(), but for
  * indices that are used twice: only that call, which has scratch memory, finds them. */
 FLASH_KDA_API flash_kda_status flash_kda_prefill_workspace_size(const flash_kda_prefill_args *args,
                                                                 size_t *bytes);

@@ -16,14 +16,14 @@ struct step {
 static const struct form {
     double prepare; /* a chunk of one head, on one multiprocessor */
     struct step with_outputs, summarising;
-} general = {2.7, {1.2, 2.0}, {0.95, 1.4}}, tiles = {2.3, {1.45, 1.8}, {0.8, 1.25}};
-#define STEP_FUSED 2.7
-#define BEGIN      7.5 /* of a CTA's chain or segment, and its end */
-#define SCAN_STEP  3.4
-#define LAUNCH     3.5 /* a kernel, and its ramp */
+} general = {2.7, {1.2, 2.0}, {0.95, 1.4}}, tiles = {2.25, {1.2, 2.0}, {0.85, 1.36}};
+#define STEP_FUSED 2.35
+#define BEGIN      8.2 /* of a CTA's chain or segment, and its end */
+#define SCAN_STEP  2.1
+#define LAUNCH     3.75 /* a kernel, and its ramp */
 /* The longest sequence of a packed batch, in average ones, and what it costs that CTAs do not end together. */
-#define LONGEST   2.0
-#define IMBALANCE 1.1
+#define LONGEST   2.4
+#define IMBALANCE 1.15
 enum { MIN_CHUNKS = 4 /* of a segment */ };
 
 static double steps(struct step step, int64_t chunks, int64_t ctas, int processors) {

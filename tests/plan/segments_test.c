@@ -75,8 +75,9 @@ static void test_as_measured(void **state) {
     const struct {
         int64_t chains, chunks;
         int count;
-    } cases[] = {{64, 256, 1}, {32, 256, 3}, {24, 256, 4},  {16, 256, 8}, {8, 256, 8},
-                 {16, 64, 5},  {12, 64, 4},  {8, 2048, 16}, {4, 32, 4}};
+    } cases[] = {{64, 256, 1}, {32, 256, 3},  {24, 256, 4}, {16, 256, 4}, {8, 256, 8},
+                 {12, 64, 4},  {16, 64, 4},   {8, 128, 8},  {12, 128, 4}, {10, 96, 6},
+                 {4, 32, 4},   {8, 2048, 16}, {4, 1024, 16}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         assert_int_equal(segments(cases[i].chains, cases[i].chunks, &time), cases[i].count);
 }

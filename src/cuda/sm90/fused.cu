@@ -4,8 +4,9 @@
  *
  * A CTA works one chain after another. Two producer warpgroups take turns at making a chunk's operands, in place of its
  * q, k and g; two consumer warpgroups, with 64 columns of V each, take the state through them in their accumulators.
- * Of each producer warpgroup two warps have less to do: one, the receiver, finds the norms of the group's next chunk;
- * the other, the scout, finds the chunk after that, describes it to all others and has the copy engine bring it.
+ * When a chunk's tiles are made, warps of its group go on to the next one as they get free: one finds the norms of k,
+ * another those of q, and the scout finds the chunk after that, describes it to all others and has the copy engine bring
+ * it.
  */
 #include "cuda/sm90/consume.cuh"
 #include "cuda/sm90/kernels.h"
