@@ -2,6 +2,7 @@
 /* GPU time by replay of CUDA graphs: no launch from the host is in it. */
 #include "replay.h"
 
+#include "copy.h"
 #include "device.h"
 #include "device_error.h"
 
@@ -132,9 +133,7 @@ bool replay_calls(replay_launch *launch, const void *calls, int count, double *s
 static bool capture_copy(struct replay *replay, void *to, const void *from) {
     return begin_capture(replay) &&
            end_capture(replay,
-                       !failed(replay,
-                               cudaMemcpyAsync(to, from, COPY_BYTES, cudaMemcpyDeviceToDevice, replay->stream),
-                               "copying"));
+                       !failed(replay, copy_on_device(to, from, COPY_BYTES, replay->stream), "copying"));
 }
 
 bool replay_copy(double *bytes_per_second, char *error, size_t error_size) {
