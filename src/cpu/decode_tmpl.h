@@ -16,10 +16,9 @@
 enum {
     TOKENS = FLASH_KDA_MAX_DECODE_TOKENS,
     MAX_K = 256,
-    ROWS = 8,                                          /* V first: values worked together */
-    VALUES = ROWS > LANES ? ROWS : LANES,              /* these padded to whole vectors */
-    ROWS_AT_ONCE = PRODUCT_ROWS * PRODUCT_VECTORS / 2, /* of these, two sums each in registers */
-    COLUMN_VECTORS = 4,                                /* K first: vectors of values worked together */
+    ROWS = 8,                             /* V first: values worked together */
+    VALUES = ROWS > LANES ? ROWS : LANES, /* these padded to whole vectors */
+    COLUMN_VECTORS = 4,                   /* K first: vectors of values worked together */
     COLUMNS = COLUMN_VECTORS * LANES,
 };
 
@@ -202,39 +201,96 @@ static void store_normed(const struct kda_decode *d, const struct kda_part *part
     }
 }
 
+/* ---- Rows of a state, in memory or in S ----------------------------------------------------------- */
+
+#define INLINE __attribute__((always_inline)) static inline
+
+/* LANES elements of a row that may lie anywhere. */
+INLINE vf load_lanes(const char *row, enum kda_dtype dtype, int64_t c) {
+    const uint16_t *halves = (const uint16_t *)(const void *)row + c;
+    return dtype == KDA_F32    ? vf_loadu((const float *)(const void *)row + c)
+           : dtype == KDA_BF16 ? vf_load_bf16(halves)
+                               : vf_load_f16(halves);
+}
+
+INLINE void store_lanes(char *row, enum kda_dtype dtype, int64_t c, vf x) {
+    uint16_t *halves = (uint16_t *)(void *)row + c;
+    if (dtype == KDA_F32)
+        vf_storeu((float *)(void *)row + c, x);
+    else if (dtype == KDA_BF16)
+        vf_store_bf16(halves, x);
+    else
+        vf_store_f16(halves, x);
+}
+
+/* Rows that follow each other: a block of a state, or of S. */
+struct rows {
+    char *data;
+    int64_t stride; /* bytes */
+    enum kda_dtype dtype;
+};
+
+static inline struct rows rows_of(float *S, int64_t row) {
+    return (struct rows){(char *)S, row * (int64_t)sizeof *S, KDA_F32};
+}
+
+static inline struct rows rows_at(struct kda_state state, int64_t row, int64_t column) {
+    return (struct rows){state.data + row * state.stride + column * (int64_t)kda_dtype_size(state.dtype),
+                         state.stride, state.dtype};
+}
+
+static inline void copy_in(float *S, int64_t row, struct rows from, int64_t rows, int64_t count) {
+    for (int64_t r = 0; r < rows; r++)
+        load_row(S + r * row, from.data + r * from.stride, from.dtype, count, row);
+}
+
+static inline void copy_out(const float *S, int64_t row, struct rows to, int64_t rows, int64_t count) {
+    for (int64_t r = 0; r < rows; r++)
+        store_row(to.data + r * to.stride, to.dtype, S + r * row, count);
+}
+
+/* The same function for each dtype, which is constant inside. */
+#define BY_DTYPE(function, which, ...)       \
+    do {                                     \
+        if ((which) == KDA_F32)              \
+            function(__VA_ARGS__, KDA_F32);  \
+        else if ((which) == KDA_BF16)        \
+            function(__VA_ARGS__, KDA_BF16); \
+        else                                 \
+            function(__VA_ARGS__, KDA_F16);  \
+    } while (0)
+
 /* ---- V first: a row of S^T [V][K] a value --------------------------------------------------------- */
 
-/* S <- S decay; sums[2 r] = S_r . k, sums[2 r + 1] = S_r . q */
-static inline void decay_and_sum(const struct tokens *x, int64_t t, float *S, float *sums) {
+/* S = from decay; sums[2 r] = S_r . k, sums[2 r + 1] = S_r . q. Row after row, as they lie in memory: read side by side they
+ * took nearly twice the time where states are in no cache. */
+INLINE void decay_and_sum(const struct tokens *x, int64_t t, struct rows from, float *S, float *sums,
+                          enum kda_dtype dtype) {
     const float *k = x->k + t * x->Kp, *q = x->q + t * x->Kp, *decay = x->decay + t * x->Kp;
     vf all[2 * ROWS];
-    for (int first = 0; first < ROWS; first += ROWS_AT_ONCE) {
-        vf sum[2 * ROWS_AT_ONCE];
-        UNROLL for (int i = 0; i < 2 * ROWS_AT_ONCE; i++) sum[i] = vf_set1(0);
+    for (int r = 0; r < ROWS; r++) {
+        vf Sk = vf_set1(0), Sq = vf_set1(0);
         for (int64_t c = 0; c < x->Kp; c += LANES) {
-            vf kc = vf_load(k + c), qc = vf_load(q + c), dc = vf_load(decay + c);
-            UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) {
-                float *at = S + (first + r) * x->Kp + c;
-                vf s = vf_mul(vf_load(at), dc);
-                vf_store(at, s);
-                sum[2 * r] = vf_fma(s, kc, sum[2 * r]);
-                sum[2 * r + 1] = vf_fma(s, qc, sum[2 * r + 1]);
-            }
+            vf s = vf_mul(load_lanes(from.data + r * from.stride, dtype, c), vf_load(decay + c));
+            vf_store(S + r * x->Kp + c, s);
+            Sk = vf_fma(s, vf_load(k + c), Sk);
+            Sq = vf_fma(s, vf_load(q + c), Sq);
         }
-        UNROLL for (int i = 0; i < 2 * ROWS_AT_ONCE; i++) all[2 * first + i] = sum[i];
+        all[2 * r] = Sk;
+        all[2 * r + 1] = Sq;
     }
     vf_sums(all, sums);
 }
 
-/* S_r <- S_r + u_r k */
-static inline void correct_rows(const struct tokens *x, int64_t t, const float *u, float *S) {
+/* to_r = S_r + u_r k */
+INLINE void correct_rows(const struct tokens *x, int64_t t, const float *u, const float *S, struct rows to,
+                         enum kda_dtype dtype) {
     const float *k = x->k + t * x->Kp;
-    for (int64_t c = 0; c < x->Kp; c += LANES) {
-        vf kc = vf_load(k + c);
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            float *at = S + r * x->Kp + c;
-            vf_store(at, vf_fma(vf_set1(u[r]), kc, vf_load(at)));
-        }
+    for (int r = 0; r < ROWS; r++) {
+        vf ur = vf_set1(u[r]);
+        for (int64_t c = 0; c < x->Kp; c += LANES)
+            store_lanes(to.data + r * to.stride, dtype, c,
+                        vf_fma(ur, vf_load(k + c), vf_load(S + r * x->Kp + c)));
     }
 }
 
@@ -242,58 +298,71 @@ static inline void correct_rows(const struct tokens *x, int64_t t, const float *
 static void run_rows(const struct kda_decode *d, const struct kda_part *part, const struct tokens *x,
                      int64_t first, int64_t count, float *rows) {
     const struct kda_prefill *p = &d->tokens;
-    const struct kda_state from = kda_state_at(p, &d->state, part->tokens.slot, part->head);
     float S[ROWS * MAX_K] ALIGNED, values[TOKENS * VALUES] ALIGNED, u[ROWS], o[VALUES] ALIGNED, sums[2 * ROWS];
-    for (int64_t r = 0; r < ROWS; r++)
-        load_row(S + r * x->Kp, from.data + (first + r) * from.stride, from.dtype, r < count ? p->key_dim : 0,
-                 x->Kp);
+    const struct rows in_S = rows_of(S, x->Kp);
+    bool whole = count == ROWS && x->Kp == p->key_dim; /* whole vectors pass between memory and registers */
+    const struct kda_state state = kda_state_at(p, &d->state, part->tokens.slot, part->head);
+    struct rows from = rows_at(state, first, 0);
+    if (!whole) {
+        memset(S, 0, sizeof S);
+        copy_in(S, x->Kp, from, count, p->key_dim);
+        from = in_S;
+    }
     load_inputs(&p->v, &d->v_conv, part, part->head, first, count, VALUES, values);
-    for (int64_t t = 0; t < part->tokens.length; t++) {
-        const float *v = values + t * VALUES;
-        decay_and_sum(x, t, S, sums);
+    for (int64_t t = 0; t < part->tokens.length; t++, from = in_S) {
+        BY_DTYPE(decay_and_sum, from.dtype, x, t, from, S, sums);
         for (int r = 0; r < ROWS; r++) {
-            u[r] = x->beta[t] * (v[r] - sums[2 * r]);
+            u[r] = x->beta[t] * (values[t * VALUES + r] - sums[2 * r]);
             o[r] = sums[2 * r + 1] + u[r] * x->kq[t];
         }
-        correct_rows(x, t, u, S);
         store_outputs(d, part, t, first, count, o, rows);
+        bool last = t + 1 == part->tokens.length;
         int64_t slot = kda_decode_written_slot(d, part->sequence, &part->tokens, t);
-        if (slot < 0)
+        struct rows to = in_S;
+        if (slot >= 0)
+            to = rows_at(kda_state_at(p, &d->state, slot, part->head), first, 0);
+        if (last && whole) {
+            BY_DTYPE(correct_rows, to.dtype, x, t, u, S, to);
             continue;
-        const struct kda_state to = kda_state_at(p, &d->state, slot, part->head);
-        for (int64_t r = 0; r < count; r++)
-            store_row(to.data + (first + r) * to.stride, to.dtype, S + r * x->Kp, p->key_dim);
+        }
+        correct_rows(x, t, u, S, in_S, KDA_F32);
+        if (slot >= 0)
+            copy_out(S, x->Kp, to, count, p->key_dim);
     }
 }
 
 /* ---- K first: a column of S [K][V] a value -------------------------------------------------------- */
 
-/* S <- S decay; u = beta (v - S^T k); o = S^T q + u (k . q); S <- S + k u^T */
-static inline void run_token(const struct kda_prefill *p, const struct tokens *x, int64_t t, const float *v,
-                             float *S, float *o) {
+/* S = from decay; u = beta (v - S^T k); o = S^T q + u (k . q) */
+INLINE void decay_and_sum_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t,
+                                  struct rows from, const float *v, float *S, vf *u, float *o,
+                                  enum kda_dtype dtype) {
     const float *k = x->k + t * x->Kp, *q = x->q + t * x->Kp, *decay = x->decay + t * x->Kp;
     vf Sk[COLUMN_VECTORS], Sq[COLUMN_VECTORS];
     UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) Sk[j] = Sq[j] = vf_set1(0);
     for (int64_t c = 0; c < p->key_dim; c++) {
         vf kc = vf_set1(k[c]), qc = vf_set1(q[c]), dc = vf_set1(decay[c]);
         UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) {
-            vf s = vf_mul(vf_load(S + c * COLUMNS + j * LANES), dc);
+            vf s = vf_mul(load_lanes(from.data + c * from.stride, dtype, j * LANES), dc);
             vf_store(S + c * COLUMNS + j * LANES, s);
             Sk[j] = vf_fma(s, kc, Sk[j]);
             Sq[j] = vf_fma(s, qc, Sq[j]);
         }
     }
-    vf u[COLUMN_VECTORS];
     UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) {
         u[j] = vf_mul(vf_set1(x->beta[t]), vf_sub(vf_load(v + j * LANES), Sk[j]));
         vf_store(o + j * LANES, vf_fma(u[j], vf_set1(x->kq[t]), Sq[j]));
     }
+}
+
+/* to = S + k u^T */
+INLINE void correct_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t, const vf *u,
+                            const float *S, struct rows to, enum kda_dtype dtype) {
+    const float *k = x->k + t * x->Kp;
     for (int64_t c = 0; c < p->key_dim; c++) {
         vf kc = vf_set1(k[c]);
-        UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) {
-            float *at = S + c * COLUMNS + j * LANES;
-            vf_store(at, vf_fma(kc, u[j], vf_load(at)));
-        }
+        UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) store_lanes(
+            to.data + c * to.stride, dtype, j * LANES, vf_fma(kc, u[j], vf_load(S + c * COLUMNS + j * LANES)));
     }
 }
 
@@ -301,21 +370,31 @@ static inline void run_token(const struct kda_prefill *p, const struct tokens *x
 static void run_columns(const struct kda_decode *d, const struct kda_part *part, const struct tokens *x,
                         int64_t first, int64_t count, float *rows) {
     const struct kda_prefill *p = &d->tokens;
-    const struct kda_state from = kda_state_at(p, &d->state, part->tokens.slot, part->head);
-    int64_t offset = first * (int64_t)kda_dtype_size(from.dtype);
     float S[MAX_K * COLUMNS] ALIGNED, values[TOKENS * COLUMNS] ALIGNED, o[COLUMNS] ALIGNED;
-    for (int64_t c = 0; c < p->key_dim; c++)
-        load_row(S + c * COLUMNS, from.data + c * from.stride + offset, from.dtype, count, COLUMNS);
+    const struct rows in_S = rows_of(S, COLUMNS);
+    vf u[COLUMN_VECTORS];
+    bool whole = count == COLUMNS;
+    struct rows from = rows_at(kda_state_at(p, &d->state, part->tokens.slot, part->head), 0, first);
+    if (!whole) {
+        copy_in(S, COLUMNS, from, p->key_dim, count);
+        from = in_S;
+    }
     load_inputs(&p->v, &d->v_conv, part, part->head, first, count, COLUMNS, values);
-    for (int64_t t = 0; t < part->tokens.length; t++) {
-        run_token(p, x, t, values + t * COLUMNS, S, o);
+    for (int64_t t = 0; t < part->tokens.length; t++, from = in_S) {
+        BY_DTYPE(decay_and_sum_columns, from.dtype, p, x, t, from, values + t * COLUMNS, S, u, o);
         store_outputs(d, part, t, first, count, o, rows);
+        bool last = t + 1 == part->tokens.length;
         int64_t slot = kda_decode_written_slot(d, part->sequence, &part->tokens, t);
-        if (slot < 0)
+        struct rows to = in_S;
+        if (slot >= 0)
+            to = rows_at(kda_state_at(p, &d->state, slot, part->head), 0, first);
+        if (last && whole) {
+            BY_DTYPE(correct_columns, to.dtype, p, x, t, u, S, to);
             continue;
-        const struct kda_state to = kda_state_at(p, &d->state, slot, part->head);
-        for (int64_t c = 0; c < p->key_dim; c++)
-            store_row(to.data + c * to.stride + offset, to.dtype, S + c * COLUMNS, count);
+        }
+        correct_columns(p, x, t, u, S, in_S, KDA_F32);
+        if (slot >= 0)
+            copy_out(S, COLUMNS, to, p->key_dim, count);
     }
 }
 
