@@ -28,7 +28,8 @@ static flash_kda_status make_plan(const struct kda_decode *d, struct plan *plan)
     int wanted = p->num_threads ? p->num_threads : (int)kda_min64(omp_get_max_threads(), KDA_MAX_THREADS);
     plan->threads = bytes / MIN_BYTES + 1 < wanted ? (int)(bytes / MIN_BYTES) + 1 : wanted;
     bool whole = d->norm_weight.data; /* rows of out */
-    plan->parts = heads < plan->threads && !whole ? kda_min64((plan->threads + heads - 1) / heads, pieces) : 1;
+    plan->parts =
+        heads && heads < plan->threads && !whole ? kda_min64((plan->threads + heads - 1) / heads, pieces) : 1;
     return FLASH_KDA_OK;
 }
 

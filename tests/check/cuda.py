@@ -40,8 +40,8 @@ def commands(build, seed, quick):
     check = [build / "flashkda_check", "--level", "cuda", "--seed", str(seed)]
     some = ["--quick"] if quick else []
     jobs = {"short": [[*check, *some]], "long": [[*check, "--long", *some]]}
-    jobs["captured"] = [[build / "flashkda", "run", path, "--backend", "cuda", "--check"]
-                        for path in sorted((ROOT / "data").glob("*.safetensors"))]
+    jobs["captured"] = [[build / "flashkda", "run", path, "--backend", "cuda", "--check", *how]
+                        for path in sorted((ROOT / "data").glob("*.safetensors")) for how in ([], ["--decode"])]
     for tool in TOOLS if SANITIZER else []:
         jobs[tool] = [[SANITIZER, "--tool", tool, *TOOL_OPTIONS[tool], "--error-exitcode", str(TOOL_FOUND_ERRORS),
                        *check, "--quick", "--bare"]]
