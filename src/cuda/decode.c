@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The CUDA backend's decode: one kernel, by the rules of prefill.c. */
+/* The CUDA backend's decode: one kernel a call, by the rules of prefill.c. */
 #include "api/backend.h"
 #include "api/status.h"
 #include "cuda/call.h"
@@ -18,6 +18,10 @@ static bool aligned(const struct kda_decode *d) {
     return all % 16 == 0;
 }
 
+static bool fused(const struct kda_decode *d) {
+    return d->q_conv.weight.data || d->k_conv.weight.data || d->v_conv.weight.data || d->norm_weight.data;
+}
+
 static flash_kda_status check_size(const struct kda_decode *d) {
     const struct kda_prefill *p = &d->tokens;
     if (p->sequences > INT_MAX || p->tokens > INT_MAX)
@@ -34,7 +38,8 @@ flash_kda_status kda_cuda_decode(const struct kda_decode *d) {
         status = kda_cuda_enter(d->tokens.device, &previous);
     if (status)
         return status;
-    status = kda_cuda_status(kda_sm80_decode(d, aligned(d), d->tokens.stream), "decode, kernel decode");
+    status = fused(d) ? kda_cuda_status(kda_sm80_decode_fused(d, aligned(d)), "decode, kernel decode_fused")
+                      : kda_cuda_status(kda_sm80_decode(d, aligned(d)), "decode, kernel decode");
     kda_cuda_leave(d->tokens.device, previous);
     return status;
 }
@@ -43,8 +48,9 @@ flash_kda_status kda_cuda_decode_describe(const struct kda_decode *d, char *text
     flash_kda_status status = check_size(d);
     if (!status)
         snprintf(text, size,
-                 "cuda: level sm80, one kernel, fp32 arithmetic, %" PRId64 " chains of up to %" PRId64
+                 "cuda: level sm80, one kernel%s, fp32 arithmetic, %" PRId64 " chains of up to %" PRId64
                  " token%s, states read %s",
+                 fused(d) ? " with what stands before and after" : "",
                  d->tokens.sequences * d->tokens.value_heads, d->max_tokens, d->max_tokens == 1 ? "" : "s",
                  aligned(d) ? "16 bytes at a time" : "by elements (16 bytes at a time need their alignment)");
     return status;

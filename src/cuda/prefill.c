@@ -262,4 +262,5 @@ const struct kda_backend kda_cuda_backend = {.name = "cuda",
                                              .prefill = prefill,
                                              .prefill_describe = describe,
                                              .decode = kda_cuda_decode,
-                                             .decode_describe = kda_cuda_decode_describe};
+                                             .decode_describe = kda_cuda_decode_describe,
+                                             .fuses_decode = true};

@@ -22,7 +22,10 @@ cudaError_t kda_sm80_chain(const struct kda_prefill *p, int64_t chunks, const vo
                            cudaStream_t stream);
 
 /* Takes every state through its sequence's tokens. aligned: every row of the states is whole pieces of 16 bytes. */
-cudaError_t kda_sm80_decode(const struct kda_decode *d, bool aligned, cudaStream_t stream);
+cudaError_t kda_sm80_decode(const struct kda_decode *d, bool aligned);
+
+/* The same between convolutions and a norm, as far as they are given. */
+cudaError_t kda_sm80_decode_fused(const struct kda_decode *d, bool aligned);
 
 #ifdef __cplusplus
 }

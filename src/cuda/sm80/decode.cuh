@@ -1,0 +1,556 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What the kernels of decode share: the problem in short, how a state lies in registers, a token's step, the launch.
+ *
+ * A state is read once, taken through the few tokens of its sequence in registers, and written back. Nothing
+ * but the speed of memory should matter, so a thread has PIECES loads of 16 bytes under way before it waits, and eight
+ * lanes share a line of 128 bytes.
+ *
+ * What tokens bring is prepared once for all threads of a CTA, while the state is on its way: every channel's decay, and k
+ * and q as given. Their norms are sums over the channels, which are not waited for: with rk = 1 / |k| and rq = scale / |q|,
+ *     S <- diag(exp(a)) S     u = rk beta (v - rk S^T k)     o = rq (S^T q + (k . q) u)     S <- S + k u^T
+ */
+#ifndef KDA_CUDA_SM80_DECODE_CUH
+#define KDA_CUDA_SM80_DECODE_CUH
+
+#include "api/decode_problem.h"
+#include "cuda/chain.cuh"
+#include "cuda/ptx/stream.cuh"
+
+#include <type_traits>
+
+namespace kda {
+namespace decode {
+
+constexpr int LANES = 8; /* that share a line of 128 bytes */
+constexpr int MAX_GRID_Z = 65535;
+constexpr int DEFAULT_SHARED = 48 << 10; /* bytes of shared memory that need no leave */
+
+/* ---- The problem in short ------------------------------------------------------------------------- */
+
+/* Row (t, h) of a sequence lies at data + position * stride + t * token + h * head. */
+struct Rows {
+    char *data;
+    int64_t position, token, head; /* strides */
+    kda_dtype dtype;
+};
+
+/* What struct kda_decode says, in a fifth of its bytes: a CTA's first steps wait for them. */
+struct Decode {
+    const int32_t *state_indices, *num_accepted_tokens, *accepted; /* NULL: not given; strides in elements */
+    int64_t index_stride, column_stride, num_accepted_stride, accepted_stride;
+    const char *cu_seqlens;
+    int64_t cu_stride;
+    char *state;
+    int64_t slot_stride, state_head_stride, row_stride;
+    int first_sequence; /* of this launch */
+    int slots, tokens, max_tokens;
+    int columns; /* of state_indices, if a state is written after every token */
+    int key_dim, value_dim;
+    uint32_t per_group; /* 2^32 / (value heads of a head), rounded up; 0: 2^32 */
+    kda_dtype state_dtype;
+    bool wide_cu, keep_state, qk_norm;
+    flash_kda_gate gate;
+    flash_kda_beta beta_mode;
+    float lower_bound, scale;
+    Rows q, k, g, v, beta, out;
+    const char *A_log, *dt_bias; /* of head 0 */
+    int64_t A_log_stride, dt_bias_stride;
+    kda_dtype A_log_dtype, dt_bias_dtype;
+};
+
+inline __device__ int size_of(kda_dtype dtype) { return dtype == KDA_F32 ? 4 : 2; }
+
+inline __device__ int64_t times(int index, int64_t stride) {
+    return (int64_t)((uint64_t)(unsigned)index * (uint64_t)stride);
+}
+
+struct Sequence {
+    int n, position; /* position: n or, where sequences are packed, its first token */
+    int length, slot;
+};
+
+inline __device__ int find_slot(const Decode &d, int n, int column) {
+    int slot = n;
+    if (d.state_indices)
+        slot = d.state_indices[times(n, d.index_stride) + times(column, d.column_stride)];
+    return slot < d.slots ? slot : -1;
+}
+
+inline __device__ int token_offset(const Decode &d, int n) {
+    const char *at = d.cu_seqlens + times(n, d.cu_stride);
+    int64_t token = d.wide_cu ? *reinterpret_cast<const int64_t *>(at) : *reinterpret_cast<const int32_t *>(at);
+    return (int)kda_clamp(token, 0, d.tokens);
+}
+
+/* kda_decode_sequence. */
+inline __device__ Sequence find_sequence(const Decode &d) {
+    Sequence s;
+    s.n = s.position = d.first_sequence + blockIdx.z, s.length = d.max_tokens;
+    int column = 0;
+    if (d.num_accepted_tokens)
+        column = max(min(d.num_accepted_tokens[times(s.n, d.num_accepted_stride)], d.columns), 1) - 1;
+    s.slot = find_slot(d, s.n, column);
+    __syncwarp(); /* or the compiler would ask for the slot later, and the state waits for it */
+    if (d.cu_seqlens) {
+        int end = token_offset(d, s.n + 1);
+        int begin = min(token_offset(d, s.n), end);
+        s.length = min(end - begin, d.max_tokens);
+        s.position = min(begin, d.tokens - 1);
+    }
+    if (d.accepted)
+        s.length = min(d.accepted[times(s.n, d.accepted_stride)], s.length);
+    return s;
+}
+
+/* kda_decode_written_slot. */
+inline __device__ int find_written_slot(const Decode &d, const Sequence &s, int t) {
+    if (d.keep_state)
+        return -1;
+    if (d.columns)
+        return t < d.columns ? find_slot(d, s.n, t) : -1;
+    return t + 1 == s.length ? s.slot : -1;
+}
+
+inline __device__ char *find_row(const Rows &rows, const Sequence &s, int t, int head) {
+    return rows.data + times(s.position, rows.position) + times(head, rows.head) + times(t, rows.token);
+}
+
+/* An element as its bits, so that many are under way before the first is looked at. */
+inline __device__ uint32_t load_raw(const char *row, kda_dtype dtype, int i) {
+    const char *at = row + (unsigned)(i * size_of(dtype));
+    return dtype == KDA_F32 ? *reinterpret_cast<const uint32_t *>(at) : *reinterpret_cast<const uint16_t *>(at);
+}
+
+template <int N> __device__ void from_raw(const uint32_t (&raw)[N], kda_dtype dtype, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        x[i] = __uint_as_float(dtype == KDA_F32 ? raw[i] : raw[i] << 16);
+    if (dtype == KDA_F16)
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            x[i] = __half2float(__ushort_as_half((uint16_t)raw[i]));
+}
+
+/* ---- Pieces of a state ---------------------------------------------------------------------------- */
+
+/* VEC neighbours in memory: 16 bytes, aligned; rows end at a whole piece. What is loaded stays packed in the first
+ * registers of its piece until it is unpacked there, so that nothing waits for it before. */
+template <kda_dtype DTYPE> struct Aligned {
+    static constexpr int VEC = DTYPE == KDA_F32 ? 4 : 8;
+
+    __device__ static int bytes(kda_dtype) { return 16; }
+    /* Elements i .. i + VEC - 1, at `at`, of a row of `end` elements; 0 behind its end. */
+    __device__ static void load(const char *at, int i, int end, kda_dtype, float (&x)[VEC]) {
+        x[0] = x[1] = x[2] = x[3] = 0;
+        load_streaming(x[0], x[1], x[2], x[3], at, i < end);
+    }
+    __device__ static void unpack(kda_dtype, float (&x)[VEC]) {
+        if constexpr (DTYPE != KDA_F32)
+#pragma unroll
+            for (int i = 3; i >= 0; i--) {
+                uint32_t word = __float_as_uint(x[i]);
+                float2 pair =
+                    DTYPE == KDA_BF16 ? unpack_bf16(word) : __half22float2(*reinterpret_cast<__half2 *>(&word));
+                x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+            }
+    }
+    __device__ static void store(char *at, int i, int end, kda_dtype, const float (&x)[VEC]) {
+        float words[4];
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            if constexpr (DTYPE == KDA_F32)
+                words[n] = x[n];
+            else
+                words[n] = __uint_as_float(pack_output(DTYPE, x[2 * n], x[2 * n + 1]));
+        store_streaming(at, words[0], words[1], words[2], words[3], i < end);
+    }
+};
+
+/* Any dtype at any address, element by element. */
+struct Elementwise {
+    static constexpr int VEC = 4;
+
+    __device__ static int bytes(kda_dtype dtype) { return VEC * size_of(dtype); }
+    __device__ static void load(const char *at, int i, int end, kda_dtype dtype, float (&x)[VEC]) {
+#pragma unroll
+        for (int n = 0; n < VEC; n++)
+            x[n] = i + n < end ? __uint_as_float(load_raw(at, dtype, n)) : 0.f;
+    }
+    __device__ static void unpack(kda_dtype dtype, float (&x)[VEC]) {
+        uint32_t raw[VEC];
+#pragma unroll
+        for (int n = 0; n < VEC; n++)
+            raw[n] = __float_as_uint(x[n]);
+        from_raw(raw, dtype, x);
+    }
+    __device__ static void store(char *at, int i, int end, kda_dtype dtype, const float (&x)[VEC]) {
+#pragma unroll
+        for (int n = 0; n < VEC; n++)
+            if (i + n < end)
+                store_float(at, dtype, n, x[n]);
+    }
+};
+
+/* ---- Tokens --------------------------------------------------------------------------------------- */
+
+/* What a token brings, in shared memory. k and q are as given; channels that do not exist are 0. */
+template <int KP, int COLUMNS> struct Token {
+    alignas(16) float decay[KP]; /* exp(a) - 1: decay close to 1 would lose its digits otherwise */
+    alignas(16) float k[KP];
+    alignas(16) float q[KP];
+    alignas(16) float v[COLUMNS];
+    float beta;
+};
+
+/* Sums over channels: k . k, q . q, k . q. */
+struct Products {
+    float kk, qq, kq;
+
+    __device__ void add(float k, float q) { kk = fmaf(k, k, kk), qq = fmaf(q, q, qq), kq = fmaf(k, q, kq); }
+};
+
+/* 1 / |k| and scale / |q|. */
+struct Factors {
+    float k, q;
+
+    __device__ Factors(const Decode &d, Products sums)
+        : k(d.qk_norm ? rsqrtf(sums.kk + 1e-6f) : 1.f),
+          q(d.qk_norm ? rsqrtf(sums.qq + 1e-6f) * d.scale : d.scale) {}
+};
+
+/* Sums COUNT values over the lanes that differ in bits BIT .. LAST: halves of the values are exchanged for halves of the
+ * lanes while there are any, so that a lane ends with the values that its bits name, the highest first. */
+template <int COUNT, int BIT, int LAST, int N> __device__ void sum_over_lanes(float (&x)[N]) {
+    if constexpr (COUNT > 1) {
+        bool high = threadIdx.x & BIT;
+#pragma unroll
+        for (int i = 0; i < COUNT / 2; i++) {
+            float keep = high ? x[i + COUNT / 2] : x[i], give = high ? x[i] : x[i + COUNT / 2];
+            x[i] = keep + __shfl_xor_sync(~0u, give, BIT);
+        }
+    } else {
+        x[0] += __shfl_xor_sync(~0u, x[0], BIT);
+    }
+    if constexpr (BIT > LAST)
+        sum_over_lanes<(COUNT > 1 ? COUNT / 2 : 1), BIT / 2, LAST>(x);
+}
+
+inline __device__ float logistic(float x) { return __fdividef(1.f, 1.f + expf(-x)); }
+
+/* A channel's log decays of some tokens, in place of g. A is exp(A_log). */
+template <flash_kda_gate gate, int N>
+__device__ void find_log_decays(const Decode &d, float dt_bias, float A, float (&g)[N]) {
+#pragma unroll
+    for (int t = 0; t < N; t++) {
+        float x = g[t] + dt_bias;
+        g[t] = gate == FLASH_KDA_GATE_SOFTPLUS ? -A * (fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))))
+                                               : d.lower_bound * logistic(A * x);
+    }
+}
+
+/* A channel's decays of some tokens, less 1, in place of g. */
+template <int N> __device__ void find_decays(const Decode &d, float dt_bias, float A_log, float (&g)[N]) {
+    float A = fminf(fmaxf(expf(A_log), 1e-30f), 1e38f); /* within what makes no NaN of any g */
+    if (d.gate == FLASH_KDA_GATE_SOFTPLUS)
+        find_log_decays<FLASH_KDA_GATE_SOFTPLUS>(d, dt_bias, A, g);
+    else if (d.gate == FLASH_KDA_GATE_SIGMOID)
+        find_log_decays<FLASH_KDA_GATE_SIGMOID>(d, dt_bias, A, g);
+#pragma unroll
+    for (int t = 0; t < N; t++)
+        g[t] = expm1f(g[t]);
+}
+
+inline __device__ float find_step(const Decode &d, float beta) {
+    return d.beta_mode == FLASH_KDA_BETA_GIVEN
+               ? beta
+               : logistic(beta) * (d.beta_mode == FLASH_KDA_BETA_SIGMOID ? 1.f : 2.f);
+}
+
+template <int N> __device__ void load_shared(const float *from, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4)
+        *reinterpret_cast<float4 *>(&x[i]) = *reinterpret_cast<const float4 *>(from + i);
+}
+
+/* ---- Tiles ---------------------------------------------------------------------------------------- */
+
+/* V first: eight lanes share a row of K channels, a thread has ROWS rows. PIECES: of 16 bytes of the state, of one thread. */
+template <class Access, int KP_, int THREADS_, int PIECES> struct TileVFirst {
+    static constexpr int KP = KP_, THREADS = THREADS_, VEC = Access::VEC;
+    static constexpr int ACROSS = KP / (LANES * VEC); /* pieces of a row that a thread has */
+    static constexpr int ROWS = PIECES / ACROSS, COLUMNS = ROWS * THREADS / LANES;
+    static constexpr int STEP = 32 / LANES; /* rows from one of a thread's rows to the next */
+    using Token = decode::Token<KP, COLUMNS>;
+    struct Scratch {};
+    float S[ROWS][ACROSS][VEC];
+
+    /* Where channel c stands in shared memory: what eight lanes read at once is neighbours. */
+    __device__ static unsigned place(unsigned c) {
+        return (c / (LANES * VEC) * (VEC / 4) + c % VEC / 4) * (LANES * 4) + c / VEC % LANES * 4 + c % 4;
+    }
+    __device__ static int row(int i) {
+        return threadIdx.x / 32 * (STEP * ROWS) + i * STEP + threadIdx.x % 32 / LANES;
+    }
+    __device__ static int channel(int j) { return (j * LANES + threadIdx.x % LANES) * VEC; }
+
+    /* Bytes from a state to the thread's first piece of the tile that begins at a column. */
+    __device__ static int64_t offset(const Decode &d, int column) {
+        return times(column + row(0), d.row_stride) + threadIdx.x % LANES * Access::bytes(d.state_dtype);
+    }
+    /* state: at its offset, with `columns` columns from the tile's first on. */
+    __device__ void load(const Decode &d, const char *state, int columns) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i++, state += STEP * d.row_stride)
+#pragma unroll
+            for (int j = 0; j < ACROSS; j++)
+                Access::load(state + j * LANES * Access::bytes(d.state_dtype), channel(j),
+                             row(i) < columns ? d.key_dim : 0, d.state_dtype, S[i][j]);
+    }
+    __device__ void unpack(const Decode &d) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+            Access::unpack(d.state_dtype, S[i / ACROSS][i % ACROSS]);
+    }
+    __device__ void store(const Decode &d, char *state, int columns) const {
+#pragma unroll
+        for (int i = 0; i < ROWS; i++, state += STEP * d.row_stride)
+#pragma unroll
+            for (int j = 0; j < ACROSS; j++)
+                Access::store(state + j * LANES * Access::bytes(d.state_dtype), channel(j),
+                              row(i) < columns ? d.key_dim : 0, d.state_dtype, S[i][j]);
+    }
+
+    /* Token t; out: its row from the tile's first column on, or NULL. */
+    __device__ void step(const Decode &d, const Token &token, Scratch &, int, char *out, kda_dtype dtype,
+                         int columns) {
+        float w[ROWS] = {}, y[ROWS] = {}, k[ACROSS][VEC];
+        Products sums = {};
+#pragma unroll
+        for (int j = 0; j < ACROSS; j++)
+#pragma unroll
+            for (int part = 0; part < VEC; part += 4) {
+                unsigned at = place(channel(j) + part);
+                float decay[4], keys[4], q[4];
+                load_shared(&token.decay[at], decay);
+                load_shared(&token.k[at], keys);
+                load_shared(&token.q[at], q);
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    k[j][part + e] = keys[e];
+                    sums.add(keys[e], q[e]);
+#pragma unroll
+                    for (int i = 0; i < ROWS; i++) {
+                        float &s = S[i][j][part + e];
+                        s = fmaf(s, decay[e], s);
+                        w[i] = fmaf(s, keys[e], w[i]);
+                        y[i] = fmaf(s, q[e], y[i]);
+                    }
+                }
+            }
+#pragma unroll
+        for (int bit = LANES / 2; bit > 0; bit /= 2) {
+#pragma unroll
+            for (int i = 0; i < ROWS; i++)
+                w[i] += __shfl_xor_sync(~0u, w[i], bit);
+            sums.kk += __shfl_xor_sync(~0u, sums.kk, bit);
+            sums.qq += __shfl_xor_sync(~0u, sums.qq, bit);
+            sums.kq += __shfl_xor_sync(~0u, sums.kq, bit);
+        }
+        sum_over_lanes<ROWS, LANES / 2, 1>(y);
+        Factors factor(d, sums);
+        constexpr int SHARE = LANES / ROWS; /* lanes that end with the same row of y */
+        int own = threadIdx.x % LANES / SHARE;
+        float own_u = 0;
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            float u = factor.k * token.beta * (token.v[row(i)] - factor.k * w[i]);
+            own_u = own == i ? u : own_u;
+#pragma unroll
+            for (int j = 0; j < ACROSS; j++)
+#pragma unroll
+                for (int e = 0; e < VEC; e++)
+                    S[i][j][e] = fmaf(k[j][e], u, S[i][j][e]);
+        }
+        if (out && threadIdx.x % SHARE == 0 && row(own) < columns)
+            store_float(out, dtype, row(own), factor.q * fmaf(sums.kq, own_u, y[0]));
+    }
+};
+
+/* K first: eight lanes share a line of columns, a thread has VEC columns of PIECES channels. */
+template <class Access, int KP_, int THREADS_, int PIECES> struct TileKFirst {
+    static constexpr int KP = KP_, THREADS = THREADS_, VEC = Access::VEC;
+    static constexpr int LINE = KP / PIECES * LANES; /* threads that share the columns of a line */
+    static constexpr int WARPS = LINE / 32, COLUMNS = THREADS / LINE * LANES * VEC;
+    using Token = decode::Token<KP, COLUMNS>;
+    /* Sums over a warp's channels, of the WARPS that share a line. Every other token has its own, so that a step waits only once. */
+    struct Scratch {
+        alignas(16) float sums[2][2][WARPS][COLUMNS]; /* S^T k, then S^T q */
+        float4 products[2][WARPS];
+    };
+    float S[PIECES][VEC];
+
+    __device__ static unsigned place(unsigned c) { return c; }
+    __device__ static int channel(int i) { return (int)threadIdx.x % LINE / LANES * PIECES + i; }
+    __device__ static int first_column() {
+        return (int)threadIdx.x / LINE * (LANES * VEC) + threadIdx.x % LANES * VEC;
+    }
+
+    __device__ static int64_t offset(const Decode &d, int column) {
+        return times(channel(0), d.row_stride) + times(column + first_column(), size_of(d.state_dtype));
+    }
+    __device__ void load(const Decode &d, const char *state, int columns) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++, state += d.row_stride)
+            Access::load(state, first_column(), channel(i) < d.key_dim ? columns : 0, d.state_dtype, S[i]);
+    }
+    __device__ void unpack(const Decode &d) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+            Access::unpack(d.state_dtype, S[i]);
+    }
+    __device__ void store(const Decode &d, char *state, int columns) const {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++, state += d.row_stride)
+            Access::store(state, first_column(), channel(i) < d.key_dim ? columns : 0, d.state_dtype, S[i]);
+    }
+
+    __device__ void step(const Decode &d, const Token &token, Scratch &scratch, int t, char *out,
+                         kda_dtype dtype, int columns) {
+        float decay[PIECES], k[PIECES], q[PIECES], sums[2 * VEC] = {};
+        load_shared(&token.decay[channel(0)], decay);
+        load_shared(&token.k[channel(0)], k);
+        load_shared(&token.q[channel(0)], q);
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+#pragma unroll
+            for (int e = 0; e < VEC; e++) {
+                float &s = S[i][e];
+                s = fmaf(s, decay[i], s);
+                sums[e] = fmaf(s, k[i], sums[e]);
+                sums[VEC + e] = fmaf(s, q[i], sums[VEC + e]);
+            }
+        sum_over_lanes<2 * VEC, 16, LANES>(sums);
+        Products own = {};
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+            own.add(k[i], q[i]);
+        float products[4] = {own.kk, own.qq, own.kq, 0};
+        sum_over_lanes<4, 16, LANES>(products);
+        auto &all = scratch.sums[t % 2];
+        auto &all_products = scratch.products[t % 2];
+        int lane = threadIdx.x % 32, warp = threadIdx.x % LINE / 32;
+        int part = first_column() + lane / 8 % 2 * (VEC / 2);
+#pragma unroll
+        for (int i = 0; i < VEC / 2; i += 2)
+            *reinterpret_cast<float2 *>(&all[lane / 16][warp][part + i]) = make_float2(sums[i], sums[i + 1]);
+        if (threadIdx.x < LINE && lane % LANES == 0)
+            reinterpret_cast<float *>(&all_products[warp])[lane / LANES] = products[0];
+        __syncthreads();
+        own = {};
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            own.kk += all_products[w].x, own.qq += all_products[w].y, own.kq += all_products[w].z;
+        Factors factor(d, own);
+        float w[VEC] = {}, v[VEC];
+        load_shared(&token.v[first_column()], v);
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) {
+            float more[VEC];
+            load_shared(&all[0][i][first_column()], more);
+#pragma unroll
+            for (int e = 0; e < VEC; e++)
+                w[e] += more[e];
+        }
+#pragma unroll
+        for (int e = 0; e < VEC; e++) {
+            float u = factor.k * token.beta * (v[e] - factor.k * w[e]);
+#pragma unroll
+            for (int i = 0; i < PIECES; i++)
+                S[i][e] = fmaf(k[i], u, S[i][e]);
+        }
+        int column = threadIdx.x;
+        if (out && column < COLUMNS && column < columns) {
+            float sum = 0, y = 0;
+#pragma unroll
+            for (int i = 0; i < WARPS; i++)
+                sum += all[0][i][column], y += all[1][i][column];
+            float u = factor.k * token.beta * (token.v[column] - factor.k * sum);
+            store_float(out, dtype, column, factor.q * fmaf(own.kq, u, y));
+        }
+    }
+};
+
+/* ---- Launch --------------------------------------------------------------------------------------- */
+
+inline Rows rows_of(const kda_decode *d, const kda_tensor &t) {
+    return {t.data, d->tokens.cu_seqlens.data ? t.stride[1] : t.stride[0], t.stride[1], t.stride[2], t.dtype};
+}
+
+inline const int32_t *elements(const kda_tensor &t) { return reinterpret_cast<const int32_t *>(t.data); }
+
+inline Decode shorten(const kda_decode *d) {
+    const kda_prefill &p = d->tokens;
+    int64_t group = p.value_heads / p.heads;
+    Decode s = {};
+    s.state_indices = elements(d->state_indices);
+    s.index_stride = d->state_indices.stride[0] / 4, s.column_stride = d->state_indices.stride[1] / 4;
+    s.num_accepted_tokens = elements(d->num_accepted_tokens);
+    s.num_accepted_stride = d->num_accepted_tokens.stride[0] / 4;
+    s.accepted = elements(d->accepted), s.accepted_stride = d->accepted.stride[0] / 4;
+    s.cu_seqlens = p.cu_seqlens.data, s.cu_stride = p.cu_seqlens.stride[0];
+    s.wide_cu = p.cu_seqlens.dtype == KDA_I64;
+    s.state = d->state.data, s.state_dtype = d->state.dtype;
+    s.slot_stride = d->state.stride[0], s.state_head_stride = d->state.stride[1];
+    s.row_stride = d->state.stride[2], s.slots = (int)kda_min64(d->state.shape[0], INT32_MAX);
+    s.tokens = (int)p.tokens, s.max_tokens = (int)d->max_tokens;
+    s.columns = kda_decode_writes_each(d) ? (int)d->state_indices.shape[1] : 0;
+    s.key_dim = (int)p.key_dim, s.value_dim = (int)p.value_dim;
+    s.per_group = group > 1 ? (uint32_t)(((INT64_C(1) << 32) + group - 1) / group) : 0;
+    s.keep_state = d->keep_state, s.qk_norm = p.qk_norm;
+    s.gate = p.gate, s.beta_mode = p.beta_mode, s.lower_bound = p.lower_bound, s.scale = p.scale;
+    s.q = rows_of(d, p.q), s.k = rows_of(d, p.k), s.g = rows_of(d, p.g), s.v = rows_of(d, p.v);
+    s.beta = rows_of(d, p.beta), s.out = rows_of(d, p.out);
+    s.A_log = p.A_log.data, s.A_log_stride = p.A_log.stride[0], s.A_log_dtype = p.A_log.dtype;
+    s.dt_bias = p.dt_bias.data, s.dt_bias_stride = p.dt_bias.stride[0], s.dt_bias_dtype = p.dt_bias.dtype;
+    return s;
+}
+
+/* Calls f(Access(), std::integral_constant<int, KP>()) with what suits the state. */
+template <class F> cudaError_t with_access(const kda_decode *d, bool aligned, F f) {
+    auto with_key_dim = [&](auto access) {
+        return d->tokens.key_dim <= 64    ? f(access, std::integral_constant<int, 64>())
+               : d->tokens.key_dim <= 128 ? f(access, std::integral_constant<int, 128>())
+                                          : f(access, std::integral_constant<int, 256>());
+    };
+    if (!aligned)
+        return with_key_dim(Elementwise());
+    return d->state.dtype == KDA_F32    ? with_key_dim(Aligned<KDA_F32>())
+           : d->state.dtype == KDA_BF16 ? with_key_dim(Aligned<KDA_BF16>())
+                                        : with_key_dim(Aligned<KDA_F16>());
+}
+
+/* Launches a kernel for all sequences, grid.z of them at once; s is its argument. fixed: bytes of shared memory beside the
+ * dynamic ones. */
+template <class Problem>
+cudaError_t launch(void (*kernel)(Problem), Problem s, const kda_decode *d, dim3 grid, int threads, int bytes,
+                   int fixed) {
+    cudaError_t error = cudaSuccess;
+    if (bytes + fixed > DEFAULT_SHARED)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    for (int64_t n = 0; !error && n < d->tokens.sequences; n += MAX_GRID_Z) {
+        cudaLaunchConfig_t config = {};
+        config.gridDim = grid;
+        config.gridDim.z = (unsigned)kda_min64(d->tokens.sequences - n, MAX_GRID_Z);
+        config.blockDim = (unsigned)threads, config.dynamicSmemBytes = (size_t)bytes;
+        config.stream = (cudaStream_t)d->tokens.stream;
+        s.first_sequence = (int)n;
+        error = cudaLaunchKernelEx(&config, kernel, s);
+    }
+    return error;
+}
+
+} // namespace decode
+} // namespace kda
+
+#endif
