@@ -12,6 +12,10 @@ namespace kda {
 namespace decode {
 namespace {
 
+/* Pieces of 16 bytes of the state of a thread: enough under way to fill the memory's pipes; or few, for a short way when there
+ * are few states. */
+constexpr int LARGE = 8, SMALL = 4;
+
 /* A thread's part of what some tokens bring, under way: channels of q, k and g, a column of v, a token of beta. What does
  * not exist is loaded from where the last one is, so that no load waits for a decision. */
 template <class Tile, int BATCH> struct Inputs {
@@ -97,7 +101,8 @@ template <class Tile, int BATCH> struct Inputs {
 
 /* CTAs of a multiprocessor, as registers allow: threads with 16-bit states hold twice as many elements. */
 template <class Tile> constexpr int resident() {
-    return (Tile::VEC == 4 && Tile::KP <= 128 ? 768 : 512) / Tile::THREADS;
+    int share = Tile::PIECES == SMALL ? 2 : 1;
+    return (Tile::VEC == 4 && Tile::KP <= 128 && share == 1 ? 768 : 512 * share) / Tile::THREADS;
 }
 
 template <class Tile, int BATCH>
@@ -106,16 +111,20 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile>()) run(const __g
     typename Tile::Token *tokens = reinterpret_cast<typename Tile::Token *>(memory); /* max_tokens of them */
     __shared__ typename Tile::Scratch scratch;
     int head = blockIdx.y, column = blockIdx.x * Tile::COLUMNS, columns = d.value_dim - column;
+    char *state = d.state + times(head, d.state_head_stride) + Tile::offset(d, column); /* of slot 0 */
+    wait_for_inputs();
     Sequence s = find_sequence(d);
+    Tile tile;
+    if (!d.state_indices) /* the slot need not be waited for */
+        tile.load(d, state + times(s.slot, d.slot_stride), columns);
     Inputs<Tile, BATCH> inputs;
     inputs.load(d, s, head, column, 0); /* before it is known whether there is a state, or a token */
     if (s.slot < 0 || s.length < 1)
         return;
     if (BATCH == 1)
         s.length = 1;
-    char *state = d.state + times(head, d.state_head_stride) + Tile::offset(d, column); /* of slot 0 */
-    Tile tile;
-    tile.load(d, state + times(s.slot, d.slot_stride), columns);
+    if (d.state_indices)
+        tile.load(d, state + times(s.slot, d.slot_stride), columns);
     for (int begin = 0;;) {
         inputs.prepare(d, min(BATCH, s.length - begin), tokens + begin);
         begin += BATCH;
@@ -144,8 +153,36 @@ template <class Tile, int BATCH> cudaError_t launch_tile(const kda_decode *d) {
                   bytes, (int)sizeof(typename Tile::Scratch));
 }
 
-template <class Tile> cudaError_t launch_batch(const kda_decode *d) {
+/* One token, and so few states that all CTAs of small pieces run at once? */
+template <class Tile> cudaError_t fit_small(const kda_decode *d, bool *fit) {
+    int processors = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, d->tokens.device);
+    int64_t parts = (d->tokens.value_dim + Tile::COLUMNS - 1) / Tile::COLUMNS;
+    *fit = d->max_tokens == 1 && d->tokens.sequences <= INT_MAX / d->tokens.value_heads / parts &&
+           d->tokens.sequences * d->tokens.value_heads * parts <= processors * resident<Tile>();
+    return error;
+}
+
+/* Small: tiles of small pieces, or void. */
+template <class Tile, class Small> cudaError_t launch_batch(const kda_decode *d) {
+    if constexpr (!std::is_void_v<Small>) {
+        bool fit = false;
+        cudaError_t error = fit_small<Small>(d, &fit);
+        if (error || fit)
+            return error ? error : launch_tile<Small, 1>(d);
+    }
     return d->max_tokens == 1 ? launch_tile<Tile, 1>(d) : launch_tile<Tile, 4>(d);
+}
+
+template <class Access, int KP> cudaError_t launch_layout(const kda_decode *d) {
+    constexpr bool HAS_SMALL = KP <= 128 && !std::is_same_v<Access, Elementwise>;
+    using SmallVFirst = TileVFirst<Access, HAS_SMALL ? KP : 64, 256, SMALL>;
+    using SmallKFirst = TileKFirst<Access, HAS_SMALL ? KP : 64, KP * LANES / SMALL, SMALL>;
+    if (d->tokens.state_layout == FLASH_KDA_STATE_V_FIRST)
+        return launch_batch<TileVFirst<Access, KP, 128, LARGE>,
+                            std::conditional_t<HAS_SMALL, SmallVFirst, void>>(d);
+    return launch_batch<TileKFirst<Access, KP, KP * LANES / LARGE, LARGE>,
+                        std::conditional_t<HAS_SMALL, SmallKFirst, void>>(d);
 }
 
 } // namespace
@@ -155,10 +192,6 @@ template <class Tile> cudaError_t launch_batch(const kda_decode *d) {
 cudaError_t kda_sm80_decode(const kda_decode *d, bool aligned) {
     using namespace kda::decode;
     return with_access(d, aligned, [&](auto access, auto key_dim) {
-        using Access = decltype(access);
-        constexpr int KP = decltype(key_dim)::value;
-        return d->tokens.state_layout == FLASH_KDA_STATE_V_FIRST
-                   ? launch_batch<TileVFirst<Access, KP, 128, 8>>(d)
-                   : launch_batch<TileKFirst<Access, KP, KP, 8>>(d);
+        return launch_layout<decltype(access), decltype(key_dim)::value>(d);
     });
 }

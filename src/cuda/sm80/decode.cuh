@@ -276,8 +276,8 @@ template <int N> __device__ void load_shared(const float *from, float (&x)[N]) {
 /* ---- Tiles ---------------------------------------------------------------------------------------- */
 
 /* V first: eight lanes share a row of K channels, a thread has ROWS rows. PIECES: of 16 bytes of the state, of one thread. */
-template <class Access, int KP_, int THREADS_, int PIECES> struct TileVFirst {
-    static constexpr int KP = KP_, THREADS = THREADS_, VEC = Access::VEC;
+template <class Access, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
+    static constexpr int KP = KP_, THREADS = THREADS_, PIECES = PIECES_, VEC = Access::VEC;
     static constexpr int ACROSS = KP / (LANES * VEC); /* pieces of a row that a thread has */
     static constexpr int ROWS = PIECES / ACROSS, COLUMNS = ROWS * THREADS / LANES;
     static constexpr int STEP = 32 / LANES; /* rows from one of a thread's rows to the next */
@@ -378,8 +378,8 @@ template <class Access, int KP_, int THREADS_, int PIECES> struct TileVFirst {
 };
 
 /* K first: eight lanes share a line of columns, a thread has VEC columns of PIECES channels. */
-template <class Access, int KP_, int THREADS_, int PIECES> struct TileKFirst {
-    static constexpr int KP = KP_, THREADS = THREADS_, VEC = Access::VEC;
+template <class Access, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
+    static constexpr int KP = KP_, THREADS = THREADS_, PIECES = PIECES_, VEC = Access::VEC;
     static constexpr int LINE = KP / PIECES * LANES; /* threads that share the columns of a line */
     static constexpr int WARPS = LINE / 32, COLUMNS = THREADS / LINE * LANES * VEC;
     using Token = decode::Token<KP, COLUMNS>;
@@ -530,20 +530,34 @@ template <class F> cudaError_t with_access(const kda_decode *d, bool aligned, F 
                                         : with_key_dim(Aligned<KDA_F16>());
 }
 
+/* The kernel may have begun while the work before it in its stream ends (sm_90): it touches no memory before this, and lets
+ * the next one begin so as well. */
+inline __device__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 /* Launches a kernel for all sequences, grid.z of them at once; s is its argument. fixed: bytes of shared memory beside the
  * dynamic ones. */
 template <class Problem>
 cudaError_t launch(void (*kernel)(Problem), Problem s, const kda_decode *d, dim3 grid, int threads, int bytes,
                    int fixed) {
-    cudaError_t error = cudaSuccess;
-    if (bytes + fixed > DEFAULT_SHARED)
+    int major = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d->tokens.device);
+    if (!error && bytes + fixed > DEFAULT_SHARED)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
     for (int64_t n = 0; !error && n < d->tokens.sequences; n += MAX_GRID_Z) {
         cudaLaunchConfig_t config = {};
         config.gridDim = grid;
         config.gridDim.z = (unsigned)kda_min64(d->tokens.sequences - n, MAX_GRID_Z);
         config.blockDim = (unsigned)threads, config.dynamicSmemBytes = (size_t)bytes;
         config.stream = (cudaStream_t)d->tokens.stream;
+        config.attrs = &early, config.numAttrs = major >= 9;
         s.first_sequence = (int)n;
         error = cudaLaunchKernelEx(&config, kernel, s);
     }

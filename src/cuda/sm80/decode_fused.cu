@@ -194,6 +194,7 @@ template <class Tile> __global__ void __launch_bounds__(Tile::THREADS) run(const
     typename Tile::Token *tokens = reinterpret_cast<typename Tile::Token *>(memory); /* [max_tokens] */
     float *outputs = reinterpret_cast<float *>(tokens + d.max_tokens); /* [max_tokens][V], with a norm */
     __shared__ typename Tile::Scratch scratch;
+    wait_for_inputs();
     Sequence s = find_sequence(d);
     if (s.slot < 0 || s.length < 1)
         return;
