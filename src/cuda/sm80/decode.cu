@@ -71,21 +71,32 @@ template <class Tile, int BATCH> struct Inputs {
         from_raw(v, d.v.dtype, values);
         if (threadIdx.x < Tile::COLUMNS)
             for_each_token(count, [&](int t) { tokens[t].v[threadIdx.x] = values[t]; });
+        if (threadIdx.x >= Tile::KP)
+            return;
+        Products products[BATCH] = {};
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) {
             int c = channel(i);
             bool real = c < d.key_dim;
-            if (c >= Tile::KP)
-                break;
             unsigned at = Tile::place(c);
-            float x[BATCH];
+            float x[BATCH], keys[BATCH];
             from_raw(q[i], d.q.dtype, x);
-            for_each_token(count, [&](int t) { tokens[t].q[at] = real ? x[t] : 0.f; });
-            from_raw(k[i], d.k.dtype, x);
-            for_each_token(count, [&](int t) { tokens[t].k[at] = real ? x[t] : 0.f; });
+            from_raw(k[i], d.k.dtype, keys);
+#pragma unroll
+            for (int t = 0; t < BATCH; t++) {
+                x[t] = real ? x[t] : 0.f, keys[t] = real ? keys[t] : 0.f;
+                products[t].add(keys[t], x[t]);
+            }
+            for_each_token(count, [&](int t) { tokens[t].q[at] = x[t], tokens[t].k[at] = keys[t]; });
+        }
+        store_products(products, threadIdx.x / 32, count, tokens);
+#pragma unroll
+        for (int i = 0; i < CHANNELS; i++) {
+            int c = channel(i);
+            float x[BATCH];
             from_raw(g[i], d.g.dtype, x);
             find_decays(d, biases[i], log_A[0], x);
-            for_each_token(count, [&](int t) { tokens[t].decay[at] = real ? x[t] : 0.f; });
+            for_each_token(count, [&](int t) { tokens[t].decay[Tile::place(c)] = c < d.key_dim ? x[t] : 0.f; });
         }
     }
 
@@ -99,14 +110,16 @@ template <class Tile, int BATCH> struct Inputs {
 
 /* ---- The kernel ----------------------------------------------------------------------------------- */
 
-/* CTAs of a multiprocessor, as registers allow: threads with 16-bit states hold twice as many elements. */
-template <class Tile> constexpr int resident() {
-    int share = Tile::PIECES == SMALL ? 2 : 1;
-    return (Tile::VEC == 4 && Tile::KP <= 128 && share == 1 ? 768 : 512 * share) / Tile::THREADS;
+/* CTAs of a multiprocessor, as registers allow: threads with 16-bit states hold twice as many elements, and several tokens
+ * under way take some too. */
+template <class Tile, int BATCH> constexpr int resident() {
+    int threads = Tile::PIECES == SMALL ? 1024 : Tile::VEC == 8 || Tile::KP > 128 ? 512 : BATCH > 1 ? 640 : 768;
+    return threads / Tile::THREADS;
 }
 
 template <class Tile, int BATCH>
-__global__ void __launch_bounds__(Tile::THREADS, resident<Tile>()) run(const __grid_constant__ Decode d) {
+__global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH>())
+    run(const __grid_constant__ Decode d) {
     extern __shared__ __align__(16) char memory[];
     typename Tile::Token *tokens = reinterpret_cast<typename Tile::Token *>(memory); /* max_tokens of them */
     __shared__ typename Tile::Scratch scratch;
@@ -159,7 +172,7 @@ template <class Tile> cudaError_t fit_small(const kda_decode *d, bool *fit) {
     cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, d->tokens.device);
     int64_t parts = (d->tokens.value_dim + Tile::COLUMNS - 1) / Tile::COLUMNS;
     *fit = d->max_tokens == 1 && d->tokens.sequences <= INT_MAX / d->tokens.value_heads / parts &&
-           d->tokens.sequences * d->tokens.value_heads * parts <= processors * resident<Tile>();
+           d->tokens.sequences * d->tokens.value_heads * parts <= processors * resident<Tile, 1>();
     return error;
 }
 

@@ -194,20 +194,29 @@ struct Elementwise {
 
 /* ---- Tokens --------------------------------------------------------------------------------------- */
 
-/* What a token brings, in shared memory. k and q are as given; channels that do not exist are 0. */
-template <int KP, int COLUMNS> struct Token {
-    alignas(16) float decay[KP]; /* exp(a) - 1: decay close to 1 would lose its digits otherwise */
-    alignas(16) float k[KP];
-    alignas(16) float q[KP];
-    alignas(16) float v[COLUMNS];
-    float beta;
-};
-
-/* Sums over channels: k . k, q . q, k . q. */
+/* Sums over channels. */
 struct Products {
     float kk, qq, kq;
 
     __device__ void add(float k, float q) { kk = fmaf(k, k, kk), qq = fmaf(q, q, qq), kq = fmaf(k, q, kq); }
+};
+
+/* What a token brings, in shared memory. k and q are as given; channels that do not exist are 0. */
+template <int KP, int COLUMNS, int PARTS> struct Token {
+    alignas(16) float decay[KP]; /* exp(a) - 1: decay close to 1 would lose its digits otherwise */
+    alignas(16) float k[KP];
+    alignas(16) float q[KP];
+    alignas(16) float v[COLUMNS];
+    float4 products[PARTS]; /* a warp's part of the Products */
+    float beta;
+
+    __device__ Products all_products() const {
+        Products all = {};
+#pragma unroll
+        for (int i = 0; i < PARTS; i++)
+            all.kk += products[i].x, all.qq += products[i].y, all.kq += products[i].z;
+        return all;
+    }
 };
 
 /* 1 / |k| and scale / |q|. */
@@ -234,6 +243,19 @@ template <int COUNT, int BIT, int LAST, int N> __device__ void sum_over_lanes(fl
     }
     if constexpr (BIT > LAST)
         sum_over_lanes<(COUNT > 1 ? COUNT / 2 : 1), BIT / 2, LAST>(x);
+}
+
+/* A warp's part of the products of tokens 0 .. count - 1, of which each lane has a part. */
+template <int N, class Token>
+__device__ void store_products(const Products (&own)[N], int part, int count, Token *tokens) {
+    float x[4 * N];
+#pragma unroll
+    for (int t = 0; t < N; t++)
+        x[4 * t] = own[t].kk, x[4 * t + 1] = own[t].qq, x[4 * t + 2] = own[t].kq, x[4 * t + 3] = 0;
+    sum_over_lanes<4 * N, 16, 1>(x);
+    int value = threadIdx.x % 32 * N / 8;
+    if (threadIdx.x * N % 8 == 0 && value / 4 < count)
+        reinterpret_cast<float *>(&tokens[value / 4].products[part])[value % 4] = x[0];
 }
 
 inline __device__ float logistic(float x) { return __fdividef(1.f, 1.f + expf(-x)); }
@@ -278,10 +300,11 @@ template <int N> __device__ void load_shared(const float *from, float (&x)[N]) {
 /* V first: eight lanes share a row of K channels, a thread has ROWS rows. PIECES: of 16 bytes of the state, of one thread. */
 template <class Access, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
     static constexpr int KP = KP_, THREADS = THREADS_, PIECES = PIECES_, VEC = Access::VEC;
-    static constexpr int ACROSS = KP / (LANES * VEC); /* pieces of a row that a thread has */
+    static constexpr int PARTS = (KP < THREADS ? KP : THREADS) / 32; /* warps that prepare channels */
+    static constexpr int ACROSS = KP / (LANES * VEC);                /* pieces of a row that a thread has */
     static constexpr int ROWS = PIECES / ACROSS, COLUMNS = ROWS * THREADS / LANES;
     static constexpr int STEP = 32 / LANES; /* rows from one of a thread's rows to the next */
-    using Token = decode::Token<KP, COLUMNS>;
+    using Token = decode::Token<KP, COLUMNS, PARTS>;
     struct Scratch {};
     float S[ROWS][ACROSS][VEC];
 
@@ -325,7 +348,6 @@ template <class Access, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
     __device__ void step(const Decode &d, const Token &token, Scratch &, int, char *out, kda_dtype dtype,
                          int columns) {
         float w[ROWS] = {}, y[ROWS] = {}, k[ACROSS][VEC];
-        Products sums = {};
 #pragma unroll
         for (int j = 0; j < ACROSS; j++)
 #pragma unroll
@@ -338,7 +360,6 @@ template <class Access, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     k[j][part + e] = keys[e];
-                    sums.add(keys[e], q[e]);
 #pragma unroll
                     for (int i = 0; i < ROWS; i++) {
                         float &s = S[i][j][part + e];
@@ -349,15 +370,12 @@ template <class Access, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
                 }
             }
 #pragma unroll
-        for (int bit = LANES / 2; bit > 0; bit /= 2) {
+        for (int bit = LANES / 2; bit > 0; bit /= 2)
 #pragma unroll
             for (int i = 0; i < ROWS; i++)
                 w[i] += __shfl_xor_sync(~0u, w[i], bit);
-            sums.kk += __shfl_xor_sync(~0u, sums.kk, bit);
-            sums.qq += __shfl_xor_sync(~0u, sums.qq, bit);
-            sums.kq += __shfl_xor_sync(~0u, sums.kq, bit);
-        }
         sum_over_lanes<ROWS, LANES / 2, 1>(y);
+        Products sums = token.all_products();
         Factors factor(d, sums);
         constexpr int SHARE = LANES / ROWS; /* lanes that end with the same row of y */
         int own = threadIdx.x % LANES / SHARE;
@@ -380,13 +398,13 @@ template <class Access, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
 /* K first: eight lanes share a line of columns, a thread has VEC columns of PIECES channels. */
 template <class Access, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
     static constexpr int KP = KP_, THREADS = THREADS_, PIECES = PIECES_, VEC = Access::VEC;
+    static constexpr int PARTS = (KP < THREADS ? KP : THREADS) / 32; /* warps that prepare channels */
     static constexpr int LINE = KP / PIECES * LANES; /* threads that share the columns of a line */
     static constexpr int WARPS = LINE / 32, COLUMNS = THREADS / LINE * LANES * VEC;
-    using Token = decode::Token<KP, COLUMNS>;
+    using Token = decode::Token<KP, COLUMNS, PARTS>;
     /* Sums over a warp's channels, of the WARPS that share a line. Every other token has its own, so that a step waits only once. */
     struct Scratch {
         alignas(16) float sums[2][2][WARPS][COLUMNS]; /* S^T k, then S^T q */
-        float4 products[2][WARPS];
     };
     float S[PIECES][VEC];
 
@@ -431,27 +449,15 @@ template <class Access, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
                 sums[VEC + e] = fmaf(s, q[i], sums[VEC + e]);
             }
         sum_over_lanes<2 * VEC, 16, LANES>(sums);
-        Products own = {};
-#pragma unroll
-        for (int i = 0; i < PIECES; i++)
-            own.add(k[i], q[i]);
-        float products[4] = {own.kk, own.qq, own.kq, 0};
-        sum_over_lanes<4, 16, LANES>(products);
         auto &all = scratch.sums[t % 2];
-        auto &all_products = scratch.products[t % 2];
         int lane = threadIdx.x % 32, warp = threadIdx.x % LINE / 32;
         int part = first_column() + lane / 8 % 2 * (VEC / 2);
 #pragma unroll
         for (int i = 0; i < VEC / 2; i += 2)
             *reinterpret_cast<float2 *>(&all[lane / 16][warp][part + i]) = make_float2(sums[i], sums[i + 1]);
-        if (threadIdx.x < LINE && lane % LANES == 0)
-            reinterpret_cast<float *>(&all_products[warp])[lane / LANES] = products[0];
         __syncthreads();
-        own = {};
-#pragma unroll
-        for (int w = 0; w < WARPS; w++)
-            own.kk += all_products[w].x, own.qq += all_products[w].y, own.kq += all_products[w].z;
-        Factors factor(d, own);
+        Products products = token.all_products();
+        Factors factor(d, products);
         float w[VEC] = {}, v[VEC];
         load_shared(&token.v[first_column()], v);
 #pragma unroll
@@ -476,7 +482,7 @@ template <class Access, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
             for (int i = 0; i < WARPS; i++)
                 sum += all[0][i][column], y += all[1][i][column];
             float u = factor.k * token.beta * (token.v[column] - factor.k * sum);
-            store_float(out, dtype, column, factor.q * fmaf(own.kq, u, y));
+            store_float(out, dtype, column, factor.q * fmaf(products.kq, u, y));
         }
     }
 };

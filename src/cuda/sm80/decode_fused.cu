@@ -121,6 +121,19 @@ __device__ void prepare_keys(const Fused &d, const Sequence &s, int key_head, ty
     });
 }
 
+/* Behind a barrier: all of q and k is there. */
+template <class Tile> __device__ void multiply_keys(const Sequence &s, typename Tile::Token *tokens) {
+    constexpr int WARPS = Tile::THREADS / 32;
+    static_assert(Tile::PARTS * 32 == Tile::KP);
+    for (int i = threadIdx.x / 32; i < s.length * Tile::PARTS; i += WARPS) {
+        typename Tile::Token &token = tokens[i / Tile::PARTS];
+        int part = i % Tile::PARTS, at = part * 32 + threadIdx.x % 32;
+        Products own[1] = {};
+        own[0].add(token.k[at], token.q[at]);
+        store_products(own, part, 1, &token);
+    }
+}
+
 /* Decays and steps of a value head. */
 template <class Tile>
 __device__ void prepare_gates(const Fused &d, const Sequence &s, int head, typename Tile::Token *tokens) {
@@ -212,6 +225,10 @@ template <class Tile> __global__ void __launch_bounds__(Tile::THREADS) run(const
                 prepare_gates<Tile>(d, s, head, tokens);
             prepare_values<Tile>(d, s, head, column, tokens);
             __syncthreads();
+            if (i == 0 && column == 0) {
+                multiply_keys<Tile>(s, tokens);
+                __syncthreads();
+            }
             tile.unpack(d);
 #pragma unroll 1
             for (int t = 0; t < s.length; t++) {
