@@ -14,8 +14,11 @@ namespace kda {
 namespace decode {
 namespace {
 
-constexpr int MAX_THREADS = 512;
-constexpr int BATCH = 4;        /* tokens that a thread has under way */
+/* Threads of a CTA, at most: few states are each worked by many at once; of many, several share a multiprocessor, so that one
+ * loads while another computes. */
+constexpr int WIDE = 512, NARROW = 256;
+constexpr int PIECES = 8;       /* of 16 bytes of the state, of one thread */
+constexpr int BATCH = 2;        /* tokens that a thread has under way */
 constexpr int NORM_LANES = 128; /* threads that share a row of out */
 
 /* ---- The problem in short ------------------------------------------------------------------------- */
@@ -202,7 +205,12 @@ __device__ void normalise(const Fused &d, const Sequence &s, int head, const flo
 
 /* ---- The kernel ----------------------------------------------------------------------------------- */
 
-template <class Tile> __global__ void __launch_bounds__(Tile::THREADS) run(const __grid_constant__ Fused d) {
+template <class Tile> constexpr int resident() {
+    return Tile::THREADS > NARROW ? 1 : (Tile::VEC == 4 && Tile::KP <= 128 ? 3 : 2) * NARROW / Tile::THREADS;
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::THREADS, resident<Tile>()) run(const __grid_constant__ Fused d) {
     extern __shared__ __align__(16) char memory[];
     typename Tile::Token *tokens = reinterpret_cast<typename Tile::Token *>(memory); /* [max_tokens] */
     float *outputs = reinterpret_cast<float *>(tokens + d.max_tokens); /* [max_tokens][V], with a norm */
@@ -256,6 +264,12 @@ Convolution shorten(const kda_convolution &c) {
             c.state.stride[1], c.state.stride[2], c.weight.dtype, c.bias.dtype,       c.state.dtype};
 }
 
+/* Value heads that one CTA works: those that share a convolution of q or k. */
+int heads_of_cta(const kda_decode *d) {
+    bool shared = d->q_conv.weight.data || d->k_conv.weight.data;
+    return shared ? (int)(d->tokens.value_heads / d->tokens.heads) : 1;
+}
+
 template <class Tile> cudaError_t launch_tile(const kda_decode *d) {
     Fused s = {};
     static_cast<Decode &>(s) = decode::shorten(d);
@@ -263,11 +277,30 @@ template <class Tile> cudaError_t launch_tile(const kda_decode *d) {
     s.norm_weight = d->norm_weight.data, s.norm_dtype = d->norm_weight.dtype;
     s.norm_gate = rows_of(d, d->norm_gate);
     s.norm_eps = d->norm_eps, s.norm_silu = d->norm_activation == FLASH_KDA_NORM_SILU;
-    bool shared = s.q_conv.weight || s.k_conv.weight; /* by the value heads of a key head */
-    s.heads = shared ? (int)(d->tokens.value_heads / d->tokens.heads) : 1;
+    s.heads = heads_of_cta(d);
     int bytes = (int)sizeof(typename Tile::Token) + (s.norm_weight ? s.value_dim * (int)sizeof(float) : 0);
     return launch(run<Tile>, s, d, dim3(1, (unsigned)(d->tokens.value_heads / s.heads)), Tile::THREADS,
                   s.max_tokens * bytes, (int)sizeof(typename Tile::Scratch));
+}
+
+template <class Access, int KP, int THREADS> cudaError_t launch_layout(const kda_decode *d) {
+    return d->tokens.state_layout == FLASH_KDA_STATE_V_FIRST
+               ? launch_tile<TileVFirst<Access, KP, THREADS, PIECES>>(d)
+               : launch_tile<TileKFirst<Access, KP, THREADS, PIECES>>(d);
+}
+
+template <class Access, int KP> cudaError_t launch_threads(const kda_decode *d) {
+    constexpr int WANTED = 16 * KP / Access::VEC; /* for 128 columns */
+    if constexpr (WANTED > NARROW) {
+        int processors = 0;
+        cudaError_t error =
+            cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, d->tokens.device);
+        if (error)
+            return error;
+        if (d->tokens.sequences <= processors / (d->tokens.value_heads / heads_of_cta(d)))
+            return launch_layout<Access, KP, WIDE>(d);
+    }
+    return launch_layout < Access, KP, WANTED < NARROW ? WANTED : NARROW > (d);
 }
 
 } // namespace
@@ -277,12 +310,6 @@ template <class Tile> cudaError_t launch_tile(const kda_decode *d) {
 cudaError_t kda_sm80_decode_fused(const kda_decode *d, bool aligned) {
     using namespace kda::decode;
     return with_access(d, aligned, [&](auto access, auto key_dim) {
-        using Access = decltype(access);
-        constexpr int KP = decltype(key_dim)::value;
-        constexpr int WANTED = 16 * KP / Access::VEC; /* for 128 columns */
-        constexpr int THREADS = WANTED < MAX_THREADS ? WANTED : MAX_THREADS;
-        return d->tokens.state_layout == FLASH_KDA_STATE_V_FIRST
-                   ? launch_tile<TileVFirst<Access, KP, THREADS, 8>>(d)
-                   : launch_tile<TileKFirst<Access, KP, THREADS, 8>>(d);
+        return launch_threads<decltype(access), decltype(key_dim)::value>(d);
     });
 }
