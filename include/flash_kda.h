@@ -307,7 +307,7 @@ typedef struct flash_kda_decode_args {
     const DLTensor *state_indices; /* int32 [N]: the slot of each sequence; or int32 [N, C]: see Verify, no
                                       sequence has more than C tokens. No slot twice, but with
                                       FLASH_KDA_KEEP_STATE. -1 where the state is read: padding, nothing of
-                                      that sequence is read or written, its rows of out included; -1
+                                      that sequence counts or is written, its rows of out included; -1
                                       elsewhere: the state after that token is not written */
     const DLTensor *num_accepted_tokens; /* int32 [N], with state_indices [N, C]: the state is read from the
                                             slot in this column, counted from 1; NULL: 1 */

@@ -111,7 +111,7 @@ def decode(
         accepted: int32 [N]: only so many tokens of each sequence are processed; rows of out behind them are not written.
             None: all.
         state_indices: int32 [N] or [N, C]: slots, see above; no sequence has more than C tokens. No slot twice, but with
-            keep_state. -1 where the state is read: padding, nothing of that sequence is read or written, its rows of
+            keep_state. -1 where the state is read: padding, nothing of that sequence counts or is written, its rows of
             out included; -1 elsewhere: the state after that token is not written. None: slot n.
         num_accepted_tokens: int32 [N], with state_indices [N, C]: column, counted from 1, of the slot that the state is read
             from; None: 1.
