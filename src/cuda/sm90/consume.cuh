@@ -18,11 +18,17 @@ namespace kda {
 
 constexpr int EDGE = 4; /* log2: v and S stay below 2^EDGE of the warp's unit */
 
-inline __device__ void decay_state(float (&S)[DIM / 8][4], const float *factors) {
-    int part = threadIdx.x % 4 * 4;
+/* to_middle or to_end of the thread's channels. */
+inline __device__ void load_factors(const float *factors, float4 (&own)[DIM / 16]) {
+#pragma unroll
+    for (int c = 0; c < DIM / 16; c++)
+        own[c] = *reinterpret_cast<const float4 *>(&factors[c * 16 + threadIdx.x % 4 * 4]);
+}
+
+inline __device__ void decay_state(float (&S)[DIM / 8][4], const float4 (&factors)[DIM / 16]) {
 #pragma unroll
     for (int c = 0; c < DIM / 8; c += 2) {
-        float4 f = *reinterpret_cast<const float4 *>(&factors[c * 8 + part]);
+        float4 f = factors[c / 2];
         S[c][0] *= f.x, S[c][1] *= f.y, S[c][2] *= f.x, S[c][3] *= f.y;
         S[c + 1][0] *= f.z, S[c + 1][1] *= f.w, S[c + 1][2] *= f.z, S[c + 1][3] *= f.w;
     }
@@ -114,7 +120,9 @@ __device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_b
     uint64_t inverse = wgmma_operand(tiles.inverse, 0, 8 * CHUNK * 4, SWIZZLE_128);
     uint64_t M = wgmma_operand(tiles.M, 0, 8 * CHUNK * 2, SWIZZLE_64);
 
-    decay_state(S, factors.to_middle);
+    float4 decays[DIM / 16];
+    load_factors(factors.to_middle, decays);
+    decay_state(S, decays);
     float wy[CHUNK / 4][4]; /* W^T, then Y^T */
     uint32_t a[DIM / 16][4];
 #pragma unroll
@@ -191,20 +199,11 @@ __device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_b
     alignas(16) float rq[CHUNK / 4];
     if (outputs)
         load_scales(factors.query_scale, rq);
-    float4 ahead[8];
-#pragma unroll
-    for (int c = 0; c < 8; c++)
-        ahead[c] = *reinterpret_cast<const float4 *>(&factors.to_end[c * 16 + threadIdx.x % 4 * 4]);
+    load_factors(factors.to_end, decays);
     wgmma_wait<0>();
     pin(S);
     pin(o);
-#pragma unroll
-    for (int c = 0; c < DIM / 16; c++) {
-        float4 f = c < 8 ? ahead[c < 8 ? c : 0]
-                         : *reinterpret_cast<const float4 *>(&factors.to_end[c * 16 + threadIdx.x % 4 * 4]);
-        S[2 * c][0] *= f.x, S[2 * c][1] *= f.y, S[2 * c][2] *= f.x, S[2 * c][3] *= f.y;
-        S[2 * c + 1][0] *= f.z, S[2 * c + 1][1] *= f.w, S[2 * c + 1][2] *= f.z, S[2 * c + 1][3] *= f.w;
-    }
+    decay_state(S, decays);
     if constexpr (outputs) {
 #pragma unroll
         for (int i = 0; i < CHUNK / 8; i++)
