@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Everything that needs a GPU, in one go: the check program on level cuda, short and long cases; the captured inputs;
 and the short cases again under each tool of compute-sanitizer, where that is installed. On a GPU with a level of its
-own all of it runs on the portable level too (FLASH_KDA_CUDA=sm80), in segments (sm90/5) and in one kernel (sm90/fused).
+own all of prefill runs on the portable level too (FLASH_KDA_CUDA=sm80), in segments (sm90/5) and in one kernel (sm90/fused).
 
 usage: cuda.py [--build DIR] [--quick] [--only JOB ...] [--seed N] [--commit NAME] [-o FILE]      (./dev check-cuda)
 
@@ -30,18 +30,20 @@ TOOL_OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "ini
 TOOLS = list(TOOL_OPTIONS)
 # The portable level on Hopper too; Hopper's with every sequence in five segments; and all that fits in one kernel.
 FORCED = {"-sm80": "sm80", "-segments": "sm90/5", "-fused": "sm90/fused"}
-JOBS = [name + level for name in ("short", "long", "captured", *TOOLS) for level in ("", *FORCED)]
+DECODE = "-decode"  # is the same whatever is forced
+JOBS = [name + what for name in ("short", "long", "captured", *TOOLS) for what in ("", *FORCED, DECODE)]
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 TOOL_FOUND_ERRORS = 99  # exit status
 
 
-def commands(build, seed, quick):
-    """The commands of every job of one level. Under a sanitizer the quick cases, without guards: see --bare."""
-    check = [build / "flashkda_check", "--level", "cuda", "--seed", str(seed)]
+def commands(build, seed, quick, op):
+    """The commands of every job of one operation. Under a sanitizer the quick cases, without guards: see --bare."""
+    check = [build / "flashkda_check", "--level", "cuda", "--seed", str(seed), "--op", op]
     some = ["--quick"] if quick else []
     jobs = {"short": [[*check, *some]], "long": [[*check, "--long", *some]]}
+    how = ["--decode"] if op == "decode" else []
     jobs["captured"] = [[build / "flashkda", "run", path, "--backend", "cuda", "--check", *how]
-                        for path in sorted((ROOT / "data").glob("*.safetensors")) for how in ([], ["--decode"])]
+                        for path in sorted((ROOT / "data").glob("*.safetensors"))]
     for tool in TOOLS if SANITIZER else []:
         jobs[tool] = [[SANITIZER, "--tool", tool, *TOOL_OPTIONS[tool], "--error-exitcode", str(TOOL_FOUND_ERRORS),
                        *check, "--quick", "--bare"]]
@@ -50,10 +52,12 @@ def commands(build, seed, quick):
 
 def all_jobs(build, gpu, seed, quick):
     """Names to commands and environment."""
-    jobs = {name: (wanted, None) for name, wanted in commands(build, seed, quick).items()}
+    prefill = commands(build, seed, quick, "prefill")
+    jobs = {name: (wanted, None) for name, wanted in prefill.items()}
     if gpu["compute_capability"].startswith("9."):
         jobs |= {name + level: (wanted, {**os.environ, "FLASH_KDA_CUDA": forced})
-                 for name, (wanted, _) in jobs.items() for level, forced in FORCED.items()}
+                 for name, wanted in prefill.items() for level, forced in FORCED.items()}
+    jobs |= {name + DECODE: (wanted, None) for name, wanted in commands(build, seed, quick, "decode").items()}
     return jobs
 
 
