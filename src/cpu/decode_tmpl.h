@@ -166,11 +166,20 @@ static inline void store_outputs(const struct kda_decode *d, const struct kda_pa
                   p->out.dtype, o, count);
 }
 
+/* 1 / the root mean square of a row whose squares are beyond fp32. */
+static float wide_factor(const struct kda_decode *d, const float *row) {
+    double squares = 0;
+    for (int64_t i = 0; i < d->tokens.value_dim; i++)
+        squares += (double)row[i] * row[i];
+    return (float)(1 / sqrt(squares / (double)d->tokens.value_dim + d->norm_eps));
+}
+
 /* row [Vp] of one token, zeros behind V. */
 static inline void norm_row(const struct kda_decode *d, const struct kda_part *part, int64_t token,
                             const float *weight, int64_t Vp, float *row) {
     const struct kda_sequence *s = &part->tokens;
-    float factor = 1 / sqrtf(dot(row, row, Vp) / (float)d->tokens.value_dim + d->norm_eps);
+    float squares = dot(row, row, Vp), V = (float)d->tokens.value_dim;
+    float factor = squares < INFINITY ? 1 / sqrtf(squares / V + d->norm_eps) : wide_factor(d, row);
     float gate[KDA_MAX_NORM_DIM] ALIGNED;
     if (d->norm_gate.data)
         load_row(gate, kda_row(&d->norm_gate, s->batch, s->first + token, part->head), d->norm_gate.dtype,
