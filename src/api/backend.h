@@ -19,7 +19,6 @@ struct kda_backend {
     /* At least one token and one sequence. */
     flash_kda_status (*decode)(const struct kda_decode *d);
     flash_kda_status (*decode_describe)(const struct kda_decode *d, char *text, size_t size);
-    bool fuses_decode; /* takes convolutions and a norm */
 };
 
 enum { KDA_WORKSPACE_ALIGNMENT = 64 };

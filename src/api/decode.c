@@ -281,16 +281,6 @@ static flash_kda_status check_aliasing(const struct kda_decode *d) {
 
 /* ---- Entries ----------------------------------------------------------------------------------- */
 
-/* The name of an argument that asks for more than the recurrence, or NULL. */
-static const char *fused_argument(const struct kda_decode *d) {
-    const struct kda_tensor *const all[] = {&d->q_conv.weight, &d->k_conv.weight, &d->v_conv.weight,
-                                            &d->norm_weight};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        if (all[i]->data)
-            return all[i]->name;
-    return NULL;
-}
-
 static flash_kda_status check_all(const flash_kda_decode_args *args, struct kda_decode *d,
                                   const struct kda_backend **backend) {
     if (!args)
@@ -309,17 +299,7 @@ static flash_kda_status check_all(const flash_kda_decode_args *args, struct kda_
     TRY(check_convolutions(args, d));
     TRY(check_norm(args, d));
     TRY(check_values(d));
-    TRY(check_aliasing(d));
-    if (fused_argument(d) && !(*backend)->fuses_decode)
-        return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
-                        "%s is given, which backend %s does not take yet; expected NULL", fused_argument(d),
-                        (*backend)->name);
-    if (!(*backend)->decode)
-        return kda_fail(
-            FLASH_KDA_ERROR_UNSUPPORTED,
-            "q is on DLPack device %d:%d, where backend %s cannot decode yet; expected host memory (%d)",
-            (int)args->q->device.device_type, args->q->device.device_id, (*backend)->name, (int)kDLCPU);
-    return FLASH_KDA_OK;
+    return check_aliasing(d);
 }
 
 flash_kda_status flash_kda_decode(const flash_kda_decode_args *args) {

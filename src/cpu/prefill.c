@@ -441,5 +441,4 @@ const struct kda_backend kda_cpu_backend = {.name = "cpu",
                                             .prefill = prefill,
                                             .prefill_describe = describe,
                                             .decode = kda_cpu_decode,
-                                            .decode_describe = kda_cpu_decode_describe,
-                                            .fuses_decode = true};
+                                            .decode_describe = kda_cpu_decode_describe};

@@ -262,5 +262,4 @@ const struct kda_backend kda_cuda_backend = {.name = "cuda",
                                              .prefill = prefill,
                                              .prefill_describe = describe,
                                              .decode = kda_cuda_decode,
-                                             .decode_describe = kda_cuda_decode_describe,
-                                             .fuses_decode = true};
+                                             .decode_describe = kda_cuda_decode_describe};

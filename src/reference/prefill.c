@@ -68,5 +68,4 @@ const struct kda_backend kda_reference_backend = {.name = "reference",
                                                   .prefill = prefill,
                                                   .prefill_describe = describe,
                                                   .decode = kda_reference_decode,
-                                                  .decode_describe = kda_reference_decode_describe,
-                                                  .fuses_decode = true};
+                                                  .decode_describe = kda_reference_decode_describe};

@@ -16,6 +16,13 @@ flash_kda_backend prefill_backend(const char *level) {
     return strcmp(level, "reference") ? FLASH_KDA_BACKEND_CPU : FLASH_KDA_BACKEND_REFERENCE;
 }
 
+bool prefill_tests_cuda(const struct check *check) {
+    for (int i = 0; i < check->level_count; i++)
+        if (prefill_backend(check->levels[i]) == FLASH_KDA_BACKEND_CUDA)
+            return true;
+    return false;
+}
+
 /* ---- Measuring --------------------------------------------------------------------------------- */
 
 double prefill_error(const struct tensor *x, const struct tensor *ref, const struct prefill_output *o,

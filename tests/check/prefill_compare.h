@@ -17,4 +17,7 @@ double prefill_error(const struct tensor *x, const struct tensor *ref, const str
 /* "reference" is a backend, all other levels are the CPU backend's. */
 flash_kda_backend prefill_backend(const char *level);
 
+/* Is level "cuda" among those that are checked? */
+bool prefill_tests_cuda(const struct check *check);
+
 #endif

@@ -296,10 +296,7 @@ static void devices(struct check *check) {
 }
 
 void prefill_cuda(struct check *check) {
-    bool tested = false;
-    for (int i = 0; i < check->level_count; i++)
-        tested |= prefill_backend(check->levels[i]) == FLASH_KDA_BACKEND_CUDA;
-    if (!tested)
+    if (!prefill_tests_cuda(check))
         return;
     graphs(check);
     wild_indices(check);
