@@ -69,4 +69,18 @@ KDA_INLINE struct kda_span kda_chunk_span(const struct kda_prefill *p, int64_t n
     return span;
 }
 
+/* Chunks of sequence n, at least 1: the state of a sequence without tokens is passed on, too. */
+KDA_INLINE int64_t kda_chunk_count(const struct kda_prefill *p, int64_t n, int64_t length) {
+    int64_t chunks = 0;
+    if (kda_cuts(p))
+        while (kda_chunk_span(p, n, length, chunks).count)
+            chunks++;
+    else if (kda_cut_every(p))
+        chunks = length / p->checkpoint_every * kda_chunks_of(p->checkpoint_every) +
+                 kda_chunks_of(length % p->checkpoint_every);
+    else
+        chunks = kda_chunks_of(length);
+    return chunks > 1 ? chunks : 1;
+}
+
 #endif

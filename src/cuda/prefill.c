@@ -32,62 +32,64 @@ static flash_kda_status check_size(const struct kda_prefill *p) {
     return kda_cuda_check_heads(p);
 }
 
-/* How a problem is run, and what its workspace holds: operands, then summaries of segments. */
+/* The kernels that run a problem: the portable level's; or Hopper's, with operands prepared before, or where they are used,
+ * by one multiprocessor to a chain or by two. */
+enum way { PORTABLE, CHAIN, FUSED, PAIRS };
+
+/* How a problem is run. */
 struct plan {
-    bool sm90;                  /* the chains run on Hopper's level, else on the portable one */
-    bool tiles;                 /* operands in the form of three tiles */
-    bool fused;                 /* these in one kernel, without a workspace */
+    enum way way;
     int processors;             /* multiprocessors of the device */
     int segments;               /* of every sequence; 1: not cut */
-    size_t operands, summaries; /* bytes */
+    size_t operands, summaries; /* bytes of the workspace */
 };
 
 #ifdef KDA_WITH_SM90
 enum { HAS_SM90 = true };
 #else
 enum { HAS_SM90 = false };
-#define kda_sm90_takes(p)             false
-#define kda_sm90_has_tiles(p)         false
-#define kda_sm90_parts(columns)       0
-#define kda_sm90_tiles_size()         0
-#define kda_sm90_fused(...)           cudaErrorNotSupported
-#define kda_sm90_chain(...)           cudaErrorNotSupported
-#define kda_sm90_summarise(...)       cudaErrorNotSupported
-#define kda_sm90_scan(...)            cudaErrorNotSupported
-#define kda_sm90_resume(...)          cudaErrorNotSupported
-#define kda_sm90_tiles_prepare(...)   cudaErrorNotSupported
-#define kda_sm90_tiles_chain(...)     cudaErrorNotSupported
-#define kda_sm90_tiles_summarise(...) cudaErrorNotSupported
-#define kda_sm90_tiles_resume(...)    cudaErrorNotSupported
+#define kda_sm90_takes(p)       false
+#define kda_sm90_has_tiles(p)   false
+#define kda_sm90_parts(columns) 0
+#define kda_sm90_fused(...)     cudaErrorNotSupported
+#define kda_sm90_chain(...)     cudaErrorNotSupported
+#define kda_sm90_summarise(...) cudaErrorNotSupported
+#define kda_sm90_scan(...)      cudaErrorNotSupported
+#define kda_sm90_resume(...)    cudaErrorNotSupported
+#define kda_sm90_pairs(...)     cudaErrorNotSupported
+#define kda_sm90_pairs_cut(...) cudaErrorNotSupported
+#define kda_sm90_compose(...)   cudaErrorNotSupported
+#define kda_sm90_correct(...)   cudaErrorNotSupported
 #endif
 
 /* What the environment asks for. */
 struct wish {
-    bool sm80, sm90, fused;
+    bool sm80, sm90, fused, pairs;
     int segments; /* 0: as is fastest */
 };
 
 static flash_kda_status read_wish(struct wish *wish) {
-    const char *forced = getenv(LEVEL_VARIABLE);
+    const char *forced = getenv(LEVEL_VARIABLE), *rest = forced;
     *wish = (struct wish){.sm80 = false};
     if (!forced || !*forced)
         return FLASH_KDA_OK;
     wish->sm80 = !strcmp(forced, "sm80");
-    wish->sm90 = !strcmp(forced, "sm90");
     wish->fused = !strcmp(forced, "sm90/fused");
-    if (wish->fused) {
-        wish->sm90 = true;
-    } else if (!strncmp(forced, "sm90/", 5)) {
+    wish->pairs = !strncmp(forced, "sm90/pairs", 10);
+    rest += wish->sm80 ? 4 : wish->fused || wish->pairs ? 10 : !strncmp(forced, "sm90", 4) ? 4 : 0;
+    wish->sm90 = !wish->sm80;
+    if (*rest == '/' && wish->sm90 && !wish->fused) {
         char *end = NULL;
-        long count = strtol(forced + 5, &end, 10);
-        wish->sm90 = !*end && count >= 1 && count <= KDA_CUDA_MAX_SEGMENTS;
-        wish->segments = wish->sm90 ? (int)count : 0;
+        long count = strtol(rest + 1, &end, 10);
+        wish->segments = count >= 1 && count <= KDA_CUDA_MAX_SEGMENTS ? (int)count : 0;
+        rest = wish->segments ? end : forced;
     }
-    if (wish->sm80 || wish->sm90)
+    if (!*rest)
         return FLASH_KDA_OK;
     return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
                     "the environment variable " LEVEL_VARIABLE
-                    " is %.40s; expected sm80, sm90, sm90/fused or, for N segments, sm90/N with N from 1 to %d",
+                    " is %.40s; expected sm80, sm90, sm90/fused, sm90/pairs or, for N segments, sm90/N or "
+                    "sm90/pairs/N with N from 1 to %d",
                     forced, KDA_CUDA_MAX_SEGMENTS);
 }
 
@@ -100,34 +102,66 @@ static bool may_cut(const struct kda_prefill *p) {
 
 /* How Hopper's level runs what it takes. */
 static void choose(const struct kda_prefill *p, const struct wish *wish, struct plan *plan) {
-    double microseconds;
     bool packed = p->cu_seqlens.data;
     int64_t tokens = packed && p->sequences ? p->tokens / p->sequences : p->tokens;
     struct kda_segment_problem problem = {.chains = p->sequences * p->value_heads,
                                           .chunks = kda_chunks_of(tokens),
                                           .packed = packed,
                                           .may_cut = may_cut(p),
-                                          .tiles = kda_sm90_has_tiles(p),
+                                          .checkpoints = p->checkpoints.data,
                                           .value_parts = kda_sm90_parts(p->value_dim),
                                           .identity_parts = kda_sm90_parts(p->key_dim),
                                           .processors = plan->processors};
-    plan->tiles = problem.tiles;
-    plan->segments = kda_segments(&problem, &microseconds);
+    double paired;
+    if (!kda_sm90_has_tiles(p) || (wish->segments && !wish->pairs)) {
+        plan->way = CHAIN;
+        plan->segments = kda_segments(&problem);
+    } else {
+        plan->segments = kda_pairs(&problem, &paired);
+        /* What is in the batch beside a sequence may not decide. */
+        bool fused = wish->fused || p->batch_invariant || kda_fused_cost(&problem) < paired;
+        plan->way = fused && !wish->pairs ? FUSED : PAIRS;
+    }
     if (wish->segments)
         plan->segments = problem.may_cut ? wish->segments : 1;
-    else /* what is in the batch beside a sequence may not decide */
-        plan->fused =
-            plan->tiles && (wish->fused || p->batch_invariant || kda_fused_cost(&problem) < microseconds);
-    if (plan->fused)
+    if (plan->way == FUSED)
         plan->segments = 1;
+}
+
+/* Pairs' memory of cut sequences from `workspace` on; returns its bytes. */
+static size_t lay_out_cut(const struct kda_prefill *p, int segments, char *workspace,
+                          struct kda_sm90_cut *cut) {
+    size_t chains = (size_t)(p->sequences * p->value_heads), parts = chains * (size_t)segments, used = 0;
+    size_t rows = (size_t)(p->batches * p->tokens * p->value_heads);
+    size_t chunks = (size_t)(chunks_of(p) * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
+    struct kda_sm90_cut memory = {.segments = segments};
+    const struct {
+        void **part;
+        size_t bytes;
+    } all[] = {{(void **)&memory.B, parts * V * K * sizeof *memory.B},
+               {(void **)&memory.A, parts * K * K * sizeof *memory.A},
+               {(void **)&memory.A_units, parts * (K / 16) * sizeof *memory.A_units},
+               {(void **)&memory.outputs, rows * K * sizeof *memory.outputs},
+               {(void **)&memory.output_units, chunks * (K + V) / 16 * sizeof *memory.output_units},
+               {(void **)&memory.states, parts * V * K * sizeof *memory.states},
+               {(void **)&memory.state_units, parts * V * sizeof *memory.state_units}};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        *all[i].part = workspace + used;
+        used += (all[i].bytes + 255) / 256 * 256;
+    }
+    *cut = memory;
+    return used;
 }
 
 static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
     size_t chains = (size_t)(p->sequences * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
-    if (plan->fused)
+    struct kda_sm90_cut cut;
+    plan->operands = plan->summaries = 0;
+    if (plan->way == PAIRS && plan->segments > 1)
+        plan->summaries = lay_out_cut(p, plan->segments, NULL, &cut);
+    if (plan->way == FUSED || plan->way == PAIRS)
         return;
-    plan->operands = (size_t)chunks_of(p) * (size_t)p->value_heads *
-                     (plan->tiles ? kda_sm90_tiles_size() : kda_sm80_operands_size(p->key_dim));
+    plan->operands = (size_t)chunks_of(p) * (size_t)p->value_heads * kda_sm80_operands_size(p->key_dim);
     plan->summaries = plan->segments > 1 ? chains * (size_t)plan->segments * (V + K) * K * sizeof(float) : 0;
 }
 
@@ -150,10 +184,9 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
         return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
                         "the environment variable " LEVEL_VARIABLE " is %.40s, which %s; expected sm80",
                         getenv(LEVEL_VARIABLE), HAS_SM90 ? "this device cannot run" : "this build lacks");
-    plan->sm90 = runs && !wish.sm80 && kda_sm90_takes(p);
-    plan->tiles = plan->fused = false;
+    plan->way = PORTABLE;
     plan->segments = 1;
-    if (plan->sm90)
+    if (runs && !wish.sm80 && kda_sm90_takes(p))
         choose(p, &wish, plan);
     size_workspace(p, plan);
     return FLASH_KDA_OK;
@@ -171,39 +204,50 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *byte
 
 static flash_kda_status launch_segments(const struct kda_prefill *p, const struct plan *plan, char *workspace) {
     struct kda_sm90_segments segments = {plan->segments, (float *)(void *)(workspace + plan->operands)};
-    int processors = plan->processors;
     flash_kda_status status = kda_cuda_status(
-        plan->tiles ? kda_sm90_tiles_summarise(p, chunks_of(p), workspace, segments, processors, p->stream)
-                    : kda_sm90_summarise(p, chunks_of(p), workspace, segments, p->stream),
-        "prefill, kernel summarise");
+        kda_sm90_summarise(p, chunks_of(p), workspace, segments, p->stream), "prefill, kernel summarise");
     if (!status)
         status = kda_cuda_status(kda_sm90_scan(p, segments, p->stream), "prefill, kernel scan");
     if (!status)
-        status = kda_cuda_status(
-            plan->tiles ? kda_sm90_tiles_resume(p, chunks_of(p), workspace, segments, processors, p->stream)
-                        : kda_sm90_resume(p, chunks_of(p), workspace, segments, p->stream),
-            "prefill, kernel resume");
+        status = kda_cuda_status(kda_sm90_resume(p, chunks_of(p), workspace, segments, p->stream),
+                                 "prefill, kernel resume");
     return status;
+}
+
+static flash_kda_status launch_pairs(const struct kda_prefill *p, const struct plan *plan, char *workspace) {
+    flash_kda_status status = FLASH_KDA_OK;
+    struct kda_sm90_cut cut = {.segments = 1};
+    if (plan->segments > 1) {
+        lay_out_cut(p, plan->segments, workspace, &cut);
+        status = kda_cuda_status(kda_sm90_pairs_cut(p, chunks_of(p), cut, p->stream), "prefill, kernel pairs");
+        if (!status)
+            status = kda_cuda_status(kda_sm90_compose(p, cut, p->stream), "prefill, kernel compose");
+    }
+    if (status)
+        return status;
+    if (plan->segments == 1 || p->checkpoints.data) /* which take true states all the way */
+        return kda_cuda_status(kda_sm90_pairs(p, cut, p->stream), "prefill, kernel pairs");
+    return kda_cuda_status(kda_sm90_correct(p, chunks_of(p), cut, plan->processors, p->stream),
+                           "prefill, kernel correct");
 }
 
 static flash_kda_status launch(const struct kda_prefill *p, const struct plan *plan, void *workspace) {
     flash_kda_status status = FLASH_KDA_OK;
-    if (plan->fused)
+    if (plan->way == FUSED)
         return kda_cuda_status(kda_sm90_fused(p, plan->processors, p->stream), "prefill, kernel fused");
+    if (plan->way == PAIRS)
+        return launch_pairs(p, plan, workspace);
     if (p->tokens)
-        status = kda_cuda_status(
-            plan->tiles ? kda_sm90_tiles_prepare(p, chunks_of(p), workspace, plan->processors, p->stream)
-                        : kda_sm80_prepare(p, chunks_of(p), workspace, p->stream),
-            "prefill, kernel prepare");
+        status =
+            kda_cuda_status(kda_sm80_prepare(p, chunks_of(p), workspace, p->stream), "prefill, kernel prepare");
     if (status)
         return status;
     if (plan->segments > 1)
         return launch_segments(p, plan, workspace);
-    return kda_cuda_status(
-        plan->tiles  ? kda_sm90_tiles_chain(p, chunks_of(p), workspace, plan->processors, p->stream)
-        : plan->sm90 ? kda_sm90_chain(p, chunks_of(p), workspace, plan->processors, p->stream)
-                     : kda_sm80_chain(p, chunks_of(p), workspace, p->stream),
-        "prefill, kernel chain");
+    return kda_cuda_status(plan->way == CHAIN
+                               ? kda_sm90_chain(p, chunks_of(p), workspace, plan->processors, p->stream)
+                               : kda_sm80_chain(p, chunks_of(p), workspace, p->stream),
+                           "prefill, kernel chain");
 }
 
 /* Launches on q's device and leaves the thread's current device as it was. */
@@ -229,16 +273,15 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
         status = make_plan(p, &plan);
     if (status)
         return status;
-    if (plan.fused) {
-        snprintf(text, size, "cuda: level sm90, one kernel, bf16 products, %" PRId64 " chains",
-                 p->sequences * p->value_heads);
-        return FLASH_KDA_OK;
-    }
-    snprintf(text, size,
-             "cuda: level %s, bf16 products, %" PRId64 " chains, %" PRId64
-             " chunks of up to %d tokens, %d segment%s",
-             plan.sm90 ? "sm90" : "sm80", p->sequences * p->value_heads, chunks_of(p), KDA_CUDA_CHUNK,
-             plan.segments, plan.segments == 1 ? "" : "s");
+    int64_t chains = p->sequences * p->value_heads;
+    if (plan.way == FUSED)
+        snprintf(text, size, "cuda: level sm90, one kernel, bf16 products, %" PRId64 " chains", chains);
+    else
+        snprintf(text, size,
+                 "cuda: level %s%s, bf16 products, %" PRId64 " chains, %" PRId64
+                 " chunks of up to %d tokens, %d segment%s",
+                 plan.way == PORTABLE ? "sm80" : "sm90", plan.way == PAIRS ? ", pairs of multiprocessors" : "",
+                 chains, chunks_of(p), KDA_CUDA_CHUNK, plan.segments, plan.segments == 1 ? "" : "s");
     return FLASH_KDA_OK;
 }
 

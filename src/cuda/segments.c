@@ -12,15 +12,17 @@
 struct step {
     double alone, beside;
 };
-/* What depends on the form of the operands. */
-static const struct form {
-    double prepare; /* a chunk of one head, on one multiprocessor */
-    struct step with_outputs, summarising;
-} general = {2.7, {1.2, 2.0}, {0.95, 1.4}}, tiles = {2.25, {1.2, 2.0}, {0.85, 1.36}};
+static const struct step WITH_OUTPUTS = {1.2, 2.0}, SUMMARISING = {0.95, 1.4};
+#define PREPARE    2.7 /* a chunk of one head, on one multiprocessor */
 #define STEP_FUSED 2.35
 #define BEGIN      8.2 /* of a CTA's chain or segment, and its end */
 #define SCAN_STEP  2.1
 #define LAUNCH     3.75 /* a kernel, and its ramp */
+/* Of pairs: a step, uncut and cut, a segment's composition, and correcting a chunk's outputs. */
+#define STEP_PAIR    1.51
+#define STEP_CUT     1.88
+#define COMPOSE_STEP 0.98
+#define CORRECT      1.49 /* on one multiprocessor */
 /* The longest sequence of a packed batch, in average ones, and what it costs that CTAs do not end together. */
 #define LONGEST   2.4
 #define IMBALANCE 1.15
@@ -32,25 +34,42 @@ static double steps(struct step step, int64_t chunks, int64_t ctas, int processo
 }
 
 static double cost(const struct kda_segment_problem *p, int segments) {
-    const struct form *form = p->tiles ? &tiles : &general;
-    double prepare = (double)(p->chains * p->chunks) * form->prepare / p->processors + LAUNCH;
+    double prepare = (double)(p->chains * p->chunks) * PREPARE / p->processors + LAUNCH;
     if (segments == 1)
-        return prepare + steps(form->with_outputs, p->chunks, p->chains * p->value_parts, p->processors) +
-               LAUNCH;
+        return prepare + steps(WITH_OUTPUTS, p->chunks, p->chains * p->value_parts, p->processors) + LAUNCH;
     int64_t each = (p->chunks + segments - 1) / segments;
     int64_t summed = p->chains * ((segments - 2) * (p->value_parts + p->identity_parts) + p->value_parts);
-    return prepare + steps(form->summarising, each, summed, p->processors) +
-           steps(form->with_outputs, each, p->chains * segments * p->value_parts, p->processors) +
+    return prepare + steps(SUMMARISING, each, summed, p->processors) +
+           steps(WITH_OUTPUTS, each, p->chains * segments * p->value_parts, p->processors) +
            (segments - 2) * SCAN_STEP + 3 * LAUNCH;
 }
 
-int kda_segments(const struct kda_segment_problem *problem, double *microseconds) {
+int kda_segments(const struct kda_segment_problem *problem) {
     int best = 1;
-    *microseconds = cost(problem, 1);
     for (int n = 3; problem->may_cut && n <= KDA_CUDA_MAX_SEGMENTS && problem->chunks / n >= MIN_CHUNKS; n++)
-        if (cost(problem, n) < *microseconds) {
+        if (cost(problem, n) < cost(problem, best))
             best = n;
-            *microseconds = cost(problem, n);
+    return best;
+}
+
+static double cost_of_pairs(const struct kda_segment_problem *p, int segments) {
+    double longest = (double)p->chunks * (p->packed ? LONGEST : 1);
+    int64_t pairs = p->processors / 2, waves = (p->chains * segments + pairs - 1) / pairs;
+    if (segments == 1)
+        return (double)waves * (longest * STEP_PAIR + BEGIN) + LAUNCH;
+    int64_t each = ((int64_t)longest + segments - 1) / segments;
+    double first = (double)waves * ((double)each * STEP_CUT + BEGIN) + segments * COMPOSE_STEP + 3 * LAUNCH;
+    return first + (p->checkpoints ? (double)waves * ((double)each * STEP_PAIR + BEGIN)
+                                   : (double)(p->chains * p->chunks) * CORRECT / p->processors);
+}
+
+int kda_pairs(const struct kda_segment_problem *problem, double *microseconds) {
+    int best = 1;
+    *microseconds = cost_of_pairs(problem, 1);
+    for (int n = 2; problem->may_cut && n <= KDA_CUDA_MAX_SEGMENTS && n <= problem->chunks; n++)
+        if (cost_of_pairs(problem, n) < *microseconds) {
+            best = n;
+            *microseconds = cost_of_pairs(problem, n);
         }
     return best;
 }

@@ -13,15 +13,18 @@ struct kda_segment_problem {
     int64_t chains, chunks; /* chunks of an average sequence */
     bool packed;            /* some are longer, some shorter */
     bool may_cut;           /* exactly, at whole chunks */
-    bool tiles;             /* operands in the form of three tiles */
+    bool checkpoints;       /* states within segments are asked for */
     int value_parts;        /* CTAs that a chain's columns of V take */
     int identity_parts;     /* CTAs that the columns of a segment's A take */
     int processors;         /* multiprocessors, each of which holds two CTAs */
 };
 
-/* 1, or the number of segments, at least 3, that the cost model below expects to be fastest; *microseconds becomes what
- * it expects of the kernels. */
-int kda_segments(const struct kda_segment_problem *problem, double *microseconds);
+/* 1, or the number of segments, at least 3, that the cost model below expects to be fastest with prepared operands. */
+int kda_segments(const struct kda_segment_problem *problem);
+
+/* The same for pairs of multiprocessors, each of which works one chain or segment at a time: 1, or at least 2;
+ * *microseconds becomes what it expects of the kernels. */
+int kda_pairs(const struct kda_segment_problem *problem, double *microseconds);
 
 /* What it expects of the fused kernel, which works a chain in one CTA, one CTA on a multiprocessor. */
 double kda_fused_cost(const struct kda_segment_problem *problem);

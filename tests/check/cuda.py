@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Everything that needs a GPU, in one go: the check program on level cuda, short and long cases; the captured inputs;
 and the short cases again under each tool of compute-sanitizer, where that is installed. On a GPU with a level of its
-own all of prefill runs on the portable level too (FLASH_KDA_CUDA=sm80), in segments (sm90/5) and in one kernel (sm90/fused).
+own all of prefill runs in every other way, too: see FORCED.
 
 usage: cuda.py [--build DIR] [--quick] [--only JOB ...] [--seed N] [--commit NAME] [-o FILE]      (./dev check-cuda)
 
@@ -28,8 +28,10 @@ import device  # noqa: E402
 # With their own options. The check program makes wrong calls on purpose and looks at every status itself.
 TOOL_OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "initcheck": [], "synccheck": []}
 TOOLS = list(TOOL_OPTIONS)
-# The portable level on Hopper too; Hopper's with every sequence in five segments; and all that fits in one kernel.
-FORCED = {"-sm80": "sm80", "-segments": "sm90/5", "-fused": "sm90/fused"}
+# Values of FLASH_KDA_CUDA: the portable level; Hopper's with every sequence in five segments; all that fits in one kernel, by
+# one multiprocessor to a chain, by two, and by two to each of three segments.
+FORCED = {"-sm80": "sm80", "-segments": "sm90/5", "-fused": "sm90/fused", "-pairs": "sm90/pairs/1",
+          "-cut": "sm90/pairs/3"}
 DECODE = "-decode"  # is the same whatever is forced
 JOBS = [name + what for name in ("short", "long", "captured", *TOOLS) for what in ("", *FORCED, DECODE)]
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")

@@ -270,6 +270,8 @@ inline __device__ void load_whole(const kda_state &state, float (&S)[DIM / 8][4]
 
 inline __device__ void store_whole(const kda_state &state, const float (&S)[DIM / 8][4], int unit) {
     float factor = power_of_two(unit);
+    if (!state.data)
+        return;
     if (!as_pairs(state))
         each_pair(S, [&](float x, float y, int channel, int column) {
             store_float(element(state, column, channel), state.dtype, 0, x * factor);
@@ -298,6 +300,17 @@ inline __device__ void store_whole_checkpoints(const kda_prefill &p, int n, int 
     }
 }
 
+/* What of a chunk is out of the ordinary, for consumers to test at once. */
+enum : uint32_t {
+    ENDS = 1,    /* there is none: the CTA's work is done */
+    BEGINS = 2,  /* the first that the CTA works of its sequence */
+    EMPTY = 4,   /* of a sequence without tokens */
+    PARTIAL = 8, /* fewer tokens than a chunk's */
+    MEASURE = 16 /* S, behind it */,
+    CHECKPOINT = 32, /* there may be one behind it */
+    LAST = 64        /* that the CTA works of its sequence */
+};
+
 /* What a loader says of a chunk. */
 struct Task {
     int n, head;      /* of its chain */
@@ -305,97 +318,107 @@ struct Task {
     int position;     /* where it ends in its sequence */
     int slot;         /* of its state */
     int column;       /* first of the CTA's columns of V */
-    int count;        /* tokens; -1 behind the CTA's last chunk, 0 of a sequence without any */
-    bool first, last; /* of what the CTA works of its sequence */
+    int count;        /* tokens; -1: see ENDS */
+    uint32_t flags;
 };
 
-/* The warp's outputs of a chunk [CHUNK][16 columns], from o^T, to its own `rows`. */
-inline __device__ void place_outputs(const kda_prefill &p, const float (&o)[CHUNK / 8][4],
-                                     __nv_bfloat16 *rows) {
+inline __device__ uint32_t find_flags(const kda_prefill &p, const Task &task, bool first, bool last) {
+    if (task.count < 0)
+        return ENDS;
+    return (first ? BEGINS : 0) | (task.count == 0 ? EMPTY : 0) | (task.count < CHUNK ? PARTIAL : 0) |
+           (task.position % MEASURED < CHUNK ? MEASURE : 0) | (p.checkpoints.data ? CHECKPOINT : 0) |
+           (last ? LAST : 0);
+}
+
+/* Until rows are free: what was sent has left. */
+inline __device__ void wait_for_rows() {
     if (threadIdx.x % 32 == 0)
-        ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>()); /* the chunk before has left */
+        ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+}
+
+/* The warp's outputs of a chunk [CHUNK][16 columns], from o^T, to its own `rows`. */
+inline __device__ void place_outputs(kda_dtype dtype, const float (&o)[CHUNK / 8][4], __nv_bfloat16 *rows) {
+    wait_for_rows();
     __syncwarp();
     uint32_t pairs[CHUNK / 8][2];
 #pragma unroll
     for (int i = 0; i < CHUNK / 8; i++)
 #pragma unroll
         for (int n = 0; n < 2; n++)
-            pairs[i][n] = pack_output(p.out.dtype, o[i][2 * n], o[i][2 * n + 1]);
+            pairs[i][n] = pack_output(dtype, o[i][2 * n], o[i][2 * n + 1]);
     turn_over(pairs, rows);
 }
 
 /* And from there to memory. */
-inline __device__ void send_outputs(const kda_prefill &p, const kda_sm90_maps &maps, const Task &task,
+inline __device__ void send_outputs(const kda_tensor &out, const CUtensorMap &map, const Task &task,
                                     const __nv_bfloat16 *rows) {
     int lane = threadIdx.x % 32, column = task.column + threadIdx.x / 32 * 16;
     fence_shared();
     __syncwarp();
-    if (task.count == CHUNK) {
+    if (!(task.flags & PARTIAL)) {
         if (lane == 0) {
             const int32_t at[4] = {column, task.head, task.token, task.batch};
-            ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &maps.out, at, rows);
+            ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, at, rows);
             ptx::cp_async_bulk_commit_group();
         }
     } else if (lane < task.count) { /* what lies behind is another sequence's */
-        store_row(rows, kda_row(&p.out, task.batch, task.token + lane, task.head) + column * 2);
+        store_row(rows, kda_row(&out, task.batch, task.token + lane, task.head) + column * 2);
     }
 }
 
-/* A consumer warpgroup's work: all chunks that a loader sends through `shared`. before(task, S) makes S what it is before
- * a first chunk; after(task) is where it goes behind a last one. COLUMNS: of V, of the CTA. */
-template <int COLUMNS, bool outputs, class Shared, class Before, class After>
-__device__ void consume(const kda_prefill &p, const kda_sm90_maps &maps, Shared &shared, Before before,
-                        After after) {
-    /* A group that is alone on its multiprocessor waits for products with nothing else to do: then outputs leave while
-     * the next chunk's first product runs. Beside others that costs more than it hides. */
-    constexpr bool waits = outputs && COLUMNS == GROUP_COLUMNS;
+/* Outputs in the warp's unit become what they are. */
+inline __device__ void leave_unit(float (&o)[CHUNK / 8][4], int unit) {
+    if (__builtin_expect(unit != 0, 0))
+        scale_tiles(o, power_of_two(unit));
+}
+
+/* A consumer warpgroup's work: all chunks that a loader sends through `shared`, their outputs to `out`, which `map` maps.
+ * before(task, S) makes S what it is before a first chunk; finish(task, o, unit) makes a chunk's outputs what is to be
+ * stored, and returns as which dtype; after(task, S, unit) stores what is behind a last chunk. COLUMNS: of V, of the CTA. */
+template <int COLUMNS, bool outputs, class Shared, class Before, class Finish, class After>
+__device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUtensorMap &map, Shared &shared,
+                        Before before, Finish finish, After after) {
     float S[DIM / 8][4];
     int unit = 0;
     __nv_bfloat16 *rows = shared.outputs[threadIdx.x / 32];
-    Task leaving; /* the chunk whose outputs are in rows */
-    leaving.count = 0;
-    for (Turn<sizeof shared.tasks / sizeof(Task)> turn;; turn.next()) {
+    const Task *leaving = nullptr; /* whose outputs are in rows: they leave while the next first product runs */
+    for (Turn<sizeof shared.tasks / sizeof(Task) / 2> turn;; turn.next()) {
         wait(shared.full[turn.stage], turn.parity);
-        const Task &sent = shared.tasks[turn.stage];
-        if (sent.count < 0)
-            break;
-        if (__builtin_expect(sent.first, 0)) {
-            before(sent, S);
+        const Task &task = shared.tasks[turn.in_double()];
+        uint32_t flags = task.flags;
+        if (__builtin_expect(flags & (ENDS | BEGINS), 0)) {
+            if (flags & ENDS)
+                break;
+            before(task, S);
             unit = 0;
             measure_unit(S, unit);
         }
         float o[CHUNK / 8][4];
-        if (sent.count > 0)
+        if (__builtin_expect(!(flags & EMPTY), 1))
             advance<COLUMNS, outputs>(shared.tiles[turn.stage], shared.factors[turn.stage],
                                       shared.values[turn.stage], S, o, unit, [&] {
-                                          if (waits)
-                                              send_outputs(p, maps, leaving, rows);
+                                          if (outputs && leaving)
+                                              send_outputs(out, map, *leaving, rows);
                                       });
-        const Task task = sent; /* the next one may overwrite it */
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
-        if (outputs && task.count > 0) {
-            if (__builtin_expect(unit != 0, 0))
-                scale_tiles(o, power_of_two(unit));
-            place_outputs(p, o, rows);
-            if (waits)
-                leaving = task;
-            else
-                send_outputs(p, maps, task, rows);
-            if (__builtin_expect(p.checkpoints.data != nullptr, 0))
-                store_whole_checkpoints(p, task.n, task.head, task.column, task.position, S, unit);
+        if (outputs && __builtin_expect(!(flags & EMPTY), 1)) {
+            kda_dtype dtype = finish(task, o, unit);
+            place_outputs(dtype, o, rows);
+            leaving = &task;
         }
-        if (__builtin_expect(task.position % MEASURED < CHUNK, 0))
-            measure_unit(S, unit);
-        if (__builtin_expect(task.last, 0)) {
-            kda_state to = after(task);
-            if (to.data)
-                store_whole(from_column(to, task.column), S, unit);
+        if (__builtin_expect(flags & (MEASURE | CHECKPOINT | LAST), 0)) {
+            if (outputs && flags & CHECKPOINT && !(flags & EMPTY))
+                store_whole_checkpoints(p, task.n, task.head, task.column, task.position, S, unit);
+            if (flags & MEASURE)
+                measure_unit(S, unit);
+            if (flags & LAST)
+                after(task, S, unit);
         }
     }
-    if (waits)
-        send_outputs(p, maps, leaving, rows);
-    if (outputs && threadIdx.x % 32 == 0)
-        ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+    if (outputs && leaving) {
+        send_outputs(out, map, *leaving, rows);
+        wait_for_rows();
+    }
 }
 
 } // namespace kda

@@ -18,8 +18,7 @@ namespace {
 
 constexpr int STAGES = 5, CONSUMERS = 2, PRODUCERS = 2;
 constexpr int THREADS = (CONSUMERS + PRODUCERS) * GROUP;
-constexpr int SORTED = 256;                     /* sequences at most, more are worked in their own order */
-constexpr int KEYS = 0, QUERIES = 2, SCOUT = 3; /* warps of a producer warpgroup that receive chunks */
+constexpr int SORTED = 256; /* sequences at most, more are worked in their own order */
 
 /* Named barriers; 0 is __syncthreads. */
 enum {
@@ -47,7 +46,7 @@ struct alignas(1024) Shared {
     Factors factors[STAGES];
     uint8_t order[SORTED]; /* sequences, the longest first */
     Scratch scratch[PRODUCERS];
-    Task tasks[STAGES];
+    Task tasks[2 * STAGES];
     uint64_t arrived[STAGES]; /* q, k, v, g and the task: the scout and the bytes */
     uint64_t full[STAGES];    /* the operands: a producer warpgroup */
     uint64_t empty[STAGES];   /* both consumers are done */
@@ -82,20 +81,6 @@ __device__ int find_item(int round) {
     return round * across + (round % 2 ? across - 1 - place : place);
 }
 
-/* At least 1, so that the state of a sequence without tokens is passed on. */
-__device__ int count_chunks(const kda_prefill &p, int n, int length) {
-    int64_t chunks = 0;
-    if (kda_cuts(&p))
-        while (kda_chunk_span(&p, n, length, chunks).count)
-            chunks++;
-    else if (kda_cut_every(&p))
-        chunks = length / p.checkpoint_every * kda_chunks_of(p.checkpoint_every) +
-                 kda_chunks_of(length % p.checkpoint_every);
-    else
-        chunks = kda_chunks_of(length);
-    return chunks > 1 ? (int)chunks : 1;
-}
-
 /* Goes some chunks on, through the chains of the CTA. */
 __device__ void find_next(const kda_prefill &p, Shared &shared, int items, Scout &scout, int chunks) {
     int chunk = scout.chunk + chunks;
@@ -117,7 +102,7 @@ __device__ void find_next(const kda_prefill &p, Shared &shared, int items, Scout
             continue;
         scout.batch = (int)sequence.batch, scout.slot = (int)sequence.slot;
         scout.first = (int)sequence.first, scout.length = (int)sequence.length;
-        scout.chunks = count_chunks(p, scout.n, scout.length);
+        scout.chunks = (int)kda_chunk_count(&p, scout.n, scout.length);
     }
     scout.chunk = chunk;
 }
@@ -135,10 +120,10 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared &sh
         struct kda_span span = kda_chunk_span(&p, task.n, scout.length, chunk);
         task.token = scout.first + (int)span.first, task.position = (int)(span.first + span.count);
         task.count = (int)span.count;
-        task.first = chunk == 0, task.last = chunk + 1 == scout.chunks;
     }
+    task.flags = find_flags(p, task, chunk == 0, chunk + 1 == scout.chunks);
     wait(shared.empty[s], turn.parity ^ 1);
-    shared.tasks[s] = task;
+    shared.tasks[turn.in_double()] = task;
     scout.count = task.count;
     if (task.count <= 0) {
         ptx::mbarrier_arrive(arrived);
@@ -163,37 +148,8 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared &sh
 
 /* ---- Producers ------------------------------------------------------------------------------------ */
 
-/* What can be done as soon as a chunk is there: norms of k and of q by a warp each, beta by the scout. Behind a
- * sequence's end k, q and v become 0 and nothing decays. */
-__device__ void receive(const kda_prefill &p, Shared &shared, Scratch &scratch, const Turn<STAGES> &turn,
-                        int slot, uint32_t beta) {
-    int s = turn.stage, warp = thread() % GROUP / 32;
-    wait(shared.arrived[s], turn.parity);
-    int count = shared.tasks[s].count;
-    if (count <= 0)
-        return;
-    Panel(&panels)[PANELS] = shared.tiles[s].panels;
-    Factors &factors = shared.factors[s];
-    for (int i = 0; i < PANELS && __builtin_expect(count < CHUNK, 0); i++) {
-        clear_rows(warp == SCOUT  ? &shared.values[s][i * CHUNK * PANEL]
-                   : warp == KEYS ? panels[i].keys
-                                  : panels[i].queries,
-                   count, 0);
-        if (warp == SCOUT)
-            clear_rows(panels[i].gates, count, NO_DECAY);
-    }
-    __syncwarp();
-    if (warp == SCOUT)
-        scratch.blocks.beta[slot][thread() % 32] = find_beta(p, count, beta);
-    else
-        find_norms(warp == KEYS ? panels[0].keys : panels[0].queries, warp == KEYS ? 1.f : p.scale,
-                   warp == KEYS ? factors.key_scale : factors.query_scale,
-                   warp == KEYS ? scratch.blocks.rk[slot] : nullptr);
-}
-
 __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared &shared, int items, int group) {
     int warp = threadIdx.x % GROUP / 32;
-    bool receives = warp == KEYS || warp == QUERIES || warp == SCOUT;
     Scratch &scratch = shared.scratch[group];
     Turn<STAGES> turn, next, ahead;
     turn.next(group), next.next(group), ahead.next(group);
@@ -207,9 +163,16 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared 
             send(p, maps, shared, scout, ahead);
         }
         __syncwarp();
-        const Task &sent = shared.tasks[ahead.stage];
+        const Task &sent = shared.tasks[ahead.in_double()];
         beta[0] = beta[1], beta[1] = load_beta(p, sent.batch, sent.token, sent.head, scout.count);
         ahead.next(PRODUCERS);
+    };
+    int slot = 0;
+    auto receive = [&] {
+        int s = next.stage;
+        wait(shared.arrived[s], next.parity);
+        receive_chunk<PANELS>(p, shared.tiles[s], shared.factors[s], shared.values[s], scratch.blocks, slot,
+                              shared.tasks[next.in_double()].count, beta[0]);
     };
     if (warp == SCOUT) {
         if (threadIdx.x % 32 == 0)
@@ -217,14 +180,13 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared 
         go_on(group);
         go_on(PRODUCERS);
     }
-    int slot = 0;
-    if (receives)
-        receive(p, shared, scratch, next, slot, beta[0]);
+    if (receives())
+        receive();
     Gate gate;
     for (;; turn.next(PRODUCERS)) {
         wait(shared.arrived[turn.stage], turn.parity);
         barrier_wait(BARRIER_GROUP + group, GROUP);
-        const Task &task = shared.tasks[turn.stage];
+        const Task &task = shared.tasks[turn.in_double()];
         int count = task.count;
         if (count > 0) {
             if (task.head != gate.head)
@@ -238,8 +200,8 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared 
         slot ^= 1, next.next(PRODUCERS);
         if (warp == SCOUT)
             go_on(PRODUCERS);
-        if (receives)
-            receive(p, shared, scratch, next, slot, beta[0]);
+        if (receives())
+            receive();
     }
 }
 
@@ -270,12 +232,18 @@ __global__ void __maxnreg__(REGISTERS)
     if (group < CONSUMERS) {
         take_registers<CONSUMER_REGISTERS>();
         consume<DIM, true>(
-            p, maps, shared,
+            p, p.out, maps.out, shared,
             [&](const Task &task, float(&S)[DIM / 8][4]) {
                 load_whole(kda_state_at(&p, &p.initial_state, task.slot, task.head), S);
                 store_whole_checkpoints(p, task.n, task.head, 0, 0, S, 0);
             },
-            [&](const Task &task) { return kda_state_at(&p, &p.final_state, task.slot, task.head); });
+            [&](const Task &, float(&o)[CHUNK / 8][4], int unit) {
+                leave_unit(o, unit);
+                return p.out.dtype;
+            },
+            [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
+                store_whole(kda_state_at(&p, &p.final_state, task.slot, task.head), S, unit);
+            });
     } else {
         give_registers<PRODUCER_REGISTERS>();
         produce(p, maps, shared, items, group - CONSUMERS);

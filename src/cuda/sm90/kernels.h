@@ -42,18 +42,33 @@ bool kda_sm90_has_tiles(const struct kda_prefill *p);
 /* In that form, all of prefill in one kernel, without a workspace. */
 cudaError_t kda_sm90_fused(const struct kda_prefill *p, int processors, cudaStream_t stream);
 
-/* In that form, bytes of the operands of one chunk of one value head. */
-size_t kda_sm90_tiles_size(void);
+/* Memory of prefill by pairs of multiprocessors where sequences are cut: segment s takes a state S to A S + B, and its
+ * outputs are those from zero, O_B, and O_A S. All sequences have as many segments; chains = sequences * value heads. A
+ * unit is a log2, of what its elements are to be multiplied by. */
+struct kda_sm90_cut {
+    int segments;     /* of every sequence, at least 2 */
+    float *B;         /* [chains][segments][V][K]; of a first segment the state behind it */
+    uint16_t *A;      /* fp16 [chains][segments][K][K], in the order of cut.cuh; of a first segment nothing */
+    int16_t *A_units; /* [chains][segments][8], of 16 columns of A each */
+    uint16_t
+        *outputs; /* O_A, fp16 [B][T][HV][K], in first segments nothing. O_B is in `out`, as fp16 in units */
+    int16_t
+        *output_units; /* [HV][chunks][2][8]: of 16 columns of O_A each, then of O_B; first segments as above */
+    uint16_t *states;  /* fp16 [chains][segments][V][K]: S before a segment that is not the first */
+    int16_t *state_units; /* [chains][segments][V] */
+};
 
-/* In that form, as the kernels above and as kda_sm80_prepare; kda_sm90_scan serves both. */
-cudaError_t kda_sm90_tiles_prepare(const struct kda_prefill *p, int64_t chunks, void *operands, int processors,
-                                   cudaStream_t stream);
-cudaError_t kda_sm90_tiles_chain(const struct kda_prefill *p, int64_t chunks, const void *operands,
-                                 int processors, cudaStream_t stream);
-cudaError_t kda_sm90_tiles_summarise(const struct kda_prefill *p, int64_t chunks, const void *operands,
-                                     struct kda_sm90_segments segments, int processors, cudaStream_t stream);
-cudaError_t kda_sm90_tiles_resume(const struct kda_prefill *p, int64_t chunks, const void *operands,
-                                  struct kda_sm90_segments segments, int processors, cudaStream_t stream);
+/* In that form, two multiprocessors to a chain, without a workspace where it is not cut; where it is, to a segment, from the
+ * states that `cut` has. */
+cudaError_t kda_sm90_pairs(const struct kda_prefill *p, struct kda_sm90_cut cut, cudaStream_t stream);
+
+/* In that form, what becomes of every segment from zero, and of the identity; the true states, the one behind the sequence
+ * included; the outputs that these add. `chunks` as for the operands. */
+cudaError_t kda_sm90_pairs_cut(const struct kda_prefill *p, int64_t chunks, struct kda_sm90_cut cut,
+                               cudaStream_t stream);
+cudaError_t kda_sm90_compose(const struct kda_prefill *p, struct kda_sm90_cut cut, cudaStream_t stream);
+cudaError_t kda_sm90_correct(const struct kda_prefill *p, int64_t chunks, struct kda_sm90_cut cut,
+                             int processors, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

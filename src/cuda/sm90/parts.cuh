@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What the kernels that take states through prepared operands share: which part of a chain a CTA works.
+ * Which part of a chain a CTA of kernel chain works.
  *
- * Where there are few chains, sequences are cut into segments, and such a kernel passes over them twice: to find each
+ * Where there are few chains, sequences are cut into segments, and the kernel passes over them twice: to find each
  * one's (A, B), A as the state that comes of the identity and no values, and again from their true states.
  */
 #ifndef KDA_CUDA_SM90_PARTS_CUH

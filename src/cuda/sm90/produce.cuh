@@ -16,16 +16,19 @@
 
 namespace kda {
 
-constexpr int PADDED = HALF + 4; /* floats from row to row of a scratch matrix: no two in a bank */
+/* F is made of diagonal blocks of 8 tokens, which are joined to two of 16 and these to one. Floats from row to row of
+ * scratch matrices: no two in a bank. */
+constexpr int EIGHT = 8, PADDED = HALF + 4, PADDED_EIGHT = EIGHT + 4;
 constexpr float SMALL = 0x1p-4f, LARGE = 0x1p22f; /* squared norms of k and q that meet factors of 2^115 well */
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr uint32_t NO_DECAY = 0xff7fff7f; /* two raw gates, the least of bf16, whose decay is nothing */
 
 /* A producer warpgroup's own memory. */
 struct Blocks {
-    alignas(16) float L[2][HALF * PADDED]; /* diagonal blocks of beta rk L0 rk, transposed */
-    float Z[HALF * PADDED];                /* the block below: rk L0 */
-    alignas(16) float rk[2][CHUNK];        /* of this chunk or the group's next one, in turn */
+    alignas(16) float L[2][2][EIGHT * PADDED_EIGHT]; /* diagonal blocks of beta rk L0 rk, transposed */
+    float Z_eight[2][EIGHT * PADDED_EIGHT];          /* below them, rk L0 */
+    float Z[HALF * PADDED];                          /* and below two of them */
+    alignas(16) float rk[2][CHUNK];                  /* of this chunk or the group's next one, in turn */
     float beta[2][CHUNK];
 };
 
@@ -67,17 +70,16 @@ inline __device__ float find_square(const __nv_bfloat16 *tile) {
     uint32_t lane = thread() % 32, matrix = lane / 8, row = lane / 4;
     float above[2][4] = {}, below[2][4] = {}; /* 16 rows times the first 8 of them, and times the others */
     uint32_t at = shared_address(tile) + (matrix % 2 * 8 + lane % 8) * ROW;
-#pragma unroll 1
-    for (int i = 0; i < PANELS; i++, at += sizeof(Panel))
+#pragma unroll 4
+    for (uint32_t i = 0; i < DIM / 16; i++)
 #pragma unroll
-        for (uint32_t c = 0; c < PANEL / 16; c++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                uint32_t a[4];
-                ldmatrix(a, at + half * HALF * ROW + (((c * 2 + matrix / 2) ^ lane % 8) << 4));
-                mma(above[half], a, a[0], a[2]);
-                mma(below[half], a, a[1], a[3]);
-            }
+        for (int half = 0; half < 2; half++) {
+            uint32_t a[4], c = i % (PANEL / 16);
+            ldmatrix(a, at + i / (PANEL / 16) * sizeof(Panel) + half * HALF * ROW +
+                            (((c * 2 + matrix / 2) ^ lane % 8) << 4));
+            mma(above[half], a, a[0], a[2]);
+            mma(below[half], a, a[1], a[3]);
+        }
     /* Element (r, r) is in lane r * 4 + r / 2. */
     int from = lane % 8 * 4 + lane % 8 / 2;
     float squares[2][2];
@@ -137,7 +139,7 @@ inline __device__ float2 make_tiles(const Panel &panel, bool later, const Gate &
     uint32_t first =
         shared_address(panel.keys) + (later ? HALF : HALF - 1) * ROW + (lane * 4 ^ (later ? 0 : 7 << 4));
     auto place = [&](int n, int j) {
-        return ((first + n * TOGETHER * step) ^ (n & 1) << 6 ^ j << 4) + j * step;
+        return ((first + n * TOGETHER * step) ^ (n * TOGETHER & 7) << 4 ^ j << 4) + j * step;
     };
     uint32_t k[TOGETHER], q[TOGETHER], g[TOGETHER];
     float2 sum = make_float2(0, 0);
@@ -206,6 +208,37 @@ inline __device__ float find_beta(const kda_prefill &p, int count, uint32_t raw)
     return threadIdx.x % 32 < count ? x : 0.f;
 }
 
+/* Warps of a producer warpgroup that receive a chunk; the scout finds it, too, where that is long work. */
+constexpr int KEYS = 0, QUERIES = 2, SCOUT = 3;
+
+inline __device__ bool receives() { return thread() % GROUP / 32 != 1; }
+
+/* What can be done by each of them as soon as a chunk is there: norms of k and of q, and beta. Behind a sequence's end k,
+ * q and v become 0 and nothing decays. */
+template <int VALUE_PANELS>
+__device__ void receive_chunk(const kda_prefill &p, Tiles &tiles, Factors &factors, __nv_bfloat16 *values,
+                              Blocks &blocks, int slot, int count, uint32_t beta) {
+    int warp = thread() % GROUP / 32;
+    if (count <= 0)
+        return;
+    for (int i = 0; i < PANELS && __builtin_expect(count < CHUNK, 0); i++) {
+        Panel &panel = tiles.panels[i];
+        if (warp != SCOUT)
+            clear_rows(warp == KEYS ? panel.keys : panel.queries, count, 0);
+        else if (i < VALUE_PANELS)
+            clear_rows(values + i * CHUNK * PANEL, count, 0);
+        if (warp == SCOUT)
+            clear_rows(panel.gates, count, NO_DECAY);
+    }
+    __syncwarp();
+    if (warp == SCOUT)
+        blocks.beta[slot][thread() % 32] = find_beta(p, count, beta);
+    else
+        find_norms(warp == KEYS ? tiles.panels[0].keys : tiles.panels[0].queries, warp == KEYS ? 1.f : p.scale,
+                   warp == KEYS ? factors.key_scale : factors.query_scale,
+                   warp == KEYS ? blocks.rk[slot] : nullptr);
+}
+
 /* All of the warpgroup's threads. */
 inline __device__ void make_decays(Tiles &tiles, Factors &factors, const Gate &gate) {
     int warp = thread() % GROUP / 32, panel = warp % 2;
@@ -265,57 +298,82 @@ inline __device__ void store_M(const float (&d)[CHUNK / 8][4], const float *quer
     }
 }
 
-/* A diagonal block of F by forward substitution, a column to a lane; both halves of the warp do the same. */
+/* The diagonal block of 16 tokens of F: forward substitution in its blocks of 8, a column to a lane, which both halves of
+ * the warp do alike; then what is below, -F11 Z F00. */
 inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], int block, Blocks &blocks, int slot,
                                     float *F) {
-    int lane = thread() % 32, row = lane / 4, column = lane % 4 * 2, own = lane % HALF;
+    uint32_t lane = thread() % 32, row = lane / 4, part = lane % 4;
     const float *rk = &blocks.rk[slot][block * HALF], *beta = &blocks.beta[slot][block * HALF];
-    float *L = blocks.L[block];
-    const float rows[2] = {rk[row], rk[row + 8]};
-    const float factors[2] = {rows[0] * beta[row], rows[1] * beta[row + 8]};
+    const float rows[2] = {rk[row], rk[row + EIGHT]};
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-        float2 columns = *reinterpret_cast<const float2 *>(&rk[j * 8 + column]);
+    for (int s = 0; s < 2; s++) {
+        float2 columns = *reinterpret_cast<const float2 *>(&rk[s * EIGHT + part * 2]);
+        float factor = rows[s] * beta[s * EIGHT + row];
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            float x = block == 0 ? d[j][n] : d[2 + j][n];
-            L[(j * 8 + column + n % 2) * PADDED + row + n / 2 * 8] =
-                x * factors[n / 2] * (n % 2 ? columns.y : columns.x);
-            if (block == 1)
-                blocks.Z[(row + n / 2 * 8) * PADDED + j * 8 + column + n % 2] =
-                    round_tf32(d[j][n] * rows[n / 2]);
+        for (int n = 0; n < 2; n++) {
+            float x = block == 0 ? d[s][2 * s + n] : d[2 + s][2 * s + n];
+            blocks.L[block][s][(part * 2 + n) * PADDED_EIGHT + row] = x * factor * (n ? columns.y : columns.x);
         }
     }
-    __syncwarp();
-    float x[HALF];
 #pragma unroll
-    for (int i = 0; i < HALF; i++)
+    for (int n = 0; n < 2; n++)
+        blocks.Z_eight[block][row * PADDED_EIGHT + part * 2 + n] =
+            round_tf32((block == 0 ? d[0][2 + n] : d[2][2 + n]) * rows[1]);
+    if (block == 1)
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                blocks.Z[(row + n / 2 * 8) * PADDED + j * 8 + part * 2 + n % 2] =
+                    round_tf32(d[j][n] * rows[n / 2]);
+    __syncwarp();
+    uint32_t own = lane % EIGHT, s = lane / EIGHT % 2, upper = lane / HALF;
+    const float *L = blocks.L[block][s];
+    float x[EIGHT];
+#pragma unroll
+    for (int i = 0; i < EIGHT; i++)
         x[i] = i == own ? 1.f : 0.f;
 #pragma unroll
-    for (int j = 0; j < HALF - 1; j++)
+    for (int j = 0; j < EIGHT - 1; j++)
 #pragma unroll
-        for (int i = (j + 1) / 4 * 4; i < HALF; i += 4) {
-            float4 of = *reinterpret_cast<const float4 *>(&L[j * PADDED + i]);
+        for (int i = (j + 1) / 4 * 4; i < EIGHT; i += 4) {
+            float4 of = *reinterpret_cast<const float4 *>(&L[j * PADDED_EIGHT + i]);
             const float l[4] = {of.x, of.y, of.z, of.w};
 #pragma unroll
             for (int n = 0; n < 4; n++)
                 if (i + n > j)
                     x[i + n] = fmaf(-l[n], x[j], x[i + n]);
         }
-    int half = lane / HALF * 8,
-        piece = block * 4 + own / 8 * 2 + own % 2; /* half: of the column's rows to store */
-    uint32_t at = shared_address(F) + (block * HALF + half) * CHUNK * 4 + (piece << 4) + own % 8 / 2 * 4;
-    float step = beta[own];
+    /* Half of the column's rows each, and a piece of the zeros above. */
+    uint32_t corner = shared_address(F) + block * HALF * CHUNK * 4, first = upper * 4;
+    uint32_t at = corner + (s * EIGHT + first) * CHUNK * 4 + own / 2 * 4;
+    uint32_t piece = (block * 2 + s) * 2 + own % 2;
+    float4 of = *reinterpret_cast<const float4 *>(&rk[s * EIGHT + first]);
+    const float norms[4] = {of.x, of.y, of.z, of.w};
+    float step = beta[s * EIGHT + own];
 #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-        float4 of = *reinterpret_cast<const float4 *>(&rk[half + i]);
-        const float norms[4] = {of.x, of.y, of.z, of.w};
+    for (int i = 0; i < 4; i++)
+        store_shared(at + i * CHUNK * 4 + ((piece ^ (first + i)) << 4),
+                     __float_as_uint(round_tf32((upper ? x[i + 4] : x[i]) * step * norms[i])));
+    if (upper == 0)
+        *reinterpret_cast<float4 *>(&F[(block * HALF + own) * CHUNK + (((block * 2 + 1) * 2 + s) ^ own) * 4]) =
+            make_float4(0, 0, 0, 0);
+    __syncwarp();
+    /* Operands as in join_blocks. */
+    Tf32Places places = Tf32Places::of_accumulator(F, block * HALF + EIGHT);
+    float product[4] = {}, result[4] = {};
+    uint32_t a[4] = {load_shared(places.at(0, block * HALF + EIGHT)), 0,
+                     load_shared(places.at(0, block * HALF + EIGHT + 1)), 0};
+    const float *b = &blocks.Z_eight[block][part * 2 * PADDED_EIGHT + row];
+    mma_tf32(product, a, __float_as_uint(b[0]), __float_as_uint(b[PADDED_EIGHT]));
+    a[0] = __float_as_uint(round_tf32(product[0])), a[2] = __float_as_uint(round_tf32(product[1]));
+    uint32_t above = corner + part * 2 * CHUNK * 4 + row / 2 * 4;
+    uint32_t column = block * 4 + row % 2;
+    mma_tf32(result, a, load_shared(above + ((column ^ part * 2) << 4)),
+             load_shared(above + CHUNK * 4 + ((column ^ (part * 2 + 1)) << 4)));
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            float y = round_tf32((half ? x[i + n + 8] : x[i + n]) * step * norms[n]);
-            store_shared((at ^ (i + n) << 4) + (i + n) * CHUNK * 4, __float_as_uint(y));
-        }
-    }
+    for (int n = 0; n < 2; n++)
+        store_shared(places.at(0, block * HALF + n), __float_as_uint(-round_tf32(result[n])));
 }
 
 /* The block of F above the diagonal blocks. */

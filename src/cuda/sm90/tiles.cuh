@@ -31,12 +31,6 @@ struct alignas(16) Factors {
     float key_scale[CHUNK], query_scale[CHUNK]; /* rk, rq by token_place */
 };
 
-/* What kernel prepare leaves of a chunk. */
-struct Prepared {
-    Tiles tiles;
-    Factors factors;
-};
-
 /* A consumer's thread needs channels c * 8 + lane % 4 * 2 + {0, 1} of every c, four at a time. */
 inline __device__ int channel_place(int channel) {
     return channel / 16 * 16 + channel % 8 / 2 * 4 + channel / 8 % 2 * 2 + channel % 2;

@@ -1,0 +1,237 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Finishes the outputs of all segments but the first: what each segment's kernel left from a state of zero, O_B, and O_A
+ * times the segment's true state.
+ *
+ * Limited by memory. The state lies in shared memory, a warp takes one strip after another by itself. Which element is
+ * which row or column of a product is chosen so that a lane's pieces of 16 bytes of O_A are its first operands, and its
+ * sums a piece of 16 bytes of the outputs: everything goes from memory to registers and back.
+ */
+#include "cuda/sm90/consume.cuh"
+#include "cuda/sm90/kernels.h"
+#include "cuda/sm90/launch.cuh"
+
+namespace kda {
+namespace {
+
+constexpr int WARPS = 8, CTAS = 2; /* of a CTA; of a multiprocessor */
+constexpr int SPAN = 32;           /* channels or columns, of which four lanes have a piece each */
+constexpr int SPANS = DIM / SPAN, TILES = SPAN / 8;
+constexpr int STRIP = 16;         /* tokens */
+constexpr int TOKENS = STRIP / 8; /* of a lane: 8 m + lane / 4 */
+constexpr int STRIPS = CHUNK / STRIP;
+constexpr int PIECE = 16;           /* bytes */
+constexpr int UNITS = 2 * DIM / 16; /* of a chunk: of O_A, then of O_B */
+
+struct Shared {
+    uint4 state[SPANS][TILES][SPANS][32]; /* second operands, of columns, then of channels */
+    float factors[DIM];                   /* of a column */
+};
+
+/* What a CTA works on, some strips of a segment, and where its sequence begins. */
+struct Part {
+    int64_t state;        /* chain * segments + segment */
+    int64_t length;       /* of the sequence, in tokens */
+    int begin, end, step; /* strips of the sequence; of those from begin to end every step-th is a warp's */
+    const char *of_A;     /* the lane's first piece */
+    char *out;
+    const int16_t *units;
+};
+
+__device__ int64_t row_of_A(const kda_prefill &p) { return p.value_heads * DIM * (int64_t)sizeof(uint16_t); }
+
+__device__ Part find_part(const kda_prefill &p, int64_t chunks, const kda_sm90_cut &cut, int pieces) {
+    Part part;
+    int others = cut.segments - 1, piece = blockIdx.x % pieces, rest = blockIdx.x / pieces;
+    int segment = 1 + rest % others, chain = rest / others, lane = threadIdx.x % 32;
+    int n = chain / (int)p.value_heads, head = chain % (int)p.value_heads;
+    struct kda_sequence sequence = kda_sequence(&p, n);
+    part.state = (int64_t)chain * cut.segments + segment;
+    part.length = sequence.length;
+    int all = (int)kda_chunks_of(sequence.length), each = (all + cut.segments - 1) / cut.segments;
+    part.begin = segment * each * STRIPS + piece * WARPS;
+    part.end = sequence.slot < 0 ? 0 : min((segment + 1) * each, all) * STRIPS;
+    part.step = pieces * WARPS;
+    int64_t token = sequence.first + lane / 4;
+    part.of_A = reinterpret_cast<const char *>(cut.outputs) +
+                (sequence.batch * p.tokens + token) * row_of_A(p) + head * DIM * (int)sizeof(uint16_t) +
+                lane % 4 * PIECE;
+    part.out = kda_row(&p.out, sequence.batch, sequence.first, head);
+    part.units = cut.output_units + (head * chunks + kda_first_chunk(&p, sequence.first, n)) * UNITS;
+    return part;
+}
+
+/* Column 8 i + 2 t + b of a span, where accumulators of tile t have it: in lane i of four, b = 0, 1. */
+__device__ void load_state(const kda_sm90_cut &cut, int64_t state, Shared &shared) {
+    const uint4 *rows = reinterpret_cast<const uint4 *>(cut.states + state * DIM * DIM);
+    int lane = threadIdx.x % 32, row = lane / 4;
+    for (int i = threadIdx.x / 32; i < SPANS * TILES * SPANS; i += WARPS) {
+        int channels = i % SPANS, tile = i / SPANS % TILES, columns = i / SPANS / TILES;
+        int column = columns * SPAN + row / 2 * 8 + tile * 2 + row % 2;
+        copy_async(&shared.state[columns][tile][channels][lane],
+                   &rows[column * (DIM / 8) + channels * (SPAN / 8) + lane % 4]);
+    }
+    copy_async_commit();
+    for (int i = threadIdx.x; i < DIM; i += WARPS * 32)
+        shared.factors[i] = power_of_two(cut.state_units[state * DIM + i]);
+}
+
+/* A lane's pieces of a strip of O_A, and their units. */
+struct Strip {
+    uint4 pieces[SPANS][TOKENS];
+    uint4 units;
+};
+
+/* Is there token t of a strip? */
+__device__ bool has_token(const Part &part, int number, int t) {
+    return number * (int64_t)STRIP + t < part.length;
+}
+
+/* Brings a strip's outputs near: a lane half a row. */
+__device__ void prefetch_outputs(const kda_prefill &p, const Part &part, int number) {
+    int token = threadIdx.x % 32 / 2;
+    if (has_token(part, number, token))
+        prefetch(part.out + (number * (int64_t)STRIP + token) * p.out.stride[1] + threadIdx.x % 2 * DIM);
+}
+
+__device__ void load_strip(const kda_prefill &p, const Part &part, int number, Strip &strip) {
+    int lane = threadIdx.x % 32;
+    prefetch_outputs(p, part, number);
+    const char *rows = part.of_A + number * (STRIP * row_of_A(p));
+    strip.units = __ldcg(reinterpret_cast<const uint4 *>(part.units + number / STRIPS * (int64_t)UNITS));
+#pragma unroll
+    for (int m = 0; m < TOKENS; m++)
+#pragma unroll
+        for (int i = 0; i < SPANS; i++)
+            strip.pieces[i][m] =
+                has_token(part, number, lane / 4 + m * 8)
+                    ? __ldcs(reinterpret_cast<const uint4 *>(rows + m * (8 * row_of_A(p)) + i * 4 * PIECE))
+                    : make_uint4(0, 0, 0, 0);
+}
+
+__device__ int low(uint32_t x) { return (int16_t)x; }
+__device__ int high(uint32_t x) { return (int)x >> 16; }
+
+__device__ void multiply_pairs(uint4 &piece, __half2 factor) {
+    __half2 *pairs = reinterpret_cast<__half2 *>(&piece);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        pairs[i] = __hmul2(pairs[i], factor);
+}
+
+/* Brings all channels of a strip to the largest unit, which it returns. */
+__device__ int level(Strip &strip) {
+    uint4 units = strip.units;
+    uint32_t most = __vmaxs2(__vmaxs2(units.x, units.y), __vmaxs2(units.z, units.w));
+    int largest = max(low(most), high(most));
+    const uint32_t of_span[SPANS] = {units.x, units.y, units.z, units.w};
+#pragma unroll
+    for (int i = 0; i < SPANS; i++) {
+        int unit = threadIdx.x % 4 < 2 ? low(of_span[i]) : high(of_span[i]);
+        __half2 factor = __float2half2_rn(power_of_two(unit - largest));
+#pragma unroll
+        for (int m = 0; m < TOKENS; m++)
+            multiply_pairs(strip.pieces[i][m], factor);
+    }
+    return largest;
+}
+
+/* sums = O_A S of 32 columns. */
+__device__ void multiply(const Strip &strip, const uint4 (&state)[TILES][SPANS][32], float (&sums)[TILES][4]) {
+#pragma unroll
+    for (int i = 0; i < SPANS; i++)
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            uint4 b = state[tile][i][threadIdx.x % 32];
+            const uint4 &upper = strip.pieces[i][0], &lower = strip.pieces[i][1];
+            const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
+            const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
+            if (i == 0)
+                mma_half<false>(sums[tile], first, b.x, b.y);
+            else
+                mma_half<true>(sums[tile], first, b.x, b.y);
+            mma_half<true>(sums[tile], second, b.z, b.w);
+        }
+}
+
+/* Of 8 columns of a token: O_B in its unit and the sums in theirs. */
+__device__ uint4 finish(kda_dtype dtype, uint4 piece, float factor, const float (&sums)[TILES][4], int lower,
+                        float factor_of_sums, const float2 (&of_columns)[TILES]) {
+    const uint32_t pairs[TILES] = {piece.x, piece.y, piece.z, piece.w};
+    uint32_t results[TILES];
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        float2 x = __half22float2(*reinterpret_cast<const __half2 *>(&pairs[tile]));
+        float2 sum =
+            make_float2(sums[tile][lower * 2] * factor_of_sums, sums[tile][lower * 2 + 1] * factor_of_sums);
+        results[tile] = pack_output(dtype, fmaf(x.x, factor, sum.x * of_columns[tile].x),
+                                    fmaf(x.y, factor, sum.y * of_columns[tile].y));
+    }
+    return make_uint4(results[0], results[1], results[2], results[3]);
+}
+
+__device__ void correct_strip(const kda_prefill &p, const Part &part, int number, Strip &strip,
+                              const Shared &shared) {
+    int lane = threadIdx.x % 32;
+    float factor_of_sums = power_of_two(max(level(strip), -126));
+    char *rows = part.out + (number * (int64_t)STRIP + lane / 4) * p.out.stride[1] + lane % 4 * PIECE;
+    const int16_t *units = part.units + number / STRIPS * (int64_t)UNITS + UNITS / 2 + lane % 4 / 2;
+#pragma unroll 1
+    for (int columns = 0; columns < SPANS; columns++, rows += 4 * PIECE, units += SPAN / 16) {
+        uint4 pieces[TOKENS];
+#pragma unroll
+        for (int m = 0; m < TOKENS; m++)
+            if (has_token(part, number, lane / 4 + m * 8))
+                pieces[m] = __ldcs(reinterpret_cast<const uint4 *>(rows + m * 8 * p.out.stride[1]));
+        float factor = power_of_two(*units);
+        float sums[TILES][4];
+        multiply(strip, shared.state[columns], sums);
+        float2 of_columns[TILES];
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++)
+            of_columns[tile] =
+                *reinterpret_cast<const float2 *>(&shared.factors[columns * SPAN + lane % 4 * 8 + tile * 2]);
+#pragma unroll
+        for (int m = 0; m < TOKENS; m++)
+            if (has_token(part, number, lane / 4 + m * 8))
+                __stcs(reinterpret_cast<uint4 *>(rows + m * 8 * p.out.stride[1]),
+                       finish(p.out.dtype, pieces[m], factor, sums, m, factor_of_sums, of_columns));
+    }
+}
+
+__global__ void __launch_bounds__(WARPS * 32, CTAS)
+    correct(const __grid_constant__ kda_prefill p, int64_t chunks, const __grid_constant__ kda_sm90_cut cut,
+            int pieces) {
+    let_next_begin();
+    __shared__ Shared shared;
+    wait_for_kernel_before();
+    Part part = find_part(p, chunks, cut, pieces);
+    if (part.begin >= part.end)
+        return;
+    load_state(cut, part.state, shared);
+    int number = part.begin + threadIdx.x / 32;
+    Strip strip;
+    if (number < part.end)
+        load_strip(p, part, number, strip);
+    copy_async_wait<0>();
+    __syncthreads();
+    while (number < part.end) {
+        correct_strip(p, part, number, strip, shared);
+        number += part.step;
+        if (number < part.end)
+            load_strip(p, part, number, strip);
+    }
+}
+
+} // namespace
+} // namespace kda
+
+cudaError_t kda_sm90_correct(const kda_prefill *p, int64_t chunks, kda_sm90_cut cut, int processors,
+                             cudaStream_t stream) {
+    using namespace kda;
+    int64_t states = p->sequences * p->value_heads * (cut.segments - 1);
+    int64_t each = chunks / (p->sequences * cut.segments) + 1; /* about */
+    int64_t pieces = kda_clamp(CTAS * processors / states, 1, (each * STRIPS + WARPS - 1) / WARPS);
+    return launch_behind(correct, dim3((unsigned)(states * pieces)), WARPS * 32, 0, stream, *p, chunks, cut,
+                         (int)pieces);
+}

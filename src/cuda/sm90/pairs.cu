@@ -1,0 +1,465 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Prefill by pairs of multiprocessors, for few chains (docs/hopper.md): what kernel fused takes, where chains or their
+ * segments are no more than pairs.
+ *
+ * A cluster of two CTAs works a chain. Both make operands, of every second chunk, and pass them on to the other, so that
+ * each has all of them. Then each takes 64 columns of V through them; or, where sequences are cut, one takes all of V
+ * through a segment from zero, and the other the identity: compose.cu and correct.cu make of that what it is from the
+ * true state.
+ */
+#include "cuda/sm90/consume.cuh"
+#include "cuda/sm90/cut.cuh"
+#include "cuda/sm90/kernels.h"
+#include "cuda/sm90/launch.cuh"
+#include "cuda/sm90/produce.cuh"
+#include "cuda/sm90/tensor_maps.h"
+
+namespace kda {
+namespace {
+
+constexpr int PAIR = 2, PRODUCERS = 2; /* CTAs of a cluster; producer warpgroups of each */
+constexpr int TURNS = PAIR * PRODUCERS;
+constexpr int PUSH = 1; /* the warp of a producer warpgroup that passes operands on */
+
+template <bool cut> constexpr int STAGES = cut ? 5 : 6;
+template <bool cut> constexpr int CONSUMERS = cut ? 2 : 1;
+template <bool cut> constexpr int THREADS = (CONSUMERS<cut> + PRODUCERS) * GROUP;
+/* Registers of a thread at the start, then of consumers and producers. */
+template <bool cut> constexpr int REGISTERS = cut ? 128 : 168;
+template <bool cut> constexpr int CONSUMER_REGISTERS = cut ? 168 : 200;
+template <bool cut> constexpr int PRODUCER_REGISTERS = cut ? 88 : 152;
+
+/* Named barriers; 0 is __syncthreads. */
+enum {
+    BARRIER_GROUP = 1 /* and the next: of each producer warpgroup */,
+    BARRIER_INVERSE = BARRIER_GROUP + PRODUCERS,
+    BARRIER_MADE = BARRIER_INVERSE + PRODUCERS
+};
+
+/* What a pair works on. */
+struct Part {
+    int n, head, key_head;
+    int batch, first, length, slot; /* of the sequence */
+    int segment, begin, chunks;     /* chunks at least 1, the first of which may be empty */
+    int16_t *units;                 /* of outputs, from the sequence's first chunk on */
+};
+
+template <bool cut> struct alignas(1024) Shared {
+    Tiles tiles[STAGES<cut>]; /* k, q and g at first, where the CTA makes them */
+    __nv_bfloat16 values[STAGES<cut>][CHUNK * GROUP_COLUMNS * CONSUMERS<cut>];
+    __nv_bfloat16 outputs[CONSUMERS<cut> * GROUP / 32]
+                         [CHUNK * 16]; /* of each consumer warp, swizzled by 32 bytes */
+    Factors factors[STAGES<cut>];
+    Blocks blocks[PRODUCERS];
+    Task tasks[2 * STAGES<cut>];
+    Part part;
+    uint64_t arrived[PRODUCERS];   /* a producer warpgroup's own chunk: the scout, the bytes of q, k, v and g */
+    uint64_t full[STAGES<cut>];    /* the operands: a producer warpgroup, or the scout and the bytes */
+    uint64_t empty[STAGES<cut>];   /* all consumers are done, and the operands are passed on */
+    uint64_t granted[STAGES<cut>]; /* the other CTA has room for the chunk made here */
+};
+
+__device__ Part find_part(const kda_prefill &p, const kda_sm90_cut &cut, int64_t all_chunks) {
+    int segments = cut.segments, chain = blockIdx.x / PAIR / segments;
+    Part part;
+    part.n = chain / (int)p.value_heads, part.head = chain % (int)p.value_heads;
+    part.key_head = part.head / (int)(p.value_heads / p.heads);
+    struct kda_sequence sequence = kda_sequence(&p, part.n);
+    part.batch = (int)sequence.batch, part.first = (int)sequence.first;
+    part.length = (int)sequence.length, part.slot = (int)sequence.slot;
+    part.segment = blockIdx.x / PAIR % segments;
+    int chunks = (int)kda_chunk_count(&p, part.n, sequence.length);
+    int each = (chunks + segments - 1) / segments;
+    part.begin = part.segment * each;
+    part.chunks = max(min(each, chunks - part.begin), 1);
+    part.units =
+        cut.output_units + (part.head * all_chunks + kda_first_chunk(&p, part.first, part.n)) * (2 * BLOCKS);
+    return part;
+}
+
+/* Chunk number i of the part, or what says that there is none. */
+__device__ Task find_task(const kda_prefill &p, const Part &part, int column, int i) {
+    Task task;
+    task.n = part.n, task.head = part.head, task.batch = part.batch, task.slot = part.slot;
+    task.column = column;
+    task.count = -1;
+    if (i < part.chunks) {
+        struct kda_span span = kda_chunk_span(&p, part.n, part.length, part.begin + i);
+        task.token = part.first + (int)span.first, task.position = (int)(span.first + span.count);
+        task.count = (int)span.count;
+    }
+    task.flags = find_flags(p, task, i == 0, i + 1 == part.chunks);
+    return task;
+}
+
+/* Stage and parity of a chunk's turn. */
+template <int STAGES> __device__ Turn<STAGES> turn_of(int chunk) {
+    Turn<STAGES> turn;
+    turn.stage = chunk % STAGES, turn.parity = chunk / STAGES & 1;
+    return turn;
+}
+
+/* Of a chunk made here: where the number of stages is odd, only every second one of a stage is. */
+template <int STAGES> __device__ uint32_t parity_of_grant(int chunk) {
+    return chunk / (STAGES % PAIR ? STAGES * PAIR : STAGES) & 1;
+}
+
+template <class T> __device__ T *of_other(T *mine, int rank) {
+    return static_cast<T *>(__cluster_map_shared_rank(mine, rank ^ 1));
+}
+
+/* ---- Producers ------------------------------------------------------------------------------------ */
+
+template <bool cut> struct Producer {
+    static constexpr int VALUE_PANELS = CONSUMERS<cut>;
+
+    const kda_prefill &p;
+    const kda_sm90_maps &maps;
+    Shared<cut> &shared;
+    int rank, group;
+
+    __device__ bool brings_values() const { return !cut || rank == 0; }
+    __device__ int column() const { return cut ? 0 : rank * GROUP_COLUMNS; }
+
+    __device__ void bring(void *to, const CUtensorMap &map, int channel, int head, const Task &task,
+                          uint64_t *barrier) const {
+        const int32_t at[4] = {channel, head, task.token, task.batch};
+        ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to, &map, at, barrier);
+    }
+    /* The scout says what a chunk is and has it brought: k, q and g where this group makes its operands; else there is
+     * room now for what the same group of the other CTA makes. Values in either case. */
+    __device__ void open(int chunk) {
+        bool own = chunk % PAIR == rank;
+        Turn<STAGES<cut>> turn = turn_of<STAGES<cut>>(chunk);
+        int s = turn.stage;
+        Task task = find_task(p, shared.part, column(), chunk);
+        wait(shared.empty[s], turn.parity ^ 1);
+        bool values = task.count > 0 && brings_values();
+        if (values && !own && task.count < CHUNK) {
+            load_tail(task, shared.values[s]);
+            values = false;
+        }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            uint64_t *barrier = own ? &shared.arrived[group] : &shared.full[s];
+            size_t bytes = own ? sizeof shared.tiles[s].panels : sizeof(Tiles) + sizeof(Factors);
+            shared.tasks[turn.in_double()] = task;
+            if (!own) {
+                ptx::mbarrier_arrive(&shared.empty[s]); /* nothing is passed on */
+                ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier, GROUP - 1u);
+            }
+            ptx::mbarrier_arrive_expect_tx(
+                ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier,
+                task.count > 0 ? (uint32_t)(bytes + (values ? sizeof shared.values[s] : 0)) : 0);
+#pragma unroll 1
+            for (int i = 0; i < VALUE_PANELS && values; i++)
+                bring(&shared.values[s][i * CHUNK * PANEL], maps.v, column() + i * PANEL, task.head, task,
+                      barrier);
+            if (own && task.count > 0) {
+                bring_keys(shared.tiles[s], task, barrier);
+                prefetch_keys(task);
+            } else if (task.count > 0)
+                ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cluster, ptx::space_cluster,
+                                     of_other(&shared.granted[s], rank));
+        }
+        __syncwarp();
+    }
+
+    __device__ void bring_keys(Tiles &tiles, const Task &task, uint64_t *barrier) const {
+#pragma unroll 1
+        for (int i = 0; i < PANELS; i++) {
+            Panel &panel = tiles.panels[i];
+            bring(panel.keys, maps.k, i * PANEL, shared.part.key_head, task, barrier);
+            bring(panel.queries, maps.q, i * PANEL, shared.part.key_head, task, barrier);
+            bring(panel.gates, maps.g, i * PANEL, task.head, task, barrier);
+        }
+    }
+
+    /* Towards the group's next chunk, which has no room yet. */
+    __device__ void prefetch_keys(const Task &task) const {
+        int token = task.token + TURNS * CHUNK;
+#pragma unroll 1
+        for (int i = 0; i < PANELS; i++) {
+            prefetch_tensor(&maps.k, i * PANEL, shared.part.key_head, token, task.batch);
+            prefetch_tensor(&maps.q, i * PANEL, shared.part.key_head, token, task.batch);
+            prefetch_tensor(&maps.g, i * PANEL, task.head, token, task.batch);
+        }
+    }
+
+    /* Rows of v, and zeros behind the sequence's end. */
+    __device__ void load_tail(const Task &task, __nv_bfloat16 *values) const {
+        constexpr int COLUMNS = GROUP_COLUMNS * VALUE_PANELS, PIECES = COLUMNS / 8;
+        const char *rows = kda_row(&p.v, task.batch, task.token, task.head) + task.column * 2;
+        for (int i = threadIdx.x % 32; i < CHUNK * PIECES; i += 32) {
+            int t = i / PIECES, c = i % PIECES * 8;
+            uint4 piece = make_uint4(0, 0, 0, 0);
+            if (t < task.count)
+                piece = *reinterpret_cast<const uint4 *>(rows + t * p.v.stride[1] + c * 2);
+            *reinterpret_cast<uint4 *>(&values[swizzled<CHUNK, COLUMNS>(t, c)]) = piece;
+        }
+    }
+
+    /* Warp PUSH: a chunk's operands are made, and go to the other CTA. */
+    __device__ void pass_on(int chunk, int count) {
+        int s = turn_of<STAGES<cut>>(chunk).stage;
+        if (count > 0) {
+            wait(shared.granted[s], parity_of_grant<STAGES<cut>>(chunk));
+            if (threadIdx.x % 32 == 0) {
+                uint64_t *full = of_other(&shared.full[s], rank);
+                ptx::cp_async_bulk(ptx::space_cluster, ptx::space_shared, of_other(&shared.tiles[s], rank),
+                                   &shared.tiles[s], (uint32_t)sizeof(Tiles), full);
+                ptx::cp_async_bulk(ptx::space_cluster, ptx::space_shared, of_other(&shared.factors[s], rank),
+                                   &shared.factors[s], (uint32_t)sizeof(Factors), full);
+                ptx::cp_async_bulk_commit_group();
+                ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+            }
+            __syncwarp();
+        }
+        if (threadIdx.x % 32 == 0)
+            ptx::mbarrier_arrive(&shared.empty[s]);
+    }
+
+    /* Chunks rank and rank + 2 of every four are this CTA's, one for each group. When one is made, the group goes on to the
+     * next: every step stands in the loop once, as code competes for the instruction cache. */
+    __device__ void produce() {
+        int warp = threadIdx.x % GROUP / 32, chunks = shared.part.chunks, slot = 0;
+        Blocks &blocks = shared.blocks[group];
+        uint32_t parity = 0;
+        Gate gate = find_gate(p, shared.part.head, warp % 2 * PANEL + threadIdx.x % 32 * 2);
+#pragma unroll 1
+        for (int next = rank + PAIR * group;; next += TURNS) {
+            const Task &task = shared.tasks[turn_of<STAGES<cut>>(next).in_double()];
+            uint32_t beta = 0;
+            if (warp == SCOUT) { /* to a chunk that the other CTA makes, too */
+#pragma unroll 1
+                for (int chunk = next - (rank ? 1 : TURNS - 1); chunk <= next; chunk += rank ? 1 : TURNS - 1)
+                    if (chunk >= 0 && chunk <= chunks)
+                        open(chunk);
+                if (next <= chunks)
+                    beta = load_beta(p, task.batch, task.token, task.head, task.count);
+            }
+            if (next > chunks)
+                return;
+            int s = turn_of<STAGES<cut>>(next).stage;
+            wait(shared.arrived[group], parity);
+            int count = task.count;
+            if (receives())
+                receive_chunk<VALUE_PANELS>(p, shared.tiles[s], shared.factors[s], shared.values[s], blocks,
+                                            slot, count, beta);
+            barrier_wait(BARRIER_GROUP + group, GROUP);
+            if (count > 0)
+                make_operands(shared.tiles[s], shared.factors[s], blocks, slot, BARRIER_GROUP + group,
+                              BARRIER_INVERSE + group, gate);
+            ptx::mbarrier_arrive(&shared.full[s]);
+            slot ^= 1, parity ^= 1;
+            if (warp == PUSH) {
+                barrier_wait(BARRIER_MADE + group, GROUP);
+                pass_on(next, count);
+            } else {
+                barrier_arrive(BARRIER_MADE + group, GROUP);
+            }
+        }
+    }
+};
+
+/* ---- Consumers ------------------------------------------------------------------------------------ */
+
+/* The state before a segment that is not the first. */
+__device__ void load_composed(const kda_sm90_cut &cut, int first_column, float (&S)[DIM / 8][4]) {
+    int64_t row = (int64_t)(blockIdx.x / PAIR) * DIM + first_column;
+    each_pair(S, [&](float &x, float &y, int channel, int column) {
+        uint32_t pair = *reinterpret_cast<const uint32_t *>(&cut.states[(row + column) * DIM + channel]);
+        float factor = power_of_two(cut.state_units[row + column]);
+        float2 of_unit = __half22float2(*reinterpret_cast<__half2 *>(&pair));
+        x = of_unit.x * factor, y = of_unit.y * factor;
+    });
+}
+
+/* 64 columns of V from the true state before the part to the one behind it. */
+__device__ void consume_whole(const kda_prefill &p, const kda_sm90_maps &maps, const kda_sm90_cut &cut,
+                              Shared<false> &shared) {
+    consume<GROUP_COLUMNS, true>(
+        p, p.out, maps.out, shared,
+        [&](const Task &task, float(&S)[DIM / 8][4]) {
+            if (shared.part.segment > 0) {
+                load_composed(cut, task.column, S);
+                return;
+            }
+            kda_state from = kda_state_at(&p, &p.initial_state, task.slot, task.head);
+            load_whole(from_column(from, task.column), S);
+            store_whole_checkpoints(p, task.n, task.head, task.column, 0, S, 0);
+        },
+        [&](const Task &, float(&o)[CHUNK / 8][4], int unit) {
+            leave_unit(o, unit);
+            return p.out.dtype;
+        },
+        [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
+            kda_state to = kda_state_at(&p, &p.final_state, task.slot, task.head);
+            if (cut.segments == 1) /* else it is there already */
+                store_whole(from_column(to, task.column), S, unit);
+        });
+}
+
+/* Brings a segment's outputs to where fp16 is exact enough; returns their unit. */
+__device__ int fit_half(float (&o)[CHUNK / 8][4], int unit) {
+    constexpr float LEAST = 0x1p-12f, GREATEST = 0x1p15f; /* of the largest one */
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            largest = fmaxf(largest, fabsf(o[i][n]));
+    if (__builtin_expect(__any_sync(~0u, largest >= LEAST) && !__any_sync(~0u, largest >= GREATEST), 1))
+        return unit;
+    int further = unit_of(largest_of_warp(largest));
+    scale_tiles(o, power_of_two(-further));
+    return unit + further;
+}
+
+/* All of V from zero, or in a sequence's first segment from the state before it; or the identity. One version of the
+ * code, because neighbouring multiprocessors share an instruction cache. */
+__device__ void consume_segment(const kda_prefill &p, const kda_tensor &out, const CUtensorMap &map,
+                                bool identity, const kda_sm90_cut &cut, Shared<true> &shared) {
+    consume<DIM, true>(
+        p, out, map, shared,
+        [&](const Task &task, float(&S)[DIM / 8][4]) {
+            if (identity) {
+                each_pair(S, [](float &x, float &y, int channel, int column) {
+                    x = channel == column ? 1.f : 0.f, y = channel + 1 == column ? 1.f : 0.f;
+                });
+                return;
+            }
+            kda_state from = kda_state_at(&p, &p.initial_state, task.slot, task.head);
+            if (shared.part.segment > 0)
+                from.data = nullptr;
+            load_whole(from, S);
+        },
+        [&](const Task &task, float(&o)[CHUNK / 8][4], int unit) {
+            if (shared.part.segment == 0) {
+                leave_unit(o, unit);
+                return p.out.dtype;
+            }
+            unit = fit_half(o, unit);
+            if (threadIdx.x % 32 == 0)
+                shared.part
+                    .units[(task.position - 1) / CHUNK * (2 * BLOCKS) + !identity * BLOCKS + threadIdx.x / 32] =
+                    (int16_t)unit;
+            return KDA_F16;
+        },
+        [&](const Task &, float(&S)[DIM / 8][4], int unit) {
+            int64_t at = blockIdx.x / PAIR; /* chain, segment */
+            if (!identity) {
+                kda_state to = {reinterpret_cast<char *>(cut.B + at * DIM * DIM), KDA_F32, DIM * 4, true};
+                store_whole(to, S, unit);
+                return;
+            }
+            measure_unit(S, unit);
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++)
+                *part_of_A(cut, at, threadIdx.x / 32, i) = pack_block(S[2 * i], S[2 * i + 1]);
+            if (threadIdx.x % 32 == 0)
+                cut.A_units[at * BLOCKS + threadIdx.x / 32] = (int16_t)unit;
+        });
+}
+
+/* A sequence's first segment needs no identity: its chunks only pass. */
+__device__ void let_pass(Shared<true> &shared) {
+    for (Turn<STAGES<true>> turn;; turn.next()) {
+        wait(shared.full[turn.stage], turn.parity);
+        if (shared.tasks[turn.in_double()].flags & ENDS)
+            return;
+        ptx::mbarrier_arrive(&shared.empty[turn.stage]);
+    }
+}
+
+/* ---- The kernel ----------------------------------------------------------------------------------- */
+
+/* O_A as a tensor, and its map. */
+struct Other {
+    kda_tensor out;
+    CUtensorMap map;
+};
+
+template <bool cut>
+__global__ void __cluster_dims__(PAIR) __maxnreg__(REGISTERS<cut>)
+    pairs(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
+          const __grid_constant__ kda_sm90_cut memory_of_cut, const __grid_constant__ Other other,
+          int64_t chunks) {
+    let_next_begin();
+    extern __shared__ __align__(1024) char memory[];
+    Shared<cut> &shared = *reinterpret_cast<Shared<cut> *>(memory);
+    int rank = blockIdx.x % PAIR, group = threadIdx.x / GROUP;
+    if (threadIdx.x == 0) {
+        shared.part = find_part(p, memory_of_cut, chunks);
+        for (int i = 0; i < PRODUCERS; i++)
+            ptx::mbarrier_init(&shared.arrived[i], 1);
+        for (int i = 0; i < STAGES<cut>; i++) {
+            ptx::mbarrier_init(&shared.full[i], GROUP);
+            ptx::mbarrier_init(&shared.empty[i], CONSUMERS<cut> * GROUP + 1);
+            ptx::mbarrier_init(&shared.granted[i], 1);
+        }
+        ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+    }
+    if (cut && rank == 1) /* the identity has no values */
+        for (uint4 *v = reinterpret_cast<uint4 *>(shared.values) + threadIdx.x;
+             v < reinterpret_cast<uint4 *>(shared.values + STAGES<cut>); v += THREADS<cut>)
+            *v = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    ptx::barrier_cluster_arrive();
+    ptx::barrier_cluster_wait();
+    if (shared.part.slot < 0)
+        return;
+    if (group >= CONSUMERS<cut>) {
+        give_registers<PRODUCER_REGISTERS<cut>>();
+        Producer<cut>{p, maps, shared, rank, group - CONSUMERS<cut>}.produce();
+    } else {
+        take_registers<CONSUMER_REGISTERS<cut>>();
+        if constexpr (!cut)
+            consume_whole(p, maps, memory_of_cut, shared);
+        else if (rank == 1 && shared.part.segment == 0)
+            let_pass(shared);
+        else
+            consume_segment(p, rank ? other.out : p.out, rank ? other.map : maps.out, rank, memory_of_cut,
+                            shared);
+    }
+    ptx::barrier_cluster_arrive(); /* the other one may still write here */
+    ptx::barrier_cluster_wait();
+}
+
+template <bool cut>
+cudaError_t launch(const kda_prefill *p, int64_t chunks, const kda_sm90_cut &memory, const Other &other,
+                   cudaStream_t stream) {
+    int bytes = sizeof(Shared<cut>);
+    kda_sm90_maps maps;
+    cudaError_t error = kda_sm90_map(p, &maps);
+    if (!error)
+        error = cudaFuncSetAttribute(pairs<cut>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error)
+        return error;
+    unsigned ctas = (unsigned)(p->sequences * p->value_heads * memory.segments * PAIR);
+    pairs<cut><<<ctas, THREADS<cut>, bytes, stream>>>(*p, maps, memory, other, chunks);
+    return cudaGetLastError();
+}
+
+} // namespace
+} // namespace kda
+
+cudaError_t kda_sm90_pairs(const kda_prefill *p, kda_sm90_cut cut, cudaStream_t stream) {
+    return kda::launch<false>(p, 0, cut, {}, stream);
+}
+
+cudaError_t kda_sm90_pairs_cut(const kda_prefill *p, int64_t chunks, kda_sm90_cut cut, cudaStream_t stream) {
+    kda::Other other = {};
+    struct kda_prefill of_A = *p;
+    of_A.out.data = reinterpret_cast<char *>(cut.outputs);
+    of_A.out.dtype = KDA_F16;
+    for (int i = 3; i >= 0; i--)
+        of_A.out.stride[i] = i == 3 ? 2 : of_A.out.stride[i + 1] * of_A.out.shape[i + 1];
+    kda_sm90_maps maps;
+    cudaError_t error = kda_sm90_map(&of_A, &maps);
+    if (error)
+        return error;
+    other.out = of_A.out, other.map = maps.out;
+    return kda::launch<true>(p, chunks, cut, other, stream);
+}
