@@ -4,8 +4,9 @@
 usage: decode_speed.py [--build DIR] [--quick] [--commit NAME] [-o FILE]
 
 Runs `flashkda bench --backend cuda --decode`, then fla's fused_recurrent_kda_fwd (the package flash-linear-attention,
-where it is installed) on states in a pool, in place, through torch; both by replay of a CUDA graph over as many copies of
-the tensors as overflow the L2 cache, at the clocks of the same minutes. Writes benchmarks/results/DEVICE/decode.json; with
+where it is installed) on states in a pool, in place, through torch; both by replay of a CUDA graph, at the clocks of the
+same minutes. Cold is over as many copies of the tensors as overflow the L2 cache, as a layer of a model finds its states;
+warm, where they fit in it, is call after call on one set of tensors ("seconds" and "warm_seconds" in the JSON). Writes benchmarks/results/DEVICE/decode.json; with
 --quick, a few small cases, it writes nothing unless FILE is given. Exit status 1 if a result of ours is wrong.
 """
 
@@ -21,6 +22,7 @@ import device
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_COPIES = 256
+WARM_CALLS = 100
 
 
 def bench(build, commit, quick):
@@ -79,28 +81,34 @@ def measure(peers, function, result):
         errors = {"output_error": peers.error_ratio(out[0, :, :heads], answer[0]),
                   "state_error": None if way == "state kept" else peers.error_ratio(pool[columns - 1, :heads], answer[1])}
         if None in (errors["output_error"],) or max(e for e in errors.values() if e is not None) > peers.WRONG:
-            return {"check": errors, "seconds": None}
+            return {"check": errors, "seconds": None, "warm_seconds": None}
         l2 = torch.cuda.get_device_properties(0).L2_cache_size
         count = min(MAX_COPIES, 1 + 2 * l2 // result["bytes"])
         calls = [prepare(peers, function, case, way, peers.make_inputs(case, n)) for n in range(count)]
         seconds = peers.replay(calls)
+        warm = peers.replay(calls[:1] * WARM_CALLS) if "warm_seconds" in result else None
     del calls, x, pool, out
     torch.cuda.empty_cache()
-    return {"check": errors, "seconds": seconds}
+    return {"check": errors, "seconds": seconds, "warm_seconds": warm}
 
 
 # ---- The program --------------------------------------------------------------------------------
 
-def median(measured):
-    return measured["seconds"]["median"] if measured and measured.get("seconds") else None
+def median(measured, field):
+    return measured[field]["median"] if measured and measured.get(field) else None
+
+
+def beside(result, field):
+    """Ours, fla's and their ratio, as three columns."""
+    ours, theirs = median(result, field), median(result["fla"], field)
+    line = f" {ours * 1e6:9.2f}" if ours else f" {'-' if result['check']['passed'] else 'wrong':>9}"
+    return line + (f" {theirs * 1e6:9.2f} {theirs / ours:6.2f}" if ours and theirs else f" {'-':>9} {'-':>6}")
 
 
 def print_beside(result, copy_rate):
-    ours, theirs = median(result), median(result["fla"])
-    line = f"{result['name']:32} " + (f"{ours * 1e6:9.2f}" if ours else f"{'wrong':>9}")
-    line += f" {result['bytes'] / ours / copy_rate / 1e7:6.0f}%" if ours else f" {'-':>7}"
-    line += f" {theirs * 1e6:9.2f} {theirs / ours:6.2f}" if ours and theirs else f" {'-':>9} {'-':>6}"
-    print(line, flush=True)
+    ours = median(result, "seconds")
+    share = f"{result['bytes'] / ours / copy_rate / 1e7:6.0f}%" if ours else f"{'-':>7}"
+    print(f"{result['name']:32} {share}{beside(result, 'seconds')}{beside(result, 'warm_seconds')}", flush=True)
 
 
 def main():
@@ -117,7 +125,8 @@ def main():
     measured["peers"] = {"fla": importlib.metadata.version("flash-linear-attention") if function else None}
     measured["torch"] = peers.torch.__version__ if peers else None
     copy_rate = measured["machine"]["device"]["copy_gb_per_second"]
-    print(f"\n{'us: case':32} {'ours':>9} {'of copy':>7} {'fla':>9} {'x':>6}")
+    print(f"\n{'us: case':32} {'of copy':>7} {'ours cold':>9} {'fla cold':>9} {'x':>6} {'ours warm':>9}"
+          f" {'fla warm':>9} {'x':>6}")
     for result in measured["results"]:
         result["fla"] = measure(peers, function, result) if function else None
         print_beside(result, copy_rate)

@@ -75,6 +75,7 @@ struct bench_result {
     double output_error, state_error, checkpoint_error;
     bool passed; /* within tolerance; timing is only there if so */
     struct timing timing;
+    struct timing warm; /* of decode on one set of tensors, all in the cache; no repeats: not measured */
 };
 
 /* Fills *result, without a timing if it is not right. On failure returns false and writes one sentence to error. */

@@ -15,6 +15,7 @@
 enum {
     CHECKED_HEADS = 4, /* that the oracle looks at */
     MAX_COPIES = 256,  /* of a call's tensors */
+    WARM_CALLS = 100,  /* on the same tensors, in a graph */
     MAX_REPEATS = 1000,
     HOST_BYTES = 1 << 28, /* beyond any cache */
 };
@@ -94,6 +95,11 @@ static bool launch(const void *calls, int i, void *stream, char *error, size_t e
     return decode_launch((const struct decode_call *)calls + i, stream, error, error_size);
 }
 
+static bool launch_again(const void *call, int i, void *stream, char *error, size_t error_size) {
+    (void)i;
+    return decode_launch(call, stream, error, error_size);
+}
+
 /* On the CPU: seconds of one call, the mean over all in turn. */
 static bool time_on_host(const struct decode_call *calls, int count, double *seconds, int repeats, char *error,
                          size_t error_size) {
@@ -109,7 +115,7 @@ static bool time_on_host(const struct decode_call *calls, int count, double *sec
     return true;
 }
 
-/* Over as many copies as overflow the caches, as between the layers of a model. */
+/* Cold: over as many copies as overflow the caches, as between the layers of a model. */
 static bool time_copies(const struct bench_decode *how, const struct decode_call *call,
                         const struct kda_case *c, struct decode_call *copies, int count, struct timing *timing,
                         char *error, size_t error_size) {
@@ -132,7 +138,7 @@ static bool time_copies(const struct bench_decode *how, const struct decode_call
     return good;
 }
 
-static bool time_call(const struct bench_decode *how, const struct decode_call *call, const struct kda_case *c,
+static bool time_cold(const struct bench_decode *how, const struct decode_call *call, const struct kda_case *c,
                       struct timing *timing, char *error, size_t error_size) {
     int64_t cache = call->copies ? 2 * how->machine->device.l2_bytes : HOST_BYTES;
     int64_t wanted = 1 + cache / decode_bytes(call);
@@ -145,6 +151,28 @@ static bool time_call(const struct bench_decode *how, const struct decode_call *
     bool good = time_copies(how, call, c, copies, count, timing, error, error_size);
     free(copies);
     return good;
+}
+
+/* Do the states fit in a GPU's L2 cache, with room for the rest? */
+static bool fits_cache(const struct bench_decode *how, const struct decode_call *call) {
+    return call->copies && 4 * (int64_t)tensor_bytes(&call->state) <= 3 * how->machine->device.l2_bytes;
+}
+
+/* Warm: every call on the same tensors, which the one before has left in the cache. */
+static bool time_warm(const struct bench_decode *how, const struct decode_call *call, struct timing *timing,
+                      char *error, size_t error_size) {
+    double seconds[MAX_REPEATS];
+    if (!replay_calls(launch_again, call, WARM_CALLS, seconds, how->repeats, error, error_size)) {
+        return false;
+    }
+    *timing = timing_of(seconds, how->repeats);
+    return true;
+}
+
+static bool time_call(const struct bench_decode *how, const struct decode_call *call, const struct kda_case *c,
+                      struct bench_result *result, char *error, size_t error_size) {
+    return time_cold(how, call, c, &result->timing, error, error_size) &&
+           (!fits_cache(how, call) || time_warm(how, call, &result->warm, error, error_size));
 }
 
 static bool describe(struct bench_result *result, const struct decode_call *call, char *error,
@@ -191,7 +219,7 @@ bool bench_decode_row(const struct bench_decode *how, const struct bench_decode_
                 check_call(result, &call, &c, error, error_size);
     if (good) {
         result->bytes = decode_bytes(&call);
-        good = !result->passed || time_call(how, &call, &c, &result->timing, error, error_size);
+        good = !result->passed || time_call(how, &call, &c, result, error, error_size);
     }
     if (prepared) {
         decode_free(&call);

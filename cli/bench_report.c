@@ -62,8 +62,8 @@ void bench_print_line(FILE *stream, const struct bench_result *result) {
 }
 
 void bench_print_decode_head(FILE *stream) {
-    fprintf(stream, "%-32s %-10s %7s %10s %21s %9s %8s %15s\n", "case", "level", "threads", "median us",
-            "quartiles", "GB/s", "of copy", "error o, state");
+    fprintf(stream, "%-32s %-10s %7s %10s %21s %9s %8s %10s %15s\n", "case", "level", "threads", "cold us",
+            "quartiles", "GB/s", "of copy", "warm us", "error o, state");
 }
 
 void bench_print_decode_line(FILE *stream, const struct bench_machine *machine,
@@ -74,11 +74,15 @@ void bench_print_decode_line(FILE *stream, const struct bench_machine *machine,
     }
     fprintf(stream, "%-32s %-10s %7s ", result->name, result->level, threads);
     if (result->passed) {
-        fprintf(stream, "%10.2f %10.2f-%-10.2f %9.1f %7.0f%% ", result->timing.median * 1e6,
+        char warm[16] = "-";
+        if (result->warm.repeats) {
+            snprintf(warm, sizeof warm, "%.2f", result->warm.median * 1e6);
+        }
+        fprintf(stream, "%10.2f %10.2f-%-10.2f %9.1f %7.0f%% %10s ", result->timing.median * 1e6,
                 result->timing.q1 * 1e6, result->timing.q3 * 1e6, bench_byte_rate(result) * 1e-9,
-                100 * bench_byte_rate(result) / machine->copy_rate);
+                100 * bench_byte_rate(result) / machine->copy_rate, warm);
     } else {
-        fprintf(stream, "%51s ", "WRONG, not timed");
+        fprintf(stream, "%62s ", "WRONG, not timed");
     }
     fprintf(stream, "%.1e %.1e\n", result->output_error, result->state_error);
     fflush(stream);
@@ -123,6 +127,9 @@ static json_t *result_json(const struct bench_result *result) {
     }
     if (result->passed) {
         json_object_set_new(object, "seconds", timing_json(&result->timing));
+        if (result->warm.repeats) {
+            json_object_set_new(object, "warm_seconds", timing_json(&result->warm));
+        }
         json_object_set_new(object, "tokens_per_second", real(bench_tokens_per_second(result)));
         json_object_set_new(object, "gflops", real(bench_gflops(result)));
         json_object_set_new(object, "gb_per_second", real(bench_byte_rate(result) * 1e-9));
