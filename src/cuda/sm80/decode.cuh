@@ -70,11 +70,21 @@ struct Sequence {
     int length, slot;
 };
 
-inline __device__ int find_slot(const Decode &d, int n, int column) {
-    int slot = n;
-    if (d.state_indices)
-        slot = d.state_indices[times(n, d.index_stride) + times(column, d.column_stride)];
-    return slot < d.slots ? slot : -1;
+/* What state_indices say, which has yet to be looked at by in_pool: who looks waits for it. */
+inline __device__ int find_index(const Decode &d, int n, int column) {
+    if (!d.state_indices)
+        return n;
+    return load_index(d.state_indices + times(n, d.index_stride) + times(column, d.column_stride));
+}
+
+inline __device__ int in_pool(const Decode &d, int index) { return index < d.slots ? index : -1; }
+
+/* That of the state of sequence n which is read. */
+inline __device__ int find_read_index(const Decode &d, int n) {
+    int column = 0;
+    if (d.num_accepted_tokens)
+        column = max(min(d.num_accepted_tokens[times(n, d.num_accepted_stride)], d.columns), 1) - 1;
+    return find_index(d, n, column);
 }
 
 inline __device__ int token_offset(const Decode &d, int n) {
@@ -83,15 +93,10 @@ inline __device__ int token_offset(const Decode &d, int n) {
     return (int)kda_clamp(token, 0, d.tokens);
 }
 
-/* kda_decode_sequence. */
+/* kda_decode_sequence, without the slot. */
 inline __device__ Sequence find_sequence(const Decode &d) {
     Sequence s;
-    s.n = s.position = d.first_sequence + blockIdx.z, s.length = d.max_tokens;
-    int column = 0;
-    if (d.num_accepted_tokens)
-        column = max(min(d.num_accepted_tokens[times(s.n, d.num_accepted_stride)], d.columns), 1) - 1;
-    s.slot = find_slot(d, s.n, column);
-    __syncwarp(); /* or the compiler would ask for the slot later, and the state waits for it */
+    s.n = s.position = d.first_sequence + blockIdx.z, s.length = d.max_tokens, s.slot = -1;
     if (d.cu_seqlens) {
         int end = token_offset(d, s.n + 1);
         int begin = min(token_offset(d, s.n), end);
@@ -108,7 +113,7 @@ inline __device__ int find_written_slot(const Decode &d, const Sequence &s, int 
     if (d.keep_state)
         return -1;
     if (d.columns)
-        return t < d.columns ? find_slot(d, s.n, t) : -1;
+        return t < d.columns ? in_pool(d, find_index(d, s.n, t)) : -1;
     return t + 1 == s.length ? s.slot : -1;
 }
 
@@ -120,6 +125,11 @@ inline __device__ char *find_row(const Rows &rows, const Sequence &s, int t, int
 inline __device__ uint32_t load_raw(const char *row, kda_dtype dtype, int i) {
     const char *at = row + (unsigned)(i * size_of(dtype));
     return dtype == KDA_F32 ? *reinterpret_cast<const uint32_t *>(at) : *reinterpret_cast<const uint16_t *>(at);
+}
+
+/* The same, here and now: a plain load is put off until it is wanted. */
+inline __device__ uint32_t load_now(const char *row, kda_dtype dtype, int i) {
+    return load_here(row + (unsigned)(i * size_of(dtype)), dtype == KDA_F32);
 }
 
 template <int N> __device__ void from_raw(const uint32_t (&raw)[N], kda_dtype dtype, float (&x)[N]) {
@@ -298,12 +308,15 @@ template <int N> __device__ void load_shared(const float *from, float (&x)[N]) {
 /* ---- Tiles ---------------------------------------------------------------------------------------- */
 
 /* V first: eight lanes share a row of K channels, a thread has ROWS rows. PIECES: of 16 bytes of the state, of one thread. */
-template <class Access, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
+template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
+    using Access = Access_;
     static constexpr int KP = KP_, THREADS = THREADS_, PIECES = PIECES_, VEC = Access::VEC;
     static constexpr int PARTS = (KP < THREADS ? KP : THREADS) / 32; /* warps that prepare channels */
     static constexpr int ACROSS = KP / (LANES * VEC);                /* pieces of a row that a thread has */
     static constexpr int ROWS = PIECES / ACROSS, COLUMNS = ROWS * THREADS / LANES;
     static constexpr int STEP = 32 / LANES; /* rows from one of a thread's rows to the next */
+    static constexpr int CHAINS =
+        ROWS < 4 ? 4 / ROWS : 1; /* sums of a row, so that an addition need not wait for the last */
     using Token = decode::Token<KP, COLUMNS, PARTS>;
     struct Scratch {};
     float S[ROWS][ACROSS][VEC];
@@ -316,6 +329,12 @@ template <class Access, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
         return threadIdx.x / 32 * (STEP * ROWS) + i * STEP + threadIdx.x % 32 / LANES;
     }
     __device__ static int channel(int j) { return (j * LANES + threadIdx.x % LANES) * VEC; }
+    /* Lanes of a row take its lines in turn. state: at its offset. */
+    __device__ static void prefetch(const Decode &d, const char *state) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i++, state += STEP * d.row_stride)
+            prefetch_line(state + threadIdx.x % ACROSS * (LANES * 16));
+    }
 
     /* Bytes from a state to the thread's first piece of the tile that begins at a column. */
     __device__ static int64_t offset(const Decode &d, int column) {
@@ -347,11 +366,15 @@ template <class Access, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
     /* Token t; out: its row from the tile's first column on, or NULL. */
     __device__ void step(const Decode &d, const Token &token, Scratch &, int, char *out, kda_dtype dtype,
                          int columns) {
-        float w[ROWS] = {}, y[ROWS] = {}, k[ACROSS][VEC];
+        float w[ROWS][CHAINS] = {}, y[CHAINS][ROWS] = {}, k[ACROSS][VEC];
+        Products sums = token.all_products();
+        Factors factor(d, sums);
+        float step = token.beta * factor.k;
 #pragma unroll
         for (int j = 0; j < ACROSS; j++)
 #pragma unroll
             for (int part = 0; part < VEC; part += 4) {
+                int chain = (j * VEC + part) / 4 % CHAINS;
                 unsigned at = place(channel(j) + part);
                 float decay[4], keys[4], q[4];
                 load_shared(&token.decay[at], decay);
@@ -364,25 +387,28 @@ template <class Access, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
                     for (int i = 0; i < ROWS; i++) {
                         float &s = S[i][j][part + e];
                         s = fmaf(s, decay[e], s);
-                        w[i] = fmaf(s, keys[e], w[i]);
-                        y[i] = fmaf(s, q[e], y[i]);
+                        w[i][chain] = fmaf(s, keys[e], w[i][chain]);
+                        y[chain][i] = fmaf(s, q[e], y[chain][i]);
                     }
                 }
             }
 #pragma unroll
+        for (int i = 0; i < ROWS; i++)
+#pragma unroll
+            for (int chain = 1; chain < CHAINS; chain++)
+                w[i][0] += w[i][chain], y[0][i] += y[chain][i];
+#pragma unroll
         for (int bit = LANES / 2; bit > 0; bit /= 2)
 #pragma unroll
             for (int i = 0; i < ROWS; i++)
-                w[i] += __shfl_xor_sync(~0u, w[i], bit);
-        sum_over_lanes<ROWS, LANES / 2, 1>(y);
-        Products sums = token.all_products();
-        Factors factor(d, sums);
+                w[i][0] += __shfl_xor_sync(~0u, w[i][0], bit);
+        sum_over_lanes<ROWS, LANES / 2, 1>(y[0]);
         constexpr int SHARE = LANES / ROWS; /* lanes that end with the same row of y */
         int own = threadIdx.x % LANES / SHARE;
         float own_u = 0;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            float u = factor.k * token.beta * (token.v[row(i)] - factor.k * w[i]);
+            float u = step * (token.v[row(i)] - factor.k * w[i][0]);
             own_u = own == i ? u : own_u;
 #pragma unroll
             for (int j = 0; j < ACROSS; j++)
@@ -391,12 +417,13 @@ template <class Access, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
                     S[i][j][e] = fmaf(k[j][e], u, S[i][j][e]);
         }
         if (out && threadIdx.x % SHARE == 0 && row(own) < columns)
-            store_float(out, dtype, row(own), factor.q * fmaf(sums.kq, own_u, y[0]));
+            store_float(out, dtype, row(own), factor.q * fmaf(sums.kq, own_u, y[0][0]));
     }
 };
 
 /* K first: eight lanes share a line of columns, a thread has VEC columns of PIECES channels. */
-template <class Access, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
+template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
+    using Access = Access_;
     static constexpr int KP = KP_, THREADS = THREADS_, PIECES = PIECES_, VEC = Access::VEC;
     static constexpr int PARTS = (KP < THREADS ? KP : THREADS) / 32; /* warps that prepare channels */
     static constexpr int LINE = KP / PIECES * LANES; /* threads that share the columns of a line */
@@ -416,6 +443,9 @@ template <class Access, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
 
     __device__ static int64_t offset(const Decode &d, int column) {
         return times(channel(0), d.row_stride) + times(column + first_column(), size_of(d.state_dtype));
+    }
+    __device__ static void prefetch(const Decode &d, const char *state) {
+        prefetch_line(state + times(threadIdx.x % PIECES, d.row_stride));
     }
     __device__ void load(const Decode &d, const char *state, int columns) {
 #pragma unroll
@@ -536,8 +566,14 @@ template <class F> cudaError_t with_access(const kda_decode *d, bool aligned, F 
                                         : with_key_dim(Aligned<KDA_F16>());
 }
 
-/* The kernel may have begun while the work before it in its stream ends (sm_90): it touches no memory before this, and lets
- * the next one begin so as well. */
+/* May the kernel have begun while the work before it in its stream ends? Then it uses nothing of what memory holds, but for
+ * hints, before wait_for_inputs(), which lets the next one begin so as well. */
+#if __CUDA_ARCH__ >= 900
+constexpr bool BEGINS_EARLY = true;
+#else
+constexpr bool BEGINS_EARLY = false;
+#endif
+
 inline __device__ void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();

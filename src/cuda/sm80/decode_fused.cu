@@ -216,7 +216,9 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile>()) run(const __g
     float *outputs = reinterpret_cast<float *>(tokens + d.max_tokens); /* [max_tokens][V], with a norm */
     __shared__ typename Tile::Scratch scratch;
     wait_for_inputs();
+    int index = find_read_index(d, d.first_sequence + blockIdx.z);
     Sequence s = find_sequence(d);
+    s.slot = in_pool(d, index);
     if (s.slot < 0 || s.length < 1)
         return;
     bool normed = d.norm_weight && d.out.data;
