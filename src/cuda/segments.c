@@ -21,7 +21,7 @@ static const struct step WITH_OUTPUTS = {1.2, 2.0}, SUMMARISING = {0.95, 1.4};
 /* Of pairs: a step, uncut and cut, a segment's composition, and correcting a chunk's outputs. */
 #define STEP_PAIR    1.51
 #define STEP_CUT     1.88
-#define COMPOSE_STEP 0.98
+#define COMPOSE_STEP 0.65
 #define CORRECT      1.49 /* on one multiprocessor */
 /* The longest sequence of a packed batch, in average ones, and what it costs that CTAs do not end together. */
 #define LONGEST   2.4

@@ -84,11 +84,6 @@ template <int pending> __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-/* Brings what is there to the L2 cache in the background. */
-__device__ __forceinline__ void prefetch(const void *from) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
-
 /* exp2, approximate; results below 2^-126 are 0. */
 __device__ __forceinline__ float exp2_approximate(float x) {
     float y;

@@ -2,75 +2,82 @@
 /*
  * Gives every segment of a chain its true state: S after segment s is A_s S + B_s, with S before it.
  *
- * A CTA takes some columns of V through all segments, for which nothing else is needed; a warp makes 16 channels of them,
- * which all warps multiply with in the next step. For that S is split into two terms of fp16, which lie as rows of one
- * first operand: as good as fp32. Every 16 channels of a column have a unit of their own, so that no warp waits to know
- * the others'; their products are weighed as they are summed. A and B come some segments ahead.
+ * A CTA takes some columns of V through all segments, for which nothing else is needed. A step's length is what counts:
+ * eight warps do nothing but multiply, each makes 16 channels, with which all multiply in the next step. For that S is
+ * split into two terms of fp16, as good as fp32, that lie as rows of one first operand. Every 16 channels of a column
+ * have a unit of their own, so that no warp waits to know the others'; their products are weighed as they are summed.
+ * Four other warps write the states, which are first terms, and one brings A and B some segments ahead.
  */
 #include "cuda/segments.h"
 #include "cuda/sm90/consume.cuh"
-#include "cuda/sm90/cut.cuh"
+#include "cuda/sm90/kernels.h"
 #include "cuda/sm90/launch.cuh"
+#include "cuda/sm90/warpgroup.cuh"
 
 namespace kda {
 namespace {
 
-constexpr int THREADS = BLOCKS * 32;
-constexpr int ROWS = 8;        /* columns of V in a first operand, each in two terms */
-constexpr int TOP = 14;        /* log2: of elements in units, the largest is below 2^(TOP + 1) */
-constexpr int STAGES = 4;      /* of A and B: segments on their way or in use */
-constexpr int B_ROW = DIM + 8; /* floats: so that four rows lie in different banks */
+constexpr int BLOCKS = DIM / 16; /* of channels, each made by a warp */
+constexpr int MAKERS = BLOCKS * 32, WRITERS = 4 * 32, THREADS = MAKERS + WRITERS + 32;
+constexpr int ROWS = 8;   /* columns of V in a first operand, each in two terms */
+constexpr int TOP = 14;   /* log2: of elements in units, the largest is below 2^(TOP + 1) */
+constexpr int STAGES = 4; /* of A and B: segments on their way or in use */
 
-template <int TILES> struct Shared {
-    uint4 A[STAGES][BLOCKS][THREADS]; /* of every thread its own */
-    float B[STAGES][TILES * ROWS][B_ROW];
-    /* S: before the next barrier the next step writes to the other one of two. */
-    uint4 state[2][TILES][BLOCKS][32];          /* as first operands */
-    float4 factors[2][TILES][BLOCKS / 4][ROWS]; /* of a block's products with A, four blocks together */
-    float4 largest[2][TILES][BLOCKS / 4][ROWS]; /* of a block, without sign */
-    alignas(16) int16_t units[KDA_CUDA_MAX_SEGMENTS][BLOCKS]; /* of A */
+/* One number for each block of each of a tile's columns. */
+using Rows = float4[BLOCKS / 4][ROWS];
+
+template <int TILES> struct Stage {
+    alignas(1024) uint16_t A[DIM * DIM];
+    float B[TILES * ROWS][DIM];
 };
 
-/* A CTA's columns, and where the thread's elements are: of tile i the column i * ROWS further, and of it two channels and
- * the two 8 further. */
+template <int TILES> struct Shared {
+    Stage<TILES> stages[STAGES];
+    /* Of S: before the next barrier the next step writes to the other one of two. */
+    uint4 state[2][TILES][BLOCKS][32]; /* as first operands */
+    Rows units[2][TILES];              /* their units, as powers of two */
+    Rows factors[2][TILES];            /* of their products with A */
+    int16_t units_of_A[KDA_CUDA_MAX_SEGMENTS][BLOCKS];
+    uint64_t arrived[STAGES];
+};
+
+/* A CTA's columns, and where a maker's elements are: of tile i the column i * ROWS further, and of it two channels and the
+ * two 8 further. */
 struct Place {
     int64_t first; /* of the chain's segments */
     int first_column, column, channel;
 };
 
-__device__ int64_t row_of(const Place &place, int segment, int tile) {
-    return (place.first + segment) * DIM + place.column + tile * ROWS;
+template <int TILES> using Elements = float2[TILES][2];
+
+/* Where a segment's A and B lie, and the parity of the barrier's phase in which they come. Segment 0 has no A. */
+__device__ int stage_of(int segment) { return (segment - 1) % STAGES; }
+__device__ uint32_t parity_of(int segment) { return (segment - 1) / STAGES % 2; }
+
+/* ---- Makers ------------------------------------------------------------------------------------------- */
+
+/* Runs f(two neighbours, column, channel) over the thread's elements. */
+template <int TILES, class F> __device__ void each_pair(float2 (&S)[TILES][2], const Place &place, F f) {
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+            f(S[i][n], place.column + i * ROWS, place.channel + n * 8);
 }
 
-/* Starts to bring what takes S through a segment, if there is one. */
-template <int TILES>
-__device__ void fetch(const kda_sm90_cut &cut, const Place &place, int segment, Shared<TILES> &shared) {
-    if (segment < cut.segments) {
-        int stage = segment % STAGES;
-        const uint4 *A = part_of_A(cut, place.first + segment, 0, threadIdx.x / 32);
-#pragma unroll
-        for (int j = 0; j < BLOCKS; j++)
-            copy_async(&shared.A[stage][j][threadIdx.x], A + j * BLOCKS * 32);
-        const float *B = cut.B + ((place.first + segment) * DIM + place.first_column) * DIM;
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {
-            int at = (threadIdx.x + i * THREADS) * 4;
-            copy_async(&shared.B[stage][at / DIM][at % DIM], B + at);
-        }
-    }
-    copy_async_commit();
+/* Second operands: the warp's channels by 16 columns of A each. */
+using Operands_of_A = uint32_t[BLOCKS][4];
+
+/* The lane's row of the first one. */
+template <int TILES> __device__ uint32_t row_of_A(const Shared<TILES> &shared, int segment) {
+    return MatrixRow<DIM, DIM>(shared.stages[stage_of(segment)].A, true).at(0, threadIdx.x / 32 * 16);
 }
 
-/* Of the segment fetched STAGES - 2 before the newest. B, which other threads have fetched, is there behind the next
- * barrier. */
-template <int TILES> __device__ void load_A(const Shared<TILES> &shared, int segment, uint4 (&A)[BLOCKS]) {
-    copy_async_wait<STAGES - 2>();
-#pragma unroll
-    for (int j = 0; j < BLOCKS; j++)
-        A[j] = shared.A[segment % STAGES][j][threadIdx.x];
+__device__ void load_A(uint32_t row, int j, Operands_of_A &A) {
+    ldmatrix_transposed(A[j], row + j * 16 * PANEL * sizeof(__half));
 }
 
-/* The unit in which elements are below 2^(TOP + 1), unless they are tiny: its powers stay within fp32. */
+/* The unit in which elements are below 2^(TOP + 1); its powers stay within fp32. */
 __device__ int unit_below(float largest) {
     return max((int)(__float_as_uint(largest) >> 23) - 127 - TOP, -126);
 }
@@ -89,178 +96,234 @@ __device__ void split(float2 x, float factor, uint32_t &high, uint32_t &low) {
     low = pack_half(x.x - rounded.x, x.y - rounded.y);
 }
 
-__device__ float &of_block(float4 (&rows)[BLOCKS / 4][ROWS], int row, int block) {
+__device__ float &of_block(Rows &rows, int row, int block) {
     return reinterpret_cast<float *>(&rows[block / 4][row])[block % 4];
 }
 
 /* The warp's channels of S become operands of all. */
-template <int TILES>
-__device__ void share_state(const float2 (&S)[TILES][2], int segment, Shared<TILES> &shared) {
+template <int TILES> __device__ void share_state(const Elements<TILES> &S, int segment, Shared<TILES> &shared) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, turn = segment % 2;
+    float unit_of_A = power_of_two(shared.units_of_A[segment][warp]);
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
-        float largest = largest_of_block(S[i]);
-        int unit_of_A = shared.units[segment][warp];
-        int unit = max(unit_below(largest), -126 - unit_of_A); /* nor does the factor below vanish */
+        int unit = unit_below(largest_of_block(S[i]));
         uint4 operand;
         split(S[i][0], power_of_two(-unit), operand.x, operand.y);
         split(S[i][1], power_of_two(-unit), operand.z, operand.w);
         shared.state[turn][i][warp][lane] = operand;
-        if (lane % 4 == 0) {
-            of_block(shared.largest[turn][i], lane / 4, warp) = largest;
-            of_block(shared.factors[turn][i], lane / 4, warp) = power_of_two(min(unit + unit_of_A, 127));
+        float power = power_of_two(unit); /* the same in the four lanes of a row */
+        of_block(shared.units[turn][i], lane / 4, warp) = power;
+        of_block(shared.factors[turn][i], lane / 4, warp) = fminf(power * unit_of_A, 0x1p127f);
+    }
+}
+
+/* S = A S + B; meanwhile the next segment's A comes. */
+template <int TILES>
+__device__ void take_through(Shared<TILES> &shared, const Place &place, int segment, int next,
+                             const Operands_of_A &A, Operands_of_A &next_A, Elements<TILES> &S) {
+    int lane = threadIdx.x % 32, turn = segment % 2;
+    uint32_t row = row_of_A(shared, next);
+    each_pair(S, place, [&](float2 &x, int column, int channel) {
+        x = *reinterpret_cast<const float2 *>(
+            &shared.stages[stage_of(segment)].B[column - place.first_column][channel]);
+    });
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        uint4 terms[BLOCKS];
+        float4 factors[BLOCKS / 4];
+#pragma unroll
+        for (int j = 0; j < BLOCKS; j++)
+            terms[j] = shared.state[turn][i][j][lane];
+#pragma unroll
+        for (int j = 0; j < BLOCKS / 4; j++)
+            factors[j] = shared.factors[turn][i][j][lane / 4];
+        float products[BLOCKS][2][4]; /* rows of first terms, then of second ones */
+#pragma unroll
+        for (int j = 0; j < BLOCKS; j++) {
+            const uint32_t a[4] = {terms[j].x, terms[j].y, terms[j].z, terms[j].w};
+            mma_half<false>(products[j][0], a, A[j][0], A[j][1]);
+            mma_half<false>(products[j][1], a, A[j][2], A[j][3]);
+            if (i == 0)
+                load_A(row, j, next_A);
+        }
+#pragma unroll
+        for (int j = 0; j < BLOCKS; j++) {
+            float4 four = factors[j / 4];
+            float factor = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                const float(&product)[4] = products[j][n];
+                S[i][n].x = fmaf(product[0] + product[2], factor, S[i][n].x);
+                S[i][n].y = fmaf(product[1] + product[3], factor, S[i][n].y);
+            }
         }
     }
 }
 
-/* S to states, in one unit for all channels of a column. */
 template <int TILES>
-__device__ void store_states(const float2 (&S)[TILES][2], const kda_sm90_cut &cut, const Place &place,
-                             int segment, const Shared<TILES> &shared) {
+__device__ void store_final(const kda_state &state, Elements<TILES> &S, const Place &place) {
+    bool pairs = as_pairs(state);
+    each_pair(S, place, [&](float2 x, int column, int channel) {
+        char *to = element(state, column, channel);
+        if (pairs && state.dtype == KDA_F32) {
+            *reinterpret_cast<float2 *>(to) = x;
+        } else if (pairs) {
+            *reinterpret_cast<uint32_t *>(to) = pack_bf16(x.x, x.y);
+        } else {
+            store_float(to, state.dtype, 0, x.x);
+            store_float(element(state, column, channel + 1), state.dtype, 0, x.y);
+        }
+    });
+}
+
+/* ---- Writers ------------------------------------------------------------------------------------------ */
+
+__device__ uint32_t scale_halves(uint32_t pair, __half2 factor) {
+    __half2 scaled = __hmul2(*reinterpret_cast<__half2 *>(&pair), factor);
+    return *reinterpret_cast<uint32_t *>(&scaled);
+}
+
+__device__ float largest_of(const float4 &x) { return fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)); }
+
+/* Of two blocks, lane t of four has pair t of the low 8 channels and pair t of the high ones; it gets all four pairs of
+ * one half of one block. */
+__device__ uint4 turn_over_halves(const uint32_t (&low)[2], const uint32_t (&high)[2]) {
+    bool odd = threadIdx.x % 2, upper = threadIdx.x % 4 / 2;
+    uint2 pairs[2];
+#pragma unroll
+    for (int b = 0; b < 2; b++) {
+        uint32_t other = __shfl_xor_sync(~0u, odd ? low[b] : high[b], 1);
+        pairs[b] = odd ? make_uint2(other, high[b]) : make_uint2(low[b], other);
+    }
+    uint2 own = upper ? pairs[1] : pairs[0], others = upper ? pairs[0] : pairs[1];
+    others.x = __shfl_xor_sync(~0u, others.x, 2), others.y = __shfl_xor_sync(~0u, others.y, 2);
+    return upper ? make_uint4(others.x, others.y, own.x, own.y) : make_uint4(own.x, own.y, others.x, others.y);
+}
+
+/* The first terms to states, where a column has one unit; a warp two blocks. */
+template <int TILES>
+__device__ void store_states(const kda_sm90_cut &cut, const Place &place, int segment, Shared<TILES> &shared) {
+    int turn = segment % 2, lane = threadIdx.x % 32, warp = (threadIdx.x - MAKERS) / 32;
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
-        float largest = 0;
+        Rows &units = shared.units[turn][i];
+        float most = fmaxf(largest_of(units[0][lane / 4]), largest_of(units[1][lane / 4]));
+        int unit = (int)(__float_as_uint(most) >> 23) - 127;
+        uint32_t low[2], high[2];
 #pragma unroll
-        for (int j = 0; j < BLOCKS / 4; j++) {
-            float4 four = shared.largest[segment % 2][i][j][threadIdx.x % 32 / 4];
-            largest = fmaxf(largest, fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)));
+        for (int b = 0; b < 2; b++) {
+            int block = warp * 2 + b;
+            __half2 factor = __float2half2_rn(of_block(units, lane / 4, block) * power_of_two(-unit));
+            uint4 terms = shared.state[turn][i][block][lane];
+            low[b] = scale_halves(terms.x, factor), high[b] = scale_halves(terms.z, factor);
         }
-        int unit = unit_below(largest);
-        float factor = power_of_two(-unit);
-        int64_t row = row_of(place, segment, i);
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-            *reinterpret_cast<uint32_t *>(&cut.states[row * DIM + place.channel + n * 8]) =
-                pack_half(S[i][n].x * factor, S[i][n].y * factor);
-        if (threadIdx.x < 32 && threadIdx.x % 4 == 0)
+        int64_t row = (place.first + segment) * DIM + place.first_column + i * ROWS + lane / 4;
+        *reinterpret_cast<uint4 *>(&cut.states[row * DIM + warp * 32 + lane % 4 * 8]) =
+            turn_over_halves(low, high);
+        if (warp == 0 && lane % 4 == 0)
             cut.state_units[row] = (int16_t)unit;
     }
 }
 
-/* What a step reads of a tile: S as all have shared it, the factors of its products with A, and the thread's B. */
-struct Tile {
-    uint4 S[BLOCKS];
-    float4 factors[BLOCKS / 4];
-    float2 B[2];
-};
+/* ---- The fetching warp ---------------------------------------------------------------------------------- */
 
+/* A thread starts to bring what takes S through a segment, if there is one. B in rows that lie in different banks would
+ * need as many copies, which costs more. */
 template <int TILES>
-__device__ void load_tile(const Shared<TILES> &shared, const Place &place, int segment, int i, Tile &tile) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int n = 0; n < 2; n++)
-        tile.B[n] = *reinterpret_cast<const float2 *>(
-            &shared.B[segment % STAGES][i * ROWS + lane / 4][place.channel + n * 8]);
-#pragma unroll
-    for (int j = 0; j < BLOCKS / 4; j++)
-        tile.factors[j] = shared.factors[segment % 2][i][j][lane / 4];
-#pragma unroll
-    for (int j = 0; j < BLOCKS; j++)
-        tile.S[j] = shared.state[segment % 2][i][j][lane];
+__device__ void fetch(const kda_sm90_cut &cut, const Place &place, int segment, Shared<TILES> &shared) {
+    if (segment >= cut.segments)
+        return;
+    Stage<TILES> &stage = shared.stages[stage_of(segment)];
+    uint64_t &arrived = shared.arrived[stage_of(segment)];
+    int64_t part = place.first + segment;
+    ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &arrived,
+                                   sizeof stage.A + sizeof stage.B);
+    ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, stage.A, cut.A + part * DIM * DIM, sizeof stage.A,
+                       &arrived);
+    ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, stage.B,
+                       cut.B + (part * DIM + place.first_column) * DIM, sizeof stage.B, &arrived);
 }
 
-/* Products with A, block by block: rows of the first terms, then of the second ones. */
-__device__ void multiply(const uint4 (&A)[BLOCKS], const uint4 (&S)[BLOCKS], float (&products)[BLOCKS][2][4]) {
-#pragma unroll
-    for (int j = 0; j < BLOCKS; j++) {
-        const uint32_t terms[4] = {S[j].x, S[j].y, S[j].z, S[j].w};
-        mma_half<false>(products[j][0], terms, A[j].x, A[j].y);
-        mma_half<false>(products[j][1], terms, A[j].z, A[j].w);
-    }
+template <int TILES> __device__ void wait_for_segment(Shared<TILES> &shared, int segment) {
+    wait(shared.arrived[stage_of(segment)], parity_of(segment));
 }
 
-/* S = B and all products. */
-__device__ void sum_up(const Tile &tile, const float (&products)[BLOCKS][2][4], float2 (&S)[2]) {
-#pragma unroll
-    for (int n = 0; n < 2; n++)
-        S[n] = tile.B[n];
-#pragma unroll
-    for (int j = 0; j < BLOCKS; j++) {
-        float4 four = tile.factors[j / 4];
-        float factor = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            S[n].x = fmaf(products[j][n][0] + products[j][n][2], factor, S[n].x);
-            S[n].y = fmaf(products[j][n][1] + products[j][n][3], factor, S[n].y);
-        }
-    }
-}
+/* ---- The kernel --------------------------------------------------------------------------------------- */
 
+enum class Role { MAKER, WRITER, FETCHER };
+
+/* All steps. Between two barriers a maker takes S through a segment and shares it, writers write what it was, and the fetcher
+ * looks that the next segment is there. */
 template <int TILES>
-__device__ void store_final(const kda_state &state, const float2 (&S)[TILES][2], const Place &place) {
-    bool pairs = as_pairs(state);
+__device__ void step_through(const kda_sm90_cut &cut, const Place &place, Role role, const kda_state &to,
+                             Shared<TILES> &shared) {
+    Elements<TILES> S;
+    Operands_of_A A[2];
+    if (role == Role::MAKER) {
+        each_pair(S, place, [&](float2 &x, int column, int channel) {
+            x = __ldcg(reinterpret_cast<const float2 *>(&cut.B[(place.first * DIM + column) * DIM + channel]));
+        });
+        uint32_t row = row_of_A(shared, 1);
 #pragma unroll
-    for (int i = 0; i < TILES; i++)
+        for (int j = 0; j < BLOCKS; j++)
+            load_A(row, j, A[0]);
+    }
+    int last = cut.segments - 1;
+    for (int first = 1; first <= last; first += 2)
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            int column = place.column + i * ROWS, channel = place.channel + n * 8;
-            char *to = element(state, column, channel);
-            if (pairs && state.dtype == KDA_F32) {
-                *reinterpret_cast<float2 *>(to) = S[i][n];
-            } else if (pairs) {
-                *reinterpret_cast<uint32_t *>(to) = pack_bf16(S[i][n].x, S[i][n].y);
-            } else {
-                store_float(to, state.dtype, 0, S[i][n].x);
-                store_float(element(state, column, channel + 1), state.dtype, 0, S[i][n].y);
-            }
+        for (int i = 0; i < 2; i++) {
+            int s = first + i, next = min(s + 1, last);
+            if (s > last)
+                break;
+            if (role == Role::MAKER)
+                share_state(S, s, shared);
+            else if (role == Role::FETCHER)
+                wait_for_segment(shared, next);
+            /* S and the next segment are there for all, the one before is no longer read */
+            __syncthreads();
+            if (role == Role::WRITER)
+                store_states(cut, place, s, shared);
+            else if (role == Role::FETCHER && threadIdx.x % 32 == 0)
+                fetch(cut, place, s + STAGES - 1, shared);
+            else if (role == Role::MAKER && (s < last || to.data))
+                take_through(shared, place, s, next, A[i], A[1 - i], S);
         }
+    if (role == Role::MAKER && to.data)
+        store_final(to, S, place);
 }
 
 template <int TILES>
 __global__ void __launch_bounds__(THREADS, 1)
     compose(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_cut cut) {
     let_next_begin();
-    extern __shared__ __align__(16) char memory[];
+    extern __shared__ __align__(1024) char memory[];
     Shared<TILES> &shared = *reinterpret_cast<Shared<TILES> *>(memory);
-    int64_t chain = blockIdx.x;
-    int lane = threadIdx.x % 32, column = (int)blockIdx.y * TILES * ROWS;
-    Place place = {chain * cut.segments, column, column + lane / 4, (int)threadIdx.x / 32 * 16 + lane % 4 * 2};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++)
+            ptx::mbarrier_init(&shared.arrived[i], 1);
+        ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+    }
+    __syncthreads();
     wait_for_kernel_before();
-    int64_t slot = kda_sequence(&p, chain / p.value_heads).slot;
+    int64_t chain = blockIdx.x, slot = kda_sequence(&p, chain / p.value_heads).slot;
     if (slot < 0) /* padding */
         return;
-    for (int s = 1; s < STAGES; s++)
-        fetch(cut, place, s, shared);
+    int lane = threadIdx.x % 32, first_column = (int)blockIdx.y * TILES * ROWS;
+    Place place = {chain * cut.segments, first_column, first_column + lane / 4,
+                   (int)threadIdx.x / 32 * 16 + lane % 4 * 2};
+    Role role = threadIdx.x < MAKERS             ? Role::MAKER
+                : threadIdx.x < MAKERS + WRITERS ? Role::WRITER
+                                                 : Role::FETCHER;
+    if (role == Role::FETCHER && lane == 0)
+        for (int s = 1; s < STAGES; s++)
+            fetch(cut, place, s, shared);
     if (threadIdx.x > 0 && threadIdx.x < cut.segments)
-        *reinterpret_cast<uint4 *>(shared.units[threadIdx.x]) =
+        *reinterpret_cast<uint4 *>(shared.units_of_A[threadIdx.x]) =
             __ldcg(reinterpret_cast<const uint4 *>(&cut.A_units[(place.first + threadIdx.x) * BLOCKS]));
-    float2 S[TILES][2];
-#pragma unroll
-    for (int i = 0; i < TILES; i++)
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-            S[i][n] =
-                *reinterpret_cast<const float2 *>(&cut.B[row_of(place, 0, i) * DIM + place.channel + n * 8]);
-    kda_state to = kda_state_at(&p, &p.final_state, slot, chain % p.value_heads);
-    uint4 A[BLOCKS];
-    load_A(shared, 1, A);
-    __syncthreads(); /* the units are there for all */
-    int last = cut.segments - 1;
-    for (int s = 1;; s++) {
-        share_state(S, s, shared);
-        __syncthreads(); /* the segment before is no longer read, either */
-        if (s == last && !to.data) {
-            store_states(S, cut, place, s, shared);
-            return;
-        }
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {
-            Tile tile;
-            float products[BLOCKS][2][4];
-            load_tile(shared, place, s, i, tile);
-            if (i == 0)
-                fetch(cut, place, s + STAGES - 1, shared);
-            multiply(A, tile.S, products);
-            if (i == 0)
-                store_states(S, cut, place, s, shared);
-            if (i == TILES - 1)
-                load_A(shared, s + 1, A);
-            sum_up(tile, products, S[i]);
-        }
-        if (s == last)
-            break;
-    }
-    store_final(to, S, place);
+    if (role == Role::FETCHER)
+        wait_for_segment(shared, 1);
+    __syncthreads();
+    step_through(cut, place, role, kda_state_at(&p, &p.final_state, slot, chain % p.value_heads), shared);
 }
 
 template <int TILES>
@@ -279,6 +342,6 @@ cudaError_t launch_compose(const kda_prefill *p, const kda_sm90_cut &cut, cudaSt
 
 cudaError_t kda_sm90_compose(const kda_prefill *p, kda_sm90_cut cut, cudaStream_t stream) {
     /* Every CTA reads all of A: where many do, fewer with more columns each. */
-    bool many = p->sequences * p->value_heads > 4;
+    bool many = p->sequences * p->value_heads > 8;
     return many ? kda::launch_compose<2>(p, cut, stream) : kda::launch_compose<1>(p, cut, stream);
 }

@@ -7,6 +7,7 @@
  * which row or column of a product is chosen so that a lane's pieces of 16 bytes of O_A are its first operands, and its
  * sums a piece of 16 bytes of the outputs: everything goes from memory to registers and back.
  */
+#include "cuda/ptx/stream.cuh"
 #include "cuda/sm90/consume.cuh"
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/launch.cuh"
@@ -91,7 +92,7 @@ __device__ bool has_token(const Part &part, int number, int t) {
 __device__ void prefetch_outputs(const kda_prefill &p, const Part &part, int number) {
     int token = threadIdx.x % 32 / 2;
     if (has_token(part, number, token))
-        prefetch(part.out + (number * (int64_t)STRIP + token) * p.out.stride[1] + threadIdx.x % 2 * DIM);
+        prefetch_line(part.out + (number * (int64_t)STRIP + token) * p.out.stride[1] + threadIdx.x % 2 * DIM);
 }
 
 __device__ void load_strip(const kda_prefill &p, const Part &part, int number, Strip &strip) {

@@ -9,7 +9,6 @@
  * true state.
  */
 #include "cuda/sm90/consume.cuh"
-#include "cuda/sm90/cut.cuh"
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/launch.cuh"
 #include "cuda/sm90/produce.cuh"
@@ -20,7 +19,8 @@ namespace {
 
 constexpr int PAIR = 2, PRODUCERS = 2; /* CTAs of a cluster; producer warpgroups of each */
 constexpr int TURNS = PAIR * PRODUCERS;
-constexpr int PUSH = 1; /* the warp of a producer warpgroup that passes operands on */
+constexpr int BLOCKS = DIM / 16; /* of columns that have a unit of their own */
+constexpr int PUSH = 1;          /* the warp of a producer warpgroup that passes operands on */
 
 template <bool cut> constexpr int STAGES = cut ? 5 : 6;
 template <bool cut> constexpr int CONSUMERS = cut ? 2 : 1;
@@ -140,15 +140,17 @@ template <bool cut> struct Producer {
             load_tail(task, shared.values[s]);
             values = false;
         }
+        uint64_t *barrier = own ? &shared.arrived[group] : &shared.full[s];
+        bool leads = threadIdx.x % 32 == 0;
+        if (!own) /* as many arrivals as of a group that makes it */
+            ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier,
+                                 GROUP / 32u - leads);
         __syncwarp();
-        if (threadIdx.x % 32 == 0) {
-            uint64_t *barrier = own ? &shared.arrived[group] : &shared.full[s];
+        if (leads) {
             size_t bytes = own ? sizeof shared.tiles[s].panels : sizeof(Tiles) + sizeof(Factors);
             shared.tasks[turn.in_double()] = task;
-            if (!own) {
+            if (!own)
                 ptx::mbarrier_arrive(&shared.empty[s]); /* nothing is passed on */
-                ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier, GROUP - 1u);
-            }
             ptx::mbarrier_arrive_expect_tx(
                 ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier,
                 task.count > 0 ? (uint32_t)(bytes + (values ? sizeof shared.values[s] : 0)) : 0);
@@ -156,10 +158,9 @@ template <bool cut> struct Producer {
             for (int i = 0; i < VALUE_PANELS && values; i++)
                 bring(&shared.values[s][i * CHUNK * PANEL], maps.v, column() + i * PANEL, task.head, task,
                       barrier);
-            if (own && task.count > 0) {
+            if (own && task.count > 0)
                 bring_keys(shared.tiles[s], task, barrier);
-                prefetch_keys(task);
-            } else if (task.count > 0)
+            else if (task.count > 0)
                 ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cluster, ptx::space_cluster,
                                      of_other(&shared.granted[s], rank));
         }
@@ -173,17 +174,6 @@ template <bool cut> struct Producer {
             bring(panel.keys, maps.k, i * PANEL, shared.part.key_head, task, barrier);
             bring(panel.queries, maps.q, i * PANEL, shared.part.key_head, task, barrier);
             bring(panel.gates, maps.g, i * PANEL, task.head, task, barrier);
-        }
-    }
-
-    /* Towards the group's next chunk, which has no room yet. */
-    __device__ void prefetch_keys(const Task &task) const {
-        int token = task.token + TURNS * CHUNK;
-#pragma unroll 1
-        for (int i = 0; i < PANELS; i++) {
-            prefetch_tensor(&maps.k, i * PANEL, shared.part.key_head, token, task.batch);
-            prefetch_tensor(&maps.q, i * PANEL, shared.part.key_head, token, task.batch);
-            prefetch_tensor(&maps.g, i * PANEL, task.head, token, task.batch);
         }
     }
 
@@ -355,9 +345,10 @@ __device__ void consume_segment(const kda_prefill &p, const kda_tensor &out, con
                 return;
             }
             measure_unit(S, unit);
-#pragma unroll
-            for (int i = 0; i < BLOCKS; i++)
-                *part_of_A(cut, at, threadIdx.x / 32, i) = pack_block(S[2 * i], S[2 * i + 1]);
+            uint16_t *A = cut.A + at * DIM * DIM;
+            each_pair(S, [&](float x, float y, int channel, int column) {
+                *reinterpret_cast<uint32_t *>(&A[swizzled<DIM, DIM>(column, channel)]) = pack_half(x, y);
+            });
             if (threadIdx.x % 32 == 0)
                 cut.A_units[at * BLOCKS + threadIdx.x / 32] = (int16_t)unit;
         });
