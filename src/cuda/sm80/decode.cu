@@ -25,22 +25,26 @@ constexpr int LARGE = 8, SMALL = 4;
  * instructions; that with so few states that the next call's CTAs wait on the same multiprocessors. */
 enum Kind { GENERAL, USUAL, FEW };
 
-/* bf16 beside a state of whole tiles, tensors of tokens within 4 GiB, and with one token one for each sequence. */
+bool near(int64_t stride) { return stride >= 0 && stride <= UINT32_MAX; }
+
+/* bf16, and within 4 GiB? */
+bool is_near(const Rows &rows, const Decode &d, const kda_decode *full) {
+    return rows.dtype == KDA_BF16 && near(rows.position) && near(rows.token) && near(rows.head) &&
+           (double)rows.position * (double)(full->tokens.batches * full->tokens.tokens) +
+                   (double)rows.token * d.max_tokens + (double)rows.head * (double)full->tokens.value_heads <=
+               (double)UINT32_MAX;
+}
+
+/* Tensors of tokens as above beside a state of whole tiles, and with one token one for each sequence. */
 template <class Tile> bool is_usual(const Decode &d, const kda_decode *full) {
-    auto near = [](int64_t stride) { return stride >= 0 && stride <= UINT32_MAX; };
-    auto is_near = [&](const Rows &rows) {
-        return rows.dtype == KDA_BF16 && near(rows.position) && near(rows.token) && near(rows.head) &&
-               (double)rows.position * (double)(full->tokens.batches * full->tokens.tokens) +
-                       (double)rows.token * d.max_tokens +
-                       (double)rows.head * (double)full->tokens.value_heads <=
-                   (double)UINT32_MAX;
-    };
     bool plain = !d.num_accepted_tokens && !d.accepted && !d.cu_seqlens && !d.columns;
+    for (const Rows *rows : {&d.q, &d.k, &d.g, &d.v, &d.beta, &d.out})
+        if ((rows != &d.out || d.out.data) && !is_near(*rows, d, full))
+            return false;
     return (plain || d.max_tokens > 1) && d.key_dim == Tile::KP && d.value_dim % Tile::COLUMNS == 0 &&
-           is_near(d.q) && is_near(d.k) && is_near(d.g) && is_near(d.v) && is_near(d.beta) &&
-           (!d.out.data || is_near(d.out)) && (!d.A_log || d.A_log_dtype == KDA_F32) &&
-           (!d.dt_bias || d.dt_bias_dtype == KDA_F32) && near(d.A_log_stride) && near(d.dt_bias_stride) &&
-           near(d.index_stride) && near(d.state_head_stride) && near(d.row_stride);
+           (!d.A_log || d.A_log_dtype == KDA_F32) && (!d.dt_bias || d.dt_bias_dtype == KDA_F32) &&
+           near(d.A_log_stride) && near(d.dt_bias_stride) && near(d.index_stride) &&
+           near(d.state_head_stride) && near(d.row_stride);
 }
 
 inline __device__ void make_near(int64_t &stride) { stride = (uint32_t)stride; }
