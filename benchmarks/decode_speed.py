@@ -6,8 +6,10 @@ usage: decode_speed.py [--build DIR] [--quick] [--commit NAME] [-o FILE]
 Runs `flashkda bench --backend cuda --decode`, then fla's fused_recurrent_kda_fwd (the package flash-linear-attention,
 where it is installed) on states in a pool, in place, through torch; both by replay of a CUDA graph, at the clocks of the
 same minutes. Cold is over as many copies of the tensors as overflow the L2 cache, as a layer of a model finds its states;
-warm, where they fit in it, is call after call on one set of tensors ("seconds" and "warm_seconds" in the JSON). Writes benchmarks/results/DEVICE/decode.json; with
---quick, a few small cases, it writes nothing unless FILE is given. Exit status 1 if a result of ours is wrong.
+warm, where they fit in it, is call after call on one set of tensors ("seconds" and "warm_seconds" in the JSON).
+
+Writes benchmarks/results/DEVICE/decode.json; with --quick, a few small cases, it writes nothing unless FILE is given. Exit
+status 1 if a result of ours is wrong.
 """
 
 import argparse

@@ -69,6 +69,9 @@ KDA_INLINE struct kda_span kda_chunk_span(const struct kda_prefill *p, int64_t n
     return span;
 }
 
+/* Chunks of every segment of a sequence of `chunks` but of the last ones, which have what is left. */
+KDA_INLINE int kda_chunks_of_segment(int chunks, int segments) { return (chunks + segments - 1) / segments; }
+
 /* Chunks of sequence n, at least 1: the state of a sequence without tokens is passed on, too. */
 KDA_INLINE int64_t kda_chunk_count(const struct kda_prefill *p, int64_t n, int64_t length) {
     int64_t chunks = 0;

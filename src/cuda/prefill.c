@@ -138,13 +138,14 @@ static size_t lay_out_cut(const struct kda_prefill *p, int segments, char *works
     const struct {
         void **part;
         size_t bytes;
-    } all[] = {{(void **)&memory.B, parts * V * K * sizeof *memory.B},
-               {(void **)&memory.A, parts * K * K * sizeof *memory.A},
-               {(void **)&memory.A_units, parts * (K / 16) * sizeof *memory.A_units},
-               {(void **)&memory.outputs, rows * K * sizeof *memory.outputs},
-               {(void **)&memory.output_units, chunks * (K + V) / 16 * sizeof *memory.output_units},
-               {(void **)&memory.states, parts * V * K * sizeof *memory.states},
-               {(void **)&memory.state_units, parts * V * sizeof *memory.state_units}};
+    } all[] = {
+        {(void **)&memory.B, parts * V * K * sizeof *memory.B},
+        {(void **)&memory.A, parts * K * K * sizeof *memory.A},
+        {(void **)&memory.A_units, parts * K / KDA_SM90_UNIT_COLUMNS * sizeof *memory.A_units},
+        {(void **)&memory.outputs, rows * K * sizeof *memory.outputs},
+        {(void **)&memory.output_units, chunks * (K + V) / KDA_SM90_UNIT_COLUMNS * sizeof *memory.output_units},
+        {(void **)&memory.states, parts * V * K * sizeof *memory.states},
+        {(void **)&memory.state_units, parts * V * sizeof *memory.state_units}};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         *all[i].part = workspace + used;
         used += (all[i].bytes + 255) / 256 * 256;

@@ -77,7 +77,7 @@ static void test_longer_is_never_expected_faster(void **state) {
     }
 }
 
-/* The fastest of those measured on an H200, or one within a twentieth of it. */
+/* The fastest of those measured on an H200, or one within a tenth of it. */
 static void test_pairs_as_measured(void **state) {
     (void)state;
     double time;

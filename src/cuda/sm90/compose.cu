@@ -17,7 +17,7 @@
 namespace kda {
 namespace {
 
-constexpr int BLOCKS = DIM / 16; /* of channels, each made by a warp */
+constexpr int BLOCKS = DIM / KDA_SM90_UNIT_COLUMNS; /* of channels, each made by a warp */
 constexpr int MAKERS = BLOCKS * 32, WRITERS = 4 * 32, THREADS = MAKERS + WRITERS + 32;
 constexpr int ROWS = 8;   /* columns of V in a first operand, each in two terms */
 constexpr int TOP = 14;   /* log2: of elements in units, the largest is below 2^(TOP + 1) */

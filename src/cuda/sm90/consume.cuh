@@ -74,15 +74,20 @@ template <int TILES> __device__ void scale_tiles(float (&d)[TILES][4], float fac
             d[c][n] *= factor;
 }
 
-/* Goes over to a unit in which S is near 1. */
-inline __device__ void measure_unit(float (&S)[DIM / 8][4], int &unit) {
+/* Of the thread's elements, without sign. */
+template <int TILES> __device__ float largest_of_tiles(const float (&d)[TILES][4]) {
     float largest = 0;
 #pragma unroll
-    for (int c = 0; c < DIM / 8; c++)
+    for (int c = 0; c < TILES; c++)
 #pragma unroll
         for (int n = 0; n < 4; n++)
-            largest = fmaxf(largest, fabsf(S[c][n]));
-    largest = largest_of_warp(largest);
+            largest = fmaxf(largest, fabsf(d[c][n]));
+    return largest;
+}
+
+/* Goes over to a unit in which S is near 1. */
+inline __device__ void measure_unit(float (&S)[DIM / 8][4], int &unit) {
+    float largest = largest_of_warp(largest_of_tiles(S));
     if (largest >= 0.25f && largest <= power_of_two(EDGE))
         return;
     int next = min(max(unit_of(largest) + unit, LEAST_UNIT), GREATEST_UNIT);

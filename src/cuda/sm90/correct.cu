@@ -21,8 +21,8 @@ constexpr int SPANS = DIM / SPAN, TILES = SPAN / 8;
 constexpr int STRIP = 16;         /* tokens */
 constexpr int TOKENS = STRIP / 8; /* of a lane: 8 m + lane / 4 */
 constexpr int STRIPS = CHUNK / STRIP;
-constexpr int PIECE = 16;           /* bytes */
-constexpr int UNITS = 2 * DIM / 16; /* of a chunk: of O_A, then of O_B */
+constexpr int PIECE = 16;                              /* bytes */
+constexpr int UNITS = 2 * DIM / KDA_SM90_UNIT_COLUMNS; /* of a chunk: of O_A, then of O_B */
 
 struct Shared {
     uint4 state[SPANS][TILES][SPANS][32]; /* second operands, of columns, then of channels */
@@ -49,7 +49,7 @@ __device__ Part find_part(const kda_prefill &p, int64_t chunks, const kda_sm90_c
     struct kda_sequence sequence = kda_sequence(&p, n);
     part.state = (int64_t)chain * cut.segments + segment;
     part.length = sequence.length;
-    int all = (int)kda_chunks_of(sequence.length), each = (all + cut.segments - 1) / cut.segments;
+    int all = (int)kda_chunks_of(sequence.length), each = kda_chunks_of_segment(all, cut.segments);
     part.begin = segment * each * STRIPS + piece * WARPS;
     part.end = sequence.slot < 0 ? 0 : min((segment + 1) * each, all) * STRIPS;
     part.step = pieces * WARPS;
@@ -178,7 +178,8 @@ __device__ void correct_strip(const kda_prefill &p, const Part &part, int number
     char *rows = part.out + (number * (int64_t)STRIP + lane / 4) * p.out.stride[1] + lane % 4 * PIECE;
     const int16_t *units = part.units + number / STRIPS * (int64_t)UNITS + UNITS / 2 + lane % 4 / 2;
 #pragma unroll 1
-    for (int columns = 0; columns < SPANS; columns++, rows += 4 * PIECE, units += SPAN / 16) {
+    for (int columns = 0; columns < SPANS;
+         columns++, rows += 4 * PIECE, units += SPAN / KDA_SM90_UNIT_COLUMNS) {
         uint4 pieces[TOKENS];
 #pragma unroll
         for (int m = 0; m < TOKENS; m++)

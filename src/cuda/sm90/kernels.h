@@ -42,16 +42,19 @@ bool kda_sm90_has_tiles(const struct kda_prefill *p);
 /* In that form, all of prefill in one kernel, without a workspace. */
 cudaError_t kda_sm90_fused(const struct kda_prefill *p, int processors, cudaStream_t stream);
 
+/* Columns of A, O_A and O_B that share a unit: a consumer warp's. */
+enum { KDA_SM90_UNIT_COLUMNS = 16 };
+
 /* Memory of prefill by pairs of multiprocessors where sequences are cut: segment s takes a state S to A S + B, and its
  * outputs are those from zero, O_B, and O_A S. All sequences have as many segments; chains = sequences * value heads. A
  * unit is a log2, of what its elements are to be multiplied by. Of a first segment there is nothing but B. */
 struct kda_sm90_cut {
-    int segments;          /* of every sequence, at least 2 */
+    int segments;          /* of every sequence; 1: not cut, nothing else is needed */
     float *B;              /* [chains][segments][V][K]; of a first segment the state behind it */
     uint16_t *A;           /* fp16 [chains][segments], columns of A as rows of a swizzled tile (operands.cuh) */
-    int16_t *A_units;      /* [chains][segments][8], of 16 columns of A each */
+    int16_t *A_units;      /* [chains][segments][K / 16], of 16 columns of A each */
     uint16_t *outputs;     /* O_A, fp16 [B][T][HV][K]. O_B is in `out`, as fp16 in units */
-    int16_t *output_units; /* [HV][chunks][2][8]: of 16 columns of O_A each, then of O_B */
+    int16_t *output_units; /* [HV][chunks][(K + V) / 16]: of 16 columns of O_A each, then of O_B */
     uint16_t *states;      /* fp16 [chains][segments][V][K]: S before a segment */
     int16_t *state_units;  /* [chains][segments][V] */
 };

@@ -19,8 +19,8 @@ namespace {
 
 constexpr int PAIR = 2, PRODUCERS = 2; /* CTAs of a cluster; producer warpgroups of each */
 constexpr int TURNS = PAIR * PRODUCERS;
-constexpr int BLOCKS = DIM / 16; /* of columns that have a unit of their own */
-constexpr int PUSH = 1;          /* the warp of a producer warpgroup that passes operands on */
+constexpr int UNITS = DIM / KDA_SM90_UNIT_COLUMNS; /* of all columns */
+constexpr int PUSH = 1; /* the warp of a producer warpgroup that passes operands on */
 
 template <bool cut> constexpr int STAGES = cut ? 5 : 6;
 template <bool cut> constexpr int CONSUMERS = cut ? 2 : 1;
@@ -70,11 +70,11 @@ __device__ Part find_part(const kda_prefill &p, const kda_sm90_cut &cut, int64_t
     part.length = (int)sequence.length, part.slot = (int)sequence.slot;
     part.segment = blockIdx.x / PAIR % segments;
     int chunks = (int)kda_chunk_count(&p, part.n, sequence.length);
-    int each = (chunks + segments - 1) / segments;
+    int each = kda_chunks_of_segment(chunks, segments);
     part.begin = part.segment * each;
     part.chunks = max(min(each, chunks - part.begin), 1);
     part.units =
-        cut.output_units + (part.head * all_chunks + kda_first_chunk(&p, part.first, part.n)) * (2 * BLOCKS);
+        cut.output_units + (part.head * all_chunks + kda_first_chunk(&p, part.first, part.n)) * (2 * UNITS);
     return part;
 }
 
@@ -142,7 +142,7 @@ template <bool cut> struct Producer {
         }
         uint64_t *barrier = own ? &shared.arrived[group] : &shared.full[s];
         bool leads = threadIdx.x % 32 == 0;
-        if (!own) /* as many arrivals as of a group that makes it */
+        if (!own) /* every lane, as each may have written values; in all as many as arrive of a group that makes it */
             ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier,
                                  GROUP / 32u - leads);
         __syncwarp();
@@ -294,12 +294,7 @@ __device__ void consume_whole(const kda_prefill &p, const kda_sm90_maps &maps, c
 /* Brings a segment's outputs to where fp16 is exact enough; returns their unit. */
 __device__ int fit_half(float (&o)[CHUNK / 8][4], int unit) {
     constexpr float LEAST = 0x1p-12f, GREATEST = 0x1p15f; /* of the largest one */
-    float largest = 0;
-#pragma unroll
-    for (int i = 0; i < CHUNK / 8; i++)
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-            largest = fmaxf(largest, fabsf(o[i][n]));
+    float largest = largest_of_tiles(o);
     if (__builtin_expect(__any_sync(~0u, largest >= LEAST) && !__any_sync(~0u, largest >= GREATEST), 1))
         return unit;
     int further = unit_of(largest_of_warp(largest));
@@ -333,7 +328,7 @@ __device__ void consume_segment(const kda_prefill &p, const kda_tensor &out, con
             unit = fit_half(o, unit);
             if (threadIdx.x % 32 == 0)
                 shared.part
-                    .units[(task.position - 1) / CHUNK * (2 * BLOCKS) + !identity * BLOCKS + threadIdx.x / 32] =
+                    .units[(task.position - 1) / CHUNK * (2 * UNITS) + !identity * UNITS + threadIdx.x / 32] =
                     (int16_t)unit;
             return KDA_F16;
         },
@@ -350,7 +345,7 @@ __device__ void consume_segment(const kda_prefill &p, const kda_tensor &out, con
                 *reinterpret_cast<uint32_t *>(&A[swizzled<DIM, DIM>(column, channel)]) = pack_half(x, y);
             });
             if (threadIdx.x % 32 == 0)
-                cut.A_units[at * BLOCKS + threadIdx.x / 32] = (int16_t)unit;
+                cut.A_units[at * UNITS + threadIdx.x / 32] = (int16_t)unit;
         });
 }
 
