@@ -12,15 +12,12 @@
 #include "cuda/segments.h"
 #include "cuda/sm80/kernels.h"
 #include "cuda/sm90/kernels.h"
+#include "cuda/wish.h"
 
 #include <inttypes.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-
-/* The name of the environment variable that forces a level. */
-#define LEVEL_VARIABLE "FLASH_KDA_CUDA"
 
 static int64_t chunks_of(const struct kda_prefill *p) { return kda_first_chunk(p, p->tokens, p->sequences); }
 
@@ -62,37 +59,6 @@ enum { HAS_SM90 = false };
 #define kda_sm90_correct(...)   cudaErrorNotSupported
 #endif
 
-/* What the environment asks for. */
-struct wish {
-    bool sm80, sm90, fused, pairs;
-    int segments; /* 0: as is fastest */
-};
-
-static flash_kda_status read_wish(struct wish *wish) {
-    const char *forced = getenv(LEVEL_VARIABLE), *rest = forced;
-    *wish = (struct wish){.sm80 = false};
-    if (!forced || !*forced)
-        return FLASH_KDA_OK;
-    wish->sm80 = !strcmp(forced, "sm80");
-    wish->fused = !strcmp(forced, "sm90/fused");
-    wish->pairs = !strncmp(forced, "sm90/pairs", 10);
-    rest += wish->sm80 ? 4 : wish->fused || wish->pairs ? 10 : !strncmp(forced, "sm90", 4) ? 4 : 0;
-    wish->sm90 = !wish->sm80;
-    if (*rest == '/' && wish->sm90 && !wish->fused) {
-        char *end = NULL;
-        long count = strtol(rest + 1, &end, 10);
-        wish->segments = count >= 1 && count <= KDA_CUDA_MAX_SEGMENTS ? (int)count : 0;
-        rest = wish->segments ? end : forced;
-    }
-    if (!*rest)
-        return FLASH_KDA_OK;
-    return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
-                    "the environment variable " LEVEL_VARIABLE
-                    " is %.40s; expected sm80, sm90, sm90/fused, sm90/pairs or, for N segments, sm90/N or "
-                    "sm90/pairs/N with N from 1 to %d",
-                    forced, KDA_CUDA_MAX_SEGMENTS);
-}
-
 /* Sequences are not cut where a sequence's bits must not depend on the others, nor at checkpoints that fall between
  * whole chunks. */
 static bool may_cut(const struct kda_prefill *p) {
@@ -101,7 +67,7 @@ static bool may_cut(const struct kda_prefill *p) {
 }
 
 /* How Hopper's level runs what it takes. */
-static void choose(const struct kda_prefill *p, const struct wish *wish, struct plan *plan) {
+static void choose(const struct kda_prefill *p, const struct kda_cuda_wish *wish, struct plan *plan) {
     bool packed = p->cu_seqlens.data;
     int64_t tokens = packed && p->sequences ? p->tokens / p->sequences : p->tokens;
     struct kda_segment_problem problem = {.chains = p->sequences * p->value_heads,
@@ -168,9 +134,10 @@ static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
 
 /* Hopper's level where it can take the problem; what it cannot take goes to the portable one, also if it is forced. */
 static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan) {
-    struct wish wish;
+    const char *forced = getenv(KDA_CUDA_VARIABLE);
+    struct kda_cuda_wish wish;
     int major = 0;
-    flash_kda_status status = read_wish(&wish);
+    flash_kda_status status = kda_cuda_read_wish(&wish, forced);
     if (!status)
         status = kda_cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, p->device),
                                  "prefill, device");
@@ -183,8 +150,8 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
     bool runs = HAS_SM90 && major == 9;
     if (wish.sm90 && !runs)
         return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
-                        "the environment variable " LEVEL_VARIABLE " is %.40s, which %s; expected sm80",
-                        getenv(LEVEL_VARIABLE), HAS_SM90 ? "this device cannot run" : "this build lacks");
+                        "the environment variable " KDA_CUDA_VARIABLE " is %.40s, which %s; expected sm80",
+                        forced, HAS_SM90 ? "this device cannot run" : "this build lacks");
     plan->way = PORTABLE;
     plan->segments = 1;
     if (runs && !wish.sm80 && kda_sm90_takes(p))
