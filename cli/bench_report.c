@@ -172,9 +172,10 @@ char *bench_json(const struct bench_machine *machine, const char *commit, const 
 
 /* ---- CSV --------------------------------------------------------------------------------------- */
 
+/* A name may hold a comma, hence the quotes. */
 static void csv_line(FILE *stream, const struct bench_result *result) {
     const struct case_spec *spec = &result->spec;
-    fprintf(stream, "%s,%s,%d,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%s,%s,%lld,%lld,%.3g,%.3g,%lld,",
+    fprintf(stream, "\"%s\",%s,%d,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%s,%s,%lld,%lld,%.3g,%.3g,%lld,",
             result->name, result->level, result->threads, dtype_name(spec->dtype),
             dtype_name(result->out_dtype), (long long)spec->batch, (long long)result->tokens,
             (long long)spec->heads, (long long)value_heads(spec), (long long)spec->key_dim,
@@ -182,12 +183,16 @@ static void csv_line(FILE *stream, const struct bench_result *result) {
             (long long)result->checked_tokens, (long long)result->checked_heads, result->output_error,
             result->state_error, (long long)result->bytes);
     if (result->passed) {
-        fprintf(stream, "%.6g,%.6g,%.6g,%.6g,%.6g,%d,%.6g,%.6g\n", result->timing.min, result->timing.q1,
+        fprintf(stream, "%.6g,%.6g,%.6g,%.6g,%.6g,%d,%.6g,%.6g,", result->timing.min, result->timing.q1,
                 result->timing.median, result->timing.q3, result->timing.max, result->timing.repeats,
                 bench_tokens_per_second(result), bench_gflops(result));
     } else {
-        fprintf(stream, ",,,,,,,\n");
+        fputs(",,,,,,,,", stream);
     }
+    if (result->passed && result->warm.repeats) {
+        fprintf(stream, "%.6g", result->warm.median);
+    }
+    fputc('\n', stream);
 }
 
 char *bench_csv(const struct bench_result *results, int count) {
@@ -199,7 +204,7 @@ char *bench_csv(const struct bench_result *results, int count) {
     }
     fputs("case,level,threads,dtype,out_dtype,batch,tokens,heads,value_heads,key_dim,value_dim,gate,regime,"
           "checked_tokens,checked_value_heads,output_error,state_error,bytes,min_s,q1_s,median_s,q3_s,max_s,"
-          "repeats,tokens_per_s,gflops\n",
+          "repeats,tokens_per_s,gflops,warm_median_s\n",
           stream);
     for (int i = 0; i < count; i++) {
         csv_line(stream, &results[i]);
