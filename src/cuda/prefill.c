@@ -45,18 +45,23 @@ struct plan {
 enum { HAS_SM90 = true };
 #else
 enum { HAS_SM90 = false };
+/* Stands for the launchers, which no plan asks for then. */
+static cudaError_t absent(const struct kda_prefill *p, ...) {
+    (void)p;
+    return cudaErrorNotSupported;
+}
 #define kda_sm90_takes(p)       false
 #define kda_sm90_has_tiles(p)   false
 #define kda_sm90_parts(columns) 0
-#define kda_sm90_fused(...)     cudaErrorNotSupported
-#define kda_sm90_chain(...)     cudaErrorNotSupported
-#define kda_sm90_summarise(...) cudaErrorNotSupported
-#define kda_sm90_scan(...)      cudaErrorNotSupported
-#define kda_sm90_resume(...)    cudaErrorNotSupported
-#define kda_sm90_pairs(...)     cudaErrorNotSupported
-#define kda_sm90_pairs_cut(...) cudaErrorNotSupported
-#define kda_sm90_compose(...)   cudaErrorNotSupported
-#define kda_sm90_correct(...)   cudaErrorNotSupported
+#define kda_sm90_fused(...)     absent(__VA_ARGS__)
+#define kda_sm90_chain(...)     absent(__VA_ARGS__)
+#define kda_sm90_summarise(...) absent(__VA_ARGS__)
+#define kda_sm90_scan(...)      absent(__VA_ARGS__)
+#define kda_sm90_resume(...)    absent(__VA_ARGS__)
+#define kda_sm90_pairs(...)     absent(__VA_ARGS__)
+#define kda_sm90_pairs_cut(...) absent(__VA_ARGS__)
+#define kda_sm90_compose(...)   absent(__VA_ARGS__)
+#define kda_sm90_correct(...)   absent(__VA_ARGS__)
 #endif
 
 /* Sequences are not cut where a sequence's bits must not depend on the others, nor at checkpoints that fall between
