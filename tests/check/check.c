@@ -20,8 +20,14 @@ enum { OPERATIONS = sizeof operations / sizeof *operations };
 
 /* ---- Cases ------------------------------------------------------------------------------------- */
 
+/* By its name, so that a case falls into the same part whatever else is chosen. */
+static bool in_part(const struct check *check, const char *name) {
+    struct random r = random_named(0, name);
+    return random_below(&r, check->parts) == check->part;
+}
+
 bool check_wanted(const struct check *check, const char *name) {
-    if (check->filter && !strstr(name, check->filter))
+    if ((check->filter && !strstr(name, check->filter)) || !in_part(check, name))
         return false;
     if (check->list)
         printf("%s\n", name);
@@ -53,6 +59,7 @@ static const struct argp_option options[] = {
     {"level", 'l', "NAME", 0,
      "Level of the CPU backend, 'cuda', 'all' of these that run here (default), or 'reference'", 0},
     {"case", 'c', "TEXT", 0, "Only cases whose name contains TEXT", 0},
+    {"part", 'p', "I/N", 0, "Only the Ith of N parts of the cases of a seed, for runs side by side", 0},
     {"long", 'L', NULL, 0, "Run the long cases (accuracy, traps over thousands of tokens), not the short", 0},
     {"quick", 'q', NULL, 0,
      "Fewer cases, and long ones with an eighth of the tokens: for emulators and sanitizers", 0},
@@ -74,6 +81,17 @@ static long long number(const char *text, long long low, long long high, struct 
     return value;
 }
 
+static void parse_part(char *text, struct check *check, struct argp_state *state) {
+    char *slash = strchr(text, '/');
+    if (!slash) {
+        argp_error(state, "'%s' is not I/N", text);
+        return;
+    }
+    *slash = '\0';
+    check->parts = (int)number(slash + 1, 1, 1024, state);
+    check->part = (int)number(text, 1, check->parts, state) - 1;
+}
+
 static error_t parse(int key, char *text, struct argp_state *state) {
     struct check *check = state->input;
     switch (key) {
@@ -88,6 +106,9 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         break;
     case 'c':
         check->filter = text;
+        break;
+    case 'p':
+        parse_part(text, check, state);
         break;
     case 'L':
         check->long_cases = true;
@@ -144,7 +165,7 @@ int main(int argc, char **argv) {
     const struct argp argp = {
         options, parse, NULL, "Compares libflashkda's operations with its oracle, and times them.",
         NULL,    NULL,  NULL};
-    struct check check = {.seed = (uint64_t)time(NULL), .level = "all", .threads = -1};
+    struct check check = {.seed = (uint64_t)time(NULL), .level = "all", .threads = -1, .parts = 1};
     argp_parse(&argp, argc, argv, 0, NULL, &check);
     if (!choose_levels(&check)) {
         printf("level %s: this machine or build cannot run it, skipped\n", check.level);

@@ -15,7 +15,8 @@ struct check {
     uint64_t seed;
     const char *operation, *level, *filter;
     bool list, bench, long_cases, quick;
-    int threads; /* for every case, instead of its own; -1: its own */
+    int threads;     /* for every case, instead of its own; -1: its own */
+    int part, parts; /* only the cases whose names fall into this part, from 0 on, of so many */
 
     /* Levels of the CPU backend and "cuda" to test, or "reference" alone. */
     const char *levels[CHECK_MAX_LEVELS];
