@@ -67,6 +67,10 @@ inline __device__ uint32_t pack_output(kda_dtype dtype, float low, float high) {
     return dtype == KDA_BF16 ? pack_bf16(low, high) : pack_half(low, high);
 }
 
+inline __device__ float2 unpack_output(kda_dtype dtype, uint32_t pair) {
+    return dtype == KDA_BF16 ? unpack_bf16(pair) : __half22float2(*reinterpret_cast<__half2 *>(&pair));
+}
+
 /* O^T of one chunk to memory. Pairs of 2-byte outputs are transposed first, so that a lane holds neighbours in V. */
 template <int COLUMNS>
 __device__ void store_outputs(const kda_prefill &p, const Chain &chain, struct kda_span span,

@@ -38,7 +38,9 @@ struct plan {
     enum way way;
     int processors;             /* multiprocessors of the device */
     int segments;               /* of every sequence; 1: not cut */
+    int parts;                  /* 0; or of all chains, which is tried before */
     size_t operands, summaries; /* bytes of the workspace */
+    size_t spread;              /* and of what parts leave, which uses the same ones again */
 };
 
 #ifdef KDA_WITH_SM90
@@ -50,18 +52,21 @@ static cudaError_t absent(const struct kda_prefill *p, ...) {
     (void)p;
     return cudaErrorNotSupported;
 }
-#define kda_sm90_takes(p)       false
-#define kda_sm90_has_tiles(p)   false
-#define kda_sm90_parts(columns) 0
-#define kda_sm90_fused(...)     absent(__VA_ARGS__)
-#define kda_sm90_chain(...)     absent(__VA_ARGS__)
-#define kda_sm90_summarise(...) absent(__VA_ARGS__)
-#define kda_sm90_scan(...)      absent(__VA_ARGS__)
-#define kda_sm90_resume(...)    absent(__VA_ARGS__)
-#define kda_sm90_pairs(...)     absent(__VA_ARGS__)
-#define kda_sm90_pairs_cut(...) absent(__VA_ARGS__)
-#define kda_sm90_compose(...)   absent(__VA_ARGS__)
-#define kda_sm90_correct(...)   absent(__VA_ARGS__)
+#define kda_sm90_takes(p)         false
+#define kda_sm90_has_tiles(p)     false
+#define kda_sm90_parts(columns)   0
+#define kda_sm90_look(...)        absent(__VA_ARGS__)
+#define kda_sm90_fused_parts(...) absent(__VA_ARGS__)
+#define kda_sm90_join(...)        absent(__VA_ARGS__)
+#define kda_sm90_fused(...)       absent(__VA_ARGS__)
+#define kda_sm90_chain(...)       absent(__VA_ARGS__)
+#define kda_sm90_summarise(...)   absent(__VA_ARGS__)
+#define kda_sm90_scan(...)        absent(__VA_ARGS__)
+#define kda_sm90_resume(...)      absent(__VA_ARGS__)
+#define kda_sm90_pairs(...)       absent(__VA_ARGS__)
+#define kda_sm90_pairs_cut(...)   absent(__VA_ARGS__)
+#define kda_sm90_compose(...)     absent(__VA_ARGS__)
+#define kda_sm90_correct(...)     absent(__VA_ARGS__)
 #endif
 
 /* Sequences are not cut where a sequence's bits must not depend on the others, nor at checkpoints that fall between
@@ -83,15 +88,25 @@ static void choose(const struct kda_prefill *p, const struct kda_cuda_wish *wish
                                           .value_parts = kda_sm90_parts(p->value_dim),
                                           .identity_parts = kda_sm90_parts(p->key_dim),
                                           .processors = plan->processors};
-    double paired;
+    double cost;
     if (!kda_sm90_has_tiles(p) || (wish->segments && !wish->pairs)) {
         plan->way = CHAIN;
         plan->segments = kda_segments(&problem);
+    } else if (p->key_dim != KDA_SM90_CUT_DIM) {
+        /* A rule, not a model: where nothing would be cut, or enough of the device is used. */
+        plan->segments = kda_segments(&problem);
+        bool many = plan->segments == 1 || problem.chains >= plan->processors / 3;
+        plan->way = wish->fused || many ? FUSED : CHAIN;
     } else {
-        plan->segments = kda_pairs(&problem, &paired);
+        double fused = kda_fused_cost(&problem);
+        plan->segments = kda_pairs(&problem, &cost);
         /* What is in the batch beside a sequence may not decide. */
-        bool fused = wish->fused || p->batch_invariant || kda_fused_cost(&problem) < paired;
-        plan->way = fused && !wish->pairs ? FUSED : PAIRS;
+        bool in_one = wish->fused || p->batch_invariant || fused < cost;
+        plan->way = in_one && !wish->pairs ? FUSED : PAIRS;
+        bool may_spread = problem.may_cut && kda_can_spread(p) && !wish->fused && !wish->pairs;
+        int parts = may_spread ? kda_parts(&problem) : 0;
+        if (wish->spread || kda_spread_pays(&problem, parts, plan->way == FUSED ? fused : cost))
+            plan->parts = parts;
     }
     if (wish->segments)
         plan->segments = problem.may_cut ? wish->segments : 1;
@@ -99,36 +114,72 @@ static void choose(const struct kda_prefill *p, const struct kda_cuda_wish *wish
         plan->segments = 1;
 }
 
+/* A part of the workspace. */
+struct piece {
+    void **at;
+    size_t bytes;
+};
+#define WORKSPACE_STEP 256
+
+/* Gives pieces their places; returns the bytes of all. */
+static size_t lay_out(const struct piece *pieces, size_t count, char *workspace) {
+    size_t used = 0;
+    for (size_t i = 0; i < count; i++) {
+        *pieces[i].at = workspace + used;
+        used += (pieces[i].bytes + WORKSPACE_STEP - 1) / WORKSPACE_STEP * WORKSPACE_STEP;
+    }
+    return used;
+}
+
 /* Pairs' memory of cut sequences from `workspace` on; returns its bytes. */
 static size_t lay_out_cut(const struct kda_prefill *p, int segments, char *workspace,
                           struct kda_sm90_cut *cut) {
-    size_t chains = (size_t)(p->sequences * p->value_heads), parts = chains * (size_t)segments, used = 0;
+    size_t chains = (size_t)(p->sequences * p->value_heads), parts = chains * (size_t)segments;
     size_t rows = (size_t)(p->batches * p->tokens * p->value_heads);
     size_t chunks = (size_t)(chunks_of(p) * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
     struct kda_sm90_cut memory = {.segments = segments};
-    const struct {
-        void **part;
-        size_t bytes;
-    } all[] = {
+    const struct piece pieces[] = {
         {(void **)&memory.B, parts * V * K * sizeof *memory.B},
         {(void **)&memory.A, parts * K * K * sizeof *memory.A},
         {(void **)&memory.A_units, parts * K / KDA_SM90_UNIT_COLUMNS * sizeof *memory.A_units},
         {(void **)&memory.outputs, rows * K * sizeof *memory.outputs},
         {(void **)&memory.output_units, chunks * (K + V) / KDA_SM90_UNIT_COLUMNS * sizeof *memory.output_units},
-        {(void **)&memory.states, parts * V * K * sizeof *memory.states},
         {(void **)&memory.state_units, parts * V * sizeof *memory.state_units}};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-        *all[i].part = workspace + used;
-        used += (all[i].bytes + 255) / 256 * 256;
-    }
+    size_t used = lay_out(pieces, sizeof pieces / sizeof *pieces, workspace);
     *cut = memory;
+    return used;
+}
+
+/* The memory of parts from `workspace` on; returns the bytes that other kernels must leave as they are, and those that all
+ * of it has. */
+static size_t lay_out_spread(const struct kda_prefill *p, int parts, char *workspace,
+                             struct kda_sm90_spread *spread, size_t *bytes) {
+    size_t count = (size_t)parts, K = (size_t)p->key_dim, V = (size_t)p->value_dim;
+    struct kda_sm90_spread memory = {.all = kda_spread(p, parts)};
+    const struct piece kept[] = {
+        {(void **)&memory.verdict, sizeof *memory.verdict},
+        {(void **)&memory.left, (size_t)(p->sequences * p->value_heads) * sizeof *memory.left}};
+    size_t used = lay_out(kept, sizeof kept / sizeof *kept, workspace);
+    const struct piece pieces[] = {
+        {(void **)&memory.looks, count * sizeof *memory.looks},
+        {(void **)&memory.firsts, count * sizeof *memory.firsts},
+        {(void **)&memory.proofs, count * sizeof *memory.proofs},
+        {(void **)&memory.states, count * V * K * sizeof *memory.states},
+        {(void **)&memory.outputs, count * KDA_CUDA_CHUNK * K * sizeof *memory.outputs},
+        {(void **)&memory.finals, count * V * K * sizeof *memory.finals}};
+    char *rest = workspace ? workspace + used : NULL; /* without one only sizes are asked for */
+    *bytes = used + lay_out(pieces, sizeof pieces / sizeof *pieces, rest);
+    *spread = memory;
     return used;
 }
 
 static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
     size_t chains = (size_t)(p->sequences * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
     struct kda_sm90_cut cut;
-    plan->operands = plan->summaries = 0;
+    struct kda_sm90_spread spread;
+    plan->operands = plan->summaries = plan->spread = 0;
+    if (plan->parts)
+        plan->operands = lay_out_spread(p, plan->parts, NULL, &spread, &plan->spread);
     if (plan->way == PAIRS && plan->segments > 1)
         plan->summaries = lay_out_cut(p, plan->segments, NULL, &cut);
     if (plan->way == FUSED || plan->way == PAIRS)
@@ -159,6 +210,7 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
                         forced, HAS_SM90 ? "this device cannot run" : "this build lacks");
     plan->way = PORTABLE;
     plan->segments = 1;
+    plan->parts = 0;
     if (runs && !wish.sm80 && kda_sm90_takes(p))
         choose(p, &wish, plan);
     size_workspace(p, plan);
@@ -171,7 +223,7 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *byte
     if (!status)
         status = make_plan(p, &plan);
     if (!status)
-        *bytes = plan.operands + plan.summaries;
+        *bytes = plan.operands + plan.summaries > plan.spread ? plan.operands + plan.summaries : plan.spread;
     return status;
 }
 
@@ -187,29 +239,49 @@ static flash_kda_status launch_segments(const struct kda_prefill *p, const struc
     return status;
 }
 
-static flash_kda_status launch_pairs(const struct kda_prefill *p, const struct plan *plan, char *workspace) {
+/* Before the kernels of the plan's way, which then leave out what these did. */
+static flash_kda_status launch_spread(const struct kda_prefill *p, struct kda_sm90_spread spread) {
+    flash_kda_status status = kda_cuda_status(kda_sm90_look(p, spread, p->stream), "prefill, kernel look");
+    if (!status)
+        status = kda_cuda_status(kda_sm90_fused_parts(p, spread, p->stream), "prefill, kernel fused");
+    if (!status)
+        status = kda_cuda_status(kda_sm90_join(p, spread, p->stream), "prefill, kernel join");
+    return status;
+}
+
+static flash_kda_status launch_pairs(const struct kda_prefill *p, const struct plan *plan,
+                                     struct kda_sm90_spread spread, char *workspace) {
     flash_kda_status status = FLASH_KDA_OK;
     struct kda_sm90_cut cut = {.segments = 1};
     if (plan->segments > 1) {
-        lay_out_cut(p, plan->segments, workspace, &cut);
-        status = kda_cuda_status(kda_sm90_pairs_cut(p, chunks_of(p), cut, p->stream), "prefill, kernel pairs");
+        lay_out_cut(p, plan->segments, workspace + plan->operands, &cut);
+        status = kda_cuda_status(kda_sm90_pairs_cut(p, spread, chunks_of(p), cut, p->stream),
+                                 "prefill, kernel pairs");
         if (!status)
-            status = kda_cuda_status(kda_sm90_compose(p, cut, p->stream), "prefill, kernel compose");
+            status = kda_cuda_status(kda_sm90_compose(p, spread, cut, p->stream), "prefill, kernel compose");
     }
     if (status)
         return status;
     if (plan->segments == 1 || p->checkpoints.data) /* which take true states all the way */
-        return kda_cuda_status(kda_sm90_pairs(p, cut, p->stream), "prefill, kernel pairs");
-    return kda_cuda_status(kda_sm90_correct(p, chunks_of(p), cut, plan->processors, p->stream),
+        return kda_cuda_status(kda_sm90_pairs(p, spread, cut, p->stream), "prefill, kernel pairs");
+    return kda_cuda_status(kda_sm90_correct(p, spread, chunks_of(p), cut, plan->processors, p->stream),
                            "prefill, kernel correct");
 }
 
 static flash_kda_status launch(const struct kda_prefill *p, const struct plan *plan, void *workspace) {
     flash_kda_status status = FLASH_KDA_OK;
+    struct kda_sm90_spread spread = {.all = {0, 0}};
+    if (plan->parts) {
+        size_t bytes;
+        lay_out_spread(p, plan->parts, workspace, &spread, &bytes);
+        status = launch_spread(p, spread);
+    }
+    if (status)
+        return status;
     if (plan->way == FUSED)
-        return kda_cuda_status(kda_sm90_fused(p, plan->processors, p->stream), "prefill, kernel fused");
+        return kda_cuda_status(kda_sm90_fused(p, spread, plan->processors, p->stream), "prefill, kernel fused");
     if (plan->way == PAIRS)
-        return launch_pairs(p, plan, workspace);
+        return launch_pairs(p, plan, spread, workspace);
     if (p->tokens)
         status =
             kda_cuda_status(kda_sm80_prepare(p, chunks_of(p), workspace, p->stream), "prefill, kernel prepare");
@@ -247,14 +319,19 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
     if (status)
         return status;
     int64_t chains = p->sequences * p->value_heads;
+    char before[64] = "";
+    if (plan.parts)
+        snprintf(before, sizeof before, "%d parts where gates are strong, else ", plan.parts);
     if (plan.way == FUSED)
-        snprintf(text, size, "cuda: level sm90, one kernel, bf16 products, %" PRId64 " chains", chains);
+        snprintf(text, size, "cuda: level sm90, %sone kernel, bf16 products, %" PRId64 " chains", before,
+                 chains);
     else
         snprintf(text, size,
-                 "cuda: level %s%s, bf16 products, %" PRId64 " chains, %" PRId64
+                 "cuda: level %s, %s%sbf16 products, %" PRId64 " chains, %" PRId64
                  " chunks of up to %d tokens, %d segment%s",
-                 plan.way == PORTABLE ? "sm80" : "sm90", plan.way == PAIRS ? ", pairs of multiprocessors" : "",
-                 chains, chunks_of(p), KDA_CUDA_CHUNK, plan.segments, plan.segments == 1 ? "" : "s");
+                 plan.way == PORTABLE ? "sm80" : "sm90", before,
+                 plan.way == PAIRS ? "pairs of multiprocessors, " : "", chains, chunks_of(p), KDA_CUDA_CHUNK,
+                 plan.segments, plan.segments == 1 ? "" : "s");
     return FLASH_KDA_OK;
 }
 

@@ -7,6 +7,7 @@
  * every multiprocessor prepares operands. The fused kernel needs none of this, but its steps take longer.
  */
 #include "cuda/segments.h"
+#include "cuda/spread.h"
 
 /* A step of every CTA: with one warpgroup of consumers to a multiprocessor, and with two. */
 struct step {
@@ -14,19 +15,24 @@ struct step {
 };
 static const struct step WITH_OUTPUTS = {1.2, 2.0}, SUMMARISING = {0.95, 1.4};
 #define PREPARE    2.7 /* a chunk of one head, on one multiprocessor */
-#define STEP_FUSED 2.35
+#define STEP_FUSED 2.24
 #define BEGIN      8.2 /* of a CTA's chain or segment, and its end */
 #define SCAN_STEP  2.1
 #define LAUNCH     3.75 /* a kernel, and its ramp */
 /* Of pairs: a step, uncut and cut, a segment's composition, and correcting a chunk's outputs. */
-#define STEP_PAIR    1.51
+#define STEP_PAIR    1.66
 #define STEP_CUT     1.88
 #define COMPOSE_STEP 0.65
 #define CORRECT      1.49 /* on one multiprocessor */
+#define BEGIN_CUT    6.0  /* composing and correcting */
+/* Of parts: a step; all kernels and the first chunk's identity; looking, in vain. */
+#define STEP_PART 2.53
+#define SPREAD    42.0
+#define FRUITLESS 9.0
 /* The longest sequence of a packed batch, in average ones, and what it costs that CTAs do not end together. */
 #define LONGEST   2.4
 #define IMBALANCE 1.15
-enum { MIN_CHUNKS = 4 /* of a segment */ };
+enum { MIN_CHUNKS = 4 /* of a segment */, MIN_PART = 3 };
 
 static double steps(struct step step, int64_t chunks, int64_t ctas, int processors) {
     int64_t waves = (ctas + 2 * processors - 1) / (2 * processors);
@@ -58,7 +64,8 @@ static double cost_of_pairs(const struct kda_segment_problem *p, int segments) {
     if (segments == 1)
         return (double)waves * (longest * STEP_PAIR + BEGIN) + LAUNCH;
     int64_t each = ((int64_t)longest + segments - 1) / segments;
-    double first = (double)waves * ((double)each * STEP_CUT + BEGIN) + segments * COMPOSE_STEP + 3 * LAUNCH;
+    double first =
+        (double)waves * ((double)each * STEP_CUT + BEGIN) + segments * COMPOSE_STEP + BEGIN_CUT + 3 * LAUNCH;
     return first + (p->checkpoints ? (double)waves * ((double)each * STEP_PAIR + BEGIN)
                                    : (double)(p->chains * p->chunks) * CORRECT / p->processors);
 }
@@ -82,4 +89,17 @@ double kda_fused_cost(const struct kda_segment_problem *problem) {
     double even = (double)problem->chains / problem->processors * each * IMBALANCE;
     double longest = LONGEST * chunks * STEP_FUSED;
     return (even > longest ? even : longest) + LAUNCH;
+}
+
+int kda_parts(const struct kda_segment_problem *problem) {
+    int64_t parts = problem->chains * problem->chunks / MIN_PART;
+    int most = problem->processors < KDA_MAX_PARTS ? problem->processors : KDA_MAX_PARTS;
+    return parts < 2 ? 0 : parts < most ? (int)parts : most;
+}
+
+bool kda_spread_pays(const struct kda_segment_problem *problem, int parts, double otherwise) {
+    if (!parts)
+        return false;
+    double each = (double)(problem->chains * problem->chunks) / parts, chains = (double)problem->chains / parts;
+    return each * STEP_PART + chains * BEGIN + SPREAD + FRUITLESS < otherwise;
 }

@@ -29,4 +29,9 @@ int kda_pairs(const struct kda_segment_problem *problem, double *microseconds);
 /* What it expects of the fused kernel, which works a chain in one CTA, one CTA on a multiprocessor. */
 double kda_fused_cost(const struct kda_segment_problem *problem);
 
+/* Parts of all chains end to end, at most one to a multiprocessor, that are long enough to be worth it; 0: none. Where gates
+ * are strong they are worked instead of all else, which takes `otherwise`: does it pay to look? */
+int kda_parts(const struct kda_segment_problem *problem);
+bool kda_spread_pays(const struct kda_segment_problem *problem, int parts, double otherwise);
+
 #endif

@@ -19,6 +19,7 @@ static const struct form {
     {"sm90", true, {.sm90 = true}},
     {"sm90/fused", false, {.sm90 = true, .fused = true}},
     {"sm90/pairs", true, {.sm90 = true, .pairs = true}},
+    {"sm90/spread", false, {.sm90 = true, .spread = true}},
 };
 
 enum { FORMS = sizeof forms / sizeof *forms };

@@ -12,7 +12,7 @@
 
 struct kda_cuda_wish {
     bool sm80, sm90; /* neither: any level */
-    bool fused, pairs;
+    bool fused, pairs, spread;
     int segments; /* 0: as is fastest */
 };
 

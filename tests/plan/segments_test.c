@@ -33,8 +33,9 @@ static void test_many_chains_stay_whole(void **state) {
     (void)state;
     double time;
     for (int64_t chains = PROCESSORS / PARTS; chains < 1000; chains += 7) {
+        struct kda_segment_problem problem = problem_of(chains, 256);
         assert_int_equal(segments(chains, 256), 1);
-        assert_int_equal(pairs(chains, 256, &time), 1);
+        assert_true(pairs(chains, 256, &time) == 1 || kda_fused_cost(&problem) < time);
     }
 }
 
@@ -130,6 +131,28 @@ static void test_fused_where_there_are_many_chains(void **state) {
     }
 }
 
+/* Where parts gain more with strong gates than looking costs with slow ones, as measured on an H200. */
+static void test_parts_where_they_pay(void **state) {
+    (void)state;
+    const struct {
+        int64_t chains, chunks;
+        bool packed, pay;
+    } cases[] = {{96, 256, false, true},  {576, 43, true, false},  {768, 32, false, false},
+                 {64, 256, false, true},  {8, 256, false, true},   {1, 4096, false, true},
+                 {12, 128, false, true},  {48, 64, false, true},   {4, 32, false, false},
+                 {128, 64, false, false}, {1024, 8, false, false}, {2048, 2, false, false}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct kda_segment_problem problem = problem_of(cases[i].chains, cases[i].chunks);
+        problem.packed = cases[i].packed;
+        double paired, fused = kda_fused_cost(&problem);
+        kda_pairs(&problem, &paired);
+        int parts = kda_parts(&problem);
+        assert_in_range(parts, 2, PROCESSORS);
+        assert_int_equal(kda_spread_pays(&problem, parts, fused < paired ? fused : paired), cases[i].pay);
+        assert_false(kda_spread_pays(&problem, 0, 1e9));
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_many_chains_stay_whole),
@@ -141,6 +164,7 @@ int main(void) {
         cmocka_unit_test(test_not_where_it_may_not_cut),
         cmocka_unit_test(test_checkpoints_cost),
         cmocka_unit_test(test_fused_where_there_are_many_chains),
+        cmocka_unit_test(test_parts_where_they_pay),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

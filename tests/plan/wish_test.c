@@ -10,13 +10,14 @@
 #include <cmocka.h>
 
 static void assert_wish(const char *value, struct kda_cuda_wish expected) {
-    struct kda_cuda_wish wish = {true, true, true, true, -1};
+    struct kda_cuda_wish wish = {true, true, true, true, true, -1};
     if (kda_cuda_read_wish(&wish, value))
         fail_msg("%s: %s", value, flash_kda_last_error());
     assert_int_equal(wish.sm80, expected.sm80);
     assert_int_equal(wish.sm90, expected.sm90);
     assert_int_equal(wish.fused, expected.fused);
     assert_int_equal(wish.pairs, expected.pairs);
+    assert_int_equal(wish.spread, expected.spread);
     assert_int_equal(wish.segments, expected.segments);
 }
 
@@ -25,11 +26,10 @@ static void assert_refused(const char *value, const char *shown) {
     char sentence[512];
     if (kda_cuda_read_wish(&wish, value) != FLASH_KDA_ERROR_UNSUPPORTED)
         fail_msg("%s was not refused", value);
-    snprintf(
-        sentence, sizeof sentence,
-        "the environment variable FLASH_KDA_CUDA is %s; expected sm80, sm90, sm90/fused, sm90/pairs or, for N "
-        "segments, sm90/N or sm90/pairs/N with N from 1 to 64",
-        shown);
+    snprintf(sentence, sizeof sentence,
+             "the environment variable FLASH_KDA_CUDA is %s; expected sm80, sm90, sm90/fused, sm90/pairs, "
+             "sm90/spread or, for N segments, sm90/N or sm90/pairs/N with N from 1 to 64",
+             shown);
     assert_string_equal(flash_kda_last_error(), sentence);
 }
 
@@ -45,6 +45,7 @@ static void test_levels_and_ways(void **state) {
     assert_wish("sm90", (struct kda_cuda_wish){.sm90 = true});
     assert_wish("sm90/fused", (struct kda_cuda_wish){.sm90 = true, .fused = true});
     assert_wish("sm90/pairs", (struct kda_cuda_wish){.sm90 = true, .pairs = true});
+    assert_wish("sm90/spread", (struct kda_cuda_wish){.sm90 = true, .spread = true});
 }
 
 static void test_segments(void **state) {
@@ -93,6 +94,7 @@ static void test_refused(void **state) {
                                          "sm90/fusedx",
                                          "sm90/fused/",
                                          "sm90/fused/2",
+                                         "sm90/spread/2",
                                          "pairs",
                                          "/",
                                          "/2",

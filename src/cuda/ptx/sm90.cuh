@@ -6,6 +6,7 @@
 #define KDA_CUDA_PTX_SM90_CUH
 
 #include <cstdint>
+#include <cuda.h>
 
 namespace kda {
 
@@ -58,6 +59,41 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
 
 /* Makes what the thread wrote to shared memory visible to wgmma and to the copy engine. */
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/* True in one lane of the warp, all of which ask: what the copy engine is told there needs no loop over lanes. */
+__device__ __forceinline__ bool elected() {
+    uint32_t one;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
+    return one;
+}
+
+/* Has a tensor's map brought to where the copy engine reads it. */
+__device__ __forceinline__ void prefetch_map(const CUtensorMap &map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+/* What is read once is the first that the L2 cache gives up: else it would give up the kernels' code. */
+__device__ __forceinline__ uint64_t read_once() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ uint64_t read_again() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+/* Has the copy engine bring a box of a tensor of four dimensions. */
+__device__ __forceinline__ void bring_box(void *to, const CUtensorMap &map, const int32_t (&at)[4],
+                                          uint64_t &barrier, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+        "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]),
+        "r"((uint32_t)__cvta_generic_to_shared(&barrier)), "l"(policy)
+        : "memory");
+}
 
 /* Named barriers of `threads` threads: wait for all, come by without waiting, wait and learn whether any said yes. */
 __device__ __forceinline__ void barrier_wait(int barrier, int threads) {

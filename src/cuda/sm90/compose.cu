@@ -10,8 +10,10 @@
  */
 #include "cuda/segments.h"
 #include "cuda/sm90/consume.cuh"
+#include "cuda/sm90/cut.cuh"
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/launch.cuh"
+#include "cuda/sm90/spread.cuh"
 #include "cuda/sm90/warpgroup.cuh"
 
 namespace kda {
@@ -217,11 +219,11 @@ __device__ void store_states(const kda_sm90_cut &cut, const Place &place, int se
             uint4 terms = shared.state[turn][i][block][lane];
             low[b] = scale_halves(terms.x, factor), high[b] = scale_halves(terms.z, factor);
         }
-        int64_t row = (place.first + segment) * DIM + place.first_column + i * ROWS + lane / 4;
-        *reinterpret_cast<uint4 *>(&cut.states[row * DIM + warp * 32 + lane % 4 * 8]) =
-            turn_over_halves(low, high);
+        int column = place.first_column + i * ROWS + lane / 4;
+        uint16_t *row = state_before(cut, place.first + segment, column);
+        *reinterpret_cast<uint4 *>(&row[warp * 32 + lane % 4 * 8]) = turn_over_halves(low, high);
         if (warp == 0 && lane % 4 == 0)
-            cut.state_units[row] = (int16_t)unit;
+            cut.state_units[(place.first + segment) * DIM + column] = (int16_t)unit;
     }
 }
 
@@ -294,8 +296,12 @@ __device__ void step_through(const kda_sm90_cut &cut, const Place &place, Role r
 
 template <int TILES>
 __global__ void __launch_bounds__(THREADS, 1)
-    compose(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_cut cut) {
+    compose(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_spread spread,
+            const __grid_constant__ kda_sm90_cut cut) {
     let_next_begin();
+    wait_for_kernel_before();
+    if (nothing_is_left(spread))
+        return;
     extern __shared__ __align__(1024) char memory[];
     Shared<TILES> &shared = *reinterpret_cast<Shared<TILES> *>(memory);
     if (threadIdx.x == 0) {
@@ -304,9 +310,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
     __syncthreads();
-    wait_for_kernel_before();
-    int64_t chain = blockIdx.x, slot = kda_sequence(&p, chain / p.value_heads).slot;
-    if (slot < 0) /* padding */
+    int64_t chain = blockIdx.x, n = chain / p.value_heads, slot = kda_sequence(&p, n).slot;
+    if (slot < 0 /* padding */ || !is_left(p, spread, (int)n, (int)(chain % p.value_heads)))
         return;
     int lane = threadIdx.x % 32, first_column = (int)blockIdx.y * TILES * ROWS;
     Place place = {chain * cut.segments, first_column, first_column + lane / 4,
@@ -327,21 +332,24 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 template <int TILES>
-cudaError_t launch_compose(const kda_prefill *p, const kda_sm90_cut &cut, cudaStream_t stream) {
+cudaError_t launch_compose(const kda_prefill *p, const kda_sm90_spread &spread, const kda_sm90_cut &cut,
+                           cudaStream_t stream) {
     int bytes = sizeof(Shared<TILES>);
     cudaError_t error =
         cudaFuncSetAttribute(compose<TILES>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error)
         return error;
     dim3 grid((unsigned)(p->sequences * p->value_heads), DIM / (TILES * ROWS));
-    return launch_behind(compose<TILES>, grid, THREADS, bytes, stream, *p, cut);
+    return launch_behind(compose<TILES>, grid, THREADS, bytes, stream, *p, spread, cut);
 }
 
 } // namespace
 } // namespace kda
 
-cudaError_t kda_sm90_compose(const kda_prefill *p, kda_sm90_cut cut, cudaStream_t stream) {
+cudaError_t kda_sm90_compose(const kda_prefill *p, kda_sm90_spread spread, kda_sm90_cut cut,
+                             cudaStream_t stream) {
     /* Every CTA reads all of A: where many do, fewer with more columns each. */
     bool many = p->sequences * p->value_heads > 8;
-    return many ? kda::launch_compose<2>(p, cut, stream) : kda::launch_compose<1>(p, cut, stream);
+    return many ? kda::launch_compose<2>(p, spread, cut, stream)
+                : kda::launch_compose<1>(p, spread, cut, stream);
 }

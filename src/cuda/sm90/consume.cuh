@@ -3,7 +3,7 @@
  * Consumers: a warpgroup takes 64 columns of V of the state, in its accumulators, through a chunk's operands
  * (tiles.cuh).
  *
- * S is in the coordinates of the chunk's middle in between:
+ * S is in the coordinates of the chunk's middle in between, or of its first one and then the second (unbounded.cuh):
  *     [W | Y] = S^T [RK; RQ]^T   U^T = (V^T - W^T diag(rk)) F^T   O^T = Y^T diag(rq) + U^T M^T   S^T <- S^T + U^T CK
  * Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand.
  */
@@ -19,15 +19,15 @@ namespace kda {
 constexpr int EDGE = 4; /* log2: v and S stay below 2^EDGE of the warp's unit */
 
 /* to_middle or to_end of the thread's channels. */
-inline __device__ void load_factors(const float *factors, float4 (&own)[DIM / 16]) {
+template <int COUNT> __device__ void load_factors(const float *factors, float4 (&own)[COUNT]) {
 #pragma unroll
-    for (int c = 0; c < DIM / 16; c++)
+    for (int c = 0; c < COUNT; c++)
         own[c] = *reinterpret_cast<const float4 *>(&factors[c * 16 + threadIdx.x % 4 * 4]);
 }
 
-inline __device__ void decay_state(float (&S)[DIM / 8][4], const float4 (&factors)[DIM / 16]) {
+template <int TILES> __device__ void decay_state(float (&S)[TILES][4], const float4 (&factors)[TILES / 2]) {
 #pragma unroll
-    for (int c = 0; c < DIM / 8; c += 2) {
+    for (int c = 0; c < TILES; c += 2) {
         float4 f = factors[c / 2];
         S[c][0] *= f.x, S[c][1] *= f.y, S[c][2] *= f.x, S[c][3] *= f.y;
         S[c + 1][0] *= f.z, S[c + 1][1] *= f.w, S[c + 1][2] *= f.z, S[c + 1][3] *= f.w;
@@ -86,7 +86,7 @@ template <int TILES> __device__ float largest_of_tiles(const float (&d)[TILES][4
 }
 
 /* Goes over to a unit in which S is near 1. */
-inline __device__ void measure_unit(float (&S)[DIM / 8][4], int &unit) {
+template <int TILES> __device__ void measure_unit(float (&S)[TILES][4], int &unit) {
     float largest = largest_of_warp(largest_of_tiles(S));
     if (largest >= 0.25f && largest <= power_of_two(EDGE))
         return;
@@ -96,8 +96,18 @@ inline __device__ void measure_unit(float (&S)[DIM / 8][4], int &unit) {
     unit = next;
 }
 
+/* The unit of a state that is in none yet. */
+template <int TILES> __device__ int measured(float (&S)[TILES][4]) {
+    int unit = 0;
+    measure_unit(S, unit);
+    return unit;
+}
+
+/* V^T of a chunk, 16 tokens and the warp's 16 columns at a time, as first operands. */
+using Values = uint32_t[CHUNK / 16][4];
+
 /* The largest of the thread's values, as bf16 without its sign: those are ordered as integers are. */
-inline __device__ uint32_t largest_value(const uint32_t (&v)[CHUNK / 16][4]) {
+inline __device__ uint32_t largest_value(const Values &v) {
     uint32_t largest = 0; /* of each half */
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
@@ -114,12 +124,20 @@ inline __device__ uint32_t scale_pair(uint32_t pair, uint32_t factors) {
     return scaled;
 }
 
-/* One chunk: S goes on, o becomes its outputs, both in the warp's unit. v lies in rows of COLUMNS. `meanwhile` is done
- * while the first product runs. */
-template <int COLUMNS, bool outputs, class F>
-__device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_bfloat16 *v_rows,
-                        float (&S)[DIM / 8][4], float (&o)[CHUNK / 8][4], int &unit, F meanwhile) {
-    const Panel(&panels)[PANELS] = tiles.panels;
+/* From rows of COLUMNS that all of the CTA's warps share. */
+template <int COLUMNS> __device__ void load_values(const __nv_bfloat16 *rows, Values &v) {
+    MatrixRow<CHUNK, COLUMNS> values(rows, false);
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+        ldmatrix_transposed(v[t], values.at(t * 16, threadIdx.x / 32 * 16));
+}
+
+/* One chunk: S goes on, o becomes its outputs, both in the warp's unit. meanwhile(v) is done while the first product runs,
+ * and loads the chunk's values. */
+template <bool outputs, bool bounded, int DIM, class F>
+__device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, float (&S)[DIM / 8][4],
+                        float (&o)[CHUNK / 8][4], int &unit, F meanwhile) {
+    const Panel(&panels)[DIM / PANEL] = tiles.panels;
     uint64_t rows = wgmma_operand(panels[0].keys, 0, 8 * ROW, SWIZZLE_128);
     uint64_t columns = wgmma_operand(panels[0].gates, sizeof(Panel), 8 * ROW, SWIZZLE_128);
     uint64_t inverse = wgmma_operand(tiles.inverse, 0, 8 * CHUNK * 4, SWIZZLE_128);
@@ -141,12 +159,8 @@ __device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_b
         wgmma<false, true>(wy, a[c], advanced(rows, c / 4 * sizeof(Panel) + c % 4 * 32));
     wgmma_commit();
 
-    meanwhile();
-    uint32_t v[CHUNK / 16][4];
-    MatrixRow<CHUNK, COLUMNS> values(v_rows, false);
-#pragma unroll
-    for (int t = 0; t < CHUNK / 16; t++)
-        ldmatrix_transposed(v[t], values.at(t * 16, threadIdx.x / 32 * 16));
+    Values v;
+    meanwhile(v);
     alignas(16) float rk[CHUNK / 4];
     load_scales(factors.key_scale, rk);
     uint32_t largest = largest_value(v);
@@ -182,6 +196,10 @@ __device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_b
     wgmma_wait<0>();
     pin(U);
 
+    if constexpr (!bounded) { /* from the first middle on to the second */
+        load_factors(factors.across, decays);
+        decay_state(S, decays);
+    }
     uint32_t u[CHUNK / 16][4], u_half[CHUNK / 16][4];
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++) {
@@ -218,14 +236,27 @@ __device__ void advance(const Tiles &tiles, const Factors &factors, const __nv_b
     }
 }
 
-/* Runs f(two neighbours of S in a row of V, channel, column) over the thread's share of the state. */
-template <class S, class F> __device__ void each_pair(S (&state)[DIM / 8][4], F f) {
-    int t = threadIdx.x, lane = t % 32, column = t / 32 * 16 + lane / 4;
+/* Runs f(two neighbours of S in a row of V, channel, column) over a thread's share of the state. The thread is to be read
+ * anew (warpgroup.cuh) where registers are short. */
+template <class S, int TILES, class F>
+__device__ void each_pair(S (&state)[TILES][4], F f, uint32_t thread = threadIdx.x) {
+    int t = (int)thread, lane = t % 32, column = t / 32 * 16 + lane / 4;
 #pragma unroll
-    for (int c = 0; c < DIM / 8; c++)
+    for (int c = 0; c < TILES; c++)
 #pragma unroll
         for (int n = 0; n < 2; n++)
             f(state[c][2 * n], state[c][2 * n + 1], c * 8 + lane % 4 * 2, column + n * 8);
+}
+
+/* The identity times x. The thread has elements on the diagonal only of two tiles, which follow from its warp. */
+template <int TILES> __device__ void make_diagonal(float (&S)[TILES][4], float x) {
+    uint32_t warp = thread() / 32, row = thread() % 32 / 4, channel = thread() % 4 * 2;
+    const float on[2] = {row == channel ? x : 0.f, row == channel + 1 ? x : 0.f};
+#pragma unroll
+    for (uint32_t c = 0; c < TILES; c++)
+#pragma unroll
+        for (uint32_t n = 0; n < 4; n++) /* columns 0 to 8 of the warp's, then the others */
+            S[c][n] = c % 2 == n / 2 && c / 2 == warp ? on[n % 2] : 0.f;
 }
 
 /* Where element (column of V, channel) of a state is. */
@@ -254,53 +285,79 @@ inline __device__ float load_one(const kda_state &state, int column, int channel
                                   : kda_from_bf16(*reinterpret_cast<const uint16_t *>(at));
 }
 
-inline __device__ void load_whole(const kda_state &state, float (&S)[DIM / 8][4]) {
-    if (!state.data)
-        each_pair(S, [](float &x, float &y, int, int) { x = y = 0.f; });
-    else if (!as_pairs(state))
-        each_pair(S, [&](float &x, float &y, int channel, int column) {
-            x = load_one(state, column, channel), y = load_one(state, column, channel + 1);
-        });
-    else if (state.dtype == KDA_F32)
-        each_pair(S, [&](float &x, float &y, int channel, int column) {
-            float2 pair = *reinterpret_cast<const float2 *>(element(state, column, channel));
-            x = pair.x, y = pair.y;
-        });
-    else
-        each_pair(S, [&](float &x, float &y, int channel, int column) {
-            float2 pair = unpack_bf16(*reinterpret_cast<const uint32_t *>(element(state, column, channel)));
-            x = pair.x, y = pair.y;
-        });
+/* As each_pair, f(two neighbours of S, where they are as elements of type E) over a state accessed as pairs: few addresses, for
+ * few instructions, which are fetched for every chain. */
+template <class E, class S, int TILES, class F>
+__device__ void each_pair_at(const kda_state &state, S (&S_own)[TILES][4], F f, uint32_t thread) {
+    int lane = (int)thread % 32, column = (int)thread / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        E *row = reinterpret_cast<E *>(state.data + (column + n * 8) * state.stride) + lane % 4;
+#pragma unroll
+        for (int c = 0; c < TILES; c++)
+            f(S_own[c][2 * n], S_own[c][2 * n + 1], row[c * 4]);
+    }
 }
 
-inline __device__ void store_whole(const kda_state &state, const float (&S)[DIM / 8][4], int unit) {
+template <int TILES>
+__device__ void load_whole(const kda_state &state, float (&S)[TILES][4], uint32_t thread = threadIdx.x) {
+    if (!state.data)
+        each_pair(
+            S, [](float &x, float &y, int, int) { x = y = 0.f; }, thread);
+    else if (!as_pairs(state))
+        each_pair(
+            S,
+            [&](float &x, float &y, int channel, int column) {
+                x = load_one(state, column, channel), y = load_one(state, column, channel + 1);
+            },
+            thread);
+    else if (state.dtype == KDA_F32)
+        each_pair_at<const float2>(
+            state, S, [](float &x, float &y, const float2 &pair) { x = pair.x, y = pair.y; }, thread);
+    else
+        each_pair_at<const uint32_t>(
+            state, S,
+            [](float &x, float &y, uint32_t raw) {
+                float2 pair = unpack_bf16(raw);
+                x = pair.x, y = pair.y;
+            },
+            thread);
+}
+
+template <int TILES>
+__device__ void store_whole(const kda_state &state, const float (&S)[TILES][4], int unit,
+                            uint32_t thread = threadIdx.x) {
     float factor = power_of_two(unit);
     if (!state.data)
         return;
     if (!as_pairs(state))
-        each_pair(S, [&](float x, float y, int channel, int column) {
-            store_float(element(state, column, channel), state.dtype, 0, x * factor);
-            store_float(element(state, column, channel + 1), state.dtype, 0, y * factor);
-        });
+        each_pair(
+            S,
+            [&](float x, float y, int channel, int column) {
+                store_float(element(state, column, channel), state.dtype, 0, x * factor);
+                store_float(element(state, column, channel + 1), state.dtype, 0, y * factor);
+            },
+            thread);
     else if (state.dtype == KDA_F32)
-        each_pair(S, [&](float x, float y, int channel, int column) {
-            *reinterpret_cast<float2 *>(element(state, column, channel)) = make_float2(x * factor, y * factor);
-        });
+        each_pair_at<float2>(
+            state, S, [&](float x, float y, float2 &pair) { pair = make_float2(x * factor, y * factor); },
+            thread);
     else
-        each_pair(S, [&](float x, float y, int channel, int column) {
-            *reinterpret_cast<uint32_t *>(element(state, column, channel)) = pack_bf16(x * factor, y * factor);
-        });
+        each_pair_at<uint32_t>(
+            state, S, [&](float x, float y, uint32_t &pair) { pair = pack_bf16(x * factor, y * factor); },
+            thread);
 }
 
 /* At position 0 the state that the chain starts from, else the one behind that token. */
-inline __device__ void store_whole_checkpoints(const kda_prefill &p, int n, int head, int column, int position,
-                                               float (&S)[DIM / 8][4], int unit) {
+template <int TILES>
+__device__ void store_whole_checkpoints(const kda_prefill &p, int n, int head, int column, int position,
+                                        float (&S)[TILES][4], int unit, uint32_t thread = threadIdx.x) {
     int64_t cursor = 0;
     while (p.checkpoints.data) {
         struct kda_state state = kda_checkpoint_at(&p, n, position, head, &cursor);
         if (!state.data)
             return;
-        store_whole(from_column(state, column), S, unit);
+        store_whole(from_column(state, column), S, unit, thread);
         pin(S);
     }
 }
@@ -313,7 +370,11 @@ enum : uint32_t {
     PARTIAL = 8, /* fewer tokens than a chunk's */
     MEASURE = 16 /* S, behind it */,
     CHECKPOINT = 32, /* there may be one behind it */
-    LAST = 64        /* that the CTA works of its sequence */
+    LAST = 64,       /* that the CTA works of its sequence */
+    /* Of parts (spread.cuh): */
+    CUT = 128, /* the chain is cut in front of it */
+    CUT_BEHIND = 256,
+    FROM_CUT = 512 /* LAST, and the chain was cut where the CTA began */
 };
 
 /* What a loader says of a chunk. */
@@ -337,7 +398,7 @@ inline __device__ uint32_t find_flags(const kda_prefill &p, const Task &task, bo
 
 /* Until rows are free: what was sent has left. */
 inline __device__ void wait_for_rows() {
-    if (threadIdx.x % 32 == 0)
+    if (elected())
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
 }
 
@@ -361,7 +422,7 @@ inline __device__ void send_outputs(const kda_tensor &out, const CUtensorMap &ma
     fence_shared();
     __syncwarp();
     if (!(task.flags & PARTIAL)) {
-        if (lane == 0) {
+        if (elected()) {
             const int32_t at[4] = {column, task.head, task.token, task.batch};
             ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, at, rows);
             ptx::cp_async_bulk_commit_group();
@@ -377,34 +438,47 @@ inline __device__ void leave_unit(float (&o)[CHUNK / 8][4], int unit) {
         scale_tiles(o, power_of_two(unit));
 }
 
-/* A consumer warpgroup's work: all chunks that a loader sends through `shared`, their outputs to `out`, which `map` maps.
- * before(task, S) makes S what it is before a first chunk; finish(task, o, unit) makes a chunk's outputs what is to be
- * stored, and returns as which dtype; after(task, S, unit) stores what is behind a last chunk. COLUMNS: of V, of the CTA. */
-template <int COLUMNS, bool outputs, class Shared, class Before, class Finish, class After>
+/* The kernel cuts no chain. */
+struct NeverAgain {
+    template <int TILES>
+    __device__ bool operator()(const Task &, float (&)[TILES][4], float (&)[CHUNK / 8][4], int) const {
+        return false;
+    }
+};
+
+/* A consumer warpgroup's work: all chunks that a loader sends through `shared`, from `turn` on, their outputs to `out`,
+ * which `map` maps. before(task, S) makes S what it is before a first chunk, and returns its unit; load(turn, flags, v) loads
+ * a chunk's values;
+ * again(task, S, o, unit) is called behind a chunk in front of which the chain is cut, and says whether it is to be worked
+ * once more; finish(task, o, unit) makes outputs what is to be stored, and returns as which dtype; after(task, S, unit)
+ * stores what is behind a last chunk. */
+template <int DIM, bool outputs, bool bounded, class Shared, class Turn, class Before, class Load, class Again,
+          class Finish, class After>
 __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUtensorMap &map, Shared &shared,
-                        Before before, Finish finish, After after) {
+                        Turn turn, Before before, Load load, Again again, Finish finish, After after) {
     float S[DIM / 8][4];
     int unit = 0;
     __nv_bfloat16 *rows = shared.outputs[threadIdx.x / 32];
     const Task *leaving = nullptr; /* whose outputs are in rows: they leave while the next first product runs */
-    for (Turn<sizeof shared.tasks / sizeof(Task) / 2> turn;; turn.next()) {
+    for (;;) {
         wait(shared.full[turn.stage], turn.parity);
-        const Task &task = shared.tasks[turn.in_double()];
+        const Task &task = shared.tasks[turn.task()];
         uint32_t flags = task.flags;
         if (__builtin_expect(flags & (ENDS | BEGINS), 0)) {
             if (flags & ENDS)
                 break;
-            before(task, S);
-            unit = 0;
-            measure_unit(S, unit);
+            unit = before(task, S);
         }
         float o[CHUNK / 8][4];
         if (__builtin_expect(!(flags & EMPTY), 1))
-            advance<COLUMNS, outputs>(shared.tiles[turn.stage], shared.factors[turn.stage],
-                                      shared.values[turn.stage], S, o, unit, [&] {
+            advance<outputs, bounded>(shared.tiles[turn.stage], shared.factors[turn.stage], S, o, unit,
+                                      [&](Values &v) {
                                           if (outputs && leaving)
                                               send_outputs(out, map, *leaving, rows);
+                                          load(turn, flags, v);
                                       });
+        if (__builtin_expect(flags & CUT, 0) && again(task, S, o, unit))
+            continue;
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
         if (outputs && __builtin_expect(!(flags & EMPTY), 1)) {
             kda_dtype dtype = finish(task, o, unit);
@@ -419,6 +493,7 @@ __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUten
             if (flags & LAST)
                 after(task, S, unit);
         }
+        turn.next();
     }
     if (outputs && leaving) {
         send_outputs(out, map, *leaving, rows);

@@ -9,8 +9,10 @@
  */
 #include "cuda/ptx/stream.cuh"
 #include "cuda/sm90/consume.cuh"
+#include "cuda/sm90/cut.cuh"
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/launch.cuh"
+#include "cuda/sm90/spread.cuh"
 
 namespace kda {
 namespace {
@@ -41,7 +43,8 @@ struct Part {
 
 __device__ int64_t row_of_A(const kda_prefill &p) { return p.value_heads * DIM * (int64_t)sizeof(uint16_t); }
 
-__device__ Part find_part(const kda_prefill &p, int64_t chunks, const kda_sm90_cut &cut, int pieces) {
+__device__ Part find_part(const kda_prefill &p, const kda_sm90_spread &spread, int64_t chunks,
+                          const kda_sm90_cut &cut, int pieces) {
     Part part;
     int others = cut.segments - 1, piece = blockIdx.x % pieces, rest = blockIdx.x / pieces;
     int segment = 1 + rest % others, chain = rest / others, lane = threadIdx.x % 32;
@@ -51,7 +54,8 @@ __device__ Part find_part(const kda_prefill &p, int64_t chunks, const kda_sm90_c
     part.length = sequence.length;
     int all = (int)kda_chunks_of(sequence.length), each = kda_chunks_of_segment(all, cut.segments);
     part.begin = segment * each * STRIPS + piece * WARPS;
-    part.end = sequence.slot < 0 ? 0 : min((segment + 1) * each, all) * STRIPS;
+    bool left = sequence.slot >= 0 && is_left(p, spread, n, head);
+    part.end = left ? min((segment + 1) * each, all) * STRIPS : 0;
     part.step = pieces * WARPS;
     int64_t token = sequence.first + lane / 4;
     part.of_A = reinterpret_cast<const char *>(cut.outputs) +
@@ -64,13 +68,13 @@ __device__ Part find_part(const kda_prefill &p, int64_t chunks, const kda_sm90_c
 
 /* Column 8 i + 2 t + b of a span, where accumulators of tile t have it: in lane i of four, b = 0, 1. */
 __device__ void load_state(const kda_sm90_cut &cut, int64_t state, Shared &shared) {
-    const uint4 *rows = reinterpret_cast<const uint4 *>(cut.states + state * DIM * DIM);
+    const uint4 *rows = reinterpret_cast<const uint4 *>(state_before(cut, state, 0));
     int lane = threadIdx.x % 32, row = lane / 4;
     for (int i = threadIdx.x / 32; i < SPANS * TILES * SPANS; i += WARPS) {
         int channels = i % SPANS, tile = i / SPANS % TILES, columns = i / SPANS / TILES;
         int column = columns * SPAN + row / 2 * 8 + tile * 2 + row % 2;
         copy_async(&shared.state[columns][tile][channels][lane],
-                   &rows[column * (DIM / 8) + channels * (SPAN / 8) + lane % 4]);
+                   &rows[column * (STATE_ROW / PIECE) + channels * (SPAN / 8) + lane % 4]);
     }
     copy_async_commit();
     for (int i = threadIdx.x; i < DIM; i += WARPS * 32)
@@ -202,12 +206,14 @@ __device__ void correct_strip(const kda_prefill &p, const Part &part, int number
 }
 
 __global__ void __launch_bounds__(WARPS * 32, CTAS)
-    correct(const __grid_constant__ kda_prefill p, int64_t chunks, const __grid_constant__ kda_sm90_cut cut,
-            int pieces) {
+    correct(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_spread spread,
+            int64_t chunks, const __grid_constant__ kda_sm90_cut cut, int pieces) {
     let_next_begin();
     __shared__ Shared shared;
     wait_for_kernel_before();
-    Part part = find_part(p, chunks, cut, pieces);
+    if (nothing_is_left(spread))
+        return;
+    Part part = find_part(p, spread, chunks, cut, pieces);
     if (part.begin >= part.end)
         return;
     load_state(cut, part.state, shared);
@@ -228,12 +234,12 @@ __global__ void __launch_bounds__(WARPS * 32, CTAS)
 } // namespace
 } // namespace kda
 
-cudaError_t kda_sm90_correct(const kda_prefill *p, int64_t chunks, kda_sm90_cut cut, int processors,
-                             cudaStream_t stream) {
+cudaError_t kda_sm90_correct(const kda_prefill *p, kda_sm90_spread spread, int64_t chunks, kda_sm90_cut cut,
+                             int processors, cudaStream_t stream) {
     using namespace kda;
     int64_t states = p->sequences * p->value_heads * (cut.segments - 1);
     int64_t each = chunks / (p->sequences * cut.segments) + 1; /* about */
     int64_t pieces = kda_clamp(CTAS * processors / states, 1, (each * STRIPS + WARPS - 1) / WARPS);
-    return launch_behind(correct, dim3((unsigned)(states * pieces)), WARPS * 32, 0, stream, *p, chunks, cut,
-                         (int)pieces);
+    return launch_behind(correct, dim3((unsigned)(states * pieces)), WARPS * 32, 0, stream, *p, spread, chunks,
+                         cut, (int)pieces);
 }

@@ -1,23 +1,33 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Prefill in one kernel, for K = V = 128, bf16, normalised q and k and the bounded gate (docs/hopper.md).
+ * Prefill in one kernel, for K = V = 128 or 64, bf16, normalised q and k and the bounded gate (docs/hopper.md).
  *
- * A CTA works one chain after another. Two producer warpgroups take turns at making a chunk's operands, in place of its
- * q, k and g; two consumer warpgroups, with 64 columns of V each, take the state through them in their accumulators.
+ * A CTA works one chain after another; or a part of all chains end to end (spread.cuh), which begins from zero. There it takes
+ * the identity through the part's first chunk before: it shows whether the past is forgotten by then, and how the chunk's
+ * outputs depend on it. Two producer warpgroups take turns at making a chunk's operands, in place of its
+ * q, k and g; consumer warpgroups, with 64 columns of V each, take the state through them in their accumulators.
  * When a chunk's tiles are made, warps of its group go on to the next one as they get free: one finds the norms of k,
  * another those of q, and the scout finds the chunk after that, describes it to all others and has the copy engine bring
  * it.
  */
 #include "cuda/sm90/consume.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/produce.cuh"
+#include "cuda/sm90/launch.cuh"
+#include "cuda/sm90/spread.cuh"
 #include "cuda/sm90/tensor_maps.h"
+#include "cuda/sm90/unbounded.cuh"
 
 namespace kda {
 namespace {
 
-constexpr int STAGES = 5, CONSUMERS = 2, PRODUCERS = 2;
-constexpr int THREADS = (CONSUMERS + PRODUCERS) * GROUP;
+/* CTAs on a multiprocessor: with K = V = 64 one chain leaves room for another, and they need nothing of each other. */
+template <int DIM> constexpr int CTAS = DIM == 128 ? 1 : 2;
+/* Warpgroups of a CTA. */
+constexpr int PRODUCERS = 2;
+template <int DIM> constexpr int CONSUMERS = DIM / GROUP_COLUMNS;
+template <int DIM> constexpr int THREADS = (CONSUMERS<DIM> + PRODUCERS) * GROUP;
+template <int DIM> constexpr int WARPS = GROUP / 32 * CONSUMERS<DIM>; /* of consumers */
+template <int DIM> constexpr int STAGES = DIM == 128 ? 5 : 4;
 constexpr int SORTED = 256; /* sequences at most, more are worked in their own order */
 
 /* Named barriers; 0 is __syncthreads. */
@@ -30,7 +40,8 @@ enum {
 struct Scout {
     int round, chunk, chunks;
     int n, head, key_head, batch, first, length, slot;
-    int count; /* tokens of the chunk; -1 behind the last one */
+    int count;           /* tokens of the chunk; -1 behind the last one */
+    kda_stretch stretch; /* of parts: what of the chain is in the CTA's */
 };
 
 /* A producer warpgroup's own. */
@@ -39,27 +50,31 @@ struct Scratch {
     Scout scout;
 };
 
-struct alignas(1024) Shared {
-    Tiles tiles[STAGES]; /* k, q and g at first */
-    __nv_bfloat16 values[STAGES][CHUNK * DIM];
-    __nv_bfloat16 outputs[CONSUMERS * GROUP / 32][CHUNK * 16]; /* of each consumer warp, swizzled by 32 bytes */
-    Factors factors[STAGES];
+template <int DIM> struct alignas(1024) Shared {
+    Tiles<DIM> tiles[STAGES<DIM>]; /* k, q and g at first */
+    __nv_bfloat16 values[STAGES<DIM>][CHUNK * DIM];
+    __nv_bfloat16 outputs[WARPS<DIM>][CHUNK * 16]; /* of each consumer warp, swizzled by 32 bytes */
+    Factors<DIM> factors[STAGES<DIM>];
     uint8_t order[SORTED]; /* sequences, the longest first */
     Scratch scratch[PRODUCERS];
-    Task tasks[2 * STAGES];
-    uint64_t arrived[STAGES]; /* q, k, v, g and the task: the scout and the bytes */
-    uint64_t full[STAGES];    /* the operands: a producer warpgroup */
-    uint64_t empty[STAGES];   /* both consumers are done */
+    Task tasks[2 * STAGES<DIM>];
+    bool identity[WARPS<DIM>];     /* is what a consumer warp takes through the first chunk of a part */
+    int16_t kept[WARPS<DIM>];      /* the size of its state behind that chunk */
+    uint64_t arrived[STAGES<DIM>]; /* q, k, v, g and the task: the scout and the bytes */
+    uint64_t full[STAGES<DIM>];    /* the operands: a producer warpgroup */
+    uint64_t empty[STAGES<DIM>];   /* the consumers are done */
 };
 
-static_assert(sizeof(Shared) == 214 * 1024, "docs/hopper.md says what lies where");
+static_assert(sizeof(Shared<128>) == 216 * 1024, "docs/hopper.md says what lies where");
+static_assert(sizeof(Shared<64>) == 105 * 1024,
+              "likewise; two leave room for what the hardware keeps of 228 KiB");
 
 /* ---- Scouts --------------------------------------------------------------------------------------- */
 
 __device__ bool sorts(const kda_prefill &p) { return p.cu_seqlens.data && p.sequences <= SORTED; }
 
 /* Finds the order in which packed sequences are worked: the longest first, so that the CTAs end together. */
-__device__ void sort_sequences(const kda_prefill &p, Shared &shared) {
+template <int DIM> __device__ void sort_sequences(const kda_prefill &p, Shared<DIM> &shared) {
     int *lengths = reinterpret_cast<int *>(shared.scratch); /* not in use yet */
     int count = (int)p.sequences, n = threadIdx.x;
     if (n < count)
@@ -81,35 +96,69 @@ __device__ int find_item(int round) {
     return round * across + (round % 2 ? across - 1 - place : place);
 }
 
+/* What a launch works: chains one by one, or parts. */
+struct Work {
+    int items; /* chains */
+    kda_sm90_spread spread;
+};
+
+/* The scout's chain becomes that of n and head. Returns its chunks: none where it is not to be worked. */
+__device__ int enter_chain(const kda_prefill &p, int n, int head, Scout &scout) {
+    struct kda_sequence sequence = kda_sequence(&p, n);
+    scout.n = n, scout.head = head;
+    scout.key_head = head / (int)(p.value_heads / p.heads);
+    scout.batch = (int)sequence.batch, scout.slot = (int)sequence.slot;
+    scout.first = (int)sequence.first, scout.length = (int)sequence.length;
+    return sequence.slot < 0 ? 0 : (int)kda_chunk_count(&p, n, sequence.length);
+}
+
+/* Enters the CTA's next chain, if there is one. */
+template <int DIM>
+__device__ bool next_chain(const kda_prefill &p, Shared<DIM> &shared, const Work &work, Scout &scout) {
+    if (scout.round * (int)gridDim.x >= work.items)
+        return false;
+    int item = find_item(scout.round++);
+    scout.chunks = 0;
+    if (item < work.items) {
+        int n = item / (int)p.value_heads, head = item % (int)p.value_heads;
+        if (sorts(p))
+            n = shared.order[n];
+        if (is_left(p, work.spread, n, head))
+            scout.chunks = enter_chain(p, n, head, scout);
+    }
+    return true;
+}
+
+/* Enters what of the next chain is in the CTA's part. */
+__device__ bool next_of_part(const kda_prefill &p, const kda_sm90_spread &spread, Scout &scout) {
+    if (scout.round++ == 0)
+        scout.stretch = spread.firsts[blockIdx.x];
+    else if (!kda_next_stretch(&p, &spread.all, blockIdx.x, &scout.stretch))
+        return false;
+    enter_chain(p, scout.stretch.n, scout.stretch.head, scout);
+    scout.chunks = scout.stretch.end - scout.stretch.begin;
+    return true;
+}
+
 /* Goes some chunks on, through the chains of the CTA. */
-__device__ void find_next(const kda_prefill &p, Shared &shared, int items, Scout &scout, int chunks) {
+template <bool parts, int DIM>
+__device__ void find_next(const kda_prefill &p, Shared<DIM> &shared, const Work &work, Scout &scout,
+                          int chunks) {
     int chunk = scout.chunk + chunks;
     while (chunk >= scout.chunks) {
-        chunk -= scout.chunks, scout.chunks = 0;
-        if (scout.round * (int)gridDim.x >= items) {
+        chunk -= scout.chunks;
+        if (!(parts ? next_of_part(p, work.spread, scout) : next_chain(p, shared, work, scout))) {
             scout.count = -1;
             return;
         }
-        int item = find_item(scout.round++);
-        if (item >= items)
-            continue;
-        scout.n = item / (int)p.value_heads, scout.head = item % (int)p.value_heads;
-        if (sorts(p))
-            scout.n = shared.order[scout.n];
-        scout.key_head = scout.head / (int)(p.value_heads / p.heads);
-        struct kda_sequence sequence = kda_sequence(&p, scout.n);
-        if (sequence.slot < 0)
-            continue;
-        scout.batch = (int)sequence.batch, scout.slot = (int)sequence.slot;
-        scout.first = (int)sequence.first, scout.length = (int)sequence.length;
-        scout.chunks = (int)kda_chunk_count(&p, scout.n, scout.length);
     }
     scout.chunk = chunk;
 }
 
 /* Sends the scout's chunk to all: what it is, and by the copy engine its tensors. */
-__device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared &shared, Scout &scout,
-                     const Turn<STAGES> &turn) {
+template <bool parts, int DIM>
+__device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared, Scout &scout,
+                     const Turn<STAGES<DIM>> &turn) {
     int s = turn.stage, chunk = scout.chunk;
     uint64_t *arrived = &shared.arrived[s];
     Task task;
@@ -117,13 +166,18 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared &sh
     task.column = 0;
     task.count = scout.count;
     if (task.count >= 0) {
-        struct kda_span span = kda_chunk_span(&p, task.n, scout.length, chunk);
+        struct kda_span span =
+            kda_chunk_span(&p, task.n, scout.length, (parts ? scout.stretch.begin : 0) + chunk);
         task.token = scout.first + (int)span.first, task.position = (int)(span.first + span.count);
         task.count = (int)span.count;
     }
-    task.flags = find_flags(p, task, chunk == 0, chunk + 1 == scout.chunks);
+    bool first = chunk == 0, last = chunk + 1 == scout.chunks;
+    task.flags = find_flags(p, task, first, last);
+    if (parts && task.count >= 0)
+        task.flags |= (first && scout.stretch.begin ? CUT : 0) | (last && scout.stretch.begin ? FROM_CUT : 0) |
+                      (last && kda_cut_behind(&scout.stretch) ? CUT_BEHIND : 0);
     wait(shared.empty[s], turn.parity ^ 1);
-    shared.tasks[turn.in_double()] = task;
+    shared.tasks[turn.task()] = task;
     scout.count = task.count;
     if (task.count <= 0) {
         ptx::mbarrier_arrive(arrived);
@@ -132,75 +186,87 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared &sh
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, arrived,
                                    (uint32_t)(sizeof shared.tiles[s].panels + sizeof shared.values[s]));
     int key_head = scout.key_head;
-    auto bring = [&](void *to, const CUtensorMap &map, int panel, int head) {
+    auto bring = [&](void *to, const CUtensorMap &map, int panel, int head, uint64_t policy) {
         const int32_t at[4] = {panel * PANEL, head, task.token, task.batch};
-        ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to, &map, at, arrived);
+        bring_box(to, map, at, *arrived, policy);
     };
+    uint64_t own = read_once(), shared_by_heads = p.heads < p.value_heads ? read_again() : own;
 #pragma unroll
-    for (int i = 0; i < PANELS; i++) {
+    for (int i = 0; i < DIM / PANEL; i++) {
         Panel &panel = shared.tiles[s].panels[i];
-        bring(panel.keys, maps.k, i, key_head);
-        bring(panel.queries, maps.q, i, key_head);
-        bring(panel.gates, maps.g, i, task.head);
-        bring(&shared.values[s][i * CHUNK * PANEL], maps.v, i, task.head);
+        bring(panel.keys, maps.k, i, key_head, shared_by_heads);
+        bring(panel.queries, maps.q, i, key_head, shared_by_heads);
+        bring(panel.gates, maps.g, i, task.head, own);
+        bring(&shared.values[s][i * CHUNK * PANEL], maps.v, i, task.head, own);
     }
 }
 
 /* ---- Producers ------------------------------------------------------------------------------------ */
 
-__device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared &shared, int items, int group) {
+/* How many of its group's chunks a scout is ahead of what is received. It goes on while tiles are made, if its warp makes none;
+ * else when the operands are made, too late for the next chunk. */
+template <int DIM> constexpr int AHEAD = IN_ONE_WARP<DIM> ? 1 : 2;
+
+template <bool parts, bool bounded, int DIM>
+__device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared, const Work &work,
+                        int group) {
     int warp = threadIdx.x % GROUP / 32;
     Scratch &scratch = shared.scratch[group];
-    Turn<STAGES> turn, next, ahead;
+    Turn<STAGES<DIM>> turn, next, ahead;
     turn.next(group), next.next(group), ahead.next(group);
-    uint32_t beta[2] = {0, 0}; /* of the next chunk and the one after it */
-    /* The scout, two chunks ahead of what is received. */
+    uint32_t beta[AHEAD<DIM>] = {}; /* of the next chunk, and the one after it */
     auto go_on = [&](int chunks) {
         Scout &scout = scratch.scout;
         __syncwarp(); /* all lanes have read what is overwritten now */
-        if (threadIdx.x % 32 == 0 && scout.count >= 0) {
-            find_next(p, shared, items, scout, chunks);
-            send(p, maps, shared, scout, ahead);
+        if (elected() && scout.count >= 0) {
+            find_next<parts>(p, shared, work, scout, chunks);
+            send<parts>(p, maps, shared, scout, ahead);
         }
         __syncwarp();
-        const Task &sent = shared.tasks[ahead.in_double()];
-        beta[0] = beta[1], beta[1] = load_beta(p, sent.batch, sent.token, sent.head, scout.count);
+        const Task &sent = shared.tasks[ahead.task()];
+        beta[0] = beta[AHEAD<DIM> - 1];
+        beta[AHEAD<DIM> - 1] = load_beta(p, sent.batch, sent.token, sent.head, scout.count);
         ahead.next(PRODUCERS);
     };
     int slot = 0;
     auto receive = [&] {
         int s = next.stage;
         wait(shared.arrived[s], next.parity);
-        receive_chunk<PANELS>(p, shared.tiles[s], shared.factors[s], shared.values[s], scratch.blocks, slot,
-                              shared.tasks[next.in_double()].count, beta[0]);
+        receive_chunk<DIM / PANEL>(p, shared.tiles[s], shared.factors[s], shared.values[s], scratch.blocks,
+                                   slot, shared.tasks[next.task()].count, beta[0]);
     };
-    if (warp == SCOUT) {
-        if (threadIdx.x % 32 == 0)
-            scratch.scout = {};
-        go_on(group);
-        go_on(PRODUCERS);
-    }
-    if (receives())
-        receive();
+    if (warp == SCOUT<DIM> && threadIdx.x % 32 == 0)
+        scratch.scout = {};
     Gate gate;
-    for (;; turn.next(PRODUCERS)) {
-        wait(shared.arrived[turn.stage], turn.parity);
-        barrier_wait(BARRIER_GROUP + group, GROUP);
-        const Task &task = shared.tasks[turn.in_double()];
-        int count = task.count;
+    /* Every step stands once, also those before the first chunk is made: code competes for the instruction cache, and takes
+     * time to be fetched. */
+    for (int round = -AHEAD<DIM>;; round++) {
+        const Task &task = shared.tasks[turn.task()];
+        int count = 0;
+        if (round >= 0) {
+            wait(shared.arrived[turn.stage], turn.parity);
+            barrier_wait(BARRIER_GROUP + group, GROUP);
+            count = task.count;
+        }
+        auto scout = [&] { go_on(round == -AHEAD<DIM> ? group : PRODUCERS); };
+        if (AHEAD<DIM> == 1 && warp == SCOUT<DIM>)
+            scout();
         if (count > 0) {
             if (task.head != gate.head)
-                gate = find_gate(p, task.head, warp % 2 * PANEL + threadIdx.x % 32 * 2);
-            make_operands(shared.tiles[turn.stage], shared.factors[turn.stage], scratch.blocks, slot,
-                          BARRIER_GROUP + group, BARRIER_INVERSE + group, gate);
+                gate = find_gate<bounded>(p, task.head, own_channel<DIM>(threadIdx.x));
+            make_operands<bounded>(shared.tiles[turn.stage], shared.factors[turn.stage], scratch.blocks, slot,
+                                   BARRIER_GROUP + group, BARRIER_INVERSE + group, gate);
         }
-        ptx::mbarrier_arrive(&shared.full[turn.stage]);
-        if (count < 0)
-            return;
-        slot ^= 1, next.next(PRODUCERS);
-        if (warp == SCOUT)
-            go_on(PRODUCERS);
-        if (receives())
+        if (round >= 0) {
+            ptx::mbarrier_arrive(&shared.full[turn.stage]);
+            if (count < 0)
+                return;
+            turn.next(PRODUCERS);
+            slot ^= 1, next.next(PRODUCERS);
+        }
+        if (AHEAD<DIM> == 2 && warp == SCOUT<DIM>)
+            scout();
+        if (round >= -1 && receives())
             receive();
     }
 }
@@ -208,65 +274,206 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared 
 /* ---- Consumers ------------------------------------------------------------------------------------ */
 
 /* Registers of a thread at the start: all of a multiprocessor's. Consumers then take some of the producers'. */
-constexpr int REGISTERS = 128, CONSUMER_REGISTERS = 168, PRODUCER_REGISTERS = 88;
-static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
-                  (CONSUMERS + PRODUCERS) * REGISTERS,
-              "or a consumer waits for registers for ever");
+template <int DIM> constexpr int REGISTERS = DIM == 128 ? 128 : 80;
+template <int DIM> constexpr int CONSUMER_REGISTERS = DIM == 128 ? 168 : 112;
+template <int DIM> constexpr int PRODUCER_REGISTERS = DIM == 128 ? 88 : 64;
 
-__global__ void __maxnreg__(REGISTERS)
-    fused(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps, int items) {
+template <int DIM> constexpr bool enough_registers() {
+    return CONSUMERS<DIM> * CONSUMER_REGISTERS<DIM> + PRODUCERS * PRODUCER_REGISTERS<DIM> <=
+               (CONSUMERS<DIM> + PRODUCERS) * REGISTERS<DIM> &&
+           CTAS<DIM> * THREADS<DIM> * REGISTERS<DIM> <= 65536;
+}
+static_assert(enough_registers<128>() && enough_registers<64>(), "or a consumer waits for registers for ever");
+
+/* Chains from the state before them to the one behind. */
+template <bool bounded, int DIM>
+__device__ void consume_chains(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared) {
+    consume<DIM, true, bounded>(
+        p, p.out, maps.out, shared, Turn<STAGES<DIM>>(),
+        [&](const Task &task, float(&S)[DIM / 8][4]) {
+            load_whole(kda_state_at(&p, &p.initial_state, task.slot, task.head), S);
+            store_whole_checkpoints(p, task.n, task.head, 0, 0, S, 0);
+            return measured(S);
+        },
+        [&](const Turn<STAGES<DIM>> &turn, uint32_t, Values &v) {
+            load_values<DIM>(shared.values[turn.stage], v);
+        },
+        NeverAgain(),
+        [&](const Task &, float(&o)[CHUNK / 8][4], int unit) {
+            leave_unit(o, unit);
+            return p.out.dtype;
+        },
+        [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
+            store_whole(kda_state_at(&p, &p.final_state, task.slot, task.head), S, unit);
+        });
+}
+
+/* log2 of a number between the largest element of the warp's columns and its double; EXACT_ZERO if it is 0. */
+__device__ int16_t size_of_state(const float (&S)[DIM / 8][4], int unit) {
+    float largest = largest_of_warp(largest_of_tiles(S));
+    return (int16_t)(largest == 0 ? EXACT_ZERO : unit + max((int)(__float_as_uint(largest) >> 23), 1) - 126);
+}
+
+/* Stores a state that kernel join will read, in 16 bytes of each thread at a time. */
+__device__ void store_pieces(uint4 *to, const float (&S)[DIM / 8][4], int unit) {
+    float factor = power_of_two(unit);
+#pragma unroll
+    for (int c = 0; c < DIM / 8; c += 2, to += STATE_THREADS)
+        *to = make_uint4(pack_bf16(S[c][0] * factor, S[c][1] * factor),
+                         pack_bf16(S[c][2] * factor, S[c][3] * factor),
+                         pack_bf16(S[c + 1][0] * factor, S[c + 1][1] * factor),
+                         pack_bf16(S[c + 1][2] * factor, S[c + 1][3] * factor));
+}
+__device__ void store_pieces(float4 *to, const float (&S)[DIM / 8][4], int unit) {
+    float factor = power_of_two(unit);
+#pragma unroll
+    for (int c = 0; c < DIM / 8; c++, to += STATE_THREADS)
+        *to = make_float4(S[c][0] * factor, S[c][1] * factor, S[c][2] * factor, S[c][3] * factor);
+}
+
+/* The CTA's part, in which only the first chain can be cut in front. */
+template <bool bounded>
+__device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared,
+                             const kda_sm90_spread &spread) {
+    consume<DIM, true, bounded>(
+        p, p.out, maps.out, shared, Turn<STAGES<DIM>>(),
+        [&](const Task &task, float(&S)[DIM / 8][4]) {
+            if (!(task.flags & CUT)) {
+                load_whole(kda_state_at(&p, &p.initial_state, task.slot, task.head), S, thread());
+                store_whole_checkpoints(p, task.n, task.head, 0, 0, S, 0, thread());
+                return measured(S);
+            }
+            bool &identity = shared.identity[thread() / 32], now = !identity;
+            __syncwarp();
+            identity = now;
+            __syncwarp();
+            make_diagonal(S, now ? 1.f : 0.f);
+            return now ? 0 : LEAST_UNIT;
+        },
+        [&](const Turn<STAGES<DIM>> &turn, uint32_t flags, Values &v) {
+            load_values<DIM>(shared.values[turn.stage], v);
+            if (__builtin_expect(flags & CUT, 0) && shared.identity[thread() / 32])
+#pragma unroll
+                for (int t = 0; t < CHUNK / 16; t++)
+                    v[t][0] = v[t][1] = v[t][2] = v[t][3] = 0;
+        },
+        [&](const Task &, float(&S)[DIM / 8][4], float(&o)[CHUNK / 8][4], int unit) {
+            int warp = (int)thread() / 32, lane = (int)thread() % 32;
+            int16_t size = size_of_state(S, unit);
+            if (!shared.identity[warp]) {
+                shared.kept[warp] = size;
+                return false;
+            }
+            spread.proofs[blockIdx.x].A[warp] = size;
+            leave_unit(o, unit);
+            __nv_bfloat16 *rows = shared.outputs[warp];
+            place_outputs(KDA_BF16, o, rows);
+            __syncwarp();
+            uint16_t *to =
+                spread.outputs + ((int64_t)blockIdx.x * CHUNK + lane) * DIM + warp * KDA_SM90_UNIT_COLUMNS;
+            store_row(rows, reinterpret_cast<char *>(to));
+            return true;
+        },
+        [&](const Task &, float(&o)[CHUNK / 8][4], int unit) {
+            leave_unit(o, unit);
+            return p.out.dtype;
+        },
+        [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
+            int warp = (int)thread() / 32;
+            if (task.flags & (CUT_BEHIND | FROM_CUT)) {
+                int16_t size = size_of_state(S, unit);
+                if (task.flags & FROM_CUT)
+                    spread.proofs[blockIdx.x].kept[warp] = min(size, shared.kept[warp]);
+                if (task.flags & CUT_BEHIND)
+                    spread.proofs[blockIdx.x + 1].before[warp] = size;
+            }
+            if (task.flags & CUT_BEHIND)
+                store_pieces(state_pieces(spread, blockIdx.x + 1, thread()), S, unit);
+            else if (task.flags & FROM_CUT)
+                store_pieces(final_pieces(spread, blockIdx.x, thread()), S, unit);
+            else
+                store_whole(kda_state_at(&p, &p.final_state, task.slot, task.head), S, unit, thread());
+        });
+}
+
+template <int DIM, bool parts, bool bounded>
+__global__ void __maxnreg__(REGISTERS<DIM>)
+    fused(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
+          const __grid_constant__ Work work) {
+    let_next_begin();
     extern __shared__ __align__(1024) char memory[];
-    Shared &shared = *reinterpret_cast<Shared *>(memory);
+    Shared<DIM> &shared = *reinterpret_cast<Shared<DIM> *>(memory);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
+        prefetch_maps(maps);
+        for (int i = 0; i < STAGES<DIM>; i++) {
             ptx::mbarrier_init(&shared.arrived[i], 1);
             ptx::mbarrier_init(&shared.full[i], GROUP);
-            ptx::mbarrier_init(&shared.empty[i], CONSUMERS * GROUP);
+            ptx::mbarrier_init(&shared.empty[i], CONSUMERS<DIM> * GROUP);
         }
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
-    if (sorts(p))
+    clear_inverses(shared.tiles);
+    if (parts && threadIdx.x < WARPS<DIM>)
+        shared.identity[threadIdx.x] = false;
+    if (!parts && sorts(p))
         sort_sequences(p, shared);
-    __syncthreads();
+    wait_for_kernel_before();
+    bool slow = parts && threadIdx.x < work.spread.all.parts && __ldcg(&work.spread.looks[threadIdx.x]) == SLOW;
+    if (__syncthreads_or(slow) || (!parts && nothing_is_left(work.spread)))
+        return;
     int group = threadIdx.x / GROUP;
-    if (group < CONSUMERS) {
-        take_registers<CONSUMER_REGISTERS>();
-        consume<DIM, true>(
-            p, p.out, maps.out, shared,
-            [&](const Task &task, float(&S)[DIM / 8][4]) {
-                load_whole(kda_state_at(&p, &p.initial_state, task.slot, task.head), S);
-                store_whole_checkpoints(p, task.n, task.head, 0, 0, S, 0);
-            },
-            [&](const Task &, float(&o)[CHUNK / 8][4], int unit) {
-                leave_unit(o, unit);
-                return p.out.dtype;
-            },
-            [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
-                store_whole(kda_state_at(&p, &p.final_state, task.slot, task.head), S, unit);
-            });
+    if (group < CONSUMERS<DIM>) {
+        take_registers<CONSUMER_REGISTERS<DIM>>();
+        if constexpr (parts)
+            consume_part<bounded>(p, maps, shared, work.spread);
+        else
+            consume_chains<bounded>(p, maps, shared);
     } else {
-        give_registers<PRODUCER_REGISTERS>();
-        produce(p, maps, shared, items, group - CONSUMERS);
+        give_registers<PRODUCER_REGISTERS<DIM>>();
+        produce<parts, bounded>(p, maps, shared, work, group - CONSUMERS<DIM>);
     }
+}
+
+template <int DIM, bool parts, bool bounded>
+cudaError_t launch(const kda_prefill *p, const Work &work, int ctas, cudaStream_t stream) {
+    int bytes = sizeof(Shared<DIM>);
+    kda_sm90_maps maps;
+    cudaError_t error = kda_sm90_map(p, &maps);
+    if (!error)
+        error = cudaFuncSetAttribute(fused<DIM, parts, bounded>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     bytes);
+    if (error)
+        return error;
+    return launch_behind_if(work.spread.all.parts, fused<DIM, parts, bounded>, dim3((unsigned)ctas),
+                            THREADS<DIM>, bytes, stream, *p, maps, work);
+}
+
+/* All chains, in as many CTAs as the device holds at once. */
+template <int DIM, bool bounded>
+cudaError_t launch_chains(const kda_prefill *p, const kda_sm90_spread &spread, int processors,
+                          cudaStream_t stream) {
+    int items = (int)(p->sequences * p->value_heads), most = processors * CTAS<DIM>;
+    return launch<DIM, false, bounded>(p, {items, spread}, items < most ? items : most, stream);
 }
 
 } // namespace
 } // namespace kda
 
 bool kda_sm90_has_tiles(const kda_prefill *p) {
-    return p->key_dim == kda::DIM && p->value_dim == kda::DIM && p->qk_norm &&
-           p->gate == FLASH_KDA_GATE_SIGMOID && p->tokens > 0 && p->tokens <= INT32_MAX && kda_sm90_can_map(p);
+    bool dims = p->key_dim == 128 || (p->key_dim == 64 && kda::is_bounded(p));
+    return dims && p->value_dim == p->key_dim && p->qk_norm && p->gate != FLASH_KDA_GATE_NONE &&
+           p->tokens > 0 && p->tokens <= INT32_MAX && kda_sm90_can_map(p);
 }
 
-cudaError_t kda_sm90_fused(const kda_prefill *p, int processors, cudaStream_t stream) {
-    int bytes = sizeof(kda::Shared), items = (int)(p->sequences * p->value_heads);
-    int ctas = items < processors ? items : processors;
-    kda_sm90_maps maps;
-    cudaError_t error = kda_sm90_map(p, &maps);
-    if (!error)
-        error = cudaFuncSetAttribute(kda::fused, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error)
-        return error;
-    kda::fused<<<ctas, kda::THREADS, bytes, stream>>>(*p, maps, items);
-    return cudaGetLastError();
+cudaError_t kda_sm90_fused(const kda_prefill *p, kda_sm90_spread spread, int processors, cudaStream_t stream) {
+    using namespace kda;
+    return (p->key_dim == 64 ? launch_chains<64, true>
+            : is_bounded(p)  ? launch_chains<128, true>
+                             : launch_chains<128, false>)(p, spread, processors, stream);
+}
+
+cudaError_t kda_sm90_fused_parts(const kda_prefill *p, kda_sm90_spread spread, cudaStream_t stream) {
+    constexpr int DIM = KDA_SM90_CUT_DIM;
+    return (kda::is_bounded(p) ? kda::launch<DIM, true, true>
+                               : kda::launch<DIM, true, false>)(p, {0, spread}, spread.all.parts, stream);
 }

@@ -3,7 +3,7 @@
 #ifndef KDA_CUDA_SM90_KERNELS_H
 #define KDA_CUDA_SM90_KERNELS_H
 
-#include "api/problem.h"
+#include "cuda/spread.h"
 
 #include <cuda_runtime_api.h>
 
@@ -35,41 +35,77 @@ cudaError_t kda_sm90_scan(const struct kda_prefill *p, struct kda_sm90_segments 
 cudaError_t kda_sm90_resume(const struct kda_prefill *p, int64_t chunks, const void *operands,
                             struct kda_sm90_segments segments, cudaStream_t stream);
 
-/* Can operands have the form of three tiles? K = V = 128, q, k, v and g in bf16 with rows that start at multiples of 16
+/* Can operands have the form of three tiles? K = V = 64 or 128, q, k, v and g in bf16 with rows that start at multiples of 16
  * bytes, outputs of 2 bytes likewise, normalised q and k, the bounded gate. */
 bool kda_sm90_has_tiles(const struct kda_prefill *p);
 
-/* In that form, all of prefill in one kernel, without a workspace. */
-cudaError_t kda_sm90_fused(const struct kda_prefill *p, int processors, cudaStream_t stream);
+/* K and V of chains in that form that can be cut or worked by pairs: of all kernels below but kda_sm90_fused. */
+enum { KDA_SM90_CUT_DIM = 128 };
 
 /* Columns of A, O_A and O_B that share a unit: a consumer warp's. */
-enum { KDA_SM90_UNIT_COLUMNS = 16 };
+enum { KDA_SM90_UNIT_COLUMNS = 16, KDA_SM90_UNITS = KDA_SM90_CUT_DIM / KDA_SM90_UNIT_COLUMNS };
+
+/* What is measured where a chain is cut, of each consumer warp's columns: log2 of the largest element of the state before,
+ * of the first chunk's A, and of the state from zero, the smaller of what it is behind that chunk and in the end. */
+struct kda_sm90_proof {
+    int16_t before[KDA_SM90_UNITS], A[KDA_SM90_UNITS], kept[KDA_SM90_UNITS];
+};
+
+/* Prefill where gates are so strong that every chain forgets its past within a chunk, wherever it is cut: all chains, end
+ * to end, in equal parts, one to a multiprocessor. A part begins from zero. That its past was forgotten is measured; where it
+ * was not, the call is left to other kernels.  */
+struct kda_sm90_spread {
+    struct kda_spread all; /* without parts there is none of this, and nothing else is needed */
+    int32_t *verdict;
+    uint8_t *left;                 /* [N][HV]: is the chain cut, if that is the verdict */
+    int32_t *looks;                /* [parts], before all others */
+    struct kda_stretch *firsts;    /* [parts] */
+    struct kda_sm90_proof *proofs; /* [parts] */
+    uint16_t *states;              /* bf16 [parts][V K], before the part, as threads have them (spread.cuh) */
+    uint16_t *outputs;             /* O_A, bf16 [parts][32][K], of the part's first chunk */
+    float *
+        finals; /* [parts][V K], behind the chain that the part has the end of, but not the beginning; likewise */
+};
+
+/* Looks at the gates where chains would be cut; works the parts, if it saw none that is slow; judges, and finishes what can
+ * be. */
+cudaError_t kda_sm90_look(const struct kda_prefill *p, struct kda_sm90_spread spread, cudaStream_t stream);
+cudaError_t kda_sm90_fused_parts(const struct kda_prefill *p, struct kda_sm90_spread spread,
+                                 cudaStream_t stream);
+cudaError_t kda_sm90_join(const struct kda_prefill *p, struct kda_sm90_spread spread, cudaStream_t stream);
+
+/* In that form, all of prefill in one kernel, without a workspace. This and all that follow leave out chains that were done
+ * by `spread`, behind whose kernels they are launched. */
+cudaError_t kda_sm90_fused(const struct kda_prefill *p, struct kda_sm90_spread spread, int processors,
+                           cudaStream_t stream);
 
 /* Memory of prefill by pairs of multiprocessors where sequences are cut: segment s takes a state S to A S + B, and its
  * outputs are those from zero, O_B, and O_A S. All sequences have as many segments; chains = sequences * value heads. A
  * unit is a log2, of what its elements are to be multiplied by. Of a first segment there is nothing but B. */
 struct kda_sm90_cut {
-    int segments;          /* of every sequence; 1: not cut, nothing else is needed */
-    float *B;              /* [chains][segments][V][K]; of a first segment the state behind it */
+    int segments; /* of every sequence; 1: not cut, nothing else is needed */
+    float *B; /* [chains][segments][V][K]; of a first segment the state behind it. When a segment's is used, S
+                            * before the next one takes its place, fp16, each row the first half of one of B's */
     uint16_t *A;           /* fp16 [chains][segments], columns of A as rows of a swizzled tile (operands.cuh) */
     int16_t *A_units;      /* [chains][segments][K / 16], of 16 columns of A each */
     uint16_t *outputs;     /* O_A, fp16 [B][T][HV][K]. O_B is in `out`, as fp16 in units */
     int16_t *output_units; /* [HV][chunks][(K + V) / 16]: of 16 columns of O_A each, then of O_B */
-    uint16_t *states;      /* fp16 [chains][segments][V][K]: S before a segment */
-    int16_t *state_units;  /* [chains][segments][V] */
+    int16_t *state_units;  /* [chains][segments][V], of S before a segment */
 };
 
 /* In that form, two multiprocessors to a chain, without a workspace where it is not cut; where it is, to a segment, from the
  * states that `cut` has. */
-cudaError_t kda_sm90_pairs(const struct kda_prefill *p, struct kda_sm90_cut cut, cudaStream_t stream);
+cudaError_t kda_sm90_pairs(const struct kda_prefill *p, struct kda_sm90_spread spread, struct kda_sm90_cut cut,
+                           cudaStream_t stream);
 
 /* In that form, what becomes of every segment from zero, and of the identity; the true states, the one behind the sequence
  * included; the outputs that these add. `chunks` as for the operands. */
-cudaError_t kda_sm90_pairs_cut(const struct kda_prefill *p, int64_t chunks, struct kda_sm90_cut cut,
-                               cudaStream_t stream);
-cudaError_t kda_sm90_compose(const struct kda_prefill *p, struct kda_sm90_cut cut, cudaStream_t stream);
-cudaError_t kda_sm90_correct(const struct kda_prefill *p, int64_t chunks, struct kda_sm90_cut cut,
-                             int processors, cudaStream_t stream);
+cudaError_t kda_sm90_pairs_cut(const struct kda_prefill *p, struct kda_sm90_spread spread, int64_t chunks,
+                               struct kda_sm90_cut cut, cudaStream_t stream);
+cudaError_t kda_sm90_compose(const struct kda_prefill *p, struct kda_sm90_spread spread,
+                             struct kda_sm90_cut cut, cudaStream_t stream);
+cudaError_t kda_sm90_correct(const struct kda_prefill *p, struct kda_sm90_spread spread, int64_t chunks,
+                             struct kda_sm90_cut cut, int processors, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

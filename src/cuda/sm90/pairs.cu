@@ -9,20 +9,23 @@
  * true state.
  */
 #include "cuda/sm90/consume.cuh"
+#include "cuda/sm90/cut.cuh"
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/launch.cuh"
-#include "cuda/sm90/produce.cuh"
+#include "cuda/sm90/spread.cuh"
 #include "cuda/sm90/tensor_maps.h"
+#include "cuda/sm90/unbounded.cuh"
 
 namespace kda {
 namespace {
 
-constexpr int PAIR = 2, PRODUCERS = 2; /* CTAs of a cluster; producer warpgroups of each */
-constexpr int TURNS = PAIR * PRODUCERS;
-constexpr int UNITS = DIM / KDA_SM90_UNIT_COLUMNS; /* of all columns */
-constexpr int PUSH = 1; /* the warp of a producer warpgroup that passes operands on */
+constexpr int PAIR = 2, PRODUCERS = 2;  /* CTAs of a cluster; producer warpgroups of each */
+constexpr int TURNS = PAIR * PRODUCERS; /* chunks from one that a group makes to its next */
+constexpr int PUSH = 1;                 /* the warp of a producer warpgroup that passes operands on */
 
 template <bool cut> constexpr int STAGES = cut ? 5 : 6;
+constexpr int TASKS = 8; /* for two of each stage there is no room */
+static_assert(TASKS > STAGES<true> && TASKS > STAGES<false>, "a task is read until the next chunk is done");
 template <bool cut> constexpr int CONSUMERS = cut ? 2 : 1;
 template <bool cut> constexpr int THREADS = (CONSUMERS<cut> + PRODUCERS) * GROUP;
 /* Registers of a thread at the start, then of consumers and producers. */
@@ -40,41 +43,46 @@ enum {
 /* What a pair works on. */
 struct Part {
     int n, head, key_head;
-    int batch, first, length, slot; /* of the sequence */
+    int batch, first, length, slot; /* of the sequence; -1: there is nothing to do */
     int segment, begin, chunks;     /* chunks at least 1, the first of which may be empty */
+    int index;                      /* chain, segment */
     int16_t *units;                 /* of outputs, from the sequence's first chunk on */
 };
 
 template <bool cut> struct alignas(1024) Shared {
-    Tiles tiles[STAGES<cut>]; /* k, q and g at first, where the CTA makes them */
+    Tiles<DIM> tiles[STAGES<cut>]; /* k, q and g at first, where the CTA makes them */
     __nv_bfloat16 values[STAGES<cut>][CHUNK * GROUP_COLUMNS * CONSUMERS<cut>];
     __nv_bfloat16 outputs[CONSUMERS<cut> * GROUP / 32]
                          [CHUNK * 16]; /* of each consumer warp, swizzled by 32 bytes */
-    Factors factors[STAGES<cut>];
+    Factors<DIM> factors[STAGES<cut>];
     Blocks blocks[PRODUCERS];
-    Task tasks[2 * STAGES<cut>];
+    Task tasks[TASKS];
     Part part;
     uint64_t arrived[PRODUCERS];   /* a producer warpgroup's own chunk: the scout, the bytes of q, k, v and g */
     uint64_t full[STAGES<cut>];    /* the operands: a producer warpgroup, or the scout and the bytes */
     uint64_t empty[STAGES<cut>];   /* all consumers are done, and the operands are passed on */
     uint64_t granted[STAGES<cut>]; /* the other CTA has room for the chunk made here */
 };
+static_assert(sizeof(Shared<true>) <= 227 * 1024 && sizeof(Shared<false>) <= 227 * 1024,
+              "all that a CTA can have");
 
-__device__ Part find_part(const kda_prefill &p, const kda_sm90_cut &cut, int64_t all_chunks) {
+__device__ Part find_part(const kda_prefill &p, const kda_sm90_spread &spread, const kda_sm90_cut &cut,
+                          int64_t all_chunks) {
     int segments = cut.segments, chain = blockIdx.x / PAIR / segments;
     Part part;
     part.n = chain / (int)p.value_heads, part.head = chain % (int)p.value_heads;
     part.key_head = part.head / (int)(p.value_heads / p.heads);
     struct kda_sequence sequence = kda_sequence(&p, part.n);
     part.batch = (int)sequence.batch, part.first = (int)sequence.first;
-    part.length = (int)sequence.length, part.slot = (int)sequence.slot;
-    part.segment = blockIdx.x / PAIR % segments;
+    part.length = (int)sequence.length;
+    part.slot = is_left(p, spread, part.n, part.head) ? (int)sequence.slot : -1;
+    part.index = blockIdx.x / PAIR, part.segment = part.index % segments;
     int chunks = (int)kda_chunk_count(&p, part.n, sequence.length);
     int each = kda_chunks_of_segment(chunks, segments);
     part.begin = part.segment * each;
     part.chunks = max(min(each, chunks - part.begin), 1);
-    part.units =
-        cut.output_units + (part.head * all_chunks + kda_first_chunk(&p, part.first, part.n)) * (2 * UNITS);
+    part.units = cut.output_units +
+                 (part.head * all_chunks + kda_first_chunk(&p, part.first, part.n)) * (2 * KDA_SM90_UNITS);
     return part;
 }
 
@@ -93,17 +101,21 @@ __device__ Task find_task(const kda_prefill &p, const Part &part, int column, in
     return task;
 }
 
-/* Stage and parity of a chunk's turn. */
-template <int STAGES> __device__ Turn<STAGES> turn_of(int chunk) {
-    Turn<STAGES> turn;
-    turn.stage = chunk % STAGES, turn.parity = chunk / STAGES & 1;
-    return turn;
-}
+/* Where a chunk lies in both CTAs, and the parities of the barriers' phases in which it does. */
+template <bool cut> struct PairTurn : Turn<STAGES<cut>> {
+    int chunk;
 
-/* Of a chunk made here: where the number of stages is odd, only every second one of a stage is. */
-template <int STAGES> __device__ uint32_t parity_of_grant(int chunk) {
-    return chunk / (STAGES % PAIR ? STAGES * PAIR : STAGES) & 1;
-}
+    __device__ explicit PairTurn(int chunk) : chunk(chunk) {
+        this->stage = chunk % STAGES<cut>, this->parity = chunk / STAGES<cut> & 1;
+    }
+    __device__ int task() const { return chunk % TASKS; }
+    __device__ void next() { chunk++, Turn<STAGES<cut>>::next(); }
+    /* Of a chunk made here: where the number of stages is odd, only every second one of a stage is. */
+    __device__ uint32_t parity_of_grant() const {
+        constexpr int PERIOD = STAGES<cut> % PAIR ? STAGES<cut> * PAIR : STAGES<cut>;
+        return chunk / PERIOD & 1;
+    }
+};
 
 template <class T> __device__ T *of_other(T *mine, int rank) {
     return static_cast<T *>(__cluster_map_shared_rank(mine, rank ^ 1));
@@ -111,8 +123,10 @@ template <class T> __device__ T *of_other(T *mine, int rank) {
 
 /* ---- Producers ------------------------------------------------------------------------------------ */
 
-template <bool cut> struct Producer {
+template <bool cut, bool bounded> struct Producer {
     static constexpr int VALUE_PANELS = CONSUMERS<cut>;
+    /* Bytes that are passed on of a chunk's factors. */
+    static constexpr size_t FACTORS = bounded ? offsetof(Factors<DIM>, across) : sizeof(Factors<DIM>);
 
     const kda_prefill &p;
     const kda_sm90_maps &maps;
@@ -123,15 +137,15 @@ template <bool cut> struct Producer {
     __device__ int column() const { return cut ? 0 : rank * GROUP_COLUMNS; }
 
     __device__ void bring(void *to, const CUtensorMap &map, int channel, int head, const Task &task,
-                          uint64_t *barrier) const {
+                          uint64_t *barrier, uint64_t policy) const {
         const int32_t at[4] = {channel, head, task.token, task.batch};
-        ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to, &map, at, barrier);
+        bring_box(to, map, at, *barrier, policy);
     }
     /* The scout says what a chunk is and has it brought: k, q and g where this group makes its operands; else there is
      * room now for what the same group of the other CTA makes. Values in either case. */
     __device__ void open(int chunk) {
         bool own = chunk % PAIR == rank;
-        Turn<STAGES<cut>> turn = turn_of<STAGES<cut>>(chunk);
+        PairTurn<cut> turn(chunk);
         int s = turn.stage;
         Task task = find_task(p, shared.part, column(), chunk);
         wait(shared.empty[s], turn.parity ^ 1);
@@ -141,14 +155,14 @@ template <bool cut> struct Producer {
             values = false;
         }
         uint64_t *barrier = own ? &shared.arrived[group] : &shared.full[s];
-        bool leads = threadIdx.x % 32 == 0;
+        bool leads = elected();
         if (!own) /* every lane, as each may have written values; in all as many as arrive of a group that makes it */
             ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier,
                                  GROUP / 32u - leads);
         __syncwarp();
         if (leads) {
-            size_t bytes = own ? sizeof shared.tiles[s].panels : sizeof(Tiles) + sizeof(Factors);
-            shared.tasks[turn.in_double()] = task;
+            size_t bytes = own ? sizeof shared.tiles[s].panels : sizeof(Tiles<DIM>) + FACTORS;
+            shared.tasks[turn.task()] = task;
             if (!own)
                 ptx::mbarrier_arrive(&shared.empty[s]); /* nothing is passed on */
             ptx::mbarrier_arrive_expect_tx(
@@ -157,7 +171,7 @@ template <bool cut> struct Producer {
 #pragma unroll 1
             for (int i = 0; i < VALUE_PANELS && values; i++)
                 bring(&shared.values[s][i * CHUNK * PANEL], maps.v, column() + i * PANEL, task.head, task,
-                      barrier);
+                      barrier, read_once());
             if (own && task.count > 0)
                 bring_keys(shared.tiles[s], task, barrier);
             else if (task.count > 0)
@@ -167,13 +181,14 @@ template <bool cut> struct Producer {
         __syncwarp();
     }
 
-    __device__ void bring_keys(Tiles &tiles, const Task &task, uint64_t *barrier) const {
+    __device__ void bring_keys(Tiles<DIM> &tiles, const Task &task, uint64_t *barrier) const {
+        uint64_t own = read_once(), shared_by_heads = p.heads < p.value_heads ? read_again() : own;
 #pragma unroll 1
-        for (int i = 0; i < PANELS; i++) {
+        for (int i = 0; i < DIM / PANEL; i++) {
             Panel &panel = tiles.panels[i];
-            bring(panel.keys, maps.k, i * PANEL, shared.part.key_head, task, barrier);
-            bring(panel.queries, maps.q, i * PANEL, shared.part.key_head, task, barrier);
-            bring(panel.gates, maps.g, i * PANEL, task.head, task, barrier);
+            bring(panel.keys, maps.k, i * PANEL, shared.part.key_head, task, barrier, shared_by_heads);
+            bring(panel.queries, maps.q, i * PANEL, shared.part.key_head, task, barrier, shared_by_heads);
+            bring(panel.gates, maps.g, i * PANEL, task.head, task, barrier, own);
         }
     }
 
@@ -191,16 +206,16 @@ template <bool cut> struct Producer {
     }
 
     /* Warp PUSH: a chunk's operands are made, and go to the other CTA. */
-    __device__ void pass_on(int chunk, int count) {
-        int s = turn_of<STAGES<cut>>(chunk).stage;
+    __device__ void pass_on(const PairTurn<cut> &turn, int count) {
+        int s = turn.stage;
         if (count > 0) {
-            wait(shared.granted[s], parity_of_grant<STAGES<cut>>(chunk));
-            if (threadIdx.x % 32 == 0) {
+            wait(shared.granted[s], turn.parity_of_grant());
+            if (elected()) {
                 uint64_t *full = of_other(&shared.full[s], rank);
                 ptx::cp_async_bulk(ptx::space_cluster, ptx::space_shared, of_other(&shared.tiles[s], rank),
-                                   &shared.tiles[s], (uint32_t)sizeof(Tiles), full);
+                                   &shared.tiles[s], (uint32_t)sizeof(Tiles<DIM>), full);
                 ptx::cp_async_bulk(ptx::space_cluster, ptx::space_shared, of_other(&shared.factors[s], rank),
-                                   &shared.factors[s], (uint32_t)sizeof(Factors), full);
+                                   &shared.factors[s], (uint32_t)FACTORS, full);
                 ptx::cp_async_bulk_commit_group();
                 ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
             }
@@ -216,12 +231,13 @@ template <bool cut> struct Producer {
         int warp = threadIdx.x % GROUP / 32, chunks = shared.part.chunks, slot = 0;
         Blocks &blocks = shared.blocks[group];
         uint32_t parity = 0;
-        Gate gate = find_gate(p, shared.part.head, warp % 2 * PANEL + threadIdx.x % 32 * 2);
+        Gate gate = find_gate<bounded>(p, shared.part.head, own_channel<DIM>(threadIdx.x));
 #pragma unroll 1
         for (int next = rank + PAIR * group;; next += TURNS) {
-            const Task &task = shared.tasks[turn_of<STAGES<cut>>(next).in_double()];
+            const PairTurn<cut> turn(next);
+            const Task &task = shared.tasks[turn.task()];
             uint32_t beta = 0;
-            if (warp == SCOUT) { /* to a chunk that the other CTA makes, too */
+            if (warp == SCOUT<DIM>) { /* to a chunk that the other CTA makes, too */
 #pragma unroll 1
                 for (int chunk = next - (rank ? 1 : TURNS - 1); chunk <= next; chunk += rank ? 1 : TURNS - 1)
                     if (chunk >= 0 && chunk <= chunks)
@@ -231,7 +247,7 @@ template <bool cut> struct Producer {
             }
             if (next > chunks)
                 return;
-            int s = turn_of<STAGES<cut>>(next).stage;
+            int s = turn.stage;
             wait(shared.arrived[group], parity);
             int count = task.count;
             if (receives())
@@ -239,13 +255,13 @@ template <bool cut> struct Producer {
                                             slot, count, beta);
             barrier_wait(BARRIER_GROUP + group, GROUP);
             if (count > 0)
-                make_operands(shared.tiles[s], shared.factors[s], blocks, slot, BARRIER_GROUP + group,
-                              BARRIER_INVERSE + group, gate);
+                make_operands<bounded>(shared.tiles[s], shared.factors[s], blocks, slot, BARRIER_GROUP + group,
+                                       BARRIER_INVERSE + group, gate);
             ptx::mbarrier_arrive(&shared.full[s]);
             slot ^= 1, parity ^= 1;
             if (warp == PUSH) {
                 barrier_wait(BARRIER_MADE + group, GROUP);
-                pass_on(next, count);
+                pass_on(turn, count);
             } else {
                 barrier_arrive(BARRIER_MADE + group, GROUP);
             }
@@ -257,29 +273,37 @@ template <bool cut> struct Producer {
 
 /* The state before a segment that is not the first. */
 __device__ void load_composed(const kda_sm90_cut &cut, int first_column, float (&S)[DIM / 8][4]) {
-    int64_t row = (int64_t)(blockIdx.x / PAIR) * DIM + first_column;
+    int64_t segment = blockIdx.x / PAIR;
+    const int16_t *units = cut.state_units + segment * DIM;
     each_pair(S, [&](float &x, float &y, int channel, int column) {
-        uint32_t pair = *reinterpret_cast<const uint32_t *>(&cut.states[(row + column) * DIM + channel]);
-        float factor = power_of_two(cut.state_units[row + column]);
+        const uint16_t *row = state_before(cut, segment, first_column + column);
+        uint32_t pair = *reinterpret_cast<const uint32_t *>(&row[channel]);
+        float factor = power_of_two(units[first_column + column]);
         float2 of_unit = __half22float2(*reinterpret_cast<__half2 *>(&pair));
         x = of_unit.x * factor, y = of_unit.y * factor;
     });
 }
 
 /* 64 columns of V from the true state before the part to the one behind it. */
+template <bool bounded>
 __device__ void consume_whole(const kda_prefill &p, const kda_sm90_maps &maps, const kda_sm90_cut &cut,
                               Shared<false> &shared) {
-    consume<GROUP_COLUMNS, true>(
-        p, p.out, maps.out, shared,
+    consume<DIM, true, bounded>(
+        p, p.out, maps.out, shared, PairTurn<false>(0),
         [&](const Task &task, float(&S)[DIM / 8][4]) {
             if (shared.part.segment > 0) {
                 load_composed(cut, task.column, S);
-                return;
+                return measured(S);
             }
             kda_state from = kda_state_at(&p, &p.initial_state, task.slot, task.head);
             load_whole(from_column(from, task.column), S);
             store_whole_checkpoints(p, task.n, task.head, task.column, 0, S, 0);
+            return measured(S);
         },
+        [&](const PairTurn<false> &turn, uint32_t, Values &v) {
+            load_values<GROUP_COLUMNS>(shared.values[turn.stage], v);
+        },
+        NeverAgain(),
         [&](const Task &, float(&o)[CHUNK / 8][4], int unit) {
             leave_unit(o, unit);
             return p.out.dtype;
@@ -304,22 +328,26 @@ __device__ int fit_half(float (&o)[CHUNK / 8][4], int unit) {
 
 /* All of V from zero, or in a sequence's first segment from the state before it; or the identity. One version of the
  * code, because neighbouring multiprocessors share an instruction cache. */
+template <bool bounded>
 __device__ void consume_segment(const kda_prefill &p, const kda_tensor &out, const CUtensorMap &map,
                                 bool identity, const kda_sm90_cut &cut, Shared<true> &shared) {
-    consume<DIM, true>(
-        p, out, map, shared,
+    consume<DIM, true, bounded>(
+        p, out, map, shared, PairTurn<true>(0),
         [&](const Task &task, float(&S)[DIM / 8][4]) {
             if (identity) {
-                each_pair(S, [](float &x, float &y, int channel, int column) {
-                    x = channel == column ? 1.f : 0.f, y = channel + 1 == column ? 1.f : 0.f;
-                });
-                return;
+                make_diagonal(S, 1);
+                return 0;
             }
             kda_state from = kda_state_at(&p, &p.initial_state, task.slot, task.head);
             if (shared.part.segment > 0)
                 from.data = nullptr;
-            load_whole(from, S);
+            load_whole(from, S, thread());
+            return measured(S);
         },
+        [&](const PairTurn<true> &turn, uint32_t, Values &v) {
+            load_values<DIM>(shared.values[turn.stage], v);
+        },
+        NeverAgain(),
         [&](const Task &task, float(&o)[CHUNK / 8][4], int unit) {
             if (shared.part.segment == 0) {
                 leave_unit(o, unit);
@@ -327,33 +355,35 @@ __device__ void consume_segment(const kda_prefill &p, const kda_tensor &out, con
             }
             unit = fit_half(o, unit);
             if (threadIdx.x % 32 == 0)
-                shared.part
-                    .units[(task.position - 1) / CHUNK * (2 * UNITS) + !identity * UNITS + threadIdx.x / 32] =
-                    (int16_t)unit;
+                shared.part.units[(task.position - 1) / CHUNK * (2 * KDA_SM90_UNITS) +
+                                  !identity * KDA_SM90_UNITS + threadIdx.x / 32] = (int16_t)unit;
             return KDA_F16;
         },
         [&](const Task &, float(&S)[DIM / 8][4], int unit) {
-            int64_t at = blockIdx.x / PAIR; /* chain, segment */
+            int64_t at = shared.part.index;
             if (!identity) {
                 kda_state to = {reinterpret_cast<char *>(cut.B + at * DIM * DIM), KDA_F32, DIM * 4, true};
-                store_whole(to, S, unit);
+                store_whole(to, S, unit, thread());
                 return;
             }
             measure_unit(S, unit);
             uint16_t *A = cut.A + at * DIM * DIM;
-            each_pair(S, [&](float x, float y, int channel, int column) {
-                *reinterpret_cast<uint32_t *>(&A[swizzled<DIM, DIM>(column, channel)]) = pack_half(x, y);
-            });
+            each_pair(
+                S,
+                [&](float x, float y, int channel, int column) {
+                    *reinterpret_cast<uint32_t *>(&A[swizzled<DIM, DIM>(column, channel)]) = pack_half(x, y);
+                },
+                thread());
             if (threadIdx.x % 32 == 0)
-                cut.A_units[at * UNITS + threadIdx.x / 32] = (int16_t)unit;
+                cut.A_units[at * KDA_SM90_UNITS + threadIdx.x / 32] = (int16_t)unit;
         });
 }
 
 /* A sequence's first segment needs no identity: its chunks only pass. */
 __device__ void let_pass(Shared<true> &shared) {
-    for (Turn<STAGES<true>> turn;; turn.next()) {
+    for (PairTurn<true> turn(0);; turn.next()) {
         wait(shared.full[turn.stage], turn.parity);
-        if (shared.tasks[turn.in_double()].flags & ENDS)
+        if (shared.tasks[turn.task()].flags & ENDS)
             return;
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
     }
@@ -367,17 +397,22 @@ struct Other {
     CUtensorMap map;
 };
 
-template <bool cut>
+template <bool cut, bool bounded>
 __global__ void __cluster_dims__(PAIR) __maxnreg__(REGISTERS<cut>)
     pairs(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
-          const __grid_constant__ kda_sm90_cut memory_of_cut, const __grid_constant__ Other other,
-          int64_t chunks) {
+          const __grid_constant__ kda_sm90_spread spread, const __grid_constant__ kda_sm90_cut memory_of_cut,
+          const __grid_constant__ Other other, int64_t chunks) {
     let_next_begin();
     extern __shared__ __align__(1024) char memory[];
     Shared<cut> &shared = *reinterpret_cast<Shared<cut> *>(memory);
     int rank = blockIdx.x % PAIR, group = threadIdx.x / GROUP;
+    wait_for_kernel_before();
+    if (nothing_is_left(spread))
+        return;
+    clear_inverses(shared.tiles);
     if (threadIdx.x == 0) {
-        shared.part = find_part(p, memory_of_cut, chunks);
+        prefetch_maps(maps);
+        shared.part = find_part(p, spread, memory_of_cut, chunks);
         for (int i = 0; i < PRODUCERS; i++)
             ptx::mbarrier_init(&shared.arrived[i], 1);
         for (int i = 0; i < STAGES<cut>; i++) {
@@ -398,44 +433,47 @@ __global__ void __cluster_dims__(PAIR) __maxnreg__(REGISTERS<cut>)
         return;
     if (group >= CONSUMERS<cut>) {
         give_registers<PRODUCER_REGISTERS<cut>>();
-        Producer<cut>{p, maps, shared, rank, group - CONSUMERS<cut>}.produce();
+        Producer<cut, bounded>{p, maps, shared, rank, group - CONSUMERS<cut>}.produce();
     } else {
         take_registers<CONSUMER_REGISTERS<cut>>();
         if constexpr (!cut)
-            consume_whole(p, maps, memory_of_cut, shared);
+            consume_whole<bounded>(p, maps, memory_of_cut, shared);
         else if (rank == 1 && shared.part.segment == 0)
             let_pass(shared);
         else
-            consume_segment(p, rank ? other.out : p.out, rank ? other.map : maps.out, rank, memory_of_cut,
-                            shared);
+            consume_segment<bounded>(p, rank ? other.out : p.out, rank ? other.map : maps.out, rank,
+                                     memory_of_cut, shared);
     }
     ptx::barrier_cluster_arrive(); /* the other one may still write here */
     ptx::barrier_cluster_wait();
 }
 
-template <bool cut>
-cudaError_t launch(const kda_prefill *p, int64_t chunks, const kda_sm90_cut &memory, const Other &other,
-                   cudaStream_t stream) {
+template <bool cut, bool bounded>
+cudaError_t launch(const kda_prefill *p, const kda_sm90_spread &spread, int64_t chunks,
+                   const kda_sm90_cut &memory, const Other &other, cudaStream_t stream) {
     int bytes = sizeof(Shared<cut>);
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(p, &maps);
     if (!error)
-        error = cudaFuncSetAttribute(pairs<cut>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        error = cudaFuncSetAttribute(pairs<cut, bounded>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error)
         return error;
     unsigned ctas = (unsigned)(p->sequences * p->value_heads * memory.segments * PAIR);
-    pairs<cut><<<ctas, THREADS<cut>, bytes, stream>>>(*p, maps, memory, other, chunks);
-    return cudaGetLastError();
+    return launch_behind_if(spread.all.parts, pairs<cut, bounded>, dim3(ctas), THREADS<cut>, bytes, stream, *p,
+                            maps, spread, memory, other, chunks);
 }
 
 } // namespace
 } // namespace kda
 
-cudaError_t kda_sm90_pairs(const kda_prefill *p, kda_sm90_cut cut, cudaStream_t stream) {
-    return kda::launch<false>(p, 0, cut, {}, stream);
+cudaError_t kda_sm90_pairs(const kda_prefill *p, kda_sm90_spread spread, kda_sm90_cut cut,
+                           cudaStream_t stream) {
+    return (kda::is_bounded(p) ? kda::launch<false, true> : kda::launch<false, false>)(p, spread, 0, cut, {},
+                                                                                       stream);
 }
 
-cudaError_t kda_sm90_pairs_cut(const kda_prefill *p, int64_t chunks, kda_sm90_cut cut, cudaStream_t stream) {
+cudaError_t kda_sm90_pairs_cut(const kda_prefill *p, kda_sm90_spread spread, int64_t chunks, kda_sm90_cut cut,
+                               cudaStream_t stream) {
     kda::Other other = {};
     struct kda_prefill of_A = *p;
     of_A.out.data = reinterpret_cast<char *>(cut.outputs);
@@ -447,5 +485,6 @@ cudaError_t kda_sm90_pairs_cut(const kda_prefill *p, int64_t chunks, kda_sm90_cu
     if (error)
         return error;
     other.out = of_A.out, other.map = maps.out;
-    return kda::launch<true>(p, chunks, cut, other, stream);
+    return (kda::is_bounded(p) ? kda::launch<true, true> : kda::launch<true, false>)(p, spread, chunks, cut,
+                                                                                     other, stream);
 }

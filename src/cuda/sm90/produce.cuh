@@ -11,6 +11,7 @@
 #define KDA_CUDA_SM90_PRODUCE_CUH
 
 #include "cuda/floats.cuh"
+#include "cuda/sm90/tensor_maps.h"
 #include "cuda/sm90/tiles.cuh"
 #include "cuda/sm90/warpgroup.cuh"
 
@@ -25,21 +26,30 @@ constexpr uint32_t NO_DECAY = 0xff7fff7f; /* two raw gates, the least of bf16, w
 
 /* A producer warpgroup's own memory. */
 struct Blocks {
-    alignas(16) float L[2][2][EIGHT * PADDED_EIGHT]; /* diagonal blocks of beta rk L0 rk, transposed */
-    float Z_eight[2][EIGHT * PADDED_EIGHT];          /* below them, rk L0 */
-    float Z[HALF * PADDED];                          /* and below two of them */
-    alignas(16) float rk[2][CHUNK];                  /* of this chunk or the group's next one, in turn */
+    union {
+        struct {
+            alignas(16) float L[2][2][EIGHT * PADDED_EIGHT]; /* diagonal blocks of beta rk L0 rk, transposed */
+            float Z_eight[2][EIGHT * PADDED_EIGHT];          /* below them, rk L0 */
+            float Z[HALF * PADDED];                          /* and below two of them */
+        };
+        float4 halves[GROUP]; /* of unbounded.cuh, before that */
+    };
+    alignas(16) float rk[2][CHUNK]; /* of this chunk or the group's next one, in turn */
     float beta[2][CHUNK];
 };
 
-/* The gate of a thread's two channels: log2 decay = bound / (1 + exp2(slope g + offset)). */
+/* Has the gate a bound, for which factors around one middle of a chunk are within bf16's range? */
+inline __device__ __host__ bool is_bounded(const kda_prefill *p) { return p->gate == FLASH_KDA_GATE_SIGMOID; }
+
+/* The gate of a thread's two channels, log2 decay = bound / (1 + exp2(slope g + offset)); or without a bound, rate
+ * log2(1 + exp2(slope g + offset)), with the rate in its place. */
 struct Gate {
     int head = -1;
     float bound, slope;
     float2 offset;
 };
 
-inline __device__ Gate find_gate(const kda_prefill &p, int head, int channel) {
+template <bool bounded> __device__ Gate find_gate(const kda_prefill &p, int head, int channel) {
     /* Within what leaves NO_DECAY without any, whatever the bias. */
     float rate =
         p.A_log.data
@@ -48,7 +58,8 @@ inline __device__ Gate find_gate(const kda_prefill &p, int head, int channel) {
             : 1.f;
     Gate gate;
     gate.head = head;
-    gate.bound = p.lower_bound * LOG2E, gate.slope = -rate * LOG2E;
+    gate.bound = bounded ? p.lower_bound * LOG2E : -rate;
+    gate.slope = bounded ? -rate * LOG2E : LOG2E;
     gate.offset = make_float2(0, 0);
     if (p.dt_bias.data) {
         const char *bias = p.dt_bias.data + head * p.dt_bias.stride[0];
@@ -58,44 +69,65 @@ inline __device__ Gate find_gate(const kda_prefill &p, int head, int channel) {
     return gate;
 }
 
+/* A raw gate's decay, as a share of the bound. */
+inline __device__ float share_of_bound(const Gate &gate, float raw, float offset) {
+    return reciprocal_approximate(1.f + exp2_approximate(fmaf(raw, gate.slope, offset)));
+}
+
+/* A raw gate's log2 decay. */
+template <bool bounded> __device__ float log2_decay(const Gate &gate, float raw, float offset) {
+    if (bounded)
+        return share_of_bound(gate, raw, offset) * gate.bound;
+    /* log2(1 + 2^x) = max(x, 0) + y P(y), y = 2^-|x|: to 9e-6 of it, however small it is. */
+    constexpr float P[] = {1.44268298f,   -0.720428526f, 0.469187111f,
+                           -0.303065836f, 0.146062374f,  -0.0344465896f};
+    float x = fmaf(raw, gate.slope, offset), y = exp2_approximate(-fabsf(x)), sum = P[5];
+#pragma unroll
+    for (int i = 4; i >= 0; i--)
+        sum = fmaf(sum, y, P[i]);
+    return gate.bound * fmaf(sum, y, fmaxf(x, 0.f));
+}
+
+/* By one thread, before the first chunk is found. */
+inline __device__ void prefetch_maps(const kda_sm90_maps &maps) {
+    prefetch_map(maps.k), prefetch_map(maps.q), prefetch_map(maps.g), prefetch_map(maps.v),
+        prefetch_map(maps.out);
+}
+
 /* A tile's rows from `count` on become `word`. */
 inline __device__ void clear_rows(__nv_bfloat16 *tile, int count, uint32_t word) {
     for (int row = count; row < CHUNK; row++)
         reinterpret_cast<uint32_t *>(tile + row * PANEL)[thread() % 32] = word;
 }
 
-/* Squared norm of the lane's row of k or q: the diagonal of the tile times itself. In a loop, because all of a producer's
- * code competes for the instruction cache. */
-inline __device__ float find_square(const __nv_bfloat16 *tile) {
-    uint32_t lane = thread() % 32, matrix = lane / 8, row = lane / 4;
-    float above[2][4] = {}, below[2][4] = {}; /* 16 rows times the first 8 of them, and times the others */
-    uint32_t at = shared_address(tile) + (matrix % 2 * 8 + lane % 8) * ROW;
-#pragma unroll 4
-    for (uint32_t i = 0; i < DIM / 16; i++)
+/* Squared norm of the lane's row of k or q: the diagonal of the tile times itself, 8 rows at a time. A second operand is to be
+ * the first half of a first one, X Y, which is X Y Y X: its upper product is X X^T + Y Y^T. */
+template <int DIM> __device__ float find_square(const __nv_bfloat16 *tile) {
+    uint32_t lane = thread() % 32, row = lane % 8, second = lane / 8 % 2 ^ lane / 16;
+    uint32_t at = shared_address(tile) + row * ROW, piece = (second ^ row) << 4;
+    float squares[CHUNK / 8][4] = {};
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            uint32_t a[4], c = i % (PANEL / 16);
-            ldmatrix(a, at + i / (PANEL / 16) * sizeof(Panel) + half * HALF * ROW +
-                            (((c * 2 + matrix / 2) ^ lane % 8) << 4));
-            mma(above[half], a, a[0], a[2]);
-            mma(below[half], a, a[1], a[3]);
+    for (int i = 0; i < DIM / 16; i++)
+#pragma unroll
+        for (int rows = 0; rows < CHUNK / 8; rows++) {
+            uint32_t a[4];
+            ldmatrix(a,
+                     at + (piece ^ i % (PANEL / 16) << 5) + i / (PANEL / 16) * sizeof(Panel) + rows * 8 * ROW);
+            mma(squares[rows], a, a[0], a[1]);
         }
-    /* Element (r, r) is in lane r * 4 + r / 2. */
-    int from = lane % 8 * 4 + lane % 8 / 2;
-    float squares[2][2];
+    /* Element (r, r) of each is in lane r * 4 + r / 2; the lane's is of rows lane / 8. */
+    float own = 0;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        squares[half][0] = __shfl_sync(~0u, row % 2 ? above[half][1] : above[half][0], from);
-        squares[half][1] = __shfl_sync(~0u, row % 2 ? below[half][3] : below[half][2], from);
+    for (int rows = 0; rows < CHUNK / 8; rows++) {
+        float x = __shfl_sync(~0u, lane / 4 % 2 ? squares[rows][1] : squares[rows][0], row * 4 + row / 2);
+        own = lane / 8 == rows ? x : own;
     }
-    float first = lane < HALF ? squares[0][0] : squares[1][0],
-          second = lane < HALF ? squares[0][1] : squares[1][1];
-    return lane % HALF < 8 ? first : second;
+    return own;
 }
 
 /* Divides a row of k or q by a power of two. */
-inline __device__ void divide_row(__nv_bfloat16 *tile, int token, float divisor) {
-    for (int i = 0; i < PANELS; i++) {
+template <int DIM> __device__ void divide_row(__nv_bfloat16 *tile, int token, float divisor) {
+    for (int i = 0; i < DIM / PANEL; i++) {
         uint32_t &word = reinterpret_cast<uint32_t *>(tile + i * sizeof(Panel) / sizeof *tile +
                                                       token * PANEL)[thread() % 32];
         float2 x = unpack_bf16(word);
@@ -110,9 +142,9 @@ inline __device__ float size_of_row(float square) {
 
 /* The warp finds scale / norm of every row of k or q, to be kept by token_place and, if `plain`, in order. Rows whose
  * norm is far from 1 are brought near it by a power of two, so that they keep their digits under any decay. */
-inline __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, float *plain) {
+template <int DIM> __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, float *plain) {
     int lane = thread() % 32;
-    float square = find_square(tile), norm = rsqrtf(square + 1e-6f) * scale;
+    float square = find_square<DIM>(tile), norm = rsqrtf(square + 1e-6f) * scale;
     bool ordinary = square >= SMALL && square <= LARGE;
     uint32_t others = __ballot_sync(~0u, !ordinary && square > 0);
     if (__builtin_expect(others, 0)) {
@@ -121,7 +153,7 @@ inline __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scale
 #pragma unroll 1
         for (; others; others &= others - 1) {
             int token = __ffs(others) - 1;
-            divide_row(tile, token, __shfl_sync(~0u, size, token));
+            divide_row<DIM>(tile, token, __shfl_sync(~0u, size, token));
         }
     }
     scales[token_place(lane)] = norm;
@@ -129,26 +161,34 @@ inline __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scale
         plain[lane] = norm;
 }
 
+/* The threads that make tiles have two channels and one half of the chunk each: all four warps, or where there is one panel the
+ * last two, whose lanes then have the earlier tokens and the later ones: token % 8 differs in all its bits, and the banks too. */
+template <int DIM> constexpr bool IN_ONE_WARP = DIM == PANEL; /* both halves of a channel */
+template <int DIM> __device__ bool makes_tiles(uint32_t thread) {
+    return !IN_ONE_WARP<DIM> || thread % GROUP >= GROUP / 2;
+}
+template <int DIM> __device__ bool has_later(uint32_t thread) {
+    return IN_ONE_WARP<DIM> ? thread % 32 >= 16 : thread % GROUP >= GROUP / 2;
+}
+template <int DIM> __device__ int own_channel(uint32_t thread) {
+    return (int)(thread / 32 % 2 * (DIM / 2) + thread % (DIM / 4) * 2);
+}
+
 /* k, q and g of the thread's two channels and half of the chunk become RK, RQ and CK. Returns the log2 decay of the
  * half, from the chunk's start to its middle or from there to its end. Works outwards from the middle. */
-inline __device__ float2 make_tiles(const Panel &panel, bool later, const Gate &gate) {
+inline __device__ float2 make_tiles(const Panel &panel, uint32_t channel, bool later, const Gate &gate) {
     constexpr int TOGETHER = 4, QUERIES = sizeof panel.keys, GATES = 2 * QUERIES;
-    uint32_t lane = thread() % 32;
     int step = later ? ROW : -ROW;
     /* Of token i from the middle; a token's 16-byte pieces are permuted by token % 8. */
     uint32_t first =
-        shared_address(panel.keys) + (later ? HALF : HALF - 1) * ROW + (lane * 4 ^ (later ? 0 : 7 << 4));
+        shared_address(panel.keys) + (later ? HALF : HALF - 1) * ROW + (channel * 2 ^ (later ? 0 : 7 << 4));
     auto place = [&](int n, int j) {
         return ((first + n * TOGETHER * step) ^ (n * TOGETHER & 7) << 4 ^ j << 4) + j * step;
     };
     uint32_t k[TOGETHER], q[TOGETHER], g[TOGETHER];
     float2 sum = make_float2(0, 0);
     float direction =
-        later ? gate.bound : -gate.bound;       /* before the middle, x is what is still to come, negated */
-    auto share = [&](float raw, float offset) { /* of the bound */
-                                                return reciprocal_approximate(
-                                                    1.f + exp2_approximate(fmaf(raw, gate.slope, offset)));
-    };
+        later ? gate.bound : -gate.bound; /* before the middle, x is what is still to come, negated */
 #pragma unroll
     for (int j = 0; j < TOGETHER; j++) {
         uint32_t at = place(0, j);
@@ -161,7 +201,8 @@ inline __device__ float2 make_tiles(const Panel &panel, bool later, const Gate &
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
             float2 raw = unpack_bf16(g[j]);
-            float2 shares = make_float2(share(raw.x, gate.offset.x), share(raw.y, gate.offset.y));
+            float2 shares = make_float2(share_of_bound(gate, raw.x, gate.offset.x),
+                                        share_of_bound(gate, raw.y, gate.offset.y));
             float2 before = sum;
             sum.x = fmaf(shares.x, direction, sum.x), sum.y = fmaf(shares.y, direction, sum.y);
             x[j] = later ? sum : before;
@@ -199,64 +240,70 @@ inline __device__ uint32_t load_beta(const kda_prefill &p, int64_t batch, int64_
 }
 
 inline __device__ float find_beta(const kda_prefill &p, int count, uint32_t raw) {
-    float x = p.beta.dtype == KDA_F32    ? __uint_as_float(raw)
-              : p.beta.dtype == KDA_BF16 ? kda_from_bf16((uint16_t)raw)
-                                         : __half2float(__ushort_as_half((uint16_t)raw));
+    float half = __half2float(__ushort_as_half((uint16_t)raw));
+    float x = __uint_as_float(p.beta.dtype == KDA_BF16 ? raw << 16 : raw); /* or of 32 bits */
+    x = p.beta.dtype == KDA_F16 ? half : x;
     if (p.beta_mode != FLASH_KDA_BETA_GIVEN)
         x = reciprocal_approximate(1.f + exp2_approximate(x * -LOG2E)) *
             (p.beta_mode == FLASH_KDA_BETA_TWICE_SIGMOID ? 2.f : 1.f);
     return threadIdx.x % 32 < count ? x : 0.f;
 }
 
-/* Warps of a producer warpgroup that receive a chunk; the scout finds it, too, where that is long work. */
-constexpr int KEYS = 0, QUERIES = 2, SCOUT = 3;
+/* Warps of a producer warpgroup that receive a chunk, with warp 2, which has the queries. The scout finds it, too, which is
+ * long work: while others invert or, where not all do, make tiles. */
+template <int DIM> constexpr int SCOUT = IN_ONE_WARP<DIM> ? 0 : 3;
+template <int DIM> constexpr int KEYS = 3 - SCOUT<DIM>;
 
 inline __device__ bool receives() { return thread() % GROUP / 32 != 1; }
 
 /* What can be done by each of them as soon as a chunk is there: norms of k and of q, and beta. Behind a sequence's end k,
  * q and v become 0 and nothing decays. */
-template <int VALUE_PANELS>
-__device__ void receive_chunk(const kda_prefill &p, Tiles &tiles, Factors &factors, __nv_bfloat16 *values,
-                              Blocks &blocks, int slot, int count, uint32_t beta) {
+template <int VALUE_PANELS, int DIM>
+__device__ void receive_chunk(const kda_prefill &p, Tiles<DIM> &tiles, Factors<DIM> &factors,
+                              __nv_bfloat16 *values, Blocks &blocks, int slot, int count, uint32_t beta) {
     int warp = thread() % GROUP / 32;
     if (count <= 0)
         return;
-    for (int i = 0; i < PANELS && __builtin_expect(count < CHUNK, 0); i++) {
+    for (int i = 0; i < DIM / PANEL && __builtin_expect(count < CHUNK, 0); i++) {
         Panel &panel = tiles.panels[i];
-        if (warp != SCOUT)
-            clear_rows(warp == KEYS ? panel.keys : panel.queries, count, 0);
+        if (warp != SCOUT<DIM>)
+            clear_rows(warp == KEYS<DIM> ? panel.keys : panel.queries, count, 0);
         else if (i < VALUE_PANELS)
             clear_rows(values + i * CHUNK * PANEL, count, 0);
-        if (warp == SCOUT)
+        if (warp == SCOUT<DIM>)
             clear_rows(panel.gates, count, NO_DECAY);
     }
     __syncwarp();
-    if (warp == SCOUT)
+    if (warp == SCOUT<DIM>)
         blocks.beta[slot][thread() % 32] = find_beta(p, count, beta);
     else
-        find_norms(warp == KEYS ? tiles.panels[0].keys : tiles.panels[0].queries, warp == KEYS ? 1.f : p.scale,
-                   warp == KEYS ? factors.key_scale : factors.query_scale,
-                   warp == KEYS ? blocks.rk[slot] : nullptr);
+        find_norms<DIM>(warp == KEYS<DIM> ? tiles.panels[0].keys : tiles.panels[0].queries,
+                        warp == KEYS<DIM> ? 1.f : p.scale,
+                        warp == KEYS<DIM> ? factors.key_scale : factors.query_scale,
+                        warp == KEYS<DIM> ? blocks.rk[slot] : nullptr);
 }
 
 /* All of the warpgroup's threads. */
-inline __device__ void make_decays(Tiles &tiles, Factors &factors, const Gate &gate) {
-    int warp = thread() % GROUP / 32, panel = warp % 2;
-    float2 way = make_tiles(tiles.panels[panel], warp >= 2, gate);
-    float *to = warp < 2 ? factors.to_middle : factors.to_end;
-    *reinterpret_cast<float2 *>(&to[channel_place(panel * PANEL + thread() % 32 * 2)]) =
+template <int DIM> __device__ void make_decays(Tiles<DIM> &tiles, Factors<DIM> &factors, const Gate &gate) {
+    if (!makes_tiles<DIM>(thread()))
+        return;
+    bool later = has_later<DIM>(thread());
+    int channel = own_channel<DIM>(thread());
+    float2 way = make_tiles(tiles.panels[channel / PANEL], channel % PANEL, later, gate);
+    float *to = later ? factors.to_end : factors.to_middle;
+    *reinterpret_cast<float2 *>(&to[channel_place(own_channel<DIM>(thread()))]) =
         make_float2(exp2_approximate(way.x), exp2_approximate(way.y));
 }
 
 /* [L0; M0], in the accumulators of the warpgroup: warps 0 and 1 have rows of L0, the others of M0. */
-inline __device__ void multiply_pairs(const Panel (&panels)[PANELS], float (&d)[CHUNK / 8][4]) {
+template <int PANELS> __device__ void multiply_pairs(const Panel (&panels)[PANELS], float (&d)[CHUNK / 8][4]) {
     uint64_t rows = wgmma_operand(panels[0].keys, 0, 8 * ROW, SWIZZLE_128);
     uint64_t columns = wgmma_operand(panels[0].gates, 0, 8 * ROW, SWIZZLE_128);
     pin(d);
     wgmma_fence();
     wgmma_shared<false>(d, rows, columns);
 #pragma unroll
-    for (int c = 1; c < DIM / 16; c++) {
+    for (int c = 1; c < PANELS * PANEL / 16; c++) {
         uint32_t further = c / 4 * sizeof(Panel) + c % 4 * 32;
         wgmma_shared<true>(d, advanced(rows, further), advanced(columns, further));
     }
@@ -296,6 +343,14 @@ inline __device__ void store_M(const float (&d)[CHUNK / 8][4], const float *quer
             store_shared((at ^ j << 4) + n * 8 * CHUNK * 2, pack_half(left, right));
         }
     }
+}
+
+/* F is 0 above the diagonal blocks of 8 tokens, where nobody writes: cleared once, by all of a CTA's threads. */
+template <int STAGES, int DIM> __device__ void clear_inverses(Tiles<DIM> (&tiles)[STAGES]) {
+    constexpr int PIECES = sizeof tiles->inverse / sizeof(float4);
+    for (int i = threadIdx.x; i < STAGES * PIECES; i += blockDim.x)
+        reinterpret_cast<float4 *>(tiles[i / PIECES].inverse)[i % PIECES] = make_float4(0, 0, 0, 0);
+    fence_shared();
 }
 
 /* The diagonal block of 16 tokens of F: forward substitution in its blocks of 8, a column to a lane, which both halves of
@@ -344,7 +399,7 @@ inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], int block, B
                 if (i + n > j)
                     x[i + n] = fmaf(-l[n], x[j], x[i + n]);
         }
-    /* Half of the column's rows each, and a piece of the zeros above. */
+    /* Half of the column's rows each. */
     uint32_t corner = shared_address(F) + block * HALF * CHUNK * 4, first = upper * 4;
     uint32_t at = corner + (s * EIGHT + first) * CHUNK * 4 + own / 2 * 4;
     uint32_t piece = (block * 2 + s) * 2 + own % 2;
@@ -355,9 +410,6 @@ inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], int block, B
     for (int i = 0; i < 4; i++)
         store_shared(at + i * CHUNK * 4 + ((piece ^ (first + i)) << 4),
                      __float_as_uint(round_tf32((upper ? x[i + 4] : x[i]) * step * norms[i])));
-    if (upper == 0)
-        *reinterpret_cast<float4 *>(&F[(block * HALF + own) * CHUNK + (((block * 2 + 1) * 2 + s) ^ own) * 4]) =
-            make_float4(0, 0, 0, 0);
     __syncwarp();
     /* Operands as in join_blocks. */
     Tf32Places places = Tf32Places::of_accumulator(F, block * HALF + EIGHT);
@@ -374,14 +426,6 @@ inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], int block, B
 #pragma unroll
     for (int n = 0; n < 2; n++)
         store_shared(places.at(0, block * HALF + n), __float_as_uint(-round_tf32(result[n])));
-}
-
-/* The block of F above the diagonal blocks. */
-inline __device__ void clear_above(float *F) {
-    uint32_t lane = thread() % 32, row = lane / 4, piece = (4 + lane % 4) ^ row;
-#pragma unroll
-    for (int n = 0; n < 2; n++)
-        *reinterpret_cast<float4 *>(&F[(row + n * 8) * CHUNK + piece * 4]) = make_float4(0, 0, 0, 0);
 }
 
 /* The block of F below the diagonal blocks, -F11 Z F00. */
@@ -424,21 +468,15 @@ inline __device__ void join_blocks(const Blocks &blocks, float *F) {
             store_shared(places.at(n / 2 * 8, j * 8 + n % 2), __float_as_uint(-round_tf32(result[j][n])));
 }
 
-/* The operands of one chunk, whose norms are found. The warpgroup has a named barrier of its own, and its first two
- * warps another. */
-inline __device__ void make_operands(Tiles &tiles, Factors &factors, Blocks &blocks, int slot, int barrier,
-                                     int inverse_barrier, const Gate &gate) {
-    make_decays(tiles, factors, gate);
-    fence_shared();
-    barrier_wait(barrier, GROUP);
-    float d[CHUNK / 8][4];
-    multiply_pairs(tiles.panels, d);
+/* The rest of a chunk's operands, from [L0; M0]. */
+template <int DIM>
+__device__ void finish_operands(const float (&d)[CHUNK / 8][4], Tiles<DIM> &tiles, Factors<DIM> &factors,
+                                Blocks &blocks, int slot, int inverse_barrier) {
     int warp = thread() % GROUP / 32;
     if (warp < 2) { /* code that is there once is fetched once */
         invert_block(d, warp, blocks, slot, tiles.inverse);
         if (warp == 0) {
             barrier_arrive(inverse_barrier, 64);
-            clear_above(tiles.inverse);
         } else {
             barrier_wait(inverse_barrier, 64);
             join_blocks(blocks, tiles.inverse);

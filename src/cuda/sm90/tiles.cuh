@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* A chunk's operands in the form of three tiles around its middle (docs/maths.md), K = V = 128, as they lie in shared
- * memory: what producers make and consumers take the state through. */
+/* A chunk's operands in the form of three tiles around its middle (docs/maths.md), K = V = DIM, a multiple of 64, as they lie
+ * in shared memory: what producers make and consumers take the state through. */
 #ifndef KDA_CUDA_SM90_TILES_CUH
 #define KDA_CUDA_SM90_TILES_CUH
 
@@ -8,8 +8,7 @@
 
 namespace kda {
 
-constexpr int DIM = 128; /* K and V */
-constexpr int HALF = CHUNK / 2, PANELS = DIM / PANEL;
+constexpr int HALF = CHUNK / 2;
 constexpr int ROW = PANEL * 2; /* bytes of a panel's row */
 
 /* 64 channels of a chunk, swizzled by 128 bytes. */
@@ -19,16 +18,17 @@ struct Panel {
     __nv_bfloat16 gates[CHUNK * PANEL];   /* g, then CK */
 };
 
-struct alignas(1024) Tiles {
-    Panel panels[PANELS];
+template <int DIM> struct alignas(1024) Tiles {
+    Panel panels[DIM / PANEL];
     float inverse[CHUNK * CHUNK]; /* F, by tf32_place */
     __half M[CHUNK * CHUNK];      /* M0 diag(rq), swizzled by 64 bytes */
 };
 
-struct alignas(16) Factors {
+template <int DIM> struct alignas(16) Factors {
     float to_middle[DIM]; /* decay of the state from the chunk's start, by channel_place */
     float to_end[DIM];    /* and from there to its end */
     float key_scale[CHUNK], query_scale[CHUNK]; /* rk, rq by token_place */
+    float across[DIM]; /* decay between two middles, where there are two (unbounded.cuh) */
 };
 
 /* A consumer's thread needs channels c * 8 + lane % 4 * 2 + {0, 1} of every c, four at a time. */

@@ -27,8 +27,8 @@ inline __device__ uint32_t thread() {
 template <int STAGES> struct Turn {
     int stage = 0;
     uint32_t parity = 0;
-    /* In a ring twice as long: what lies there is kept while the stage is used again. */
-    __device__ int in_double() const { return stage + (int)parity * STAGES; }
+    /* Place in a ring twice as long: what lies there is kept while the stage is used again. */
+    __device__ int task() const { return stage + (int)parity * STAGES; }
     __device__ void next(int chunks = 1) {
         stage += chunks;
         if (stage >= STAGES)

@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: MIT */
+/* Where the states lie that compose.cu leaves to the kernels behind it. */
+#ifndef KDA_CUDA_SM90_CUT_CUH
+#define KDA_CUDA_SM90_CUT_CUH
+
+#include "cuda/sm90/kernels.h"
+
+#include <cstdint>
+
+namespace kda {
+
+/* S before a segment that is not a sequence's first, of all chains' segments: a column of V, fp16 in its unit. */
+inline __device__ uint16_t *state_before(const kda_sm90_cut &cut, int64_t segment, int column) {
+    return reinterpret_cast<uint16_t *>(cut.B + ((segment - 1) * KDA_SM90_CUT_DIM + column) * KDA_SM90_CUT_DIM);
+}
+constexpr int STATE_ROW = KDA_SM90_CUT_DIM * sizeof(float); /* bytes from column to column */
+
+} // namespace kda
+
+#endif

@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Looks whether gates are strong where parts of all chains begin (spread.cuh).
+ *
+ * What it sees decides only which kernels work: that a past was forgotten is measured by those that drop it.
+ */
+#include "cuda/sm90/launch.cuh"
+#include "cuda/sm90/produce.cuh"
+#include "cuda/sm90/spread.cuh"
+
+namespace kda {
+namespace {
+
+constexpr int PAIRS = DIM / 2, RUNS = 8,
+              THREADS = PAIRS * RUNS; /* two channels to a thread, and a run of tokens */
+constexpr int TOKENS = CHUNK / RUNS;
+/* log2 of the decay over a chunk, in every channel, from which on it is worth trying: A is below 2^-31 times what the states
+ * differ by, if little of it moves between channels. */
+constexpr float ENOUGH = -40;
+
+/* log2 decay of the thread's channels over its tokens of the chunk. */
+template <bool bounded> __device__ float2 decay(const kda_prefill &p, const kda_stretch &stretch) {
+    struct kda_sequence sequence = kda_sequence(&p, stretch.n);
+    struct kda_span span = kda_chunk_span(&p, stretch.n, sequence.length, stretch.begin);
+    int channel = threadIdx.x % PAIRS * 2, run = threadIdx.x / PAIRS * TOKENS;
+    const char *rows =
+        kda_row(&p.g, sequence.batch, sequence.first + span.first + run, stretch.head) + channel * 2;
+    uint32_t raw[TOKENS];
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++)
+        raw[i] =
+            run + i < span.count ? *reinterpret_cast<const uint32_t *>(rows + i * p.g.stride[1]) : NO_DECAY;
+    Gate gate = find_gate<bounded>(p, stretch.head, channel);
+    float2 sum = make_float2(0, 0);
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++) {
+        float2 g = unpack_bf16(raw[i]);
+        sum.x += log2_decay<bounded>(gate, g.x, gate.offset.x),
+            sum.y += log2_decay<bounded>(gate, g.y, gate.offset.y);
+    }
+    return sum;
+}
+
+__global__ void __launch_bounds__(THREADS)
+    look(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_spread spread) {
+    let_next_begin();
+    __shared__ kda_stretch first;
+    __shared__ float2 runs[RUNS][PAIRS];
+    if (threadIdx.x == 0) {
+        kda_first_stretch(&p, &spread.all, blockIdx.x, &first);
+        spread.firsts[blockIdx.x] = first;
+    }
+    __syncthreads();
+    int seen = UNCUT;
+    if (kda_cut_before(&first)) {
+        float2 &own = runs[threadIdx.x / PAIRS][threadIdx.x % PAIRS];
+        own = is_bounded(&p) ? decay<true>(p, first) : decay<false>(p, first);
+        __syncthreads();
+        float2 sum = make_float2(0, 0);
+#pragma unroll 1
+        for (int i = 0; i < RUNS; i++) {
+            float2 x = runs[i][threadIdx.x % PAIRS];
+            sum.x += x.x, sum.y += x.y;
+        }
+        seen = __syncthreads_and(fmaxf(sum.x, sum.y) <= ENOUGH) ? FAST : SLOW;
+    }
+    if (threadIdx.x == 0)
+        spread.looks[blockIdx.x] = seen;
+}
+
+} // namespace
+} // namespace kda
+
+cudaError_t kda_sm90_look(const kda_prefill *p, kda_sm90_spread spread, cudaStream_t stream) {
+    kda::look<<<(unsigned)spread.all.parts, kda::THREADS, 0, stream>>>(*p, spread);
+    return cudaGetLastError();
+}
