@@ -31,7 +31,7 @@ TOOLS = list(TOOL_OPTIONS)
 # Values of FLASH_KDA_CUDA: the portable level; Hopper's with every sequence in five segments; all that fits in one kernel, by
 # one multiprocessor to a chain, by two, and by two to each of three segments.
 FORCED = {"-sm80": "sm80", "-segments": "sm90/5", "-fused": "sm90/fused", "-pairs": "sm90/pairs/1",
-          "-cut": "sm90/pairs/3"}
+          "-cut": "sm90/pairs/3", "-spread": "sm90/spread"}
 DECODE = "-decode"  # is the same whatever is forced
 JOBS = [name + what for name in ("short", "long", "captured", *TOOLS) for what in ("", *FORCED, DECODE)]
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")

@@ -313,6 +313,24 @@ const char *device_prefill(const flash_kda_prefill_args *args, int fill, enum de
     return run(prefill_arguments(args), fill, memory);
 }
 
+const char *device_prefill_described(const flash_kda_prefill_args *args, char *text, size_t size,
+                                     int32_t *word) {
+    enum { ALIGNMENT = 64 /* of what the library uses */, FILL = 0xff };
+    struct arguments arguments = prefill_arguments(args);
+    struct call c;
+    bool ran = call_make(&c, &arguments, FILL, DEVICE_MEMORY) && launch(&c) && wait(&c);
+    if (ran && flash_kda_prefill_describe(&c.args.prefill, text, size))
+        ran = fail(&c, flash_kda_last_error());
+    *word = -1;
+    if (ran && c.workspace_bytes > ALIGNMENT) {
+        const char *first = (char *)c.workspace.data + 1;
+        first += -(uintptr_t)first % ALIGNMENT;
+        ran = good(&c, cudaMemcpy(word, first, sizeof *word, cudaMemcpyDeviceToHost),
+                   "copying from the workspace");
+    }
+    return finish(&c, ran);
+}
+
 const char *device_decode(const flash_kda_decode_args *args, enum device_memory memory) {
     return run(decode_arguments(args), 0, memory);
 }

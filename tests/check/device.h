@@ -12,6 +12,11 @@ enum device_memory { DEVICE_MEMORY, DEVICE_MANAGED };
 /* Runs prefill with a workspace filled with `fill`, and copies what is written back. */
 const char *device_prefill(const flash_kda_prefill_args *args, int fill, enum device_memory memory);
 
+/* Runs prefill, describes it, and copies the first word of its workspace from where the library begins to use it; 0xff bytes
+ * where it has none. */
+const char *device_prefill_described(const flash_kda_prefill_args *args, char *text, size_t size,
+                                     int32_t *word);
+
 /* Captures the call in a graph, gives every tensor the contents it has in `changed`, of the same shapes, replays the
  * graph, and copies what is written back to the tensors of `changed`. */
 const char *device_prefill_replayed(const flash_kda_prefill_args *captured,

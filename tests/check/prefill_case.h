@@ -96,6 +96,9 @@ void fill_ordinary(struct prefill_problem *p, struct random *r);
 void fill_remembering(struct prefill_problem *p, struct random *r);
 /* Every key equal, beta near 1, slow decay, v of period 16: the reproducer of docs/maths.md. */
 void fill_collinear(struct prefill_problem *p, struct random *r);
+/* Every channel decays to nothing within 32 tokens: the lower half of them in the second 16, the upper half in the first. But
+ * where that changes a key moves half of what there is to channels that are slow from then on, so that no past is forgotten. */
+void fill_moving(struct prefill_problem *p, struct random *r);
 void fill_normal(struct tensor *t, struct random *r, double mean, double deviation);
 void fill_uniform(struct tensor *t, struct random *r, double low, double high);
 

@@ -6,6 +6,7 @@
 #include "prefill_families.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { WORKSPACE_FILL = 0xff };
@@ -163,6 +164,68 @@ static void wild_indices(struct check *check) {
     }
 }
 
+/* ---- Parts ------------------------------------------------------------------------------------- */
+
+static void fill_strong(struct prefill_problem *p, struct random *r) {
+    fill_ordinary(p, r);
+    tensor_fill(&p->g, 100);
+}
+
+/* What parts leave to the kernels behind them is the first word of their workspace, Hopper's enum Verdict. Results are right
+ * in any case: only this tells who made them. */
+static const struct {
+    void (*fill)(struct prefill_problem *, struct random *);
+    int32_t left;
+    const char *name;
+} gates[] = {{fill_strong, 0, "strong gates leave nothing"},
+             {fill_moving, 1, "what is not forgotten after all leaves cut chains"},
+             {fill_remembering, 2, "slow gates leave all"}};
+
+/* Of the way that is asked for, or would be. */
+static const char *parts_leave(const flash_kda_prefill_args *args, int32_t expected, bool *hopper) {
+    static char other[80];
+    char text[200] = "";
+    int32_t left = 0;
+    const char *wrong = device_prefill_described(args, text, sizeof text, &left);
+    *hopper = strstr(text, "level sm90");
+    if (wrong || !*hopper)
+        return wrong;
+    setenv("FLASH_KDA_CUDA", "sm90/spread", 1);
+    wrong = device_prefill_described(args, text, sizeof text, &left);
+    snprintf(other, sizeof other, "left %d to other kernels, expected %d", left, expected);
+    return wrong ? wrong : !strstr(text, " parts ") ? "has no parts" : left != expected ? other : NULL;
+}
+
+static void parts(struct check *check) {
+    const char *forced = getenv("FLASH_KDA_CUDA");
+    if (forced && strcmp(forced, "sm90/spread") != 0)
+        return;
+    for (size_t i = 0; i < sizeof gates / sizeof *gates; i++) {
+        struct prefill_case c = prefill_case_plain();
+        c.K = c.V = 128;
+        c.lengths[0] = 257;
+        c.q_type = c.k_type = c.v_type = c.g_type = c.beta_type = c.out_type = TYPE_BF16;
+        c.fill = gates[i].fill;
+        snprintf(c.name, sizeof c.name, "parts: %s", gates[i].name);
+        if (!check_wanted(check, c.name))
+            continue;
+        struct random r = random_named(check->seed, c.name);
+        struct prefill_problem p;
+        struct prefill_results results;
+        prefill_problem_make(&p, &c, &r);
+        prefill_results_make(&results, &p);
+        const flash_kda_prefill_args args = prefill_bind(&p, &results, FLASH_KDA_BACKEND_CUDA);
+        bool hopper = false;
+        const char *wrong = parts_leave(&args, gates[i].left, &hopper);
+        if (!forced)
+            unsetenv("FLASH_KDA_CUDA");
+        if (wrong || hopper)
+            report(check, &c, wrong, "so they did");
+        prefill_results_free(&results);
+        prefill_problem_free(&p);
+    }
+}
+
 /* ---- Memory ------------------------------------------------------------------------------------ */
 
 static void managed_memory(struct check *check) {
@@ -300,6 +363,7 @@ void prefill_cuda(struct check *check) {
         return;
     graphs(check);
     wild_indices(check);
+    parts(check);
     managed_memory(check);
     devices(check);
 }

@@ -140,6 +140,13 @@ static void resets(struct check *check) {
     }
 }
 
+/* ---- What moves between channels --------------------------------------------------------------- */
+
+static void moving(struct check *check) {
+    struct prefill_case c = trap(FLASH_KDA_GATE_SIGMOID, fill_moving);
+    both_types(check, &c, "every channel forgets within 32 tokens, the state does not");
+}
+
 /* ---- Scales ------------------------------------------------------------------------------------ */
 
 static void fill_scaled_v(struct prefill_problem *p, struct random *r) {
@@ -246,6 +253,7 @@ void prefill_traps(struct check *check) {
     unbounded(check);
     large_A_log(check);
     resets(check);
+    moving(check);
     scales(check);
     key_scales(check);
     denormal_keys(check);

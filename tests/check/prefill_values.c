@@ -84,3 +84,20 @@ void fill_collinear(struct prefill_problem *p, struct random *r) {
     tensor_fill(&p->A_log, 0);
     tensor_fill(&p->dt_bias, 0);
 }
+
+void fill_moving(struct prefill_problem *p, struct random *r) {
+    enum { PERIOD = 32, HALF = PERIOD / 2 };
+    int64_t K = p->c.K, heads = p->HV;
+    fill_ordinary(p, r);
+    tensor_fill(&p->A_log, 0);
+    tensor_fill(&p->dt_bias, 0);
+    for (int64_t i = 0; i < tensor_count(&p->g); i++) {
+        bool second = i / K / heads % PERIOD >= HALF, upper = i % K >= K / 2;
+        tensor_set(&p->g, i, second == upper ? -20 : 20);
+    }
+    for (int64_t i = 0; i < tensor_count(&p->beta); i++)
+        tensor_set(&p->beta, i, i / heads % HALF == HALF - 1 ? 20 : -4);
+    for (int64_t i = 0; i < tensor_count(&p->k); i++)
+        if (i / K / p->c.H % HALF == HALF - 1)
+            tensor_set(&p->k, i, i % 3 ? 1 : -1);
+}
