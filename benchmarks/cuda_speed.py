@@ -6,9 +6,10 @@ usage: cuda_speed.py [--build DIR] [--flashkda FOLDER] [--quick] [--commit NAME]
 Runs `flashkda bench --backend cuda`, on a GPU with a level of its own again on the portable level, then fla's
 chunk_kda (the package flash-linear-attention, where it is installed), FlashKDA (a FOLDER with its built package) and
 the Hopper kernel of nvidia-cudnn-frontend (where it is installed; it gets g and beta in fp32) through torch. Says last
-where the portable level is slower than it should be. Writes benchmarks/results/DEVICE/speed.json and draws speed.svg
-beside it; with --quick, a few short cases, it writes nothing unless FILE is given. A peer that is not here is null in
-the JSON. Exit status 1 if a result of ours is wrong.
+where the portable level is slower than it should be. Writes benchmarks/results/DEVICE/speed.json, after every case so
+that what is cut off is not lost ("complete" is false until the end), and draws speed.svg beside it; with --quick, a few
+short cases, it writes nothing unless FILE is given. A peer that is not here, or not yet, is null in the JSON. Exit
+status 1 if a result of ours is wrong.
 """
 
 import argparse
@@ -110,17 +111,22 @@ def print_beside(result):
     print(line, flush=True)
 
 
-def with_peers(measured, module, loaded):
-    """Adds to every result what the peers do with its case, and prints it."""
+def with_peers(measured, module, loaded, write):
+    """Adds to every result what the peers do with its case, prints it, and writes what there is so far."""
     measured["peers"] = {name: peer.version if peer else None for name, peer in loaded.items()}
     measured["torch"] = module.torch.__version__ if module else None
+    for result in measured["results"]:
+        result["peers"] = dict.fromkeys(loaded)
+    write(measured, complete=False)
     if loaded["fla"]:
         compile_fla(measured, loaded["fla"])
     names = ["portable", *loaded]
     print(f"\n{'ms: case':40} {'ours':>9}" + "".join(f" {name:>9} {'x':>6} {'error':>8}" for name in names))
     for result in measured["results"]:
-        result["peers"] = module.measure(loaded, result["case"]) if module else dict.fromkeys(loaded)
+        if module:
+            result["peers"] = module.measure(loaded, result["case"])
         print_beside(result)
+        write(measured, complete=False)
     return measured
 
 
@@ -199,20 +205,26 @@ def main():
     options = arguments()
     build = options.build.resolve()
     path = options.output or device.results(device.describe(build)) / "speed.json"
+    kept = options.output or not options.quick
+
+    def write(measured, complete):
+        if not kept:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(measured | {"complete": complete}, indent=2) + "\n")
+
     bench_options = build, device.commit(options.commit), options.quick
     measured = with_portable(bench(*bench_options), *bench_options)
     measured["clocks_after_ours"] = clocks()
-    measured = with_peers(measured, *load_peers(options.flashkda))
+    measured = with_peers(measured, *load_peers(options.flashkda), write)
     measured["clocks_after_peers"] = clocks()
     print_means(measured)
     measured["portable_goal"] = portable_goal(measured["results"])
     print_goal(measured["portable_goal"])
-    if options.quick and not options.output:
-        return wrong(measured)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(measured, indent=2) + "\n")
-    print(f"wrote {path}")
-    draw(measured, path.with_suffix(".svg"))
+    write(measured, complete=True)
+    if kept:
+        print(f"wrote {path}")
+        draw(measured, path.with_suffix(".svg"))
     return wrong(measured)
 
 
