@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
-/* Instructions of sm_90a that cuda::ptx does not wrap: wgmma with its first operand in registers,
- * and the sharing out of registers. A warpgroup's
- * accumulator d [64][N] is, warp by warp, 16 rows of mma's accumulator tiles (sm80.cuh). */
+/* Instructions of sm_90a that cuda::ptx does not wrap: wgmma with its first operand in registers, the sharing out of
+ * registers, the election of a lane, the copy engine with a cache policy. A warpgroup's accumulator d [64][N] is, warp by
+ * warp, 16 rows of mma's accumulator tiles (sm80.cuh). */
 #ifndef KDA_CUDA_PTX_SM90_CUH
 #define KDA_CUDA_PTX_SM90_CUH
 

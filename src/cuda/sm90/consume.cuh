@@ -448,10 +448,9 @@ struct NeverAgain {
 
 /* A consumer warpgroup's work: all chunks that a loader sends through `shared`, from `turn` on, their outputs to `out`,
  * which `map` maps. before(task, S) makes S what it is before a first chunk, and returns its unit; load(turn, flags, v) loads
- * a chunk's values;
- * again(task, S, o, unit) is called behind a chunk in front of which the chain is cut, and says whether it is to be worked
- * once more; finish(task, o, unit) makes outputs what is to be stored, and returns as which dtype; after(task, S, unit)
- * stores what is behind a last chunk. */
+ * a chunk's values; again(task, S, o, unit) is called behind a chunk in front of which the chain is cut, and says whether it
+ * is to be worked once more; finish(task, o, unit) makes outputs what is to be stored, and returns as which dtype;
+ * after(task, S, unit) stores what is behind a last chunk. */
 template <int DIM, bool outputs, bool bounded, class Shared, class Turn, class Before, class Load, class Again,
           class Finish, class After>
 __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUtensorMap &map, Shared &shared,

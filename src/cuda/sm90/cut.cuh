@@ -9,7 +9,8 @@
 
 namespace kda {
 
-/* S before a segment that is not a sequence's first, of all chains' segments: a column of V, fp16 in its unit. */
+/* S before a segment that is not a sequence's first, of all chains' segments: a column of V, fp16 in its unit. It takes the
+ * place of the segment before's B, which is used by then: the first half of each row. */
 inline __device__ uint16_t *state_before(const kda_sm90_cut &cut, int64_t segment, int column) {
     return reinterpret_cast<uint16_t *>(cut.B + ((segment - 1) * KDA_SM90_CUT_DIM + column) * KDA_SM90_CUT_DIM);
 }

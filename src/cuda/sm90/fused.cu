@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Prefill in one kernel, for K = V = 128 or 64, bf16, normalised q and k and the bounded gate (docs/hopper.md).
+ * Prefill in one kernel, for K = V = 128 or 64, bf16, normalised q and k, the sigmoid gate or, for 128, the softplus gate
+ * (docs/hopper.md).
  *
  * A CTA works one chain after another; or a part of all chains end to end (spread.cuh), which begins from zero. There it takes
  * the identity through the part's first chunk before: it shows whether the past is forgotten by then, and how the chunk's

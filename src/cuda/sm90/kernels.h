@@ -36,7 +36,7 @@ cudaError_t kda_sm90_resume(const struct kda_prefill *p, int64_t chunks, const v
                             struct kda_sm90_segments segments, cudaStream_t stream);
 
 /* Can operands have the form of three tiles? K = V = 64 or 128, q, k, v and g in bf16 with rows that start at multiples of 16
- * bytes, outputs of 2 bytes likewise, normalised q and k, the bounded gate. */
+ * bytes, outputs of 2 bytes likewise, normalised q and k, the sigmoid gate or, for 128, the softplus gate. */
 bool kda_sm90_has_tiles(const struct kda_prefill *p);
 
 /* K and V of chains in that form that can be cut or worked by pairs: of all kernels below but kda_sm90_fused. */
@@ -53,7 +53,7 @@ struct kda_sm90_proof {
 
 /* Prefill where gates are so strong that every chain forgets its past within a chunk, wherever it is cut: all chains, end
  * to end, in equal parts, one to a multiprocessor. A part begins from zero. That its past was forgotten is measured; where it
- * was not, the call is left to other kernels.  */
+ * was not, the call is left to other kernels. */
 struct kda_sm90_spread {
     struct kda_spread all; /* without parts there is none of this, and nothing else is needed */
     int32_t *verdict;
@@ -63,8 +63,7 @@ struct kda_sm90_spread {
     struct kda_sm90_proof *proofs; /* [parts] */
     uint16_t *states;              /* bf16 [parts][V K], before the part, as threads have them (spread.cuh) */
     uint16_t *outputs;             /* O_A, bf16 [parts][32][K], of the part's first chunk */
-    float *
-        finals; /* [parts][V K], behind the chain that the part has the end of, but not the beginning; likewise */
+    float *finals; /* [parts][V K], likewise, behind a chain of which the part has the end alone */
 };
 
 /* Looks at the gates where chains would be cut; works the parts, if it saw none that is slow; judges, and finishes what can
@@ -83,9 +82,8 @@ cudaError_t kda_sm90_fused(const struct kda_prefill *p, struct kda_sm90_spread s
  * outputs are those from zero, O_B, and O_A S. All sequences have as many segments; chains = sequences * value heads. A
  * unit is a log2, of what its elements are to be multiplied by. Of a first segment there is nothing but B. */
 struct kda_sm90_cut {
-    int segments; /* of every sequence; 1: not cut, nothing else is needed */
-    float *B; /* [chains][segments][V][K]; of a first segment the state behind it. When a segment's is used, S
-                            * before the next one takes its place, fp16, each row the first half of one of B's */
+    int segments;          /* of every sequence; 1: not cut, nothing else is needed */
+    float *B;              /* [chains][segments][V][K]; of a first segment the state behind it (cut.cuh) */
     uint16_t *A;           /* fp16 [chains][segments], columns of A as rows of a swizzled tile (operands.cuh) */
     int16_t *A_units;      /* [chains][segments][K / 16], of 16 columns of A each */
     uint16_t *outputs;     /* O_A, fp16 [B][T][HV][K]. O_B is in `out`, as fp16 in units */
