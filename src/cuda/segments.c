@@ -15,7 +15,7 @@ struct step {
 };
 static const struct step WITH_OUTPUTS = {1.2, 2.0}, SUMMARISING = {0.95, 1.4};
 #define PREPARE    2.7 /* a chunk of one head, on one multiprocessor */
-#define STEP_FUSED 2.24
+#define STEP_FUSED 2.15
 #define BEGIN      8.2 /* of a CTA's chain or segment, and its end */
 #define SCAN_STEP  2.1
 #define LAUNCH     3.75 /* a kernel, and its ramp */
@@ -26,8 +26,8 @@ static const struct step WITH_OUTPUTS = {1.2, 2.0}, SUMMARISING = {0.95, 1.4};
 #define CORRECT      1.49 /* on one multiprocessor */
 #define BEGIN_CUT    6.0  /* composing and correcting */
 /* Of parts: a step; all kernels and the first chunk's identity; looking, in vain. */
-#define STEP_PART 2.53
-#define SPREAD    42.0
+#define STEP_PART 2.40
+#define SPREAD    30.0
 #define FRUITLESS 9.0
 /* The longest sequence of a packed batch, in average ones, and what it costs that CTAs do not end together. */
 #define LONGEST   2.4

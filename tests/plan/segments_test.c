@@ -141,10 +141,11 @@ static void test_parts_where_they_pay(void **state) {
     const struct {
         int64_t chains, chunks;
         bool packed, pay;
-    } cases[] = {{96, 256, false, true},  {576, 43, true, false},  {768, 32, false, false},
-                 {64, 256, false, true},  {8, 256, false, true},   {1, 4096, false, true},
-                 {12, 128, false, true},  {48, 64, false, true},   {4, 32, false, false},
-                 {128, 64, false, false}, {1024, 8, false, false}, {2048, 2, false, false}};
+    } cases[] = {{96, 256, false, true},  {576, 43, true, false}, {768, 32, false, false},
+                 {64, 256, false, true},  {8, 256, false, true},  {1, 4096, false, true},
+                 {12, 128, false, true},  {48, 64, false, true},  {4, 32, false, false},
+                 {12, 64, false, true},   {16, 64, false, true},  {128, 64, false, false},
+                 {1024, 8, false, false}, {2048, 2, false, false}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct kda_segment_problem problem = problem_of(cases[i].chains, cases[i].chunks);
         problem.packed = cases[i].packed;

@@ -132,11 +132,11 @@ template <int COLUMNS> __device__ void load_values(const __nv_bfloat16 *rows, Va
         ldmatrix_transposed(v[t], values.at(t * 16, threadIdx.x / 32 * 16));
 }
 
-/* One chunk: S goes on, o becomes its outputs, both in the warp's unit. meanwhile(v) is done while the first product runs,
- * and loads the chunk's values. */
-template <bool outputs, bool bounded, int DIM, class F>
-__device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, float (&S)[DIM / 8][4],
-                        float (&o)[CHUNK / 8][4], int &unit, F meanwhile) {
+/* One chunk: S goes on, in the warp's unit. Something is done while each of the products runs: load(v) loads the chunk's
+ * values, send() sends what the chunk before has left, leave(o) takes the chunk's outputs, in that unit. */
+template <bool outputs, bool bounded, int DIM, class F, class G, class H>
+__device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, float (&S)[DIM / 8][4], int &unit,
+                        F load, G send, H leave) {
     const Panel(&panels)[DIM / PANEL] = tiles.panels;
     uint64_t rows = wgmma_operand(panels[0].keys, 0, 8 * ROW, SWIZZLE_128);
     uint64_t columns = wgmma_operand(panels[0].gates, sizeof(Panel), 8 * ROW, SWIZZLE_128);
@@ -160,7 +160,7 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
     wgmma_commit();
 
     Values v;
-    meanwhile(v);
+    load(v);
     alignas(16) float rk[CHUNK / 4];
     load_scales(factors.key_scale, rk);
     uint32_t largest = largest_value(v);
@@ -193,6 +193,7 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
     for (int i = 1; i < CHUNK / 8; i++)
         wgmma_tf32<true>(U, x[i], advanced(inverse, i * 32));
     wgmma_commit();
+    send();
     wgmma_wait<0>();
     pin(U);
 
@@ -208,32 +209,35 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
         for (int n = 0; n < 4; n++)
             u_half[t][n] = pack_half(U[2 * t + n / 2][n % 2 * 2], U[2 * t + n / 2][n % 2 * 2 + 1]);
     }
+    float o[CHUNK / 8][4];
     pin(S);
     pin(o);
     wgmma_fence();
-#pragma unroll
-    for (int t = 0; t < CHUNK / 16; t++)
-        wgmma<true, true>(S, u[t], advanced(columns, t * 16 * ROW));
     if constexpr (outputs) {
         wgmma_half<false>(o, u_half[0], M);
         wgmma_half<true>(o, u_half[1], advanced(M, 32));
+        wgmma_commit();
     }
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+        wgmma<true, true>(S, u[t], advanced(columns, t * 16 * ROW));
     wgmma_commit();
-    alignas(16) float rq[CHUNK / 4];
-    if (outputs)
-        load_scales(factors.query_scale, rq);
-    load_factors(factors.to_end, decays);
-    wgmma_wait<0>();
-    pin(S);
-    pin(o);
-    decay_state(S, decays);
     if constexpr (outputs) {
+        alignas(16) float rq[CHUNK / 4];
+        load_scales(factors.query_scale, rq);
+        wgmma_wait<1>();
+        pin(o);
 #pragma unroll
         for (int i = 0; i < CHUNK / 8; i++)
 #pragma unroll
             for (int n = 0; n < 4; n++)
                 o[i][n] = fmaf(wy[CHUNK / 8 + i][n], rq[2 * i + n % 2], o[i][n]);
+        leave(o);
     }
+    load_factors(factors.to_end, decays);
+    wgmma_wait<0>();
+    pin(S);
+    decay_state(S, decays);
 }
 
 /* Runs f(two neighbours of S in a row of V, channel, column) over a thread's share of the state. The thread is to be read
@@ -374,7 +378,8 @@ enum : uint32_t {
     /* Of parts (spread.cuh): */
     CUT = 128, /* the chain is cut in front of it */
     CUT_BEHIND = 256,
-    FROM_CUT = 512 /* LAST, and the chain was cut where the CTA began */
+    FROM_CUT = 512,  /* LAST, and the chain was cut where the CTA began */
+    REHEARSAL = 1024 /* with CUT and BEGINS: no chunk at all */
 };
 
 /* What a loader says of a chunk. */
@@ -440,17 +445,19 @@ inline __device__ void leave_unit(float (&o)[CHUNK / 8][4], int unit) {
 
 /* The kernel cuts no chain. */
 struct NeverAgain {
-    template <int TILES>
-    __device__ bool operator()(const Task &, float (&)[TILES][4], float (&)[CHUNK / 8][4], int) const {
+    template <int TILES> __device__ bool operator()(const Task &, float (&)[TILES][4], int) const {
         return false;
     }
 };
 
 /* A consumer warpgroup's work: all chunks that a loader sends through `shared`, from `turn` on, their outputs to `out`,
  * which `map` maps. before(task, S) makes S what it is before a first chunk, and returns its unit; load(turn, flags, v) loads
- * a chunk's values; again(task, S, o, unit) is called behind a chunk in front of which the chain is cut, and says whether it
- * is to be worked once more; finish(task, o, unit) makes outputs what is to be stored, and returns as which dtype;
- * after(task, S, unit) stores what is behind a last chunk. */
+ * a chunk's values; finish(task, o, unit) makes outputs what is to be stored, and returns as which dtype; again(task, S, unit)
+ * is called behind a chunk in front of which the chain is cut, and says whether it is to be worked once more, for which it
+ * takes the outputs itself; after(task, S, unit) stores what is behind a last chunk.
+ *
+ * A rehearsal is a turn before the first one, on whatever lies in its stage: while the first chunk is on its way, the code
+ * is, too. */
 template <int DIM, bool outputs, bool bounded, class Shared, class Turn, class Before, class Load, class Again,
           class Finish, class After>
 __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUtensorMap &map, Shared &shared,
@@ -468,22 +475,28 @@ __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUten
                 break;
             unit = before(task, S);
         }
-        float o[CHUNK / 8][4];
         if (__builtin_expect(!(flags & EMPTY), 1))
-            advance<outputs, bounded>(shared.tiles[turn.stage], shared.factors[turn.stage], S, o, unit,
-                                      [&](Values &v) {
-                                          if (outputs && leaving)
-                                              send_outputs(out, map, *leaving, rows);
-                                          load(turn, flags, v);
-                                      });
-        if (__builtin_expect(flags & CUT, 0) && again(task, S, o, unit))
+            advance<outputs, bounded>(
+                shared.tiles[turn.stage], shared.factors[turn.stage], S, unit,
+                [&](Values &v) { load(turn, flags, v); },
+                [&] {
+                    if (outputs && leaving)
+                        send_outputs(out, map, *leaving, rows);
+                },
+                [&](float(&o)[CHUNK / 8][4]) {
+                    kda_dtype dtype = finish(task, o, unit);
+                    place_outputs(dtype, o, rows);
+                    leaving = &task;
+                });
+        if (__builtin_expect(flags & CUT, 0) && again(task, S, unit)) {
+            leaving = nullptr;
+            if (flags & REHEARSAL) {
+                ptx::mbarrier_arrive(&shared.empty[turn.stage]);
+                turn.next();
+            }
             continue;
-        ptx::mbarrier_arrive(&shared.empty[turn.stage]);
-        if (outputs && __builtin_expect(!(flags & EMPTY), 1)) {
-            kda_dtype dtype = finish(task, o, unit);
-            place_outputs(dtype, o, rows);
-            leaving = &task;
         }
+        ptx::mbarrier_arrive(&shared.empty[turn.stage]);
         if (__builtin_expect(flags & (MEASURE | CHECKPOINT | LAST), 0)) {
             if (outputs && flags & CHECKPOINT && !(flags & EMPTY))
                 store_whole_checkpoints(p, task.n, task.head, task.column, task.position, S, unit);

@@ -177,7 +177,7 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM
     if (parts && task.count >= 0)
         task.flags |= (first && scout.stretch.begin ? CUT : 0) | (last && scout.stretch.begin ? FROM_CUT : 0) |
                       (last && kda_cut_behind(&scout.stretch) ? CUT_BEHIND : 0);
-    wait(shared.empty[s], turn.parity ^ 1);
+    wait(shared.empty[s], turn.parity ^ !(parts && s == STAGES<DIM> - 1)); /* the last one is rehearsed in */
     shared.tasks[turn.task()] = task;
     scout.count = task.count;
     if (task.count <= 0) {
@@ -207,15 +207,15 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM
 /* How many of its group's chunks a scout is ahead of what is received. It goes on while tiles are made, if its warp makes none;
  * else when the operands are made, too late for the next chunk. */
 template <int DIM> constexpr int AHEAD = IN_ONE_WARP<DIM> ? 1 : 2;
+template <int DIM> constexpr int BETA = IN_ONE_WARP<DIM> ? SCOUT<DIM> : 1; /* the warp that has it */
 
 template <bool parts, bool bounded, int DIM>
 __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared, const Work &work,
                         int group) {
     int warp = threadIdx.x % GROUP / 32;
     Scratch &scratch = shared.scratch[group];
-    Turn<STAGES<DIM>> turn, next, ahead;
-    turn.next(group), next.next(group), ahead.next(group);
-    uint32_t beta[AHEAD<DIM>] = {}; /* of the next chunk, and the one after it */
+    Turn<STAGES<DIM>> turn, ahead;
+    turn.next(group), ahead.next(group);
     auto go_on = [&](int chunks) {
         Scout &scout = scratch.scout;
         __syncwarp(); /* all lanes have read what is overwritten now */
@@ -224,51 +224,69 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
             send<parts>(p, maps, shared, scout, ahead);
         }
         __syncwarp();
-        const Task &sent = shared.tasks[ahead.task()];
-        beta[0] = beta[AHEAD<DIM> - 1];
-        beta[AHEAD<DIM> - 1] = load_beta(p, sent.batch, sent.token, sent.head, scout.count);
         ahead.next(PRODUCERS);
     };
     int slot = 0;
-    auto receive = [&] {
-        int s = next.stage;
-        wait(shared.arrived[s], next.parity);
-        receive_chunk<DIM / PANEL>(p, shared.tiles[s], shared.factors[s], shared.values[s], scratch.blocks,
-                                   slot, shared.tasks[next.task()].count, beta[0]);
+    auto load = [&](const Task &task) { return load_beta(p, task.batch, task.token, task.head, task.count); };
+    auto receive = [&](uint32_t beta, bool is_loaded) {
+        int s = turn.stage;
+        wait(shared.arrived[s], turn.parity);
+        const Task &task = shared.tasks[turn.task()];
+        if (warp == BETA<DIM>) {
+            if (!is_loaded)
+                beta = load(task);
+            scratch.blocks.beta[slot][threadIdx.x % 32] = find_beta(p, task.count, beta);
+        }
+        receive_chunk<DIM / PANEL, false>(p, shared.tiles[s], shared.factors[s], shared.values[s],
+                                          scratch.blocks, slot, task.count);
     };
     if (warp == SCOUT<DIM> && threadIdx.x % 32 == 0)
         scratch.scout = {};
     Gate gate;
+    bool rehearses = parts && group == PRODUCERS - 1;
+    int count = rehearses ? CHUNK : 0;
     /* Every step stands once, also those before the first chunk is made: code competes for the instruction cache, and takes
-     * time to be fetched. */
-    for (int round = -AHEAD<DIM>;; round++) {
+     * time to be fetched. In parts one group fetches it while the other's scout works, by making operands of what lies in
+     * its first stage. */
+    for (int round = -AHEAD<DIM> - rehearses;; round++) {
         const Task &task = shared.tasks[turn.task()];
-        int count = 0;
         if (round >= 0) {
-            wait(shared.arrived[turn.stage], turn.parity);
             barrier_wait(BARRIER_GROUP + group, GROUP);
             count = task.count;
         }
         auto scout = [&] { go_on(round == -AHEAD<DIM> ? group : PRODUCERS); };
         if (AHEAD<DIM> == 1 && warp == SCOUT<DIM>)
             scout();
+        bool next_is_known = count >= 0 && round >= AHEAD<DIM> - 2;
+        uint32_t beta = 0; /* of the next chunk, on its way */
+        if (warp == BETA<DIM> && next_is_known) {
+            Turn<STAGES<DIM>> next = turn;
+            if (round >= 0)
+                next.next(PRODUCERS);
+            beta = load(shared.tasks[next.task()]);
+        }
         if (count > 0) {
             if (task.head != gate.head)
                 gate = find_gate<bounded>(p, task.head, own_channel<DIM>(threadIdx.x));
             make_operands<bounded>(shared.tiles[turn.stage], shared.factors[turn.stage], scratch.blocks, slot,
                                    BARRIER_GROUP + group, BARRIER_INVERSE + group, gate);
         }
+        if (parts && __builtin_expect(round < -AHEAD<DIM>, 0)) {
+            barrier_wait(BARRIER_GROUP + group, GROUP); /* before the stage is filled */
+            count = 0;
+            continue;
+        }
         if (round >= 0) {
             ptx::mbarrier_arrive(&shared.full[turn.stage]);
             if (count < 0)
                 return;
             turn.next(PRODUCERS);
-            slot ^= 1, next.next(PRODUCERS);
+            slot ^= 1;
         }
         if (AHEAD<DIM> == 2 && warp == SCOUT<DIM>)
             scout();
-        if (round >= -1 && receives())
-            receive();
+        if (round >= -1)
+            receive(beta, AHEAD<DIM> == 1 || next_is_known);
     }
 }
 
@@ -337,14 +355,14 @@ template <bool bounded>
 __device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared,
                              const kda_sm90_spread &spread) {
     consume<DIM, true, bounded>(
-        p, p.out, maps.out, shared, Turn<STAGES<DIM>>(),
+        p, p.out, maps.out, shared, before_first<STAGES<DIM>>(),
         [&](const Task &task, float(&S)[DIM / 8][4]) {
             if (!(task.flags & CUT)) {
                 load_whole(kda_state_at(&p, &p.initial_state, task.slot, task.head), S, thread());
                 store_whole_checkpoints(p, task.n, task.head, 0, 0, S, 0, thread());
                 return measured(S);
             }
-            bool &identity = shared.identity[thread() / 32], now = !identity;
+            bool &identity = shared.identity[thread() / 32], now = !(identity || task.flags & REHEARSAL);
             __syncwarp();
             identity = now;
             __syncwarp();
@@ -358,7 +376,9 @@ __device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Sh
                 for (int t = 0; t < CHUNK / 16; t++)
                     v[t][0] = v[t][1] = v[t][2] = v[t][3] = 0;
         },
-        [&](const Task &, float(&S)[DIM / 8][4], float(&o)[CHUNK / 8][4], int unit) {
+        [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
+            if (task.flags & REHEARSAL)
+                return true;
             int warp = (int)thread() / 32, lane = (int)thread() % 32;
             int16_t size = size_of_state(S, unit);
             if (!shared.identity[warp]) {
@@ -366,18 +386,15 @@ __device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Sh
                 return false;
             }
             spread.proofs[blockIdx.x].A[warp] = size;
-            leave_unit(o, unit);
-            __nv_bfloat16 *rows = shared.outputs[warp];
-            place_outputs(KDA_BF16, o, rows);
             __syncwarp();
             uint16_t *to =
                 spread.outputs + ((int64_t)blockIdx.x * CHUNK + lane) * DIM + warp * KDA_SM90_UNIT_COLUMNS;
-            store_row(rows, reinterpret_cast<char *>(to));
+            store_row(shared.outputs[warp], reinterpret_cast<char *>(to));
             return true;
         },
-        [&](const Task &, float(&o)[CHUNK / 8][4], int unit) {
+        [&](const Task &task, float(&o)[CHUNK / 8][4], int unit) {
             leave_unit(o, unit);
-            return p.out.dtype;
+            return task.flags & CUT && shared.identity[thread() / 32] ? KDA_BF16 : p.out.dtype;
         },
         [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
             int warp = (int)thread() / 32;
@@ -401,7 +418,6 @@ template <int DIM, bool parts, bool bounded>
 __global__ void __maxnreg__(REGISTERS<DIM>)
     fused(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
           const __grid_constant__ Work work) {
-    let_next_begin();
     extern __shared__ __align__(1024) char memory[];
     Shared<DIM> &shared = *reinterpret_cast<Shared<DIM> *>(memory);
     if (threadIdx.x == 0) {
@@ -416,9 +432,15 @@ __global__ void __maxnreg__(REGISTERS<DIM>)
     clear_inverses(shared.tiles);
     if (parts && threadIdx.x < WARPS<DIM>)
         shared.identity[threadIdx.x] = false;
+    if (parts && threadIdx.x < 2 * STAGES<DIM>) {
+        Task rehearsal = {};
+        rehearsal.flags = REHEARSAL | CUT | BEGINS;
+        shared.tasks[threadIdx.x] = rehearsal;
+    }
     if (!parts && sorts(p))
         sort_sequences(p, shared);
     wait_for_kernel_before();
+    let_next_begin(); /* not earlier: join reads what look has left without waiting */
     bool slow = parts && threadIdx.x < work.spread.all.parts && __ldcg(&work.spread.looks[threadIdx.x]) == SLOW;
     if (__syncthreads_or(slow) || (!parts && nothing_is_left(work.spread)))
         return;

@@ -250,9 +250,10 @@ template <bool cut, bool bounded> struct Producer {
             int s = turn.stage;
             wait(shared.arrived[group], parity);
             int count = task.count;
-            if (receives())
-                receive_chunk<VALUE_PANELS>(p, shared.tiles[s], shared.factors[s], shared.values[s], blocks,
-                                            slot, count, beta);
+            receive_chunk<VALUE_PANELS, true>(p, shared.tiles[s], shared.factors[s], shared.values[s], blocks,
+                                              slot, count);
+            if (warp == SCOUT<DIM>)
+                blocks.beta[slot][threadIdx.x % 32] = find_beta(p, count, beta);
             barrier_wait(BARRIER_GROUP + group, GROUP);
             if (count > 0)
                 make_operands<bounded>(shared.tiles[s], shared.factors[s], blocks, slot, BARRIER_GROUP + group,

@@ -100,29 +100,62 @@ inline __device__ void clear_rows(__nv_bfloat16 *tile, int count, uint32_t word)
         reinterpret_cast<uint32_t *>(tile + row * PANEL)[thread() % 32] = word;
 }
 
-/* Squared norm of the lane's row of k or q: the diagonal of the tile times itself, 8 rows at a time. A second operand is to be
- * the first half of a first one, X Y, which is X Y Y X: its upper product is X X^T + Y Y^T. */
+/* Squared norms of 8 rows of k or q are the diagonal of the rows times themselves. A second operand is to be the first half of
+ * a first one, X Y, which is X Y Y X: its upper product is X X^T + Y Y^T. */
+struct RowSquares {
+    uint32_t at; /* of the lane's row of 8, for ldmatrix */
+
+    inline __device__ RowSquares(const __nv_bfloat16 *tile) {
+        uint32_t lane = thread() % 32, row = lane % 8, second = lane / 8 % 2 ^ lane / 16;
+        at = shared_address(tile) + row * ROW + ((second ^ row) << 4);
+    }
+    /* Adds those of rows 8 block to 8 block + 8, in 16 channels. */
+    inline __device__ void add(float (&d)[4], int block, int i) const {
+        uint32_t a[4];
+        ldmatrix(a, (at ^ i % (PANEL / 16) << 5) + i / (PANEL / 16) * sizeof(Panel) + block * 8 * ROW);
+        mma(d, a, a[0], a[1]);
+    }
+    /* Row lane % 8's, out of the diagonal: element (r, r) is in lane r * 4 + r / 2. */
+    static __device__ float own(const float (&d)[4]) {
+        uint32_t lane = thread() % 32, row = lane % 8;
+        return __shfl_sync(~0u, lane / 4 % 2 ? d[1] : d[0], row * 4 + row / 2);
+    }
+};
+
+/* Squared norm of the lane's row of k or q, in few instructions. */
 template <int DIM> __device__ float find_square(const __nv_bfloat16 *tile) {
-    uint32_t lane = thread() % 32, row = lane % 8, second = lane / 8 % 2 ^ lane / 16;
-    uint32_t at = shared_address(tile) + row * ROW, piece = (second ^ row) << 4;
-    float squares[CHUNK / 8][4] = {};
+    RowSquares rows(tile);
+    float squares[CHUNK / 8][4] = {}, square = 0;
 #pragma unroll
     for (int i = 0; i < DIM / 16; i++)
 #pragma unroll
-        for (int rows = 0; rows < CHUNK / 8; rows++) {
-            uint32_t a[4];
-            ldmatrix(a,
-                     at + (piece ^ i % (PANEL / 16) << 5) + i / (PANEL / 16) * sizeof(Panel) + rows * 8 * ROW);
-            mma(squares[rows], a, a[0], a[1]);
-        }
-    /* Element (r, r) of each is in lane r * 4 + r / 2; the lane's is of rows lane / 8. */
-    float own = 0;
+        for (int block = 0; block < CHUNK / 8; block++)
+            rows.add(squares[block], block, i);
 #pragma unroll
-    for (int rows = 0; rows < CHUNK / 8; rows++) {
-        float x = __shfl_sync(~0u, lane / 4 % 2 ? squares[rows][1] : squares[rows][0], row * 4 + row / 2);
-        own = lane / 8 == rows ? x : own;
+    for (int block = 0; block < CHUNK / 8; block++) {
+        float x = RowSquares::own(squares[block]);
+        square = thread() % 32 / 8 == block ? x : square;
     }
-    return own;
+    return square;
+}
+
+/* The same sooner: no product waits for another one, as each queues behind the consumers'. */
+template <int DIM> __device__ float find_square_soon(const __nv_bfloat16 *tile) {
+    RowSquares rows(tile);
+    float square = 0;
+#pragma unroll 1
+    for (uint32_t block = 0; block < CHUNK / 8; block++, rows.at += 8 * ROW) {
+        float squares[DIM / 16][4] = {};
+#pragma unroll
+        for (int i = 0; i < DIM / 16; i++)
+            rows.add(squares[i], 0, i);
+#pragma unroll
+        for (int i = 1; i < DIM / 16; i++)
+            squares[0][0] += squares[i][0], squares[0][1] += squares[i][1];
+        float x = RowSquares::own(squares[0]);
+        square = thread() % 32 / 8 == block ? x : square;
+    }
+    return square;
 }
 
 /* Divides a row of k or q by a power of two. */
@@ -142,9 +175,11 @@ inline __device__ float size_of_row(float square) {
 
 /* The warp finds scale / norm of every row of k or q, to be kept by token_place and, if `plain`, in order. Rows whose
  * norm is far from 1 are brought near it by a power of two, so that they keep their digits under any decay. */
-template <int DIM> __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, float *plain) {
+template <bool is_waited_for, int DIM>
+__device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, float *plain) {
     int lane = thread() % 32;
-    float square = find_square<DIM>(tile), norm = rsqrtf(square + 1e-6f) * scale;
+    float square = is_waited_for ? find_square_soon<DIM>(tile) : find_square<DIM>(tile);
+    float norm = rsqrtf(square + 1e-6f) * scale;
     bool ordinary = square >= SMALL && square <= LARGE;
     uint32_t others = __ballot_sync(~0u, !ordinary && square > 0);
     if (__builtin_expect(others, 0)) {
@@ -185,45 +220,48 @@ inline __device__ float2 make_tiles(const Panel &panel, uint32_t channel, bool l
     auto place = [&](int n, int j) {
         return ((first + n * TOGETHER * step) ^ (n * TOGETHER & 7) << 4 ^ j << 4) + j * step;
     };
-    uint32_t k[TOGETHER], q[TOGETHER], g[TOGETHER];
-    float2 sum = make_float2(0, 0);
-    float direction =
-        later ? gate.bound : -gate.bound; /* before the middle, x is what is still to come, negated */
-#pragma unroll
-    for (int j = 0; j < TOGETHER; j++) {
-        uint32_t at = place(0, j);
-        g[j] = load_shared(at + GATES), k[j] = load_shared(at), q[j] = load_shared(at + QUERIES);
-    }
-#pragma unroll 1
-    for (int n = 0; n < HALF / TOGETHER; n++) {
-        float2 x[TOGETHER];
-        uint32_t key[TOGETHER], query[TOGETHER];
+    struct Tokens {
+        uint32_t k[TOGETHER], q[TOGETHER], g[TOGETHER];
+    };
+    auto load = [&](int n) {
+        Tokens tokens;
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
-            float2 raw = unpack_bf16(g[j]);
-            float2 shares = make_float2(share_of_bound(gate, raw.x, gate.offset.x),
-                                        share_of_bound(gate, raw.y, gate.offset.y));
-            float2 before = sum;
-            sum.x = fmaf(shares.x, direction, sum.x), sum.y = fmaf(shares.y, direction, sum.y);
-            x[j] = later ? sum : before;
-            key[j] = k[j], query[j] = q[j];
+            uint32_t at = place(n, j);
+            tokens.g[j] = load_shared(at + GATES), tokens.k[j] = load_shared(at),
+            tokens.q[j] = load_shared(at + QUERIES);
         }
-        if (n + 1 < HALF / TOGETHER)
-#pragma unroll
-            for (int j = 0; j < TOGETHER; j++) {
-                uint32_t at = place(n + 1, j);
-                g[j] = load_shared(at + GATES), k[j] = load_shared(at), q[j] = load_shared(at + QUERIES);
-            }
+        return tokens;
+    };
+    Tokens now = load(0);
+    /* Before the middle, x is what is still to come, negated, and without the token's own. */
+    float direction = later ? gate.bound : -gate.bound, own = later ? gate.bound : 0.f;
+    float2 sum = make_float2(0, 0), x[TOGETHER];
+    auto find_x = [&](int j) {
+        float2 raw = unpack_bf16(now.g[j]);
+        float2 shares =
+            make_float2(share_of_bound(gate, raw.x, gate.offset.x), share_of_bound(gate, raw.y, gate.offset.y));
+        x[j].x = fmaf(shares.x, own, sum.x), x[j].y = fmaf(shares.y, own, sum.y);
+        sum.x = fmaf(shares.x, direction, sum.x), sum.y = fmaf(shares.y, direction, sum.y);
+    };
+    /* exp2 and the reciprocal take turns with all else, two tokens apart; a branch would part them. */
+#pragma unroll 1
+    for (int n = 0; n < HALF / TOGETHER; n++) {
+        find_x(0), find_x(1);
+        Tokens next = load(min(n + 1, HALF / TOGETHER - 1));
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
             uint32_t at = place(n, j);
             float2 decayed = make_float2(exp2_approximate(x[j].x), exp2_approximate(x[j].y));
             float2 grown = make_float2(exp2_approximate(-x[j].x), exp2_approximate(-x[j].y));
-            float2 k_pair = unpack_bf16(key[j]), q_pair = unpack_bf16(query[j]);
-            store_shared(at, pack_bf16(k_pair.x * decayed.x, k_pair.y * decayed.y));
-            store_shared(at + QUERIES, pack_bf16(q_pair.x * decayed.x, q_pair.y * decayed.y));
-            store_shared(at + GATES, pack_bf16(k_pair.x * grown.x, k_pair.y * grown.y));
+            if (j + 2 < TOGETHER)
+                find_x(j + 2);
+            float2 k = unpack_bf16(now.k[j]), q = unpack_bf16(now.q[j]);
+            store_shared(at, pack_bf16(k.x * decayed.x, k.y * decayed.y));
+            store_shared(at + QUERIES, pack_bf16(q.x * decayed.x, q.y * decayed.y));
+            store_shared(at + GATES, pack_bf16(k.x * grown.x, k.y * grown.y));
         }
+        now = next;
     }
     return later ? sum : make_float2(-sum.x, -sum.y);
 }
@@ -254,15 +292,13 @@ inline __device__ float find_beta(const kda_prefill &p, int count, uint32_t raw)
 template <int DIM> constexpr int SCOUT = IN_ONE_WARP<DIM> ? 0 : 3;
 template <int DIM> constexpr int KEYS = 3 - SCOUT<DIM>;
 
-inline __device__ bool receives() { return thread() % GROUP / 32 != 1; }
-
-/* What can be done by each of them as soon as a chunk is there: norms of k and of q, and beta. Behind a sequence's end k,
- * q and v become 0 and nothing decays. */
-template <int VALUE_PANELS, int DIM>
+/* What can be done by each of them as soon as a chunk is there: norms of k and of q. Behind a sequence's end k, q and v become
+ * 0 and nothing decays. */
+template <int VALUE_PANELS, bool is_waited_for, int DIM>
 __device__ void receive_chunk(const kda_prefill &p, Tiles<DIM> &tiles, Factors<DIM> &factors,
-                              __nv_bfloat16 *values, Blocks &blocks, int slot, int count, uint32_t beta) {
+                              __nv_bfloat16 *values, Blocks &blocks, int slot, int count) {
     int warp = thread() % GROUP / 32;
-    if (count <= 0)
+    if (count <= 0 || warp == 1)
         return;
     for (int i = 0; i < DIM / PANEL && __builtin_expect(count < CHUNK, 0); i++) {
         Panel &panel = tiles.panels[i];
@@ -274,21 +310,19 @@ __device__ void receive_chunk(const kda_prefill &p, Tiles<DIM> &tiles, Factors<D
             clear_rows(panel.gates, count, NO_DECAY);
     }
     __syncwarp();
-    if (warp == SCOUT<DIM>)
-        blocks.beta[slot][thread() % 32] = find_beta(p, count, beta);
-    else
-        find_norms<DIM>(warp == KEYS<DIM> ? tiles.panels[0].keys : tiles.panels[0].queries,
-                        warp == KEYS<DIM> ? 1.f : p.scale,
-                        warp == KEYS<DIM> ? factors.key_scale : factors.query_scale,
-                        warp == KEYS<DIM> ? blocks.rk[slot] : nullptr);
+    if (warp != SCOUT<DIM>)
+        find_norms<is_waited_for, DIM>(warp == KEYS<DIM> ? tiles.panels[0].keys : tiles.panels[0].queries,
+                                       warp == KEYS<DIM> ? 1.f : p.scale,
+                                       warp == KEYS<DIM> ? factors.key_scale : factors.query_scale,
+                                       warp == KEYS<DIM> ? blocks.rk[slot] : nullptr);
 }
 
 /* All of the warpgroup's threads. */
 template <int DIM> __device__ void make_decays(Tiles<DIM> &tiles, Factors<DIM> &factors, const Gate &gate) {
     if (!makes_tiles<DIM>(thread()))
         return;
-    bool later = has_later<DIM>(thread());
-    int channel = own_channel<DIM>(thread());
+    bool later = has_later<DIM>(threadIdx.x);
+    int channel = own_channel<DIM>(threadIdx.x);
     float2 way = make_tiles(tiles.panels[channel / PANEL], channel % PANEL, later, gate);
     float *to = later ? factors.to_end : factors.to_middle;
     *reinterpret_cast<float2 *>(&to[channel_place(own_channel<DIM>(thread()))]) =

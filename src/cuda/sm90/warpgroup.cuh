@@ -36,6 +36,13 @@ template <int STAGES> struct Turn {
     }
 };
 
+/* The turn before the first one: whoever waits for it does not wait. */
+template <int STAGES> __device__ Turn<STAGES> before_first() {
+    Turn<STAGES> turn;
+    turn.stage = STAGES - 1, turn.parity = 1;
+    return turn;
+}
+
 inline __device__ void wait(uint64_t &barrier, uint32_t parity) {
     while (!ptx::mbarrier_try_wait_parity(&barrier, parity))
         ;
