@@ -207,7 +207,7 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM
 /* How many of its group's chunks a scout is ahead of what is received. It goes on while tiles are made, if its warp makes none;
  * else when the operands are made, too late for the next chunk. */
 template <int DIM> constexpr int AHEAD = IN_ONE_WARP<DIM> ? 1 : 2;
-template <int DIM> constexpr int BETA = IN_ONE_WARP<DIM> ? SCOUT<DIM> : 1; /* the warp that has it */
+template <int DIM> constexpr int BETA = IN_ONE_WARP<DIM> ? SCOUT<DIM> : 1; /* the warp that has beta */
 
 template <bool parts, bool bounded, int DIM>
 __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared, const Work &work,

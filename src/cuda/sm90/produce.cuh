@@ -105,12 +105,12 @@ inline __device__ void clear_rows(__nv_bfloat16 *tile, int count, uint32_t word)
 struct RowSquares {
     uint32_t at; /* of the lane's row of 8, for ldmatrix */
 
-    inline __device__ RowSquares(const __nv_bfloat16 *tile) {
+    __device__ RowSquares(const __nv_bfloat16 *tile) {
         uint32_t lane = thread() % 32, row = lane % 8, second = lane / 8 % 2 ^ lane / 16;
         at = shared_address(tile) + row * ROW + ((second ^ row) << 4);
     }
     /* Adds those of rows 8 block to 8 block + 8, in 16 channels. */
-    inline __device__ void add(float (&d)[4], int block, int i) const {
+    __device__ void add(float (&d)[4], int block, int i) const {
         uint32_t a[4];
         ldmatrix(a, (at ^ i % (PANEL / 16) << 5) + i / (PANEL / 16) * sizeof(Panel) + block * 8 * ROW);
         mma(d, a, a[0], a[1]);
