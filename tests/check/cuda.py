@@ -6,8 +6,9 @@ own all of prefill runs in every other way, too: see FORCED.
 usage: cuda.py [--build DIR] [--quick] [--only JOB ...] [--seed N] [--commit NAME] [-o FILE]      (./dev check-cuda)
 
 All jobs run side by side; what each printed is kept in DIR/check-cuda/. Writes a summary to
-benchmarks/results/DEVICE/check.json, or FILE; with --only it writes nothing unless FILE is given. Exit status: 0 if
-every job passed. Needs the standard library alone.
+benchmarks/results/DEVICE/check.json, or FILE; with --only it writes nothing unless FILE is given. "passed" is of the
+jobs that ran, "complete" if all there are did. Exit status: 0 if every job that ran passed. Needs the standard library
+alone.
 """
 
 import argparse
@@ -153,6 +154,7 @@ def main():
     passed = all(result["good"] for result in results.values())
     summary = {
         "passed": passed,
+        "complete": set(results) == set(JOBS),
         "commit": device.commit(options.commit),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": gpu,

@@ -95,21 +95,12 @@ __device__ __forceinline__ void bring_box(void *to, const CUtensorMap &map, cons
         : "memory");
 }
 
-/* Named barriers of `threads` threads: wait for all, come by without waiting, wait and learn whether any said yes. */
+/* Named barriers of `threads` threads: wait for all, come by without waiting. */
 __device__ __forceinline__ void barrier_wait(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ bool barrier_any(int barrier, int threads, bool yes) {
-    uint32_t any;
-    asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %3, 0;\nbar.red.or.pred q, %1, %2, p;\n"
-                 "selp.u32 %0, 1, 0, q;\n}\n"
-                 : "=r"(any)
-                 : "r"(barrier), "r"(threads), "r"((uint32_t)yes)
-                 : "memory");
-    return any;
 }
 
 /* Four 8x8 matrices of 2-byte elements, transposed; lane i gives the place of row i % 8 of matrix i / 8. */

@@ -52,12 +52,10 @@ struct Share {
     }
 };
 
-struct Shared {
-    alignas(16) uint16_t O_A[CHUNK][DIM + 8]; /* no two rows' pieces of 16 bytes in a bank */
-};
+using Rows = uint16_t[CHUNK][DIM + 8]; /* of O_A, no two rows' pieces of 16 bytes in a bank */
 
 /* All loads together: they take as long as one. */
-__device__ void load_share(const kda_sm90_spread &spread, bool ends, Share &share, Shared &shared) {
+__device__ void load_share(const kda_sm90_spread &spread, bool ends, Share &share, Rows &rows) {
     constexpr int PIECES = DIM / 8, COUNT = CHUNK * PIECES / THREADS;
     const uint4 *O_A = reinterpret_cast<const uint4 *>(spread.outputs) + blockIdx.x * CHUNK * PIECES;
     uint4 pieces[COUNT];
@@ -81,20 +79,20 @@ __device__ void load_share(const kda_sm90_spread &spread, bool ends, Share &shar
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         int piece = i * THREADS + threadIdx.x;
-        *reinterpret_cast<uint4 *>(&shared.O_A[piece / PIECES][piece % PIECES * 8]) = pieces[i];
+        *reinterpret_cast<uint4 *>(&rows[piece / PIECES][piece % PIECES * 8]) = pieces[i];
     }
 }
 
 /* Adds O_A S in the warp's columns of V. */
-__device__ void correct_outputs(kda_dtype dtype, const Share &share, const Shared &shared) {
+__device__ void correct_outputs(kda_dtype dtype, const Share &share, const Rows &rows) {
     float sums[CHUNK / 16][2][4] = {};
-    uint32_t lane = threadIdx.x % 32, rows = shared_address(&shared.O_A[lane % 16][lane / 16 * 8]);
+    uint32_t lane = threadIdx.x % 32, at = shared_address(&rows[lane % 16][lane / 16 * 8]);
 #pragma unroll
     for (int c = 0; c < DIM / 16; c++)
 #pragma unroll
         for (int m = 0; m < CHUNK / 16; m++) {
             uint32_t a[4];
-            ldmatrix(a, rows + m * 16 * (uint32_t)sizeof *shared.O_A + c * 32);
+            ldmatrix(a, at + m * 16 * (uint32_t)sizeof *rows + c * 32);
             mma(sums[m][0], a, share.S[c].x, share.S[c].z);
             mma(sums[m][1], a, share.S[c].y, share.S[c].w);
         }
@@ -120,7 +118,7 @@ __device__ void say_what_is_left(const kda_prefill &p, const kda_sm90_spread &sp
 __global__ void __launch_bounds__(THREADS, 1)
     join(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_spread spread) {
     let_next_begin();
-    __shared__ Shared shared;
+    __shared__ alignas(16) Rows rows;
     /* All that look has left is there already (fused.cu); the rest, when the kernel before has ended. */
     int look = threadIdx.x < spread.all.parts ? spread.looks[threadIdx.x] : UNCUT;
     if (__syncthreads_or(look == SLOW)) {
@@ -135,7 +133,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     bool cut_before = kda_cut_before(&first), ends = !kda_cut_behind(&first);
     wait_for_kernel_before();
     if (cut_before)
-        load_share(spread, ends, share, shared);
+        load_share(spread, ends, share, rows);
     bool remembered = look == FAST && !is_forgotten(spread.proofs[threadIdx.x]);
     Verdict verdict = __syncthreads_or(remembered) ? CUT_CHAINS : NOTHING;
     if (blockIdx.x == 0 && threadIdx.x == 0)
@@ -144,7 +142,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         say_what_is_left(p, spread, first);
     if (verdict != NOTHING || !cut_before)
         return;
-    correct_outputs(p.out.dtype, share, shared);
+    correct_outputs(p.out.dtype, share, rows);
     if (ends)
         store_whole(kda_state_at(&p, &p.final_state, sequence.slot, first.head), share.final, 0);
 }
