@@ -5,6 +5,7 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 static void both_types(struct check *check, struct prefill_case *c, const char *name) {
     snprintf(c->name, sizeof c->name, "%s, fp32", name);
@@ -140,6 +141,27 @@ static void resets(struct check *check) {
     }
 }
 
+/* ---- What a float's exponent does not hold ------------------------------------------------------- */
+
+/* A token that forgets nothing among some that forget all: within 16 tokens decay leaves fp32's range, but two neighbours must
+ * see each other. */
+static void fill_island(struct prefill_problem *p, struct random *r) {
+    enum { PERIOD = 32, ISLAND = PERIOD / 2, REACH = PERIOD / 4 };
+    fill_ordinary(p, r);
+    tensor_fill(&p->A_log, 0);
+    tensor_fill(&p->dt_bias, 0);
+    for (int64_t i = 0; i < tensor_count(&p->g); i++) {
+        int64_t distance = llabs(i / p->c.K / p->HV % PERIOD - ISLAND);
+        tensor_set(&p->g, i, distance == 0 || distance > REACH ? -6 : 20);
+    }
+}
+
+static void island(struct check *check) {
+    struct prefill_case c = trap(FLASH_KDA_GATE_SOFTPLUS, fill_island);
+    c.qk_norm = true;
+    both_types(check, &c, "a token without decay among tokens that forget all");
+}
+
 /* ---- What moves between channels --------------------------------------------------------------- */
 
 static void moving(struct check *check) {
@@ -253,6 +275,7 @@ void prefill_traps(struct check *check) {
     unbounded(check);
     large_A_log(check);
     resets(check);
+    island(check);
     moving(check);
     scales(check);
     key_scales(check);

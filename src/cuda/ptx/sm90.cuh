@@ -103,6 +103,16 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+/* Arrives at a barrier of the cluster's CTA `rank`, which lies there as `barrier` does here. cuda::ptx knows this with a release
+ * to the cluster only, which waits for all memory. */
+__device__ __forceinline__ void arrive_at(uint64_t &barrier, int rank) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.release.cta.shared::cluster.b64 _, [there];\n}" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(&barrier)),
+                 "r"(rank)
+                 : "memory");
+}
+
 /* Four 8x8 matrices of 2-byte elements, transposed; lane i gives the place of row i % 8 of matrix i / 8. */
 __device__ __forceinline__ void stmatrix_transposed(void *row, const uint32_t (&a)[2], const uint32_t (&b)[2]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
@@ -188,6 +198,16 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[4][4], uint64_t a, uint6
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
                  "%16, %17, p, 1, 1, 0, 0;\n}\n"
                  : KDA_TILES4(0)
+                 : "l"(a), "l"(b), "n"(accumulate));
+}
+
+/* And for 16 columns. */
+template <bool accumulate>
+__device__ __forceinline__ void wgmma_shared(float (&d)[2][4], uint64_t a, uint64_t b) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, 0, 0;\n}\n"
+                 : KDA_TILE(0), KDA_TILE(1)
                  : "l"(a), "l"(b), "n"(accumulate));
 }
 

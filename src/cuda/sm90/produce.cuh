@@ -330,7 +330,8 @@ template <int DIM> __device__ void make_decays(Tiles<DIM> &tiles, Factors<DIM> &
 }
 
 /* [L0; M0], in the accumulators of the warpgroup: warps 0 and 1 have rows of L0, the others of M0. */
-template <int PANELS> __device__ void multiply_pairs(const Panel (&panels)[PANELS], float (&d)[CHUNK / 8][4]) {
+template <int PANELS, int TILES>
+__device__ void multiply_pairs(const Panel (&panels)[PANELS], float (&d)[TILES][4]) {
     uint64_t rows = wgmma_operand(panels[0].keys, 0, 8 * ROW, SWIZZLE_128);
     uint64_t columns = wgmma_operand(panels[0].gates, 0, 8 * ROW, SWIZZLE_128);
     pin(d);

@@ -69,14 +69,15 @@ inline __device__ HalfDecay make_half(const Panel &panel, bool later, const Gate
     return {before, sum, make_float2(all.x - before.x - sum.x, all.y - before.y - sum.y)};
 }
 
-/* The thread's two channels of `count` tokens of a tile times factor. */
-inline __device__ void multiply_rows(const __nv_bfloat16 *tile, int first, int count, float2 factor) {
+/* The thread's two channels of `count` tokens of a tile times a factor, given by its root: between two middles a channel may
+ * decay by more than a float's exponent holds, of which a token's own factor gives some back. */
+inline __device__ void multiply_rows(const __nv_bfloat16 *tile, int first, int count, float2 root) {
     uint32_t lane = thread() % 32, rows = shared_address(tile) + first * ROW;
 #pragma unroll 4
     for (int i = 0; i < count; i++) {
         uint32_t at = rows + i * ROW + (lane * 4 ^ i % 8 << 4);
         float2 x = unpack_bf16(load_shared(at));
-        store_shared(at, pack_bf16(x.x * factor.x, x.y * factor.y));
+        store_shared(at, pack_bf16(x.x * root.x * root.x, x.y * root.y * root.y));
     }
 }
 
@@ -98,16 +99,16 @@ __device__ void make_unbounded(Tiles<DIM> &tiles, Factors<DIM> &factors, Blocks 
     multiply_pairs(tiles.panels, d);
     float4 other = blocks.halves[t ^ GROUP / 2];
     float2 between = make_float2(inner.x + other.x, inner.y + other.y);
-    float2 D = make_float2(exp2_approximate(between.x), exp2_approximate(between.y));
+    float2 root = make_float2(exp2_approximate(between.x / 2), exp2_approximate(between.y / 2));
     if (!later)
         *reinterpret_cast<float2 *>(&factors.across[channel]) =
             make_float2(exp2_approximate(between.x + own.rest.x + other.z),
                         exp2_approximate(between.y + own.rest.y + other.w));
     barrier_wait(barrier, GROUP); /* all products have read the tiles */
-    multiply_rows(tiles.panels[panel].gates, later ? QUARTER : 0, QUARTER, D);
+    multiply_rows(tiles.panels[panel].gates, later ? QUARTER : 0, QUARTER, root);
     fence_shared();
     barrier_wait(barrier, GROUP);
-    float below[CHUNK / 8][4];
+    float below[HALF / 8][4];
     multiply_pairs(tiles.panels, below);
     if (t / 32 % 2)
 #pragma unroll
@@ -116,7 +117,7 @@ __device__ void make_unbounded(Tiles<DIM> &tiles, Factors<DIM> &factors, Blocks 
             for (int n = 0; n < 4; n++)
                 d[j][n] = below[j][n];
     barrier_wait(barrier, GROUP);
-    multiply_rows(later ? tiles.panels[panel].queries : tiles.panels[panel].keys, HALF, HALF, D);
+    multiply_rows(later ? tiles.panels[panel].queries : tiles.panels[panel].keys, HALF, HALF, root);
 }
 
 /* The operands of one chunk, whose norms are found. The warpgroup has a named barrier of its own, and its first two
