@@ -20,7 +20,7 @@ static const struct step WITH_OUTPUTS = {1.2, 2.0}, SUMMARISING = {0.95, 1.4};
 #define SCAN_STEP  2.1
 #define LAUNCH     3.75 /* a kernel, and its ramp */
 /* Of pairs: a step, uncut and cut, a segment's composition, and correcting a chunk's outputs. */
-#define STEP_PAIR    1.66
+#define STEP_PAIR    1.47
 #define STEP_CUT     1.88
 #define COMPOSE_STEP 0.65
 #define CORRECT      1.49 /* on one multiprocessor */

@@ -352,6 +352,36 @@ __device__ void store_whole(const kda_state &state, const float (&S)[TILES][4], 
             thread);
 }
 
+/* Stores a state in bf16, 16 bytes at a time: of four tiles' pairs, each of four lanes gets those that make one tile's row. */
+template <int TILES>
+__device__ void store_in_pieces(const kda_state &state, const float (&S)[TILES][4], int unit) {
+    float factor = power_of_two(unit);
+    int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4;
+    bool odd = lane % 2, upper = lane % 4 / 2;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        uint4 *row = reinterpret_cast<uint4 *>(state.data + (column + n * 8) * state.stride) + lane % 4;
+#pragma unroll
+        for (int c = 0; c < TILES; c += 4) {
+            uint32_t x[4], y[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                x[i] = pack_bf16(S[c + i][2 * n] * factor, S[c + i][2 * n + 1] * factor);
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                uint32_t got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
+                y[i] = odd ? got : x[i], y[i + 1] = odd ? x[i + 1] : got;
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                uint32_t got = __shfl_xor_sync(~0u, upper ? y[i] : y[i + 2], 2);
+                x[i] = upper ? got : y[i], x[i + 2] = upper ? y[i + 2] : got;
+            }
+            row[c] = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+    }
+}
+
 /* At position 0 the state that the chain starts from, else the one behind that token. */
 template <int TILES>
 __device__ void store_whole_checkpoints(const kda_prefill &p, int n, int head, int column, int position,
@@ -387,29 +417,53 @@ struct Task {
     int n, head;      /* of its chain */
     int batch, token; /* where it begins in the tensors */
     int position;     /* where it ends in its sequence */
-    int slot;         /* of its state */
-    int column;       /* first of the CTA's columns of V */
-    int count;        /* tokens; -1: see ENDS */
+    union {
+        int slot; /* of its state */
+        int row;  /* in kernel pairs, which knows that: of the checkpoint behind the chunk, or -1 */
+    };
+    int column; /* first of the CTA's columns of V */
+    int count;  /* tokens; -1: see ENDS */
     uint32_t flags;
 };
 
-inline __device__ uint32_t find_flags(const kda_prefill &p, const Task &task, bool first, bool last) {
+/* `keeps`: checkpoints are asked for. */
+inline __device__ uint32_t find_flags(const Task &task, bool first, bool last, bool keeps) {
     if (task.count < 0)
         return ENDS;
     return (first ? BEGINS : 0) | (task.count == 0 ? EMPTY : 0) | (task.count < CHUNK ? PARTIAL : 0) |
-           (task.position % MEASURED < CHUNK ? MEASURE : 0) | (p.checkpoints.data ? CHECKPOINT : 0) |
-           (last ? LAST : 0);
+           (task.position % MEASURED < CHUNK ? MEASURE : 0) | (keeps ? CHECKPOINT : 0) | (last ? LAST : 0);
 }
 
-/* Until rows are free: what was sent has left. */
-inline __device__ void wait_for_rows() {
+/* Checkpoints behind a chunk: the one of `row`, if that is known, or all that are there. */
+template <int TILES>
+__device__ void store_checkpoints(const kda_prefill &p, const Task &task, int row, float (&S)[TILES][4],
+                                  int unit) {
+    int64_t cursor = 0;
+    do {
+        struct kda_state state = row >= 0 ? kda_checkpoint_row(&p, task.n, row, task.head)
+                                          : kda_checkpoint_at(&p, task.n, task.position, task.head, &cursor);
+        if (!state.data)
+            return;
+        state = from_column(state, task.column);
+        bool pieces = (reinterpret_cast<uintptr_t>(state.data) | state.stride) % sizeof(uint4) == 0;
+        if (state.dtype == KDA_BF16 && state.v_first && pieces)
+            store_in_pieces(state, S, unit);
+        else
+            store_whole(state, S, unit);
+        pin(S);
+    } while (row < 0);
+}
+
+/* Until rows are free: what was sent has left, but for the last `later` times. */
+template <int later> __device__ void wait_for_rows() {
     if (elected())
-        ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+        ptx::cp_async_bulk_wait_group_read(ptx::n32_t<later>());
 }
 
 /* The warp's outputs of a chunk [CHUNK][16 columns], from o^T, to its own `rows`. */
-inline __device__ void place_outputs(kda_dtype dtype, const float (&o)[CHUNK / 8][4], __nv_bfloat16 *rows) {
-    wait_for_rows();
+template <int later>
+__device__ void place_outputs(kda_dtype dtype, const float (&o)[CHUNK / 8][4], __nv_bfloat16 *rows) {
+    wait_for_rows<later>();
     __syncwarp();
     uint32_t pairs[CHUNK / 8][2];
 #pragma unroll
@@ -454,17 +508,21 @@ struct NeverAgain {
  * which `map` maps. before(task, S) makes S what it is before a first chunk, and returns its unit; load(turn, flags, v) loads
  * a chunk's values; finish(task, o, unit) makes outputs what is to be stored, and returns as which dtype; again(task, S, unit)
  * is called behind a chunk in front of which the chain is cut, and says whether it is to be worked once more, for which it
- * takes the outputs itself; after(task, S, unit) stores what is behind a last chunk.
+ * takes the outputs itself; keep(task, S, unit) stores checkpoints behind a chunk, after(task, S, unit) what is behind a last
+ * one.
  *
  * A rehearsal is a turn before the first one, on whatever lies in its stage: while the first chunk is on its way, the code
  * is, too. */
 template <int DIM, bool outputs, bool bounded, class Shared, class Turn, class Before, class Load, class Again,
-          class Finish, class After>
+          class Finish, class Keep, class After>
 __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUtensorMap &map, Shared &shared,
-                        Turn turn, Before before, Load load, Again again, Finish finish, After after) {
+                        Turn turn, Before before, Load load, Again again, Finish finish, Keep keep,
+                        After after) {
     float S[DIM / 8][4];
     int unit = 0;
-    __nv_bfloat16 *rows = shared.outputs[threadIdx.x / 32];
+    constexpr int PLACES = sizeof shared.outputs / sizeof shared.outputs[0];
+    int place = 0;
+    auto rows = [&] { return shared.outputs[place][threadIdx.x / 32]; };
     const Task *leaving = nullptr; /* whose outputs are in rows: they leave while the next first product runs */
     for (;;) {
         wait(shared.full[turn.stage], turn.parity);
@@ -480,12 +538,14 @@ __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUten
                 shared.tiles[turn.stage], shared.factors[turn.stage], S, unit,
                 [&](Values &v) { load(turn, flags, v); },
                 [&] {
-                    if (outputs && leaving)
-                        send_outputs(out, map, *leaving, rows);
+                    if (outputs && leaving) {
+                        send_outputs(out, map, *leaving, rows());
+                        place = (place + 1) % PLACES;
+                    }
                 },
                 [&](float(&o)[CHUNK / 8][4]) {
                     kda_dtype dtype = finish(task, o, unit);
-                    place_outputs(dtype, o, rows);
+                    place_outputs<PLACES - 1>(dtype, o, rows());
                     leaving = &task;
                 });
         if (__builtin_expect(flags & CUT, 0) && again(task, S, unit)) {
@@ -499,7 +559,7 @@ __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUten
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
         if (__builtin_expect(flags & (MEASURE | CHECKPOINT | LAST), 0)) {
             if (outputs && flags & CHECKPOINT && !(flags & EMPTY))
-                store_whole_checkpoints(p, task.n, task.head, task.column, task.position, S, unit);
+                keep(task, S, unit);
             if (flags & MEASURE)
                 measure_unit(S, unit);
             if (flags & LAST)
@@ -508,8 +568,8 @@ __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUten
         turn.next();
     }
     if (outputs && leaving) {
-        send_outputs(out, map, *leaving, rows);
-        wait_for_rows();
+        send_outputs(out, map, *leaving, rows());
+        wait_for_rows<0>();
     }
 }
 

@@ -54,7 +54,7 @@ struct Scratch {
 template <int DIM> struct alignas(1024) Shared {
     Tiles<DIM> tiles[STAGES<DIM>]; /* k, q and g at first */
     __nv_bfloat16 values[STAGES<DIM>][CHUNK * DIM];
-    __nv_bfloat16 outputs[WARPS<DIM>][CHUNK * 16]; /* of each consumer warp, swizzled by 32 bytes */
+    __nv_bfloat16 outputs[1][WARPS<DIM>][CHUNK * 16]; /* of each consumer warp, swizzled by 32 bytes */
     Factors<DIM> factors[STAGES<DIM>];
     uint8_t order[SORTED]; /* sequences, the longest first */
     Scratch scratch[PRODUCERS];
@@ -157,7 +157,7 @@ __device__ void find_next(const kda_prefill &p, Shared<DIM> &shared, const Work 
 }
 
 /* Sends the scout's chunk to all: what it is, and by the copy engine its tensors. */
-template <bool parts, int DIM>
+template <bool parts, bool keeps, int DIM>
 __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared, Scout &scout,
                      const Turn<STAGES<DIM>> &turn) {
     int s = turn.stage, chunk = scout.chunk;
@@ -173,7 +173,7 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM
         task.count = (int)span.count;
     }
     bool first = chunk == 0, last = chunk + 1 == scout.chunks;
-    task.flags = find_flags(p, task, first, last);
+    task.flags = find_flags(task, first, last, keeps && (!parts || p.checkpoints.data));
     if (parts && task.count >= 0)
         task.flags |= (first && scout.stretch.begin ? CUT : 0) | (last && scout.stretch.begin ? FROM_CUT : 0) |
                       (last && kda_cut_behind(&scout.stretch) ? CUT_BEHIND : 0);
@@ -209,7 +209,7 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM
 template <int DIM> constexpr int AHEAD = IN_ONE_WARP<DIM> ? 1 : 2;
 template <int DIM> constexpr int BETA = IN_ONE_WARP<DIM> ? SCOUT<DIM> : 1; /* the warp that has beta */
 
-template <bool parts, bool bounded, int DIM>
+template <bool parts, bool bounded, bool keeps, int DIM>
 __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared, const Work &work,
                         int group) {
     int warp = threadIdx.x % GROUP / 32;
@@ -221,7 +221,7 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
         __syncwarp(); /* all lanes have read what is overwritten now */
         if (elected() && scout.count >= 0) {
             find_next<parts>(p, shared, work, scout, chunks);
-            send<parts>(p, maps, shared, scout, ahead);
+            send<parts, keeps>(p, maps, shared, scout, ahead);
         }
         __syncwarp();
         ahead.next(PRODUCERS);
@@ -305,13 +305,14 @@ template <int DIM> constexpr bool enough_registers() {
 static_assert(enough_registers<128>() && enough_registers<64>(), "or a consumer waits for registers for ever");
 
 /* Chains from the state before them to the one behind. */
-template <bool bounded, int DIM>
+template <bool bounded, bool keeps, int DIM>
 __device__ void consume_chains(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared) {
     consume<DIM, true, bounded>(
         p, p.out, maps.out, shared, Turn<STAGES<DIM>>(),
         [&](const Task &task, float(&S)[DIM / 8][4]) {
             load_whole(kda_state_at(&p, &p.initial_state, task.slot, task.head), S);
-            store_whole_checkpoints(p, task.n, task.head, 0, 0, S, 0);
+            if constexpr (keeps)
+                store_whole_checkpoints(p, task.n, task.head, 0, 0, S, 0);
             return measured(S);
         },
         [&](const Turn<STAGES<DIM>> &turn, uint32_t, Values &v) {
@@ -321,6 +322,10 @@ __device__ void consume_chains(const kda_prefill &p, const kda_sm90_maps &maps, 
         [&](const Task &, float(&o)[CHUNK / 8][4], int unit) {
             leave_unit(o, unit);
             return p.out.dtype;
+        },
+        [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
+            if constexpr (keeps)
+                store_checkpoints(p, task, -1, S, unit);
         },
         [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
             store_whole(kda_state_at(&p, &p.final_state, task.slot, task.head), S, unit);
@@ -389,12 +394,15 @@ __device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Sh
             __syncwarp();
             uint16_t *to =
                 spread.outputs + ((int64_t)blockIdx.x * CHUNK + lane) * DIM + warp * KDA_SM90_UNIT_COLUMNS;
-            store_row(shared.outputs[warp], reinterpret_cast<char *>(to));
+            store_row(shared.outputs[0][warp], reinterpret_cast<char *>(to));
             return true;
         },
         [&](const Task &task, float(&o)[CHUNK / 8][4], int unit) {
             leave_unit(o, unit);
             return task.flags & CUT && shared.identity[thread() / 32] ? KDA_BF16 : p.out.dtype;
+        },
+        [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
+            store_whole_checkpoints(p, task.n, task.head, 0, task.position, S, unit, thread());
         },
         [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
             int warp = (int)thread() / 32;
@@ -414,7 +422,9 @@ __device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Sh
         });
 }
 
-template <int DIM, bool parts, bool bounded>
+/* Chains without checkpoints, `keeps` false, have the code of these left out of a loop that competes for the instruction cache;
+ * parts have it in any case. */
+template <int DIM, bool parts, bool bounded, bool keeps>
 __global__ void __maxnreg__(REGISTERS<DIM>)
     fused(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
           const __grid_constant__ Work work) {
@@ -450,33 +460,33 @@ __global__ void __maxnreg__(REGISTERS<DIM>)
         if constexpr (parts)
             consume_part<bounded>(p, maps, shared, work.spread);
         else
-            consume_chains<bounded>(p, maps, shared);
+            consume_chains<bounded, keeps>(p, maps, shared);
     } else {
         give_registers<PRODUCER_REGISTERS<DIM>>();
-        produce<parts, bounded>(p, maps, shared, work, group - CONSUMERS<DIM>);
+        produce<parts, bounded, keeps>(p, maps, shared, work, group - CONSUMERS<DIM>);
     }
 }
 
-template <int DIM, bool parts, bool bounded>
+template <int DIM, bool parts, bool bounded, bool keeps>
 cudaError_t launch(const kda_prefill *p, const Work &work, int ctas, cudaStream_t stream) {
     int bytes = sizeof(Shared<DIM>);
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(p, &maps);
     if (!error)
-        error = cudaFuncSetAttribute(fused<DIM, parts, bounded>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     bytes);
+        error = cudaFuncSetAttribute(fused<DIM, parts, bounded, keeps>,
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error)
         return error;
-    return launch_behind_if(work.spread.all.parts, fused<DIM, parts, bounded>, dim3((unsigned)ctas),
+    return launch_behind_if(work.spread.all.parts, fused<DIM, parts, bounded, keeps>, dim3((unsigned)ctas),
                             THREADS<DIM>, bytes, stream, *p, maps, work);
 }
 
 /* All chains, in as many CTAs as the device holds at once. */
-template <int DIM, bool bounded>
+template <int DIM, bool bounded, bool keeps>
 cudaError_t launch_chains(const kda_prefill *p, const kda_sm90_spread &spread, int processors,
                           cudaStream_t stream) {
     int items = (int)(p->sequences * p->value_heads), most = processors * CTAS<DIM>;
-    return launch<DIM, false, bounded>(p, {items, spread}, items < most ? items : most, stream);
+    return launch<DIM, false, bounded, keeps>(p, {items, spread}, items < most ? items : most, stream);
 }
 
 } // namespace
@@ -490,13 +500,17 @@ bool kda_sm90_has_tiles(const kda_prefill *p) {
 
 cudaError_t kda_sm90_fused(const kda_prefill *p, kda_sm90_spread spread, int processors, cudaStream_t stream) {
     using namespace kda;
-    return (p->key_dim == 64 ? launch_chains<64, true>
-            : is_bounded(p)  ? launch_chains<128, true>
-                             : launch_chains<128, false>)(p, spread, processors, stream);
+    auto of = [&](auto without, auto with) {
+        return (p->checkpoints.data ? with : without)(p, spread, processors, stream);
+    };
+    if (p->key_dim == 64)
+        return of(launch_chains<64, true, false>, launch_chains<64, true, true>);
+    return is_bounded(p) ? of(launch_chains<128, true, false>, launch_chains<128, true, true>)
+                         : of(launch_chains<128, false, false>, launch_chains<128, false, true>);
 }
 
 cudaError_t kda_sm90_fused_parts(const kda_prefill *p, kda_sm90_spread spread, cudaStream_t stream) {
     constexpr int DIM = KDA_SM90_CUT_DIM;
-    return (kda::is_bounded(p) ? kda::launch<DIM, true, true>
-                               : kda::launch<DIM, true, false>)(p, {0, spread}, spread.all.parts, stream);
+    return (kda::is_bounded(p) ? kda::launch<DIM, true, true, true>
+                               : kda::launch<DIM, true, false, true>)(p, {0, spread}, spread.all.parts, stream);
 }

@@ -21,7 +21,8 @@ namespace {
 
 constexpr int PAIR = 2, PRODUCERS = 2;  /* CTAs of a cluster; producer warpgroups of each */
 constexpr int TURNS = PAIR * PRODUCERS; /* chunks from one that a group makes to its next */
-constexpr int PUSH = 1;                 /* the warp of a producer warpgroup that passes operands on */
+/* The warps of a producer warpgroup that pass operands on, and that open stages to those which the other CTA makes. */
+constexpr int PUSH = 1, HOST = 2;
 
 template <bool cut> constexpr int STAGES = cut ? 5 : 6;
 constexpr int TASKS = 8; /* for two of each stage there is no room */
@@ -52,8 +53,8 @@ struct Part {
 template <bool cut> struct alignas(1024) Shared {
     Tiles<DIM> tiles[STAGES<cut>]; /* k, q and g at first, where the CTA makes them */
     __nv_bfloat16 values[STAGES<cut>][CHUNK * GROUP_COLUMNS * CONSUMERS<cut>];
-    __nv_bfloat16 outputs[CONSUMERS<cut> * GROUP / 32]
-                         [CHUNK * 16]; /* of each consumer warp, swizzled by 32 bytes */
+    /* Of each consumer warp, swizzled by 32 bytes; where there is room, beside those that are still on their way. */
+    __nv_bfloat16 outputs[cut ? 2 : 1][CONSUMERS<cut> * GROUP / 32][CHUNK * 16];
     Factors<DIM> factors[STAGES<cut>];
     Blocks blocks[PRODUCERS];
     Task tasks[TASKS];
@@ -86,10 +87,18 @@ __device__ Part find_part(const kda_prefill &p, const kda_sm90_spread &spread, c
     return part;
 }
 
+/* The row of the checkpoint at a position, where they are in equal steps; -1: there is none. For loaders to find, as consumers
+ * are what is waited for. */
+__device__ int find_checkpoint(const kda_prefill &p, int n, int position, int length) {
+    int every = (int)kda_min64(p.checkpoint_every, INT32_MAX), row = (position - 1) / every;
+    bool here = position > 0 && (position - row * every == every || position == length);
+    return here && row < kda_checkpoint_count(&p, n) ? row : -1;
+}
+
 /* Chunk number i of the part, or what says that there is none. */
-__device__ Task find_task(const kda_prefill &p, const Part &part, int column, int i) {
+template <bool keeps> __device__ Task find_task(const kda_prefill &p, const Part &part, int column, int i) {
     Task task;
-    task.n = part.n, task.head = part.head, task.batch = part.batch, task.slot = part.slot;
+    task.n = part.n, task.head = part.head, task.batch = part.batch, task.row = -1;
     task.column = column;
     task.count = -1;
     if (i < part.chunks) {
@@ -97,7 +106,11 @@ __device__ Task find_task(const kda_prefill &p, const Part &part, int column, in
         task.token = part.first + (int)span.first, task.position = (int)(span.first + span.count);
         task.count = (int)span.count;
     }
-    task.flags = find_flags(p, task, i == 0, i + 1 == part.chunks);
+    task.flags = find_flags(task, i == 0, i + 1 == part.chunks, keeps);
+    if (keeps && i < part.chunks && !p.checkpoint_offsets.data) {
+        task.row = find_checkpoint(p, part.n, task.position, part.length);
+        task.flags &= task.row < 0 ? ~CHECKPOINT : ~0u;
+    }
     return task;
 }
 
@@ -123,7 +136,7 @@ template <class T> __device__ T *of_other(T *mine, int rank) {
 
 /* ---- Producers ------------------------------------------------------------------------------------ */
 
-template <bool cut, bool bounded> struct Producer {
+template <bool cut, bool bounded, bool keeps> struct Producer {
     static constexpr int VALUE_PANELS = CONSUMERS<cut>;
     /* Bytes that are passed on of a chunk's factors. */
     static constexpr size_t FACTORS = bounded ? offsetof(Factors<DIM>, across) : sizeof(Factors<DIM>);
@@ -147,7 +160,7 @@ template <bool cut, bool bounded> struct Producer {
         bool own = chunk % PAIR == rank;
         PairTurn<cut> turn(chunk);
         int s = turn.stage;
-        Task task = find_task(p, shared.part, column(), chunk);
+        Task task = find_task<keeps>(p, shared.part, column(), chunk);
         wait(shared.empty[s], turn.parity ^ 1);
         bool values = task.count > 0 && brings_values();
         if (values && !own && task.count < CHUNK) {
@@ -175,8 +188,7 @@ template <bool cut, bool bounded> struct Producer {
             if (own && task.count > 0)
                 bring_keys(shared.tiles[s], task, barrier);
             else if (task.count > 0)
-                ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cluster, ptx::space_cluster,
-                                     of_other(&shared.granted[s], rank));
+                arrive_at(shared.granted[s], rank ^ 1);
         }
         __syncwarp();
     }
@@ -237,12 +249,11 @@ template <bool cut, bool bounded> struct Producer {
             const PairTurn<cut> turn(next);
             const Task &task = shared.tasks[turn.task()];
             uint32_t beta = 0;
-            if (warp == SCOUT<DIM>) { /* to a chunk that the other CTA makes, too */
-#pragma unroll 1
-                for (int chunk = next - (rank ? 1 : TURNS - 1); chunk <= next; chunk += rank ? 1 : TURNS - 1)
-                    if (chunk >= 0 && chunk <= chunks)
-                        open(chunk);
-                if (next <= chunks)
+            if (warp == SCOUT<DIM> || warp == HOST) {
+                int chunk = warp == HOST ? next - (rank ? 1 : TURNS - 1) : next;
+                if (chunk >= 0 && chunk <= chunks)
+                    open(chunk);
+                if (warp == SCOUT<DIM> && next <= chunks)
                     beta = load_beta(p, task.batch, task.token, task.head, task.count);
             }
             if (next > chunks)
@@ -286,7 +297,7 @@ __device__ void load_composed(const kda_sm90_cut &cut, int first_column, float (
 }
 
 /* 64 columns of V from the true state before the part to the one behind it. */
-template <bool bounded>
+template <bool bounded, bool keeps>
 __device__ void consume_whole(const kda_prefill &p, const kda_sm90_maps &maps, const kda_sm90_cut &cut,
                               Shared<false> &shared) {
     consume<DIM, true, bounded>(
@@ -296,9 +307,10 @@ __device__ void consume_whole(const kda_prefill &p, const kda_sm90_maps &maps, c
                 load_composed(cut, task.column, S);
                 return measured(S);
             }
-            kda_state from = kda_state_at(&p, &p.initial_state, task.slot, task.head);
+            kda_state from = kda_state_at(&p, &p.initial_state, shared.part.slot, task.head);
             load_whole(from_column(from, task.column), S);
-            store_whole_checkpoints(p, task.n, task.head, task.column, 0, S, 0);
+            if constexpr (keeps)
+                store_whole_checkpoints(p, task.n, task.head, task.column, 0, S, 0);
             return measured(S);
         },
         [&](const PairTurn<false> &turn, uint32_t, Values &v) {
@@ -310,7 +322,11 @@ __device__ void consume_whole(const kda_prefill &p, const kda_sm90_maps &maps, c
             return p.out.dtype;
         },
         [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
-            kda_state to = kda_state_at(&p, &p.final_state, task.slot, task.head);
+            if constexpr (keeps)
+                store_checkpoints(p, task, task.row, S, unit);
+        },
+        [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
+            kda_state to = kda_state_at(&p, &p.final_state, shared.part.slot, task.head);
             if (cut.segments == 1) /* else it is there already */
                 store_whole(from_column(to, task.column), S, unit);
         });
@@ -339,7 +355,7 @@ __device__ void consume_segment(const kda_prefill &p, const kda_tensor &out, con
                 make_diagonal(S, 1);
                 return 0;
             }
-            kda_state from = kda_state_at(&p, &p.initial_state, task.slot, task.head);
+            kda_state from = kda_state_at(&p, &p.initial_state, shared.part.slot, task.head);
             if (shared.part.segment > 0)
                 from.data = nullptr;
             load_whole(from, S, thread());
@@ -360,6 +376,7 @@ __device__ void consume_segment(const kda_prefill &p, const kda_tensor &out, con
                                   !identity * KDA_SM90_UNITS + threadIdx.x / 32] = (int16_t)unit;
             return KDA_F16;
         },
+        [](const Task &, float(&)[DIM / 8][4], int) {}, /* the states are not the true ones */
         [&](const Task &, float(&S)[DIM / 8][4], int unit) {
             int64_t at = shared.part.index;
             if (!identity) {
@@ -398,7 +415,8 @@ struct Other {
     CUtensorMap map;
 };
 
-template <bool cut, bool bounded>
+/* Without checkpoints, `keeps` false, their code is left out of a loop that competes for the instruction cache. */
+template <bool cut, bool bounded, bool keeps>
 __global__ void __cluster_dims__(PAIR) __maxnreg__(REGISTERS<cut>)
     pairs(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
           const __grid_constant__ kda_sm90_spread spread, const __grid_constant__ kda_sm90_cut memory_of_cut,
@@ -434,11 +452,11 @@ __global__ void __cluster_dims__(PAIR) __maxnreg__(REGISTERS<cut>)
         return;
     if (group >= CONSUMERS<cut>) {
         give_registers<PRODUCER_REGISTERS<cut>>();
-        Producer<cut, bounded>{p, maps, shared, rank, group - CONSUMERS<cut>}.produce();
+        Producer<cut, bounded, keeps>{p, maps, shared, rank, group - CONSUMERS<cut>}.produce();
     } else {
         take_registers<CONSUMER_REGISTERS<cut>>();
         if constexpr (!cut)
-            consume_whole<bounded>(p, maps, memory_of_cut, shared);
+            consume_whole<bounded, keeps>(p, maps, memory_of_cut, shared);
         else if (rank == 1 && shared.part.segment == 0)
             let_pass(shared);
         else
@@ -449,19 +467,20 @@ __global__ void __cluster_dims__(PAIR) __maxnreg__(REGISTERS<cut>)
     ptx::barrier_cluster_wait();
 }
 
-template <bool cut, bool bounded>
+template <bool cut, bool bounded, bool keeps>
 cudaError_t launch(const kda_prefill *p, const kda_sm90_spread &spread, int64_t chunks,
                    const kda_sm90_cut &memory, const Other &other, cudaStream_t stream) {
     int bytes = sizeof(Shared<cut>);
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(p, &maps);
     if (!error)
-        error = cudaFuncSetAttribute(pairs<cut, bounded>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        error = cudaFuncSetAttribute(pairs<cut, bounded, keeps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     bytes);
     if (error)
         return error;
     unsigned ctas = (unsigned)(p->sequences * p->value_heads * memory.segments * PAIR);
-    return launch_behind_if(spread.all.parts, pairs<cut, bounded>, dim3(ctas), THREADS<cut>, bytes, stream, *p,
-                            maps, spread, memory, other, chunks);
+    return launch_behind_if(spread.all.parts, pairs<cut, bounded, keeps>, dim3(ctas), THREADS<cut>, bytes,
+                            stream, *p, maps, spread, memory, other, chunks);
 }
 
 } // namespace
@@ -469,14 +488,18 @@ cudaError_t launch(const kda_prefill *p, const kda_sm90_spread &spread, int64_t 
 
 cudaError_t kda_sm90_pairs(const kda_prefill *p, kda_sm90_spread spread, kda_sm90_cut cut,
                            cudaStream_t stream) {
-    return (kda::is_bounded(p) ? kda::launch<false, true> : kda::launch<false, false>)(p, spread, 0, cut, {},
-                                                                                       stream);
+    using namespace kda;
+    bool keeps = p->checkpoints.data;
+    return (is_bounded(p) ? keeps ? launch<false, true, true> : launch<false, true, false>
+            : keeps ? launch<false, false, true>
+                          : launch<false, false, false>)(p, spread, 0, cut, {}, stream);
 }
 
 cudaError_t kda_sm90_pairs_cut(const kda_prefill *p, kda_sm90_spread spread, int64_t chunks, kda_sm90_cut cut,
                                cudaStream_t stream) {
     kda::Other other = {};
-    struct kda_prefill of_A = *p;
+    struct kda_prefill of_B = *p, of_A = *p;
+    of_B.checkpoints.data = NULL; /* the second pass stores them */
     of_A.out.data = reinterpret_cast<char *>(cut.outputs);
     of_A.out.dtype = KDA_F16;
     for (int i = 3; i >= 0; i--)
@@ -486,6 +509,6 @@ cudaError_t kda_sm90_pairs_cut(const kda_prefill *p, kda_sm90_spread spread, int
     if (error)
         return error;
     other.out = of_A.out, other.map = maps.out;
-    return (kda::is_bounded(p) ? kda::launch<true, true> : kda::launch<true, false>)(p, spread, chunks, cut,
-                                                                                     other, stream);
+    return (kda::is_bounded(p) ? kda::launch<true, true, false>
+                               : kda::launch<true, false, false>)(&of_B, spread, chunks, cut, other, stream);
 }
