@@ -5,8 +5,8 @@ accuracy table (docs/maths.md): captured ones, random ones in both gate regimes,
 usage: cuda_accuracy.py [--build DIR] [--flashkda FOLDER] [--commit NAME] [-o FILE] [INPUT.safetensors ...]
 
 The inputs are those in data/, INPUTs and the random ones; fla, FlashKDA and the kernel of nvidia-cudnn-frontend are
-compared where they are installed and take the input. Writes benchmarks/results/DEVICE/accuracy.json, or FILE. Exit
-status 1 if a result of ours is further off than it may be. Needs torch, safetensors and the installed package.
+compared where they are installed and take the input. Writes benchmarks/results/DEVICE/accuracy.json, or FILE, as it
+goes. Exit status 1 if a result of ours is further off than it may be. Needs torch, safetensors and the installed package.
 """
 
 import argparse
@@ -127,6 +127,11 @@ def main():
     levels = {"ours": None} | ({"portable": PORTABLE} if gpu["compute_capability"].startswith("9.") else {})
     names, rows, good = [*levels, *loaded], [], True
     print(f"{'output / state':28} {'at most':>17}" + "".join(f" {name:>17}" for name in names))
+    path = options.output or device.results(gpu) / "accuracy.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"version": flash_kda.__version__, "commit": device.commit(options.commit), "device": gpu,
+             "torch": torch.__version__,
+             "peers": {name: peer.version if peer else None for name, peer in loaded.items()}, "complete": False}
     with torch.inference_mode():
         for name, x, columns in inputs(options.inputs):
             errors = compare(x, loaded, levels)
@@ -138,12 +143,8 @@ def main():
             cells += [e and (e["output_error"], e["state_error"]) for e in errors.values()]
             print(f"{name:28}" + "".join(f" {show(cell):>17}" for cell in cells) + ("" if fits else "  TOO FAR"),
                   flush=True)
-    path = options.output or device.results(gpu) / "accuracy.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({
-        "version": flash_kda.__version__, "commit": device.commit(options.commit), "device": gpu,
-        "torch": torch.__version__, "peers": {name: peer.version if peer else None for name, peer in loaded.items()},
-        "errors": rows}, indent=2) + "\n")
+            path.write_text(json.dumps({**about, "errors": rows}, indent=2) + "\n")
+        path.write_text(json.dumps({**about, "complete": True, "errors": rows}, indent=2) + "\n")
     print(f"wrote {path}")
     sys.exit(not good)
 

@@ -6,9 +6,9 @@ own all of prefill runs in every other way, too: see FORCED.
 usage: cuda.py [--build DIR] [--quick] [--only JOB ...] [--seed N] [--commit NAME] [-o FILE]      (./dev check-cuda)
 
 All jobs run side by side; what each printed is kept in DIR/check-cuda/. Writes a summary to
-benchmarks/results/DEVICE/check.json, or FILE; with --only it writes nothing unless FILE is given. "passed" is of the
-jobs that ran, "complete" if all there are did. Exit status: 0 if every job that ran passed. Needs the standard library
-alone.
+benchmarks/results/DEVICE/check.json, or FILE, as each job ends; with --only it writes nothing unless FILE is given.
+"passed" is of the jobs that ran, "complete" if all there are did. Exit status: 0 if every job that ran passed. Needs
+the standard library alone.
 """
 
 import argparse
@@ -107,8 +107,8 @@ class Job:
         return result
 
 
-def run(jobs, folder):
-    """Runs all jobs side by side and prints a line as each ends."""
+def run(jobs, folder, write):
+    """Runs all jobs side by side; as each ends, prints a line and has all results until then written."""
     folder.mkdir(exist_ok=True)
     going = [Job(name, wanted, environment, folder / f"{name}.log") for name, (wanted, environment) in jobs.items()]
     results = {}
@@ -124,6 +124,7 @@ def run(jobs, folder):
                   + ("" if result["good"] else f"; see {job.path}"), flush=True)
             for failure in result["failures"][:10]:
                 print(f"    {failure}")
+            write(results)
         time.sleep(0.1)
     return results
 
@@ -150,22 +151,28 @@ def main():
         jobs = {name: job for name, job in jobs.items() if name in options.only}
     if not jobs:
         sys.exit("no job is left to run")
-    results = run(jobs, build / "check-cuda")
-    passed = all(result["good"] for result in results.values())
-    summary = {
-        "passed": passed,
-        "complete": set(results) == set(JOBS),
-        "commit": device.commit(options.commit),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "device": gpu,
-        "seed": options.seed,
-        "quick": options.quick,
-        "jobs": {name: results.get(name) for name in JOBS},  # null: did not run
-    }
-    path = options.output or device.results(gpu) / "check.json"
-    if options.output or not options.only:
+    path = options.output or (None if options.only else device.results(gpu) / "check.json")
+    commit = device.commit(options.commit)
+
+    def write(results):
+        if not path:
+            return
+        summary = {
+            "passed": all(result["good"] for result in results.values()),
+            "complete": set(results) == set(JOBS),
+            "commit": commit,
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "device": gpu,
+            "seed": options.seed,
+            "quick": options.quick,
+            "jobs": {name: results.get(name) for name in JOBS},  # null: did not run
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(summary, indent=2) + "\n")
+
+    results = run(jobs, build / "check-cuda", write)
+    passed = all(result["good"] for result in results.values())
+    if path:
         print(f"wrote {path}")
     print("all passed" if passed else "NOT all passed")
     sys.exit(not passed)
