@@ -154,8 +154,8 @@ template <bool cut, bool bounded, bool keeps> struct Producer {
         const int32_t at[4] = {channel, head, task.token, task.batch};
         bring_box(to, map, at, *barrier, policy);
     }
-    /* The scout says what a chunk is and has it brought: k, q and g where this group makes its operands; else there is
-     * room now for what the same group of the other CTA makes. Values in either case. */
+    /* Says what a chunk is and has it brought: by the scout one whose operands this group makes; by the host its values alone,
+     * as there is room now for what the same group of the other CTA makes. */
     __device__ void open(int chunk) {
         bool own = chunk % PAIR == rank;
         PairTurn<cut> turn(chunk);
@@ -490,9 +490,9 @@ cudaError_t kda_sm90_pairs(const kda_prefill *p, kda_sm90_spread spread, kda_sm9
                            cudaStream_t stream) {
     using namespace kda;
     bool keeps = p->checkpoints.data;
-    return (is_bounded(p) ? keeps ? launch<false, true, true> : launch<false, true, false>
-            : keeps ? launch<false, false, true>
-                          : launch<false, false, false>)(p, spread, 0, cut, {}, stream);
+    auto bounded = keeps ? launch<false, true, true> : launch<false, true, false>;
+    auto unbounded = keeps ? launch<false, false, true> : launch<false, false, false>;
+    return (is_bounded(p) ? bounded : unbounded)(p, spread, 0, cut, {}, stream);
 }
 
 cudaError_t kda_sm90_pairs_cut(const kda_prefill *p, kda_sm90_spread spread, int64_t chunks, kda_sm90_cut cut,
