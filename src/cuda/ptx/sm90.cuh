@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Instructions of sm_90a that cuda::ptx does not wrap: wgmma with its first operand in registers, the sharing out of
- * registers, the election of a lane, the copy engine with a cache policy. A warpgroup's accumulator d [64][N] is, warp by
- * warp, 16 rows of mma's accumulator tiles (sm80.cuh). */
+ * registers, the election of a lane, the copy engine with a cache policy, an arrival at another CTA that waits for no memory. A
+ * warpgroup's accumulator d [64][N] is, warp by warp, 16 rows of mma's accumulator tiles (sm80.cuh). */
 #ifndef KDA_CUDA_PTX_SM90_CUH
 #define KDA_CUDA_PTX_SM90_CUH
 
@@ -103,8 +103,8 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-/* Arrives at a barrier of the cluster's CTA `rank`, which lies there as `barrier` does here. cuda::ptx knows this with a release
- * to the cluster only, which waits for all memory. */
+/* Arrives at a barrier of the cluster's CTA `rank`, which lies there as `barrier` does here, behind what has been read: no write
+ * is made visible there. cuda::ptx knows this with a release to the cluster only, which waits for all memory. */
 __device__ __forceinline__ void arrive_at(uint64_t &barrier, int rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                  "mbarrier.arrive.release.cta.shared::cluster.b64 _, [there];\n}" ::"r"(

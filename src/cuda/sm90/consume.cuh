@@ -382,7 +382,8 @@ __device__ void store_in_pieces(const kda_state &state, const float (&S)[TILES][
     }
 }
 
-/* At position 0 the state that the chain starts from, else the one behind that token. */
+/* Checkpoints at a position: at 0 the state that the chain starts from, else the one behind that token. In few registers, for
+ * loops that are short of them: see store_checkpoints. */
 template <int TILES>
 __device__ void store_whole_checkpoints(const kda_prefill &p, int n, int head, int column, int position,
                                         float (&S)[TILES][4], int unit, uint32_t thread = threadIdx.x) {
@@ -434,7 +435,7 @@ inline __device__ uint32_t find_flags(const Task &task, bool first, bool last, b
            (task.position % MEASURED < CHUNK ? MEASURE : 0) | (keeps ? CHECKPOINT : 0) | (last ? LAST : 0);
 }
 
-/* Checkpoints behind a chunk: the one of `row`, if that is known, or all that are there. */
+/* Checkpoints behind a chunk, faster: the one of `row`, if that is known, or all that are there. */
 template <int TILES>
 __device__ void store_checkpoints(const kda_prefill &p, const Task &task, int row, float (&S)[TILES][4],
                                   int unit) {
@@ -520,7 +521,8 @@ __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUten
                         After after) {
     float S[DIM / 8][4];
     int unit = 0;
-    constexpr int PLACES = sizeof shared.outputs / sizeof shared.outputs[0];
+    constexpr int PLACES =
+        sizeof shared.outputs / sizeof shared.outputs[0]; /* for a chunk's outputs, in turn */
     int place = 0;
     auto rows = [&] { return shared.outputs[place][threadIdx.x / 32]; };
     const Task *leaving = nullptr; /* whose outputs are in rows: they leave while the next first product runs */

@@ -500,13 +500,11 @@ bool kda_sm90_has_tiles(const kda_prefill *p) {
 
 cudaError_t kda_sm90_fused(const kda_prefill *p, kda_sm90_spread spread, int processors, cudaStream_t stream) {
     using namespace kda;
-    auto of = [&](auto without, auto with) {
-        return (p->checkpoints.data ? with : without)(p, spread, processors, stream);
-    };
-    if (p->key_dim == 64)
-        return of(launch_chains<64, true, false>, launch_chains<64, true, true>);
-    return is_bounded(p) ? of(launch_chains<128, true, false>, launch_chains<128, true, true>)
-                         : of(launch_chains<128, false, false>, launch_chains<128, false, true>);
+    bool keeps = p->checkpoints.data;
+    auto of_64 = keeps ? launch_chains<64, true, true> : launch_chains<64, true, false>;
+    auto bounded = keeps ? launch_chains<128, true, true> : launch_chains<128, true, false>;
+    auto unbounded = keeps ? launch_chains<128, false, true> : launch_chains<128, false, false>;
+    return (p->key_dim == 64 ? of_64 : is_bounded(p) ? bounded : unbounded)(p, spread, processors, stream);
 }
 
 cudaError_t kda_sm90_fused_parts(const kda_prefill *p, kda_sm90_spread spread, cudaStream_t stream) {
