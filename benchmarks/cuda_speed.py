@@ -3,10 +3,11 @@
 
 usage: cuda_speed.py [--build DIR] [--flashkda FOLDER] [--quick] [--commit NAME] [-o FILE]
 
-Runs `flashkda bench --backend cuda`, on a GPU with a level of its own again on the portable level, then fla's
-chunk_kda (the package flash-linear-attention, where it is installed), FlashKDA (a FOLDER with its built package) and
-the Hopper kernel of nvidia-cudnn-frontend (where it is installed; it gets g and beta in fp32) through torch. Says last
-where the portable level is slower than it should be. Writes benchmarks/results/DEVICE/speed.json, after every case so
+Runs `flashkda bench --backend cuda`, behind its table on the inputs in data/ repeated to the size of its cases; on a
+GPU with a level of its own all that again on the portable level; then on the table's cases fla's chunk_kda (the package
+flash-linear-attention, where it is installed), FlashKDA (a FOLDER with its built package) and the Hopper kernel of
+nvidia-cudnn-frontend (where it is installed; it gets g and beta in fp32) through torch. Says last where the portable
+level is slower than it should be. Writes benchmarks/results/DEVICE/speed.json, after every case so
 that what is cut off is not lost ("complete" is false until the end), and draws speed.svg beside it; with --quick, a few
 short cases, it writes nothing unless FILE is given. A peer that is not here, or not yet, is null in the JSON. Exit
 status 1 if a result of ours is wrong.
@@ -27,22 +28,32 @@ import fla_compile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PORTABLE = "sm80"  # the level for every GPU
+CAPTURED = sorted((ROOT / "data").glob("*.safetensors"))  # repeated to the size of a case of the table
+CAPTURED_SIZE = ["--tokens", "8192", "--heads", "32", "--initial-state"]
 MANY_CHAINS = 32  # sequences times value heads; with so many the portable level is to be as fast as fla
 
 
 # ---- Ours ---------------------------------------------------------------------------------------
 
-def bench(build, commit, quick, level=None):
+def bench_case(build, commit, level, *options):
     """Runs `flashkda bench`, which prints its table, on the best level or the one named; returns what it measured."""
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory) / "bench.json"
         command = [build / "flashkda", "bench", "--backend", "cuda", "-o", path]
         command += ["--commit", commit] if commit else []
         environment = os.environ | ({"FLASH_KDA_CUDA": level} if level else {})
-        ended = subprocess.run([*command, "--quick"] if quick else command, env=environment)
+        ended = subprocess.run([*command, *options], env=environment)
         if not path.exists():  # it exists where results are wrong: they have no times
             sys.exit(f"{build}/flashkda bench ended with status {ended.returncode} and wrote no results")
         return json.loads(path.read_text())
+
+
+def bench(build, commit, quick, level=None):
+    """The table, and behind it the captured inputs; with quick a few short cases."""
+    measured = bench_case(build, commit, level, *(["--quick"] if quick else []))
+    for path in [] if quick else CAPTURED:
+        measured["results"] += bench_case(build, commit, level, "--captured", path, *CAPTURED_SIZE)["results"]
+    return measured
 
 
 def with_portable(measured, *options):
@@ -96,7 +107,7 @@ def median(measured):
 
 
 def compile_fla(measured, fla):
-    cases = [result["case"] for result in measured["results"]]
+    cases = [result["case"] for result in measured["results"] if result["case"]["regime"] != "captured"]
     fla_compile.compile_for([case for case in cases if fla.takes(case)])
 
 
@@ -123,7 +134,7 @@ def with_peers(measured, module, loaded, write):
     names = ["portable", *loaded]
     print(f"\n{'ms: case':40} {'ours':>9}" + "".join(f" {name:>9} {'x':>6} {'error':>8}" for name in names))
     for result in measured["results"]:
-        if module:
+        if module and result["case"]["regime"] != "captured":  # of random inputs peers make their own
             result["peers"] = module.measure(loaded, result["case"])
         print_beside(result)
         write(measured, complete=False)

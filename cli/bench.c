@@ -2,6 +2,7 @@
 /* flashkda bench: times a table of cases, each only after its result has been found right. */
 #include "bench.h"
 
+#include "captured.h"
 #include "check.h"
 #include "file.h"
 #include "progress.h"
@@ -45,6 +46,7 @@ static const char documentation[] =
     "  flashkda bench --tokens 65536 --heads 1 --threads 1 --out-dtype fp32\n"
     "  flashkda bench --backend cuda -o cuda.json\n"
     "  flashkda bench --backend cuda --decode\n"
+    "  flashkda bench --backend cuda --captured data/small_softplus.safetensors --tokens 8192 --heads 32\n"
     "  flashkda bench --commit $(git rev-parse HEAD) -o cpu.json";
 
 enum option_key {
@@ -189,7 +191,7 @@ static void free_case(struct bench_case *c) {
 static bool make_case(struct bench *bench, struct bench_case *c, const struct case_spec *spec) {
     double seconds = 0;
     *c = (struct bench_case){0};
-    bool good = case_generate(&c->whole, spec, bench->error, sizeof bench->error);
+    bool good = captured_generate(&c->whole, spec, bench->error, sizeof bench->error);
     if (good && !make_prefix(&c->prefix, &c->whole)) {
         snprintf(bench->error, sizeof bench->error, "out of memory for a case");
         good = false;
@@ -633,7 +635,7 @@ int command_bench(int argc, char **argv) {
         return STATUS_ERROR;
     }
     struct bench bench = {.options = &options, .table = !options.json && !options.csv};
-    bool good = bench_all(&bench);
+    bool good = captured_describe(&options.spec.spec, bench.error, sizeof bench.error) && bench_all(&bench);
     free(bench.results);
     if (!good) {
         return report_error(argv[0], "%s", bench.error);

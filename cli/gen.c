@@ -1,17 +1,20 @@
 /* SPDX-License-Identifier: MIT */
 /* flashkda gen: makes a file of random inputs. */
+#include "captured.h"
 #include "case_file.h"
 #include "progress.h"
 #include "spec_options.h"
 
 #include <stdio.h>
 
-static const char documentation[] = "Makes a safetensors file of random inputs for `flashkda run`.\v"
-                                    "Examples:\n"
-                                    "  flashkda gen a.safetensors\n"
-                                    "  flashkda gen b.safetensors --gate sigmoid --lower-bound -3 --seed 7\n"
-                                    "  flashkda gen c.safetensors --lengths 1300,547,0,963 --value-heads 16\n"
-                                    "  flashkda gen d.safetensors --regime near-collinear --tokens 16384";
+static const char documentation[] =
+    "Makes a safetensors file of random inputs for `flashkda run`.\v"
+    "Examples:\n"
+    "  flashkda gen a.safetensors\n"
+    "  flashkda gen b.safetensors --gate sigmoid --lower-bound -3 --seed 7\n"
+    "  flashkda gen c.safetensors --lengths 1300,547,0,963 --value-heads 16\n"
+    "  flashkda gen d.safetensors --regime near-collinear --tokens 16384\n"
+    "  flashkda gen e.safetensors --captured data/small_softplus.safetensors --heads 32";
 
 struct gen_options {
     struct spec_options spec;
@@ -47,10 +50,13 @@ int command_gen(int argc, char **argv) {
         return STATUS_ERROR;
     }
     char name[128], error[MESSAGE_SIZE];
+    if (!captured_describe(&options.spec.spec, error, sizeof error)) {
+        return report_error(argv[0], "%s", error);
+    }
     case_spec_name(&options.spec.spec, name, sizeof name);
     progress_show(0, 2, "generating");
     struct kda_case c;
-    bool good = case_generate(&c, &options.spec.spec, error, sizeof error);
+    bool good = captured_generate(&c, &options.spec.spec, error, sizeof error);
     if (good) {
         progress_show(1, 2, "writing");
         good = case_file_write(options.path, &c, error, sizeof error);

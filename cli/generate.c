@@ -13,11 +13,9 @@
 enum { REPEAT_TOKENS = 16 /* v of near-collinear */, FILL_BLOCK = 1 << 16 };
 
 const char *const regime_names[] = {
-    [REGIME_STRONG] = "strong",
-    [REGIME_SLOW] = "slow",
-    [REGIME_UNIFORM] = "uniform",
-    [REGIME_NEAR_COLLINEAR] = "near-collinear",
-    NULL,
+    [REGIME_STRONG] = "strong",     [REGIME_SLOW] = "slow",
+    [REGIME_UNIFORM] = "uniform",   [REGIME_NEAR_COLLINEAR] = "near-collinear",
+    [REGIME_CAPTURED] = "captured", NULL,
 };
 
 /* ---- Lengths ----------------------------------------------------------------------------------- */
@@ -118,7 +116,7 @@ static void fill_repeating(struct tensor *tensor, struct random_stream stream) {
 }
 
 static void fill_parameters(struct kda_case *c, const struct case_spec *spec) {
-    if (spec->regime == REGIME_NEAR_COLLINEAR) {
+    if (spec->regime == REGIME_NEAR_COLLINEAR || spec->regime == REGIME_CAPTURED) {
         return; /* both 0 */
     }
     fill_uniform(&c->A_log, random_stream(spec->seed, "A_log"));
@@ -145,6 +143,8 @@ static void fill_tokens(struct kda_case *c, const struct case_spec *spec) {
         fill_uniform(&c->v, v);
         fill_constant(&c->g, spec->constant_g);
         break;
+    case REGIME_CAPTURED:
+        return;
     case REGIME_STRONG:
     case REGIME_SLOW:
         fill_normal(&c->q, q, 0);

@@ -10,8 +10,9 @@
  * slow:           the same with g ~ N(-7, 1), dt_bias 0: decay near 1, as trained heads have
  * uniform:        q, k, v ~ U(0, 1), g constant, the rest as strong
  * near-collinear: every key equal, v repeating every 16 tokens, almost no decay: hard on the arithmetic
+ * captured:       zeros, for captured.h to fill
  */
-enum regime { REGIME_STRONG, REGIME_SLOW, REGIME_UNIFORM, REGIME_NEAR_COLLINEAR };
+enum regime { REGIME_STRONG, REGIME_SLOW, REGIME_UNIFORM, REGIME_NEAR_COLLINEAR, REGIME_CAPTURED };
 
 /* Their names, ended by NULL; the index is the value. */
 extern const char *const regime_names[];
@@ -20,8 +21,9 @@ struct case_spec {
     int64_t batch, tokens, heads;
     int64_t value_heads; /* 0: heads */
     int64_t key_dim, value_dim;
-    const char *lengths; /* of packed sequences, "1300,547": tokens is their sum; NULL: dense */
-    DLDataType dtype;    /* of q, k, v, g and beta */
+    const char *lengths;  /* of packed sequences, "1300,547": tokens is their sum; NULL: dense */
+    const char *captured; /* the file of regime captured; NULL for the others */
+    DLDataType dtype;     /* of q, k, v, g and beta */
     flash_kda_gate gate;
     double lower_bound;
     enum regime regime;

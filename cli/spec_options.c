@@ -32,6 +32,7 @@ enum option_key {
     OPTION_G,
     OPTION_INITIAL_STATE,
     OPTION_SEED,
+    OPTION_CAPTURED,
 };
 
 static const struct argp_option options[] = {
@@ -54,6 +55,10 @@ static const struct argp_option options[] = {
     {"g", OPTION_G, "X", 0, "The constant g of regime uniform (-4)", 1},
     {"initial-state", OPTION_INITIAL_STATE, NULL, 0, "With a random initial state", 1},
     {"seed", OPTION_SEED, "N", 0, "Same seed, same bits, on every machine (0)", 1},
+    {"captured", OPTION_CAPTURED, "FILE", 0,
+     "Instead of random numbers tokens and heads of this safetensors file, again and again; it says the gate, "
+     "the dtype and the head dims",
+     1},
     {0},
 };
 
@@ -110,6 +115,9 @@ static error_t parse_kind(int key, const char *text, const struct argp_state *st
                                               : argument_error(state, "--lower-bound is 0, expected less");
     case OPTION_G:
         return parse_real(state, "g", text, -1e4, 1e4, &spec->constant_g);
+    case OPTION_CAPTURED:
+        spec->captured = text;
+        return 0;
     case OPTION_INITIAL_STATE:
         spec->initial_state = true;
         return 0;
@@ -122,7 +130,34 @@ static error_t parse_kind(int key, const char *text, const struct argp_state *st
     }
 }
 
-static error_t check_spec(const struct argp_state *state, const struct case_spec *spec) {
+/* Does a file of captured inputs say what this option does? */
+static bool said_by_file(int key) {
+    switch (key) {
+    case OPTION_VALUE_HEADS:
+    case OPTION_KEY_DIM:
+    case OPTION_VALUE_DIM:
+    case OPTION_DTYPE:
+    case OPTION_GATE:
+    case OPTION_LOWER_BOUND:
+    case OPTION_REGIME:
+    case OPTION_G:
+        return true;
+    default:
+        return false;
+    }
+}
+
+static error_t check_spec(const struct argp_state *state, const struct spec_options *input) {
+    const struct case_spec *spec = &input->spec;
+    if (spec->captured && input->said_by_file) {
+        return argument_error(state,
+                              "--captured goes with --batch, --tokens, --lengths, --heads, --initial-state "
+                              "and --seed alone: the file says the rest");
+    }
+    if (spec->regime == REGIME_CAPTURED && !spec->captured) {
+        return argument_error(state,
+                              "--regime captured has no inputs of its own: name their file, --captured FILE");
+    }
     if (spec->lengths && spec->batch != 1) {
         return argument_error(state, "--lengths does not go with --batch: packed sequences are one batch");
     }
@@ -140,13 +175,14 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         return 0;
     }
     if (key == ARGP_KEY_END) {
-        return check_spec(state, &input->spec);
+        return check_spec(state, input);
     }
     error_t error = parse_shape(key, argument, state, &input->spec);
     if (error == ARGP_ERR_UNKNOWN) {
         error = parse_kind(key, argument, state, &input->spec);
     }
     input->given = input->given || error != ARGP_ERR_UNKNOWN;
+    input->said_by_file = input->said_by_file || said_by_file(key);
     return error;
 }
 

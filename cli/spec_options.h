@@ -8,7 +8,8 @@
 
 struct spec_options {
     struct case_spec spec;
-    bool given; /* at least one of the options was there */
+    bool given;        /* at least one of the options was there */
+    bool said_by_file; /* one of them was that a file of captured inputs leaves no choice in */
 };
 
 /* What no option changes. */
