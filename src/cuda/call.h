@@ -4,11 +4,23 @@
 #define KDA_CUDA_CALL_H
 
 #include "api/problem.h"
+#include "cuda/wish.h"
 
 #include <cuda_runtime_api.h>
 
 /* The status of a call whose part `what` ended with this error. */
 flash_kda_status kda_cuda_status(cudaError_t error, const char *what);
+
+/* What a call may run on. */
+struct kda_cuda_device {
+    int processors; /* multiprocessors */
+    bool
+        sm90; /* Hopper's kernels: they are here, the device runs them, and the environment lets them be used */
+    struct kda_cuda_wish wish; /* what else the environment asks for */
+};
+
+/* Describes the device; an error where the environment asks for a level that cannot run. what: the operation. */
+flash_kda_status kda_cuda_look_at(int device, const char *what, struct kda_cuda_device *found);
 
 /* Can a grid's second dimension hold the value heads? */
 flash_kda_status kda_cuda_check_heads(const struct kda_prefill *p);

@@ -12,12 +12,10 @@
 #include "cuda/segments.h"
 #include "cuda/sm80/kernels.h"
 #include "cuda/sm90/kernels.h"
-#include "cuda/wish.h"
 
 #include <inttypes.h>
 #include <limits.h>
 #include <stdio.h>
-#include <stdlib.h>
 
 static int64_t chunks_of(const struct kda_prefill *p) { return kda_first_chunk(p, p->tokens, p->sequences); }
 
@@ -43,10 +41,7 @@ struct plan {
     size_t spread;              /* and of what parts leave, which uses the same ones again */
 };
 
-#ifdef KDA_WITH_SM90
-enum { HAS_SM90 = true };
-#else
-enum { HAS_SM90 = false };
+#ifndef KDA_WITH_SM90
 /* Stands for the launchers, which no plan asks for then. */
 static cudaError_t absent(const struct kda_prefill *p, ...) {
     (void)p;
@@ -190,29 +185,16 @@ static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
 
 /* Hopper's level where it can take the problem; what it cannot take goes to the portable one, also if it is forced. */
 static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan) {
-    const char *forced = getenv(KDA_CUDA_VARIABLE);
-    struct kda_cuda_wish wish;
-    int major = 0;
-    flash_kda_status status = kda_cuda_read_wish(&wish, forced);
-    if (!status)
-        status = kda_cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, p->device),
-                                 "prefill, device");
-    if (!status)
-        status = kda_cuda_status(
-            cudaDeviceGetAttribute(&plan->processors, cudaDevAttrMultiProcessorCount, p->device),
-            "prefill, device");
+    struct kda_cuda_device device;
+    flash_kda_status status = kda_cuda_look_at(p->device, "prefill, device", &device);
     if (status)
         return status;
-    bool runs = HAS_SM90 && major == 9;
-    if (wish.sm90 && !runs)
-        return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
-                        "the environment variable " KDA_CUDA_VARIABLE " is %.40s, which %s; expected sm80",
-                        forced, HAS_SM90 ? "this device cannot run" : "this build lacks");
+    plan->processors = device.processors;
     plan->way = PORTABLE;
     plan->segments = 1;
     plan->parts = 0;
-    if (runs && !wish.sm80 && kda_sm90_takes(p))
-        choose(p, &wish, plan);
+    if (device.sm90 && kda_sm90_takes(p))
+        choose(p, &device.wish, plan);
     size_workspace(p, plan);
     return FLASH_KDA_OK;
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Everything that needs a GPU, in one go: the check program on level cuda, short and long cases; the captured inputs;
 and the short cases again under each tool of compute-sanitizer, where that is installed. On a GPU with a level of its
-own all of prefill runs in every other way, too: see FORCED.
+own all of that runs in every other way, too: see FORCED.
 
 usage: cuda.py [--build DIR] [--quick] [--only JOB ...] [--seed N] [--commit NAME] [-o FILE]      (./dev check-cuda)
 
@@ -29,12 +29,13 @@ import device  # noqa: E402
 # With their own options. The check program makes wrong calls on purpose and looks at every status itself.
 TOOL_OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "initcheck": [], "synccheck": []}
 TOOLS = list(TOOL_OPTIONS)
-# Values of FLASH_KDA_CUDA: the portable level; Hopper's with every sequence in five segments; all that fits in one kernel, by
+# Values of FLASH_KDA_CUDA, of prefill: the portable level; Hopper's with every sequence in five segments; all that fits in one kernel, by
 # one multiprocessor to a chain, by two, and by two to each of three segments.
 FORCED = {"-sm80": "sm80", "-segments": "sm90/5", "-fused": "sm90/fused", "-pairs": "sm90/pairs/1",
           "-cut": "sm90/pairs/3", "-spread": "sm90/spread"}
-DECODE = "-decode"  # is the same whatever is forced
-JOBS = [name + what for name in ("short", "long", "captured", *TOOLS) for what in ("", *FORCED, DECODE)]
+DECODE = "-decode"
+DECODE_FORCED = {DECODE + "-sm80": "sm80"}
+JOBS = [name + what for name in ("short", "long", "captured", *TOOLS) for what in ("", *FORCED, DECODE, *DECODE_FORCED)]
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 TOOL_FOUND_ERRORS = 99  # exit status
 
@@ -55,12 +56,13 @@ def commands(build, seed, quick, op):
 
 def all_jobs(build, gpu, seed, quick):
     """Names to commands and environment."""
-    prefill = commands(build, seed, quick, "prefill")
-    jobs = {name: (wanted, None) for name, wanted in prefill.items()}
-    if gpu["compute_capability"].startswith("9."):
-        jobs |= {name + level: (wanted, {**os.environ, "FLASH_KDA_CUDA": forced})
-                 for name, wanted in prefill.items() for level, forced in FORCED.items()}
-    jobs |= {name + DECODE: (wanted, None) for name, wanted in commands(build, seed, quick, "decode").items()}
+    jobs = {}
+    for op, what, every_way in (("prefill", "", FORCED), ("decode", DECODE, DECODE_FORCED)):
+        wanted = commands(build, seed, quick, op)
+        jobs |= {name + what: (command, None) for name, command in wanted.items()}
+        if gpu["compute_capability"].startswith("9."):
+            jobs |= {name + way: (command, {**os.environ, "FLASH_KDA_CUDA": forced})
+                     for name, command in wanted.items() for way, forced in every_way.items()}
     return jobs
 
 

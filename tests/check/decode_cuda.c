@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* What decode promises on CUDA alone: graphs that are replayed with other contents, indices in device memory that are out
- * of range, managed memory. */
+ * of range, managed memory; and what its kernels for many states and few make of a batch. */
 #include "decode_case.h"
 #include "decode_families.h"
 #include "device.h"
@@ -178,10 +178,92 @@ static void managed_memory(struct check *check) {
     decode_problem_free(&d);
 }
 
+/* ---- Many states and few ----------------------------------------------------------------------- */
+
+static const struct {
+    int64_t H, group, V;
+} batches[] = {{16, 2, 128}, {20, 2, 128}, {8, 2, 256}, {300, 1, 128}};
+
+static struct decode_case case_of_batch(int i, DLDataType state_type) {
+    struct decode_case c = decode_case_plain();
+    c.state_type = state_type;
+    c.tokens.H = batches[i].H, c.tokens.group = batches[i].group;
+    c.tokens.K = 128, c.tokens.V = batches[i].V;
+    c.tokens.sequences = 3;
+    for (int n = 0; n < c.tokens.sequences; n++)
+        c.tokens.lengths[n] = 1;
+    c.tokens.q_type = c.tokens.k_type = c.tokens.v_type = c.tokens.out_type = TYPE_BF16;
+    c.tokens.g_type = c.tokens.beta_type = TYPE_BF16;
+    c.tokens.inputs = SPACING_FUSED;
+    return c;
+}
+
+static void compare_batches(struct check *check) {
+    const DLDataType types[] = {TYPE_FP32, TYPE_BF16, TYPE_FP16};
+    for (size_t i = 0; i < sizeof batches / sizeof *batches; i++)
+        for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
+            struct decode_case c = case_of_batch((int)i, types[t]);
+            c.tokens.gate = t ? FLASH_KDA_GATE_SIGMOID : FLASH_KDA_GATE_SOFTPLUS;
+            c.keep_state = t == 2 && i % 2;
+            snprintf(c.tokens.name, sizeof c.tokens.name, "decode, %lld states, V %lld, %s",
+                     c.tokens.sequences * (long long)(c.tokens.H * c.tokens.group), (long long)c.tokens.V,
+                     type_name(types[t]));
+            decode_compare(check, &c);
+        }
+}
+
+/* Sequence n of a call alone. */
+static const char *decode_alone(const struct decode_problem *d, struct decode_results *results, int64_t n) {
+    flash_kda_decode_args args = decode_bind(d, results, FLASH_KDA_BACKEND_CUDA);
+    const DLTensor **tensors[] = {
+        &args.q, &args.k, &args.v, &args.g, &args.beta, &args.out, &args.state_indices};
+    struct tensor_view views[sizeof tensors / sizeof *tensors];
+    const struct tensor *whole[] = {&d->p.q,    &d->p.k,       &d->p.v,          &d->p.g,
+                                    &d->p.beta, &results->out, &d->state_indices};
+    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
+        tensor_view_make(&views[i], whole[i]);
+        tensor_view_skip(&views[i], 0, n, 1);
+        *tensors[i] = &views[i].dl;
+    }
+    return device_decode(&args, DEVICE_MEMORY);
+}
+
+/* Each sequence alone, and all at once: so many states that another kernel would be faster. */
+static void batch_invariant(struct check *check) {
+    for (int half = 0; half < 2; half++) {
+        struct decode_case c = case_of_batch(0, half ? TYPE_BF16 : TYPE_FP32);
+        c.tokens.H = 64, c.tokens.batch_invariant = true;
+        snprintf(c.tokens.name, sizeof c.tokens.name, "decode, each sequence alone, %s",
+                 type_name(c.state_type));
+        if (!check_wanted(check, c.tokens.name))
+            continue;
+        struct random r = random_named(check->seed, c.tokens.name);
+        struct decode_problem d;
+        struct decode_results alone, together;
+        const char *wrong = decode_problem_make(&d, &c, false, &r);
+        decode_results_make(&alone, &d);
+        decode_results_make(&together, &d);
+        const flash_kda_decode_args args = decode_bind(&d, &together, FLASH_KDA_BACKEND_CUDA);
+        if (!wrong)
+            wrong = decode_call(&args);
+        for (int64_t n = 0; n < c.tokens.sequences && !wrong; n++)
+            wrong = decode_alone(&d, &alone, n);
+        if (!wrong)
+            wrong = differ(&alone, &together);
+        report(check, &c, wrong, "the same bits as in a batch");
+        decode_results_free(&alone);
+        decode_results_free(&together);
+        decode_problem_free(&d);
+    }
+}
+
 void decode_cuda(struct check *check) {
     if (!prefill_tests_cuda(check))
         return;
     graphs(check);
     wild_indices(check);
     managed_memory(check);
+    compare_batches(check);
+    batch_invariant(check);
+    decode_behind(check);
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Instructions of sm_90a that cuda::ptx does not wrap: wgmma with its first operand in registers, the sharing out of
- * registers, the election of a lane, the copy engine with a cache policy, an arrival at another CTA that waits for no memory. A
- * warpgroup's accumulator d [64][N] is, warp by warp, 16 rows of mma's accumulator tiles (sm80.cuh). */
+ * registers, the election of a lane, the copy engine with a cache policy or to a cache, an arrival at another CTA that waits
+ * for no memory. A warpgroup's accumulator d [64][N] is, warp by warp, 16 rows of mma's accumulator tiles (sm80.cuh). */
 #ifndef KDA_CUDA_PTX_SM90_CUH
 #define KDA_CUDA_PTX_SM90_CUH
 
@@ -93,6 +93,11 @@ __device__ __forceinline__ void bring_box(void *to, const CUtensorMap &map, cons
         "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]),
         "r"((uint32_t)__cvta_generic_to_shared(&barrier)), "l"(policy)
         : "memory");
+}
+
+/* Has the copy engine bring so many bytes to the L2 cache, a multiple of 16 from such an address on. */
+__device__ __forceinline__ void bring_to_cache(const void *from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 /* Named barriers of `threads` threads: wait for all, come by without waiting. */

@@ -366,20 +366,37 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
     /* Token t; out: its row from the tile's first column on, or NULL. */
     __device__ void step(const Decode &d, const Token &token, Scratch &, int, char *out, kda_dtype dtype,
                          int columns) {
-        float w[ROWS][CHAINS] = {}, y[CHAINS][ROWS] = {}, k[ACROSS][VEC];
+        auto channels = [&](int j, int part, float(&decay)[4], float(&k)[4], float(&q)[4]) {
+            load_channels(token, j, part, decay, k, q);
+        };
         Products sums = token.all_products();
-        Factors factor(d, sums);
-        float step = token.beta * factor.k;
+        step_columns(channels, sums, Factors(d, sums), token.beta, token.v, out, dtype, columns);
+    }
+
+    /* Four of a thread's channels of any token. */
+    template <class AnyToken>
+    __device__ static void load_channels(const AnyToken &token, int j, int part, float (&decay)[4],
+                                         float (&k)[4], float (&q)[4]) {
+        unsigned at = place(channel(j) + part);
+        load_shared(&token.decay[at], decay);
+        load_shared(&token.k[at], k);
+        load_shared(&token.q[at], q);
+    }
+
+    /* A step, of which channels(j, part, decay, k, q) tells what load_channels does; v: of the tile's columns. */
+    template <class Channels>
+    __device__ __forceinline__ void step_columns(Channels channels, const Products &sums, const Factors &factor,
+                                                 float beta, const float *v, char *out, kda_dtype dtype,
+                                                 int columns) {
+        float w[ROWS][CHAINS] = {}, y[CHAINS][ROWS] = {}, k[ACROSS][VEC];
+        float step = beta * factor.k;
 #pragma unroll
         for (int j = 0; j < ACROSS; j++)
 #pragma unroll
             for (int part = 0; part < VEC; part += 4) {
                 int chain = (j * VEC + part) / 4 % CHAINS;
-                unsigned at = place(channel(j) + part);
                 float decay[4], keys[4], q[4];
-                load_shared(&token.decay[at], decay);
-                load_shared(&token.k[at], keys);
-                load_shared(&token.q[at], q);
+                channels(j, part, decay, keys, q);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     k[j][part + e] = keys[e];
@@ -408,7 +425,7 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
         float own_u = 0;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            float u = step * (token.v[row(i)] - factor.k * w[i][0]);
+            float u = step * (v[row(i)] - factor.k * w[i][0]);
             own_u = own == i ? u : own_u;
 #pragma unroll
             for (int j = 0; j < ACROSS; j++)

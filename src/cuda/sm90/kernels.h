@@ -3,6 +3,7 @@
 #ifndef KDA_CUDA_SM90_KERNELS_H
 #define KDA_CUDA_SM90_KERNELS_H
 
+#include "api/decode_problem.h"
 #include "cuda/spread.h"
 
 #include <cuda_runtime_api.h>
@@ -104,6 +105,14 @@ cudaError_t kda_sm90_compose(const struct kda_prefill *p, struct kda_sm90_spread
                              struct kda_sm90_cut cut, cudaStream_t stream);
 cudaError_t kda_sm90_correct(const struct kda_prefill *p, struct kda_sm90_spread spread, int64_t chunks,
                              struct kda_sm90_cut cut, int processors, cudaStream_t stream);
+
+/* Is kda_sm90_decode made for this problem, whose states' rows are whole pieces of 16 bytes? Of every sequence one token, no index
+ * tensor but state_indices, bits that may depend on the batch; K = 128 and V a multiple of it; states V first, columns
+ * one behind another, and few if in fp32; q, k, v, g, beta and out in bf16, A_log and dt_bias in fp32. */
+bool kda_sm90_decode_takes(const struct kda_decode *d, int processors);
+
+/* As kda_sm80_decode. */
+cudaError_t kda_sm90_decode(const struct kda_decode *d, int processors);
 
 #ifdef __cplusplus
 }

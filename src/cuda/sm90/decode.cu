@@ -1,0 +1,230 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Decode of one token, its states brought by the copy engine. One CTA works 64 or 128 columns of V of one state.
+ *
+ * With few states the time is that of one CTA, from when it may read what the work before has written to its last store.
+ * So everything is asked for at once: first what the token brings, then the state, which would keep it waiting; where all
+ * that lies is found before. A CTA has more of a state than registers hold, and so prepares a token for more columns; it
+ * takes them from shared memory in blocks, as they come.
+ */
+#include "cuda/ptx/sm90.cuh"
+#include "cuda/sm80/decode_inputs.cuh"
+#include "cuda/sm90/kernels.h"
+
+#include <cuda/ptx>
+
+namespace kda {
+namespace decode {
+namespace {
+
+namespace ptx = cuda::ptx;
+
+constexpr int DIM = 128;
+
+/* Threads and columns of V of a CTA; these come in blocks of as many as a tile has. AHEAD: the state that it is expected to be
+ * is brought to the L2 cache while the work before the kernel ends. That pays where multiprocessors or the memory have
+ * nothing else to do then. */
+template <kda_dtype DTYPE, int COLUMNS_, bool AHEAD_> struct Staged {
+    static constexpr bool AHEAD = AHEAD_;
+    static constexpr int KP = DIM, THREADS = 2 * DIM, COLUMNS = COLUMNS_;
+    using Tile = TileVFirst<Aligned<DTYPE>, DIM, THREADS, SMALL>;
+    static constexpr int BLOCKS = COLUMNS / Tile::COLUMNS, ROW = DIM * (DTYPE == KDA_F32 ? 4 : 2); /* bytes */
+    using Token = decode::Token<KP, COLUMNS, Tile::PARTS>;
+    __device__ static unsigned place(unsigned channel) { return Tile::place(channel); }
+};
+
+template <class S> struct Shared {
+    alignas(128) char state[S::BLOCKS][S::Tile::COLUMNS][S::ROW];
+    typename S::Token token;
+    uint64_t arrived[S::BLOCKS];
+    int slot; /* whose state is brought; -1: none is */
+};
+
+/* Where a thread's part of what the token brings lies: of q, k, v and beta, or of g, dt_bias and A_log. */
+template <class S> struct Places {
+    using Threads = Inputs<S, 1, FEW>;
+    static_assert(Threads::SHARED_OUT && S::THREADS == 2 * S::KP);
+    const char *at[4];
+
+    __device__ Places(const Decode &d, const Sequence &s, int head, int column) {
+        if (Threads::has_keys()) {
+            int key_head = d.per_group ? (int)__umulhi(head, d.per_group) : head, channel = Threads::channel(0);
+            at[0] = find_row_of<FEW>(d.q, s, 0, key_head) + channel * 2;
+            at[1] = find_row_of<FEW>(d.k, s, 0, key_head) + channel * 2;
+            at[2] = find_row_of<FEW>(d.v, s, 0, head) + (column + min(channel, S::COLUMNS - 1)) * 2;
+            at[3] = find_row_of<FEW>(d.beta, s, 0, head);
+        } else {
+            int channel = Threads::gate(0);
+            at[0] = at[3] = find_row_of<FEW>(d.g, s, 0, head) + channel * 2;
+            at[1] = d.dt_bias ? d.dt_bias + times(head, d.dt_bias_stride) + channel * 4 : at[0];
+            at[2] = d.A_log ? d.A_log + times(head, d.A_log_stride) : at[0];
+        }
+    }
+
+    /* Finds them here and now: the compiler would when they are wanted. */
+    __device__ void prefetch() const {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            prefetch_line(at[i]);
+    }
+
+    __device__ void load(const Decode &d, Threads &inputs) const {
+        if (Threads::has_keys()) {
+            inputs.k[0][0] = load_here(at[1], false);
+            inputs.q[0][0] = load_here(at[0], false);
+            inputs.v[0] = load_here(at[2], false);
+            inputs.beta[0] = load_here(at[3], false);
+        } else {
+            inputs.g[0][0] = load_here(at[0], false);
+            if (d.dt_bias)
+                inputs.bias[0] = load_here(at[1], true);
+            if (d.A_log)
+                inputs.A_log[0] = load_here(at[2], true);
+        }
+    }
+};
+
+/* Asks for a state that lies at `from`, or for none if there is no slot. */
+template <class S> __device__ void bring(Shared<S> &shared, int slot, const char *from) {
+    shared.slot = slot;
+    if (slot < 0)
+        return;
+#pragma unroll
+    for (int i = 0; i < S::BLOCKS; i++) {
+        ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &shared.arrived[i],
+                                       sizeof shared.state[i]);
+        ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, &shared.state[i],
+                           from + i * sizeof shared.state[i], sizeof shared.state[i], &shared.arrived[i]);
+    }
+}
+
+/* A thread's part of a block. */
+template <class S> __device__ void take(const Shared<S> &shared, int block, typename S::Tile &tile) {
+    using Tile = typename S::Tile;
+    const char *at = &shared.state[block][Tile::row(0)][threadIdx.x % LANES * 16];
+#pragma unroll
+    for (int i = 0; i < Tile::ROWS; i++)
+#pragma unroll
+        for (int j = 0; j < Tile::ACROSS; j++)
+            load_shared(reinterpret_cast<const float *>(at + i * Tile::STEP * S::ROW + j * LANES * 16),
+                        reinterpret_cast<float(&)[4]>(tile.S[i][j]));
+}
+
+template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __grid_constant__ Decode given) {
+    using Tile = typename S::Tile;
+    extern __shared__ __align__(128) char memory[];
+    Shared<S> &shared = *reinterpret_cast<Shared<S> *>(memory);
+    const Decode d = what_is_known<S, 1, FEW>(given);
+    int n = d.first_sequence + blockIdx.z, head = blockIdx.y, column = blockIdx.x * S::COLUMNS;
+    char *state = d.state + times(head, d.state_head_stride) + column * S::ROW, *from = state; /* of slot 0 */
+    int hint = -1;
+    /* The slot may yet change before this kernel may know it. */
+    if (threadIdx.x == 0) {
+        hint = in_pool(d, find_read_index(d, n));
+        from += times(max(hint, 0), d.slot_stride);
+        if (S::AHEAD && hint >= 0)
+            bring_to_cache(from, sizeof shared.state);
+#pragma unroll
+        for (int i = 0; i < S::BLOCKS; i++)
+            ptx::mbarrier_init(&shared.arrived[i], 1);
+        ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+    }
+    Sequence s = find_sequence(d);
+    Inputs<S, 1, FEW> inputs;
+    Places<S> places(d, s, head, column);
+    places.prefetch();
+    char *out = nullptr;
+    if (d.out.data)
+        out = find_row_of<FEW>(d.out, s, 0, head) + column * 2;
+    wait_for_inputs();
+    places.load(d, inputs);
+    int index = find_read_index(d, n);
+    if (threadIdx.x == 0)
+        bring(shared, hint, from);
+    inputs.prepare(d, 1, &shared.token);
+    s.slot = in_pool(d, index);
+    __syncthreads();
+    float decay[Tile::ACROSS][Tile::VEC], k[Tile::ACROSS][Tile::VEC], q[Tile::ACROSS][Tile::VEC];
+#pragma unroll
+    for (int j = 0; j < Tile::ACROSS; j++)
+#pragma unroll
+        for (int part = 0; part < Tile::VEC; part += 4)
+            Tile::load_channels(shared.token, j, part, reinterpret_cast<float(&)[4]>(decay[j][part]),
+                                reinterpret_cast<float(&)[4]>(k[j][part]),
+                                reinterpret_cast<float(&)[4]>(q[j][part]));
+    auto channels = [&](int j, int part, float(&its_decay)[4], float(&its_k)[4], float(&its_q)[4]) {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            its_decay[e] = decay[j][part + e], its_k[e] = k[j][part + e], its_q[e] = q[j][part + e];
+    };
+    Products sums = shared.token.all_products();
+    Factors factor(d, sums);
+    float beta = shared.token.beta;
+    int brought = shared.slot;
+    state += times(s.slot, d.slot_stride) + Tile::offset(d, 0);
+#pragma unroll
+    for (int block = 0; block < S::BLOCKS; block++) {
+        Tile tile;
+        if (brought >= 0) /* what is under way is waited for in any case */
+            while (!ptx::mbarrier_try_wait_parity(&shared.arrived[block], 0))
+                ;
+        if (s.slot < 0)
+            continue;
+        if (__builtin_expect(s.slot == brought, true))
+            take(shared, block, tile);
+        else
+            tile.load(d, state, d.value_dim);
+        tile.unpack(d);
+        tile.step_columns(channels, sums, factor, beta, &shared.token.v[block * Tile::COLUMNS], out, KDA_BF16,
+                          d.value_dim);
+        if (!d.keep_state)
+            tile.store(d, state, d.value_dim);
+        state += Tile::COLUMNS * S::ROW;
+        if (out)
+            out += Tile::COLUMNS * 2;
+    }
+}
+
+template <class S> cudaError_t launch_staged(const kda_decode *d) {
+    dim3 grid((unsigned)(d->tokens.value_dim / S::COLUMNS), (unsigned)d->tokens.value_heads);
+    return launch(run<S>, shorten(d), d, grid, S::THREADS, (int)sizeof(Shared<S>), 0);
+}
+
+/* States of which a multiprocessor has so many at most are few. */
+constexpr int FEW_STATES = 4;
+
+int64_t count_states(const kda_decode *d) {
+    return d->tokens.sequences * d->tokens.value_heads * (d->tokens.value_dim / DIM);
+}
+
+/* Half a state to a CTA where there are multiprocessors enough for all halves. */
+template <kda_dtype DTYPE> cudaError_t launch_dtype(const kda_decode *d, int processors) {
+    int64_t states = count_states(d);
+    if (2 * states <= processors)
+        return launch_staged<Staged<DTYPE, DIM / 2, true>>(d);
+    if (DTYPE == KDA_F32 || states <= FEW_STATES * processors)
+        return launch_staged<Staged<DTYPE, DIM, false>>(d);
+    return launch_staged<Staged<DTYPE, DIM, true>>(d);
+}
+
+} // namespace
+} // namespace decode
+} // namespace kda
+
+bool kda_sm90_decode_takes(const kda_decode *d, int processors) {
+    using namespace kda::decode;
+    const kda_prefill &p = d->tokens;
+    Decode s = shorten(d);
+    bool laid_out = p.state_layout == FLASH_KDA_STATE_V_FIRST && p.value_dim % DIM == 0 &&
+                    s.row_stride == DIM * (int64_t)kda_dtype_size(d->state.dtype);
+    return laid_out && d->max_tokens == 1 && !p.batch_invariant &&
+           is_usual<Staged<KDA_F32, DIM, false>>(s, d) &&
+           (d->state.dtype != KDA_F32 || count_states(d) <= FEW_STATES * processors);
+}
+
+cudaError_t kda_sm90_decode(const kda_decode *d, int processors) {
+    using namespace kda::decode;
+    return d->state.dtype == KDA_F32    ? launch_dtype<KDA_F32>(d, processors)
+           : d->state.dtype == KDA_BF16 ? launch_dtype<KDA_BF16>(d, processors)
+                                        : launch_dtype<KDA_F16>(d, processors);
+}
