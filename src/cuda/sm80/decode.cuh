@@ -385,9 +385,9 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
 
     /* A step, of which channels(j, part, decay, k, q) tells what load_channels does; v: of the tile's columns. */
     template <class Channels>
-    __device__ __forceinline__ void step_columns(Channels channels, const Products &sums, const Factors &factor,
-                                                 float beta, const float *v, char *out, kda_dtype dtype,
-                                                 int columns) {
+    __device__ __forceinline__ void step_columns(const Channels &channels, const Products &sums,
+                                                 const Factors &factor, float beta, const float *v, char *out,
+                                                 kda_dtype dtype, int columns) {
         float w[ROWS][CHAINS] = {}, y[CHAINS][ROWS] = {}, k[ACROSS][VEC];
         float step = beta * factor.k;
 #pragma unroll

@@ -110,6 +110,28 @@ template <class S> __device__ void take(const Shared<S> &shared, int block, type
                         reinterpret_cast<float(&)[4]>(tile.S[i][j]));
 }
 
+/* A thread's channels of a token, in registers for all blocks. */
+template <class Tile> struct Channels {
+    float decay[Tile::ACROSS][Tile::VEC], k[Tile::ACROSS][Tile::VEC], q[Tile::ACROSS][Tile::VEC];
+
+    template <class Token> __device__ explicit Channels(const Token &token) {
+#pragma unroll
+        for (int j = 0; j < Tile::ACROSS; j++)
+#pragma unroll
+            for (int part = 0; part < Tile::VEC; part += 4)
+                Tile::load_channels(token, j, part, reinterpret_cast<float(&)[4]>(decay[j][part]),
+                                    reinterpret_cast<float(&)[4]>(k[j][part]),
+                                    reinterpret_cast<float(&)[4]>(q[j][part]));
+    }
+
+    __device__ void operator()(int j, int part, float (&its_decay)[4], float (&its_k)[4],
+                               float (&its_q)[4]) const {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            its_decay[e] = decay[j][part + e], its_k[e] = k[j][part + e], its_q[e] = q[j][part + e];
+    }
+};
+
 template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __grid_constant__ Decode given) {
     using Tile = typename S::Tile;
     extern __shared__ __align__(128) char memory[];
@@ -144,19 +166,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __
     inputs.prepare(d, 1, &shared.token);
     s.slot = in_pool(d, index);
     __syncthreads();
-    float decay[Tile::ACROSS][Tile::VEC], k[Tile::ACROSS][Tile::VEC], q[Tile::ACROSS][Tile::VEC];
-#pragma unroll
-    for (int j = 0; j < Tile::ACROSS; j++)
-#pragma unroll
-        for (int part = 0; part < Tile::VEC; part += 4)
-            Tile::load_channels(shared.token, j, part, reinterpret_cast<float(&)[4]>(decay[j][part]),
-                                reinterpret_cast<float(&)[4]>(k[j][part]),
-                                reinterpret_cast<float(&)[4]>(q[j][part]));
-    auto channels = [&](int j, int part, float(&its_decay)[4], float(&its_k)[4], float(&its_q)[4]) {
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            its_decay[e] = decay[j][part + e], its_k[e] = k[j][part + e], its_q[e] = q[j][part + e];
-    };
+    const Channels<Tile> channels(shared.token);
     Products sums = shared.token.all_products();
     Factors factor(d, sums);
     float beta = shared.token.beta;
