@@ -14,8 +14,7 @@ flash_kda_status kda_cuda_status(cudaError_t error, const char *what);
 /* What a call may run on. */
 struct kda_cuda_device {
     int processors; /* multiprocessors */
-    bool
-        sm90; /* Hopper's kernels: they are here, the device runs them, and the environment lets them be used */
+    bool sm90;      /* may Hopper's kernels be used: are they here, can it run them, does nobody forbid it? */
     struct kda_cuda_wish wish; /* what else the environment asks for */
 };
 
