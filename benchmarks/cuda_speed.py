@@ -106,8 +106,13 @@ def median(measured):
     return measured["seconds"]["median"] if measured and measured.get("seconds") else None
 
 
+def for_peers(result):
+    """Is it a case whose inputs peers make for themselves? They are not given the captured ones."""
+    return result["case"]["regime"] != "captured"
+
+
 def compile_fla(measured, fla):
-    cases = [result["case"] for result in measured["results"] if result["case"]["regime"] != "captured"]
+    cases = [result["case"] for result in measured["results"] if for_peers(result)]
     fla_compile.compile_for([case for case in cases if fla.takes(case)])
 
 
@@ -134,7 +139,7 @@ def with_peers(measured, module, loaded, write):
     names = ["portable", *loaded]
     print(f"\n{'ms: case':40} {'ours':>9}" + "".join(f" {name:>9} {'x':>6} {'error':>8}" for name in names))
     for result in measured["results"]:
-        if module and result["case"]["regime"] != "captured":  # of random inputs peers make their own
+        if module and for_peers(result):
             result["peers"] = module.measure(loaded, result["case"])
         print_beside(result)
         write(measured, complete=False)

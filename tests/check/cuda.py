@@ -39,7 +39,7 @@ JOBS = [name + what for name in ("short", "long", "captured", *TOOLS) for what i
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 TOOL_FOUND_ERRORS = 99  # exit status
 # Jobs at once. A GPU gives processes their turns by time, so that small calls of many wait for each other most of it:
-# beside 15 others the short cases of decode had not ended after 290 s, alone they end within 30.
+# beside 15 others the short cases of decode had not ended after 290 s, alone they end within a minute.
 SIDE_BY_SIDE = 4
 
 

@@ -42,20 +42,20 @@ template <class S> struct Shared {
 
 /* Where a thread's part of what the token brings lies: of q, k, v and beta, or of g, dt_bias and A_log. */
 template <class S> struct Places {
-    using Threads = Inputs<S, 1, FEW>;
+    using Threads = Inputs<S, 1, USUAL>;
     static_assert(Threads::SHARED_OUT && S::THREADS == 2 * S::KP);
     const char *at[4];
 
     __device__ Places(const Decode &d, const Sequence &s, int head, int column) {
         if (Threads::has_keys()) {
             int key_head = d.per_group ? (int)__umulhi(head, d.per_group) : head, channel = Threads::channel(0);
-            at[0] = find_row_of<FEW>(d.q, s, 0, key_head) + channel * 2;
-            at[1] = find_row_of<FEW>(d.k, s, 0, key_head) + channel * 2;
-            at[2] = find_row_of<FEW>(d.v, s, 0, head) + (column + min(channel, S::COLUMNS - 1)) * 2;
-            at[3] = find_row_of<FEW>(d.beta, s, 0, head);
+            at[0] = find_row_of<USUAL>(d.q, s, 0, key_head) + channel * 2;
+            at[1] = find_row_of<USUAL>(d.k, s, 0, key_head) + channel * 2;
+            at[2] = find_row_of<USUAL>(d.v, s, 0, head) + (column + min(channel, S::COLUMNS - 1)) * 2;
+            at[3] = find_row_of<USUAL>(d.beta, s, 0, head);
         } else {
             int channel = Threads::gate(0);
-            at[0] = at[3] = find_row_of<FEW>(d.g, s, 0, head) + channel * 2;
+            at[0] = at[3] = find_row_of<USUAL>(d.g, s, 0, head) + channel * 2;
             at[1] = d.dt_bias ? d.dt_bias + times(head, d.dt_bias_stride) + channel * 4 : at[0];
             at[2] = d.A_log ? d.A_log + times(head, d.A_log_stride) : at[0];
         }
@@ -136,7 +136,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __
     using Tile = typename S::Tile;
     extern __shared__ __align__(128) char memory[];
     Shared<S> &shared = *reinterpret_cast<Shared<S> *>(memory);
-    const Decode d = what_is_known<S, 1, FEW>(given);
+    const Decode d = what_is_known<S, 1, USUAL>(given);
     int n = d.first_sequence + blockIdx.z, head = blockIdx.y, column = blockIdx.x * S::COLUMNS;
     char *state = d.state + times(head, d.state_head_stride) + column * S::ROW, *from = state; /* of slot 0 */
     int hint = -1;
@@ -152,12 +152,12 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
     Sequence s = find_sequence(d);
-    Inputs<S, 1, FEW> inputs;
+    Inputs<S, 1, USUAL> inputs;
     Places<S> places(d, s, head, column);
     places.prefetch();
     char *out = nullptr;
     if (d.out.data)
-        out = find_row_of<FEW>(d.out, s, 0, head) + column * 2;
+        out = find_row_of<USUAL>(d.out, s, 0, head) + column * 2;
     wait_for_inputs();
     places.load(d, inputs);
     int index = find_read_index(d, n);
@@ -225,7 +225,7 @@ bool kda_sm90_decode_takes(const kda_decode *d, int processors) {
     using namespace kda::decode;
     const kda_prefill &p = d->tokens;
     Decode s = shorten(d);
-    bool laid_out = p.state_layout == FLASH_KDA_STATE_V_FIRST && p.value_dim % DIM == 0 &&
+    bool laid_out = p.state_layout == FLASH_KDA_STATE_V_FIRST &&
                     s.row_stride == DIM * (int64_t)kda_dtype_size(d->state.dtype);
     return laid_out && d->max_tokens == 1 && !p.batch_invariant &&
            is_usual<Staged<KDA_F32, DIM, false>>(s, d) &&
