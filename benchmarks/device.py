@@ -10,8 +10,8 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def describe(build):
-    """What `flashkda info` says of the first GPU; leaves the program with a sentence if there is none."""
+def describe_all(build):
+    """What `flashkda info` says of every GPU; leaves the program with a sentence if there is none."""
     printed = subprocess.run([build / "flashkda", "info", "--json"], capture_output=True, text=True)
     if printed.returncode:
         sys.exit(f"{build}/flashkda info failed: {printed.stderr.strip()}")
@@ -19,7 +19,12 @@ def describe(build):
     if not devices:
         text = subprocess.run([build / "flashkda", "info"], capture_output=True, text=True).stdout
         sys.exit("no GPU to run on: " + text.partition("no cuda: ")[2].strip())
-    return devices[0]
+    return devices
+
+
+def describe(build):
+    """The same of the first GPU alone."""
+    return describe_all(build)[0]
 
 
 def results(gpu):

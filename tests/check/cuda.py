@@ -5,7 +5,7 @@ own all of that runs in every other way, too: see FORCED.
 
 usage: cuda.py [--build DIR] [--quick] [--only JOB ...] [--seed N] [--commit NAME] [-o FILE]      (./dev check-cuda)
 
-A few jobs run side by side; what each printed is kept in DIR/check-cuda/. Writes a summary to
+A few jobs run side by side, on every GPU there is; what each printed is kept in DIR/check-cuda/. Writes a summary to
 benchmarks/results/DEVICE/check.json, or FILE, as each job ends; with --only it writes nothing unless FILE is given, in
 which the other jobs then stay as they are, each with the commit that it ran on. "passed" is of the jobs that ran,
 "complete" if all there are did. Exit status: 0 if every job that ran now passed. Needs the standard library alone.
@@ -38,8 +38,8 @@ DECODE_FORCED = {DECODE + "-sm80": "sm80"}
 JOBS = [name + what for name in ("short", "long", "captured", *TOOLS) for what in ("", *FORCED, DECODE, *DECODE_FORCED)]
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 TOOL_FOUND_ERRORS = 99  # exit status
-# Jobs at once. A GPU gives processes their turns by time, so that small calls of many wait for each other most of it:
-# beside 15 others the short cases of decode had not ended after 290 s, alone they end within a minute.
+# Jobs at once on a GPU. It gives processes their turns by time, so that small calls of many wait for each other most of
+# it: beside 15 others the short cases of decode had not ended after 290 s, alone they end within a minute.
 SIDE_BY_SIDE = 4
 
 
@@ -74,10 +74,11 @@ class Job:
 
     def __init__(self, name, wanted, environment, log):
         self.name, self.wanted, self.environment, self.path = name, list(wanted), environment, log
-        self.file, self.begin, self.process, self.statuses = None, None, None, []
+        self.file, self.begin, self.gpu, self.process, self.statuses = None, None, None, None, []
 
-    def start(self):
-        self.file, self.begin = self.path.open("w"), time.monotonic()
+    def start(self, gpu):
+        self.file, self.begin, self.gpu = self.path.open("w"), time.monotonic(), gpu
+        self.environment = {**(self.environment or os.environ), "CUDA_VISIBLE_DEVICES": gpu}
 
     def running(self):
         if self.process and self.process.poll() is None:
@@ -114,19 +115,26 @@ class Job:
         return result
 
 
-def run(jobs, folder, write):
-    """Runs all jobs, some side by side; as each ends, prints a line and has all results until then written."""
+def visible_gpus(count):
+    """What CUDA_VISIBLE_DEVICES calls each of them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+
+
+def run(jobs, gpus, folder, write):
+    """Runs all jobs, some side by side on each of the GPUs; as each ends, prints a line and has all results until then written."""
     folder.mkdir(exist_ok=True)
     waiting = [Job(name, wanted, environment, folder / f"{name}.log") for name, (wanted, environment) in jobs.items()]
-    going, results = [], {}
+    free, going, results = gpus * SIDE_BY_SIDE, [], {}
     while waiting or going:
-        while waiting and len(going) < SIDE_BY_SIDE:
+        while waiting and free:
             going.append(waiting.pop(0))
-            going[-1].start()
+            going[-1].start(free.pop(0))
         for job in list(going):
             if job.running():
                 continue
             going.remove(job)
+            free.append(job.gpu)
             result = results[job.name] = job.result()
             print(f"{job.name:15} {'passed' if result['good'] else 'FAILED'}: {result.get('passed', 0)} cases passed,"
                   f" {result.get('failed', 0)} failed, {result['seconds']} s"
@@ -161,7 +169,8 @@ def arguments():
 def main():
     options = arguments()
     build = options.build.resolve()
-    gpu = device.describe(build)
+    gpus = device.describe_all(build)
+    gpu = gpus[0]
     jobs = all_jobs(build, gpu, options.seed, options.quick)
     if not SANITIZER:
         print("compute-sanitizer is not installed: memcheck, racecheck, initcheck and synccheck do NOT run")
@@ -191,7 +200,7 @@ def main():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(summary, indent=2) + "\n")
 
-    results = run(jobs, build / "check-cuda", write)
+    results = run(jobs, visible_gpus(len(gpus)), build / "check-cuda", write)
     passed = all(result["good"] for result in results.values())
     if path:
         print(f"wrote {path}")

@@ -21,21 +21,35 @@
 namespace kda {
 namespace {
 
-/* CTAs on a multiprocessor: with K = V = 64 one chain leaves room for another, and they need nothing of each other. */
-template <int DIM> constexpr int CTAS = DIM == 128 ? 1 : 2;
-/* Warpgroups of a CTA. */
-constexpr int PRODUCERS = 2;
-template <int DIM> constexpr int CONSUMERS = DIM / GROUP_COLUMNS;
-template <int DIM> constexpr int THREADS = (CONSUMERS<DIM> + PRODUCERS) * GROUP;
-template <int DIM> constexpr int WARPS = GROUP / 32 * CONSUMERS<DIM>; /* of consumers */
-template <int DIM> constexpr int STAGES = DIM == 128 ? 5 : 4;
-constexpr int SORTED = 256; /* sequences at most, more are worked in their own order */
-
-/* Named barriers; 0 is __syncthreads. */
-enum {
-    BARRIER_GROUP = 1 /* and the next: of each producer warpgroup */,
-    BARRIER_INVERSE = 3 /* and the next */
+/* The kernel's forms: K = V = dim, with so many CTAs on a multiprocessor. Two where K = V = 64: one chain leaves room for another,
+ * and they need nothing of each other. Where chains are few, one has twice the producers instead. */
+template <int dim, int ctas> struct FormOf {
+    static constexpr int DIM = dim, CTAS = ctas;
+    static constexpr bool FEW = DIM == 64 && CTAS == 1;
+    /* Warpgroups of a CTA. */
+    static constexpr int PRODUCERS = FEW ? 4 : 2, CONSUMERS = DIM / GROUP_COLUMNS;
+    static constexpr int THREADS = (CONSUMERS + PRODUCERS) * GROUP;
+    static constexpr int WARPS = GROUP / 32 * CONSUMERS; /* of consumers */
+    static constexpr int STAGES = DIM == 128 ? 5 : FEW ? 8 : 4;
+    /* Registers of a thread at the start: all of a multiprocessor's. Consumers then take some of the producers'. */
+    static constexpr int REGISTERS = DIM == 128 ? 128 : FEW ? 96 : 80;
+    static constexpr int CONSUMER_REGISTERS = DIM == 128 ? 168 : FEW ? 128 : 112;
+    static constexpr int PRODUCER_REGISTERS = DIM == 128 || FEW ? 88 : 64;
+    static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
+                          (CONSUMERS + PRODUCERS) * REGISTERS &&
+                      CTAS * THREADS * REGISTERS <= 65536,
+                  "or a consumer waits for registers for ever");
+    /* How many of its group's chunks a scout is ahead of what is received. It goes on while tiles are made, if its warp makes
+     * none; else when the operands are made, too late for the next chunk. */
+    static constexpr int AHEAD = IN_ONE_WARP<DIM> ? 1 : 2;
+    static constexpr int BETA = IN_ONE_WARP<DIM> ? SCOUT<DIM> : 1; /* the warp that has beta */
+    /* Named barriers, each and the next ones, of each producer warpgroup; 0 is __syncthreads. */
+    static constexpr int BARRIER_GROUP = 1, BARRIER_INVERSE = BARRIER_GROUP + PRODUCERS;
 };
+using Of128 = FormOf<128, 1>; /* also that of parts */
+using Of64 = FormOf<64, 2>;
+using FewOf64 = FormOf<64, 1>;
+constexpr int SORTED = 256; /* sequences at most, more are worked in their own order */
 
 /* Where a scout is: at a chunk of the CTA's chain before number `round`. */
 struct Scout {
@@ -51,31 +65,32 @@ struct Scratch {
     Scout scout;
 };
 
-template <int DIM> struct alignas(1024) Shared {
-    Tiles<DIM> tiles[STAGES<DIM>]; /* k, q and g at first */
-    __nv_bfloat16 values[STAGES<DIM>][CHUNK * DIM];
-    __nv_bfloat16 outputs[1][WARPS<DIM>][CHUNK * 16]; /* of each consumer warp, swizzled by 32 bytes */
-    Factors<DIM> factors[STAGES<DIM>];
+template <class Form> struct alignas(1024) Shared {
+    Tiles<Form::DIM> tiles[Form::STAGES]; /* k, q and g at first */
+    __nv_bfloat16 values[Form::STAGES][CHUNK * Form::DIM];
+    __nv_bfloat16 outputs[1][Form::WARPS][CHUNK * 16]; /* of each consumer warp, swizzled by 32 bytes */
+    Factors<Form::DIM> factors[Form::STAGES];
     uint8_t order[SORTED]; /* sequences, the longest first */
-    Scratch scratch[PRODUCERS];
-    Task tasks[2 * STAGES<DIM>];
-    bool identity[WARPS<DIM>];     /* is what a consumer warp takes through the first chunk of a part */
-    int16_t kept[WARPS<DIM>];      /* the size of its state behind that chunk */
-    uint64_t arrived[STAGES<DIM>]; /* q, k, v, g and the task: the scout and the bytes */
-    uint64_t full[STAGES<DIM>];    /* the operands: a producer warpgroup */
-    uint64_t empty[STAGES<DIM>];   /* the consumers are done */
+    Scratch scratch[Form::PRODUCERS];
+    Task tasks[2 * Form::STAGES];
+    bool identity[Form::WARPS];     /* is what a consumer warp takes through the first chunk of a part */
+    int16_t kept[Form::WARPS];      /* the size of its state behind that chunk */
+    uint64_t arrived[Form::STAGES]; /* q, k, v, g and the task: the scout and the bytes */
+    uint64_t full[Form::STAGES];    /* the operands: a producer warpgroup */
+    uint64_t empty[Form::STAGES];   /* the consumers are done */
 };
 
-static_assert(sizeof(Shared<128>) == 216 * 1024, "docs/hopper.md says what lies where");
-static_assert(sizeof(Shared<64>) == 105 * 1024,
+static_assert(sizeof(Shared<Of128>) == 216 * 1024, "docs/hopper.md says what lies where");
+static_assert(sizeof(Shared<Of64>) == 105 * 1024,
               "likewise; two leave room for what the hardware keeps of 228 KiB");
+static_assert(sizeof(Shared<FewOf64>) <= 227 * 1024, "all that a CTA can have");
 
 /* ---- Scouts --------------------------------------------------------------------------------------- */
 
 __device__ bool sorts(const kda_prefill &p) { return p.cu_seqlens.data && p.sequences <= SORTED; }
 
 /* Finds the order in which packed sequences are worked: the longest first, so that the CTAs end together. */
-template <int DIM> __device__ void sort_sequences(const kda_prefill &p, Shared<DIM> &shared) {
+template <class Form> __device__ void sort_sequences(const kda_prefill &p, Shared<Form> &shared) {
     int *lengths = reinterpret_cast<int *>(shared.scratch); /* not in use yet */
     int count = (int)p.sequences, n = threadIdx.x;
     if (n < count)
@@ -114,8 +129,8 @@ __device__ int enter_chain(const kda_prefill &p, int n, int head, Scout &scout) 
 }
 
 /* Enters the CTA's next chain, if there is one. */
-template <int DIM>
-__device__ bool next_chain(const kda_prefill &p, Shared<DIM> &shared, const Work &work, Scout &scout) {
+template <class Form>
+__device__ bool next_chain(const kda_prefill &p, Shared<Form> &shared, const Work &work, Scout &scout) {
     if (scout.round * (int)gridDim.x >= work.items)
         return false;
     int item = find_item(scout.round++);
@@ -142,8 +157,8 @@ __device__ bool next_of_part(const kda_prefill &p, const kda_sm90_spread &spread
 }
 
 /* Goes some chunks on, through the chains of the CTA. */
-template <bool parts, int DIM>
-__device__ void find_next(const kda_prefill &p, Shared<DIM> &shared, const Work &work, Scout &scout,
+template <bool parts, class Form>
+__device__ void find_next(const kda_prefill &p, Shared<Form> &shared, const Work &work, Scout &scout,
                           int chunks) {
     int chunk = scout.chunk + chunks;
     while (chunk >= scout.chunks) {
@@ -157,9 +172,9 @@ __device__ void find_next(const kda_prefill &p, Shared<DIM> &shared, const Work 
 }
 
 /* Sends the scout's chunk to all: what it is, and by the copy engine its tensors. */
-template <bool parts, bool keeps, int DIM>
-__device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared, Scout &scout,
-                     const Turn<STAGES<DIM>> &turn) {
+template <bool parts, bool keeps, class Form>
+__device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Form> &shared, Scout &scout,
+                     const Turn<Form::STAGES> &turn) {
     int s = turn.stage, chunk = scout.chunk;
     uint64_t *arrived = &shared.arrived[s];
     Task task;
@@ -177,7 +192,7 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM
     if (parts && task.count >= 0)
         task.flags |= (first && scout.stretch.begin ? CUT : 0) | (last && scout.stretch.begin ? FROM_CUT : 0) |
                       (last && kda_cut_behind(&scout.stretch) ? CUT_BEHIND : 0);
-    wait(shared.empty[s], turn.parity ^ !(parts && s == STAGES<DIM> - 1)); /* the last one is rehearsed in */
+    wait(shared.empty[s], turn.parity ^ !(parts && s == Form::STAGES - 1)); /* the last one is rehearsed in */
     shared.tasks[turn.task()] = task;
     scout.count = task.count;
     if (task.count <= 0) {
@@ -193,7 +208,7 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM
     };
     uint64_t own = read_once(), shared_by_heads = p.heads < p.value_heads ? read_again() : own;
 #pragma unroll
-    for (int i = 0; i < DIM / PANEL; i++) {
+    for (int i = 0; i < Form::DIM / PANEL; i++) {
         Panel &panel = shared.tiles[s].panels[i];
         bring(panel.keys, maps.k, i, key_head, shared_by_heads);
         bring(panel.queries, maps.q, i, key_head, shared_by_heads);
@@ -204,17 +219,13 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM
 
 /* ---- Producers ------------------------------------------------------------------------------------ */
 
-/* How many of its group's chunks a scout is ahead of what is received. It goes on while tiles are made, if its warp makes none;
- * else when the operands are made, too late for the next chunk. */
-template <int DIM> constexpr int AHEAD = IN_ONE_WARP<DIM> ? 1 : 2;
-template <int DIM> constexpr int BETA = IN_ONE_WARP<DIM> ? SCOUT<DIM> : 1; /* the warp that has beta */
-
-template <bool parts, bool bounded, bool keeps, int DIM>
-__device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared, const Work &work,
+template <bool parts, bool bounded, bool keeps, class Form>
+__device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Form> &shared, const Work &work,
                         int group) {
+    constexpr int DIM = Form::DIM;
     int warp = threadIdx.x % GROUP / 32;
     Scratch &scratch = shared.scratch[group];
-    Turn<STAGES<DIM>> turn, ahead;
+    Turn<Form::STAGES> turn, ahead;
     turn.next(group), ahead.next(group);
     auto go_on = [&](int chunks) {
         Scout &scout = scratch.scout;
@@ -224,7 +235,7 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
             send<parts, keeps>(p, maps, shared, scout, ahead);
         }
         __syncwarp();
-        ahead.next(PRODUCERS);
+        ahead.next(Form::PRODUCERS);
     };
     int slot = 0;
     auto load = [&](const Task &task) { return load_beta(p, task.batch, task.token, task.head, task.count); };
@@ -232,7 +243,7 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
         int s = turn.stage;
         wait(shared.arrived[s], turn.parity);
         const Task &task = shared.tasks[turn.task()];
-        if (warp == BETA<DIM>) {
+        if (warp == Form::BETA) {
             if (!is_loaded)
                 beta = load(task);
             scratch.blocks.beta[slot][threadIdx.x % 32] = find_beta(p, task.count, beta);
@@ -243,36 +254,36 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
     if (warp == SCOUT<DIM> && threadIdx.x % 32 == 0)
         scratch.scout = {};
     Gate gate;
-    bool rehearses = parts && group == PRODUCERS - 1;
+    bool rehearses = parts && group == Form::PRODUCERS - 1;
     int count = rehearses ? CHUNK : 0;
     /* Every step stands once, also those before the first chunk is made: code competes for the instruction cache, and takes
      * time to be fetched. In parts one group fetches it while the other's scout works, by making operands of what lies in
      * its first stage. */
-    for (int round = -AHEAD<DIM> - rehearses;; round++) {
+    for (int round = -Form::AHEAD - rehearses;; round++) {
         const Task &task = shared.tasks[turn.task()];
         if (round >= 0) {
-            barrier_wait(BARRIER_GROUP + group, GROUP);
+            barrier_wait(Form::BARRIER_GROUP + group, GROUP);
             count = task.count;
         }
-        auto scout = [&] { go_on(round == -AHEAD<DIM> ? group : PRODUCERS); };
-        if (AHEAD<DIM> == 1 && warp == SCOUT<DIM>)
+        auto scout = [&] { go_on(round == -Form::AHEAD ? group : Form::PRODUCERS); };
+        if (Form::AHEAD == 1 && warp == SCOUT<DIM>)
             scout();
-        bool next_is_known = count >= 0 && round >= AHEAD<DIM> - 2;
+        bool next_is_known = count >= 0 && round >= Form::AHEAD - 2;
         uint32_t beta = 0; /* of the next chunk, on its way */
-        if (warp == BETA<DIM> && next_is_known) {
-            Turn<STAGES<DIM>> next = turn;
+        if (warp == Form::BETA && next_is_known) {
+            Turn<Form::STAGES> next = turn;
             if (round >= 0)
-                next.next(PRODUCERS);
+                next.next(Form::PRODUCERS);
             beta = load(shared.tasks[next.task()]);
         }
         if (count > 0) {
             if (task.head != gate.head)
                 gate = find_gate<bounded>(p, task.head, own_channel<DIM>(threadIdx.x));
             make_operands<bounded>(shared.tiles[turn.stage], shared.factors[turn.stage], scratch.blocks, slot,
-                                   BARRIER_GROUP + group, BARRIER_INVERSE + group, gate);
+                                   Form::BARRIER_GROUP + group, Form::BARRIER_INVERSE + group, gate);
         }
-        if (parts && __builtin_expect(round < -AHEAD<DIM>, 0)) {
-            barrier_wait(BARRIER_GROUP + group, GROUP); /* before the stage is filled */
+        if (parts && __builtin_expect(round < -Form::AHEAD, 0)) {
+            barrier_wait(Form::BARRIER_GROUP + group, GROUP); /* before the stage is filled */
             count = 0;
             continue;
         }
@@ -280,42 +291,31 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
             ptx::mbarrier_arrive(&shared.full[turn.stage]);
             if (count < 0)
                 return;
-            turn.next(PRODUCERS);
+            turn.next(Form::PRODUCERS);
             slot ^= 1;
         }
-        if (AHEAD<DIM> == 2 && warp == SCOUT<DIM>)
+        if (Form::AHEAD == 2 && warp == SCOUT<DIM>)
             scout();
         if (round >= -1)
-            receive(beta, AHEAD<DIM> == 1 || next_is_known);
+            receive(beta, Form::AHEAD == 1 || next_is_known);
     }
 }
 
 /* ---- Consumers ------------------------------------------------------------------------------------ */
 
-/* Registers of a thread at the start: all of a multiprocessor's. Consumers then take some of the producers'. */
-template <int DIM> constexpr int REGISTERS = DIM == 128 ? 128 : 80;
-template <int DIM> constexpr int CONSUMER_REGISTERS = DIM == 128 ? 168 : 112;
-template <int DIM> constexpr int PRODUCER_REGISTERS = DIM == 128 ? 88 : 64;
-
-template <int DIM> constexpr bool enough_registers() {
-    return CONSUMERS<DIM> * CONSUMER_REGISTERS<DIM> + PRODUCERS * PRODUCER_REGISTERS<DIM> <=
-               (CONSUMERS<DIM> + PRODUCERS) * REGISTERS<DIM> &&
-           CTAS<DIM> * THREADS<DIM> * REGISTERS<DIM> <= 65536;
-}
-static_assert(enough_registers<128>() && enough_registers<64>(), "or a consumer waits for registers for ever");
-
 /* Chains from the state before them to the one behind. */
-template <bool bounded, bool keeps, int DIM>
-__device__ void consume_chains(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared) {
+template <bool bounded, bool keeps, class Form>
+__device__ void consume_chains(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Form> &shared) {
+    constexpr int DIM = Form::DIM;
     consume<DIM, true, bounded>(
-        p, p.out, maps.out, shared, Turn<STAGES<DIM>>(),
+        p, p.out, maps.out, shared, Turn<Form::STAGES>(),
         [&](const Task &task, float(&S)[DIM / 8][4]) {
             load_whole(kda_state_at(&p, &p.initial_state, task.slot, task.head), S);
             if constexpr (keeps)
                 store_whole_checkpoints(p, task.n, task.head, 0, 0, S, 0);
             return measured(S);
         },
-        [&](const Turn<STAGES<DIM>> &turn, uint32_t, Values &v) {
+        [&](const Turn<Form::STAGES> &turn, uint32_t, Values &v) {
             load_values<DIM>(shared.values[turn.stage], v);
         },
         NeverAgain(),
@@ -357,10 +357,10 @@ __device__ void store_pieces(float4 *to, const float (&S)[DIM / 8][4], int unit)
 
 /* The CTA's part, in which only the first chain can be cut in front. */
 template <bool bounded>
-__device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Shared<DIM> &shared,
+__device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Of128> &shared,
                              const kda_sm90_spread &spread) {
     consume<DIM, true, bounded>(
-        p, p.out, maps.out, shared, before_first<STAGES<DIM>>(),
+        p, p.out, maps.out, shared, before_first<Of128::STAGES>(),
         [&](const Task &task, float(&S)[DIM / 8][4]) {
             if (!(task.flags & CUT)) {
                 load_whole(kda_state_at(&p, &p.initial_state, task.slot, task.head), S, thread());
@@ -374,7 +374,7 @@ __device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Sh
             make_diagonal(S, now ? 1.f : 0.f);
             return now ? 0 : LEAST_UNIT;
         },
-        [&](const Turn<STAGES<DIM>> &turn, uint32_t flags, Values &v) {
+        [&](const Turn<Of128::STAGES> &turn, uint32_t flags, Values &v) {
             load_values<DIM>(shared.values[turn.stage], v);
             if (__builtin_expect(flags & CUT, 0) && shared.identity[thread() / 32])
 #pragma unroll
@@ -424,25 +424,25 @@ __device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Sh
 
 /* Chains without checkpoints, `keeps` false, have the code of these left out of a loop that competes for the instruction cache;
  * parts have it in any case. */
-template <int DIM, bool parts, bool bounded, bool keeps>
-__global__ void __maxnreg__(REGISTERS<DIM>)
+template <class Form, bool parts, bool bounded, bool keeps>
+__global__ void __maxnreg__(Form::REGISTERS)
     fused(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
           const __grid_constant__ Work work) {
     extern __shared__ __align__(1024) char memory[];
-    Shared<DIM> &shared = *reinterpret_cast<Shared<DIM> *>(memory);
+    Shared<Form> &shared = *reinterpret_cast<Shared<Form> *>(memory);
     if (threadIdx.x == 0) {
         prefetch_maps(maps);
-        for (int i = 0; i < STAGES<DIM>; i++) {
+        for (int i = 0; i < Form::STAGES; i++) {
             ptx::mbarrier_init(&shared.arrived[i], 1);
             ptx::mbarrier_init(&shared.full[i], GROUP);
-            ptx::mbarrier_init(&shared.empty[i], CONSUMERS<DIM> * GROUP);
+            ptx::mbarrier_init(&shared.empty[i], Form::CONSUMERS * GROUP);
         }
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
     clear_inverses(shared.tiles);
-    if (parts && threadIdx.x < WARPS<DIM>)
+    if (parts && threadIdx.x < Form::WARPS)
         shared.identity[threadIdx.x] = false;
-    if (parts && threadIdx.x < 2 * STAGES<DIM>) {
+    if (parts && threadIdx.x < 2 * Form::STAGES) {
         Task rehearsal = {};
         rehearsal.flags = REHEARSAL | CUT | BEGINS;
         shared.tasks[threadIdx.x] = rehearsal;
@@ -455,38 +455,38 @@ __global__ void __maxnreg__(REGISTERS<DIM>)
     if (__syncthreads_or(slow) || (!parts && nothing_is_left(work.spread)))
         return;
     int group = threadIdx.x / GROUP;
-    if (group < CONSUMERS<DIM>) {
-        take_registers<CONSUMER_REGISTERS<DIM>>();
+    if (group < Form::CONSUMERS) {
+        take_registers<Form::CONSUMER_REGISTERS>();
         if constexpr (parts)
             consume_part<bounded>(p, maps, shared, work.spread);
         else
             consume_chains<bounded, keeps>(p, maps, shared);
     } else {
-        give_registers<PRODUCER_REGISTERS<DIM>>();
-        produce<parts, bounded, keeps>(p, maps, shared, work, group - CONSUMERS<DIM>);
+        give_registers<Form::PRODUCER_REGISTERS>();
+        produce<parts, bounded, keeps>(p, maps, shared, work, group - Form::CONSUMERS);
     }
 }
 
-template <int DIM, bool parts, bool bounded, bool keeps>
+template <class Form, bool parts, bool bounded, bool keeps>
 cudaError_t launch(const kda_prefill *p, const Work &work, int ctas, cudaStream_t stream) {
-    int bytes = sizeof(Shared<DIM>);
+    int bytes = sizeof(Shared<Form>);
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(p, &maps);
     if (!error)
-        error = cudaFuncSetAttribute(fused<DIM, parts, bounded, keeps>,
+        error = cudaFuncSetAttribute(fused<Form, parts, bounded, keeps>,
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error)
         return error;
-    return launch_behind_if(work.spread.all.parts, fused<DIM, parts, bounded, keeps>, dim3((unsigned)ctas),
-                            THREADS<DIM>, bytes, stream, *p, maps, work);
+    return launch_behind_if(work.spread.all.parts, fused<Form, parts, bounded, keeps>, dim3((unsigned)ctas),
+                            Form::THREADS, bytes, stream, *p, maps, work);
 }
 
 /* All chains, in as many CTAs as the device holds at once. */
-template <int DIM, bool bounded, bool keeps>
+template <class Form, bool bounded, bool keeps>
 cudaError_t launch_chains(const kda_prefill *p, const kda_sm90_spread &spread, int processors,
                           cudaStream_t stream) {
-    int items = (int)(p->sequences * p->value_heads), most = processors * CTAS<DIM>;
-    return launch<DIM, false, bounded, keeps>(p, {items, spread}, items < most ? items : most, stream);
+    int items = (int)(p->sequences * p->value_heads), most = processors * Form::CTAS;
+    return launch<Form, false, bounded, keeps>(p, {items, spread}, items < most ? items : most, stream);
 }
 
 } // namespace
@@ -501,14 +501,19 @@ bool kda_sm90_has_tiles(const kda_prefill *p) {
 cudaError_t kda_sm90_fused(const kda_prefill *p, kda_sm90_spread spread, int processors, cudaStream_t stream) {
     using namespace kda;
     bool keeps = p->checkpoints.data;
-    auto of_64 = keeps ? launch_chains<64, true, true> : launch_chains<64, true, false>;
-    auto bounded = keeps ? launch_chains<128, true, true> : launch_chains<128, true, false>;
-    auto unbounded = keeps ? launch_chains<128, false, true> : launch_chains<128, false, false>;
-    return (p->key_dim == 64 ? of_64 : is_bounded(p) ? bounded : unbounded)(p, spread, processors, stream);
+    /* Which kernel it is may not depend on the batch if bits may not. */
+    bool few = !p->batch_invariant && p->sequences * p->value_heads <= processors;
+    auto of_64 = keeps ? launch_chains<Of64, true, true> : launch_chains<Of64, true, false>;
+    auto few_of_64 = keeps ? launch_chains<FewOf64, true, true> : launch_chains<FewOf64, true, false>;
+    auto bounded = keeps ? launch_chains<Of128, true, true> : launch_chains<Of128, true, false>;
+    auto unbounded = keeps ? launch_chains<Of128, false, true> : launch_chains<Of128, false, false>;
+    auto of_128 = is_bounded(p) ? bounded : unbounded;
+    return (p->key_dim == 128 ? of_128 : few ? few_of_64 : of_64)(p, spread, processors, stream);
 }
 
 cudaError_t kda_sm90_fused_parts(const kda_prefill *p, kda_sm90_spread spread, cudaStream_t stream) {
-    constexpr int DIM = KDA_SM90_CUT_DIM;
-    return (kda::is_bounded(p) ? kda::launch<DIM, true, true, true>
-                               : kda::launch<DIM, true, false, true>)(p, {0, spread}, spread.all.parts, stream);
+    using kda::Of128;
+    return (kda::is_bounded(p)
+                ? kda::launch<Of128, true, true, true>
+                : kda::launch<Of128, true, false, true>)(p, {0, spread}, spread.all.parts, stream);
 }
