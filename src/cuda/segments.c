@@ -16,15 +16,16 @@ struct step {
 static const struct step WITH_OUTPUTS = {1.2, 2.0}, SUMMARISING = {0.95, 1.4};
 #define PREPARE    2.7 /* a chunk of one head, on one multiprocessor */
 #define STEP_FUSED 2.15
-#define BEGIN      8.2 /* of a CTA's chain or segment, and its end */
+#define BEGIN      8.2 /* of a CTA's chain, and its end */
 #define SCAN_STEP  2.1
 #define LAUNCH     3.75 /* a kernel, and its ramp */
-/* Of pairs: a step, uncut and cut, a segment's composition, and correcting a chunk's outputs. */
-#define STEP_PAIR    1.47
-#define STEP_CUT     1.88
-#define COMPOSE_STEP 0.65
-#define CORRECT      1.49 /* on one multiprocessor */
-#define BEGIN_CUT    6.0  /* composing and correcting */
+/* Of pairs: a step, uncut and cut, a cut segment's beginning, its end and the kernels behind, and its composition. What is not of
+ * first segments has the identity to be taken through, too, and its outputs corrected. */
+#define STEP_PAIR    1.395
+#define STEP_CUT     1.74
+#define BEGIN_CUT    13.5
+#define COMPOSE_STEP 0.4
+#define NOT_FIRST    1.78 /* a chunk, on one multiprocessor */
 /* Of parts: a step; all kernels and the first chunk's identity; looking, in vain. */
 #define STEP_PART 2.40
 #define SPREAD    30.0
@@ -64,10 +65,10 @@ static double cost_of_pairs(const struct kda_segment_problem *p, int segments) {
     if (segments == 1)
         return (double)waves * (longest * STEP_PAIR + BEGIN) + LAUNCH;
     int64_t each = ((int64_t)longest + segments - 1) / segments;
-    double first =
-        (double)waves * ((double)each * STEP_CUT + BEGIN) + segments * COMPOSE_STEP + BEGIN_CUT + 3 * LAUNCH;
+    double others = (double)(p->chains * p->chunks) * (segments - 1) / segments;
+    double first = (double)waves * ((double)each * STEP_CUT + BEGIN_CUT) + segments * COMPOSE_STEP + 3 * LAUNCH;
     return first + (p->checkpoints ? (double)waves * ((double)each * STEP_PAIR + BEGIN)
-                                   : (double)(p->chains * p->chunks) * CORRECT / p->processors);
+                                   : others * NOT_FIRST / p->processors);
 }
 
 int kda_pairs(const struct kda_segment_problem *problem, double *microseconds) {

@@ -85,8 +85,13 @@ static void many_chains(struct check *check, int64_t dim) {
     c.sequences = sizeof lengths / sizeof *lengths;
     for (int n = 0; n < c.sequences; n++)
         c.lengths[n] = lengths[n];
-    snprintf(c.name, sizeof c.name, "320 chains, K = V = %lld", (long long)dim);
-    prefill_compare(check, &c);
+    for (int kept = 0; kept < 2; kept++) { /* GPUs have kernels of their own for each */
+        c.checkpoints = kept ? CHECKPOINTS_EVERY : CHECKPOINTS_NONE;
+        c.every = 32;
+        snprintf(c.name, sizeof c.name, "320 chains, K = V = %lld%s", (long long)dim,
+                 kept ? ", checkpoints" : "");
+        prefill_compare(check, &c);
+    }
 }
 
 /* ---- Head dims --------------------------------------------------------------------------------- */

@@ -38,7 +38,7 @@ static void test_many_chains_stay_whole(void **state) {
         int count = pairs(chains, 256, &time);
         if (chains == PROCESSORS / PARTS) /* a pair each */
             assert_int_equal(count, 1);
-        else /* pairs are not taken, and the fused kernel cuts nothing */
+        else if (chains <= PROCESSORS) /* the fused kernel is taken, which cuts nothing */
             assert_true(kda_fused_cost(&problem) < time);
     }
 }
@@ -82,16 +82,16 @@ static void test_longer_is_never_expected_faster(void **state) {
     }
 }
 
-/* The fastest of those measured on an H200, or one within a tenth of it. */
+/* The fastest of those measured on an H200, or one within 2% of it. */
 static void test_pairs_as_measured(void **state) {
     (void)state;
     double time;
     const struct {
         int64_t chains, chunks;
         int count;
-    } cases[] = {{64, 256, 1}, {48, 64, 1},  {32, 256, 2},  {16, 256, 4}, {8, 256, 8},
-                 {12, 64, 5},  {16, 64, 4},  {8, 128, 8},   {12, 128, 5}, {10, 96, 6},
-                 {4, 32, 8},   {8, 2048, 8}, {4, 1024, 16}, {1, 4096, 64}};
+    } cases[] = {{64, 256, 1}, {48, 64, 1},  {40, 256, 1}, {32, 256, 2},  {24, 256, 5}, {20, 256, 3},
+                 {16, 256, 4}, {12, 256, 5}, {8, 256, 8},  {12, 64, 5},   {16, 64, 4},  {8, 128, 8},
+                 {12, 128, 5}, {10, 96, 6},  {8, 2048, 8}, {4, 1024, 16}, {4, 32, 11},  {1, 4096, 64}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         assert_int_equal(pairs(cases[i].chains, cases[i].chunks, &time), cases[i].count);
 }
