@@ -4,7 +4,7 @@
 usage: cpu_speed.py [ARGUMENT...]      (through ./dev bench)
 
 Without arguments: the whole table of `flashkda bench` on every level; writes results/cpu/CPU.json and draws
-results/cpu/speed.svg. With arguments, which go to `flashkda bench`: prints, and writes nothing.
+results/cpu/speed.svg; then that of decode, beside the rate of a copy, and writes results/cpu/CPU-decode.json. With arguments, which go to `flashkda bench`: prints, and writes nothing.
 """
 
 import json
@@ -70,6 +70,20 @@ def print_ratios(measured):
               f" {result['level']}, {result['threads']} threads")
 
 
+def record(measured, suffix=""):
+    """Writes what was measured, under this machine's name; says where."""
+    machine = measured["machine"]
+    name = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads".lower())
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}{suffix}.json"
+    path.write_text(json.dumps(measured, indent=2) + "\n")
+    print(f"\nwrote {path.relative_to(ROOT)}")
+
+
+def record_decode():
+    record(bench(["--decode"]), "-decode")
+
+
 def main():
     arguments = sys.argv[1:]
     before = matmul_gflops()
@@ -78,13 +92,10 @@ def main():
     print_ratios(measured)
     if arguments:
         return
-    machine = measured["machine"]
-    name = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads".lower())
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(measured, indent=2) + "\n")
+    record(measured)
     plot.draw(measured, RESULTS / "speed.svg")
-    print(f"\nwrote {path.relative_to(ROOT)} and {(RESULTS / 'speed.svg').relative_to(ROOT)}")
+    print(f"drew {(RESULTS / 'speed.svg').relative_to(ROOT)}")
+    record_decode()
 
 
 if __name__ == "__main__":
