@@ -41,6 +41,7 @@ TOOL_FOUND_ERRORS = 99  # exit status
 # Jobs at once on a GPU. It gives processes their turns by time, so that small calls of many wait for each other most of
 # it: beside 15 others the short cases of decode had not ended after 290 s, alone they end within a minute.
 SIDE_BY_SIDE = 4
+LONG_JOBS = ("racecheck", "long" + DECODE)  # minutes; they begin first
 
 
 def commands(build, seed, quick, op):
@@ -66,7 +67,7 @@ def all_jobs(build, gpu, seed, quick):
         if gpu["compute_capability"].startswith("9."):
             jobs |= {name + way: (command, {**os.environ, "FLASH_KDA_CUDA": forced})
                      for name, command in wanted.items() for way, forced in every_way.items()}
-    return jobs
+    return dict(sorted(jobs.items(), key=lambda job: not job[0].startswith(LONG_JOBS)))
 
 
 class Job:
