@@ -59,6 +59,11 @@ struct prefill_case {
 /* A small plain case to change from: dense, sigmoid gate, everything fp32. */
 struct prefill_case prefill_case_plain(void);
 
+extern const char *const prefill_gate_names[3]; /* by flash_kda_gate */
+
+/* With A_log and dt_bias, where the gate takes them. */
+void prefill_case_set_gate(struct prefill_case *c, flash_kda_gate gate);
+
 /* One written tensor: its logical shape, the number of leading dims that count rows, and which rows a run
  * writes. ndim 0: not asked for. */
 struct prefill_output {

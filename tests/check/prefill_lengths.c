@@ -6,15 +6,8 @@
 
 #include <stdio.h>
 
-static const char *const gate_names[] = {"none", "softplus", "sigmoid"};
-
 static void all_bf16(struct prefill_case *c) {
     c->q_type = c->k_type = c->v_type = c->g_type = c->beta_type = c->out_type = TYPE_BF16;
-}
-
-static void set_gate(struct prefill_case *c, flash_kda_gate gate) {
-    c->gate = gate;
-    c->A_log = c->dt_bias = gate != FLASH_KDA_GATE_NONE;
 }
 
 static const char *float_name(bool bf16) { return bf16 ? "bf16" : "fp32"; }
@@ -27,7 +20,7 @@ static void dense_lengths(struct check *check, int64_t dim) {
         for (int gate = 0; gate < 3; gate++)
             for (int bf16 = 0; bf16 < 2; bf16++) {
                 struct prefill_case c = prefill_case_plain();
-                set_gate(&c, (flash_kda_gate)gate);
+                prefill_case_set_gate(&c, (flash_kda_gate)gate);
                 if (bf16)
                     all_bf16(&c);
                 c.H = 1;
@@ -36,7 +29,7 @@ static void dense_lengths(struct check *check, int64_t dim) {
                 c.lengths[0] = c.lengths[1] = lengths[i];
                 c.checkpoints = CHECKPOINTS_EVERY;
                 snprintf(c.name, sizeof c.name, "length %lld, two dense sequences, K = V = %lld, gate %s, %s",
-                         (long long)lengths[i], (long long)dim, gate_names[gate], float_name(bf16));
+                         (long long)lengths[i], (long long)dim, prefill_gate_names[gate], float_name(bf16));
                 prefill_compare(check, &c);
             }
 }
@@ -55,7 +48,7 @@ static void packed_lengths(struct check *check, int64_t dim, bool bf16) {
     for (size_t i = 0; i < sizeof packs / sizeof *packs; i++)
         for (int gate = 0; gate < 3; gate++) {
             struct prefill_case c = prefill_case_plain();
-            set_gate(&c, (flash_kda_gate)gate);
+            prefill_case_set_gate(&c, (flash_kda_gate)gate);
             if (bf16)
                 all_bf16(&c);
             c.H = 1;
@@ -67,7 +60,7 @@ static void packed_lengths(struct check *check, int64_t dim, bool bf16) {
                 c.lengths[n] = packs[i].lengths[n];
             c.checkpoints = CHECKPOINTS_EVERY;
             snprintf(c.name, sizeof c.name, "packed lengths %s, K = V = %lld, gate %s, %s", packs[i].name,
-                     (long long)dim, gate_names[gate], float_name(bf16));
+                     (long long)dim, prefill_gate_names[gate], float_name(bf16));
             prefill_compare(check, &c);
         }
 }
@@ -110,9 +103,9 @@ static void head_dims(struct check *check) {
             c.V = dims[(i * 7 + 5) % DIMS];
             c.group = 1 + i % 2;
             c.inputs = c.outputs = SPACING_FUSED;
-            set_gate(&c, (flash_kda_gate)(i % 3));
+            prefill_case_set_gate(&c, (flash_kda_gate)(i % 3));
             snprintf(c.name, sizeof c.name, "head dims K = %lld, V = %lld, gate %s, %s, NaN between rows",
-                     (long long)c.K, (long long)c.V, gate_names[c.gate], float_name(bf16));
+                     (long long)c.K, (long long)c.V, prefill_gate_names[c.gate], float_name(bf16));
             prefill_compare(check, &c);
         }
 }
@@ -121,7 +114,7 @@ static void head_dims(struct check *check) {
 
 static struct prefill_case one_long_head(int threads, flash_kda_gate gate, bool bf16) {
     struct prefill_case c = prefill_case_plain();
-    set_gate(&c, gate);
+    prefill_case_set_gate(&c, gate);
     if (bf16)
         all_bf16(&c);
     c.H = 1;
@@ -133,7 +126,7 @@ static struct prefill_case one_long_head(int threads, flash_kda_gate gate, bool 
     c.checkpoints = threads == 8 ? CHECKPOINTS_EVERY : CHECKPOINTS_NONE;
     c.every = 300;
     snprintf(c.name, sizeof c.name, "one head of 2003 tokens on %d threads, gate %s, %s", threads,
-             gate_names[gate], float_name(bf16));
+             prefill_gate_names[gate], float_name(bf16));
     return c;
 }
 

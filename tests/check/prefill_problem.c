@@ -34,6 +34,13 @@ struct prefill_case prefill_case_plain(void) {
                                  .bf16_tolerance = BF16_ANY};
 }
 
+const char *const prefill_gate_names[3] = {"none", "softplus", "sigmoid"};
+
+void prefill_case_set_gate(struct prefill_case *c, flash_kda_gate gate) {
+    c->gate = gate;
+    c->A_log = c->dt_bias = gate != FLASH_KDA_GATE_NONE;
+}
+
 /* ---- Sequences and slots ----------------------------------------------------------------------- */
 
 static void *allocate(int64_t count, size_t size) {
