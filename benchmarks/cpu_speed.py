@@ -4,7 +4,8 @@
 usage: cpu_speed.py [ARGUMENT...]      (through ./dev bench)
 
 Without arguments: the whole table of `flashkda bench` on every level; writes results/cpu/CPU.json and draws
-results/cpu/speed.svg; then that of decode, beside the rate of a copy, and writes results/cpu/CPU-decode.json. With arguments, which go to `flashkda bench`: prints, and writes nothing.
+results/cpu/speed.svg; then that of decode, beside the rate of a copy, and writes results/cpu/CPU-decode.json. With
+arguments, which go to `flashkda bench`: prints, and writes nothing.
 """
 
 import json
@@ -80,10 +81,6 @@ def record(measured, suffix=""):
     print(f"\nwrote {path.relative_to(ROOT)}")
 
 
-def record_decode():
-    record(bench(["--decode"]), "-decode")
-
-
 def main():
     arguments = sys.argv[1:]
     before = matmul_gflops()
@@ -95,7 +92,7 @@ def main():
     record(measured)
     plot.draw(measured, RESULTS / "speed.svg")
     print(f"drew {(RESULTS / 'speed.svg').relative_to(ROOT)}")
-    record_decode()
+    record(bench(["--decode"]), "-decode")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ struct step {
 static const struct step WITH_OUTPUTS = {1.2, 2.0}, SUMMARISING = {0.95, 1.4};
 #define PREPARE    2.7 /* a chunk of one head, on one multiprocessor */
 #define STEP_FUSED 2.15
-#define BEGIN      8.2 /* of a CTA's chain, and its end */
+#define BEGIN      8.2 /* of a CTA's chain or segment, and its end */
 #define SCAN_STEP  2.1
 #define LAUNCH     3.75 /* a kernel, and its ramp */
-/* Of pairs: a step, uncut and cut, a cut segment's beginning, its end and the kernels behind, and its composition. What is not of
- * first segments has the identity to be taken through, too, and its outputs corrected. */
+/* Of pairs: a step, uncut and cut; where they are cut, a segment's beginning and end with those of the kernels behind, and its
+ * composition. What is not of first segments has the identity to be taken through, too, and its outputs corrected. */
 #define STEP_PAIR    1.395
 #define STEP_CUT     1.74
 #define BEGIN_CUT    13.5

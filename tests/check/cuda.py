@@ -59,13 +59,13 @@ def commands(build, seed, quick, op):
 
 
 def all_jobs(build, gpu, seed, quick):
-    """Names to commands and environment."""
+    """Names to commands and what they get in their environment."""
     jobs = {}
     for op, what, every_way in (("prefill", "", FORCED), ("decode", DECODE, DECODE_FORCED)):
         wanted = commands(build, seed, quick, op)
-        jobs |= {name + what: (command, None) for name, command in wanted.items()}
+        jobs |= {name + what: (command, {}) for name, command in wanted.items()}
         if gpu["compute_capability"].startswith("9."):
-            jobs |= {name + way: (command, {**os.environ, "FLASH_KDA_CUDA": forced})
+            jobs |= {name + way: (command, {"FLASH_KDA_CUDA": forced})
                      for name, command in wanted.items() for way, forced in every_way.items()}
     return dict(sorted(jobs.items(), key=lambda job: not job[0].startswith(LONG_JOBS)))
 
@@ -79,7 +79,6 @@ class Job:
 
     def start(self, gpu):
         self.file, self.begin, self.gpu = self.path.open("w"), time.monotonic(), gpu
-        self.environment = {**(self.environment or os.environ), "CUDA_VISIBLE_DEVICES": gpu}
 
     def running(self):
         if self.process and self.process.poll() is None:
@@ -89,8 +88,8 @@ class Job:
             self.process = None
         if not self.wanted:
             return False
-        self.process = subprocess.Popen(self.wanted.pop(0), env=self.environment, stdout=self.file,
-                                        stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(self.wanted.pop(0), stdout=self.file, stderr=subprocess.STDOUT,
+                                        env=os.environ | self.environment | {"CUDA_VISIBLE_DEVICES": self.gpu})
         return True
 
     def result(self):
@@ -123,7 +122,8 @@ def visible_gpus(count):
 
 
 def run(jobs, gpus, folder, write):
-    """Runs all jobs, some side by side on each of the GPUs; as each ends, prints a line and has all results until then written."""
+    """Runs all jobs, some side by side on each of the GPUs. As each ends, prints a line and has all results until then
+    written."""
     folder.mkdir(exist_ok=True)
     waiting = [Job(name, wanted, environment, folder / f"{name}.log") for name, (wanted, environment) in jobs.items()]
     free, going, results = gpus * SIDE_BY_SIDE, [], {}

@@ -136,11 +136,9 @@ static void invariance_case(struct check *check, const struct prefill_case *c) {
 }
 
 static struct prefill_case invariant(flash_kda_gate gate, bool dense, bool bf16) {
-    static const char *const gates[] = {"none", "softplus", "sigmoid"};
     static const int64_t packed[] = {300, 1, 900, 0, 64, 1400};
     struct prefill_case c = prefill_case_plain();
-    c.gate = gate;
-    c.A_log = c.dt_bias = gate != FLASH_KDA_GATE_NONE;
+    prefill_case_set_gate(&c, gate);
     c.batch_invariant = true;
     c.fill = fill_remembering;
     c.H = 1;
@@ -151,7 +149,7 @@ static struct prefill_case invariant(flash_kda_gate gate, bool dense, bool bf16)
     if (bf16)
         c.q_type = c.k_type = c.v_type = c.g_type = c.out_type = TYPE_BF16;
     snprintf(c.name, sizeof c.name, "batch invariance, %s, gate %s, %s", dense ? "dense" : "packed",
-             gates[gate], bf16 ? "bf16" : "fp32");
+             prefill_gate_names[gate], bf16 ? "bf16" : "fp32");
     return c;
 }
 

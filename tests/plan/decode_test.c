@@ -71,48 +71,44 @@ static void test_many_states_in_16_bits_alone(void **state) {
     assert_true(takes(&half));
 }
 
+/* Each differs from the usual call in one thing. */
 static void test_what_the_portable_level_has(void **state) {
     (void)state;
-    enum { CHANGES = 11 };
-    for (int i = 0; i < CHANGES; i++) {
-        struct kda_decode d = usual(2, 8, KDA_F32);
-        struct kda_prefill *p = &d.tokens;
-        switch (i) {
-        case 0:
-            d.max_tokens = p->tokens = 4;
-            break;
-        case 1:
-            p->batch_invariant = true;
-            break;
-        case 2:
-            p->state_layout = FLASH_KDA_STATE_K_FIRST;
-            break;
-        case 3:
-            d.state.stride[2] *= 2; /* room between columns of V */
-            break;
-        case 4:
-            p->value_dim = 64;
-            break;
-        case 5:
-            p->key_dim = 64;
-            break;
-        case 6:
-            p->cu_seqlens = tensor(KDA_I32, 1, 3, 0, 0, 0);
-            break;
-        case 7:
-            d.accepted = tensor(KDA_I32, 1, 2, 0, 0, 0);
-            break;
-        case 8:
-            d.state_indices = tensor(KDA_I32, 2, 2, 1, 0, 0);
-            break;
-        case 9:
-            p->g.dtype = KDA_F32;
-            break;
-        default:
-            p->A_log.dtype = KDA_BF16;
-        }
-        assert_false(takes(&d));
-    }
+    const struct kda_decode usual_call = usual(2, 8, KDA_F32);
+    struct kda_decode d = usual_call;
+    assert_true(takes(&d));
+    d.max_tokens = d.tokens.tokens = 4;
+    assert_false(takes(&d));
+    d = usual_call;
+    d.tokens.batch_invariant = true;
+    assert_false(takes(&d));
+    d = usual_call;
+    d.tokens.state_layout = FLASH_KDA_STATE_K_FIRST;
+    assert_false(takes(&d));
+    d = usual_call;
+    d.state.stride[2] *= 2; /* room between columns of V */
+    assert_false(takes(&d));
+    d = usual_call;
+    d.tokens.value_dim = 64;
+    assert_false(takes(&d));
+    d = usual_call;
+    d.tokens.key_dim = 64;
+    assert_false(takes(&d));
+    d = usual_call;
+    d.tokens.cu_seqlens = tensor(KDA_I32, 1, 3, 0, 0, 0);
+    assert_false(takes(&d));
+    d = usual_call;
+    d.accepted = tensor(KDA_I32, 1, 2, 0, 0, 0);
+    assert_false(takes(&d));
+    d = usual_call;
+    d.state_indices = tensor(KDA_I32, 2, 2, 1, 0, 0);
+    assert_false(takes(&d));
+    d = usual_call;
+    d.tokens.g.dtype = KDA_F32;
+    assert_false(takes(&d));
+    d = usual_call;
+    d.tokens.A_log.dtype = KDA_BF16;
+    assert_false(takes(&d));
 }
 
 int main(void) {

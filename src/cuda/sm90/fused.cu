@@ -5,7 +5,7 @@
  *
  * A CTA works one chain after another; or a part of all chains end to end (spread.cuh), which begins from zero. There it takes
  * the identity through the part's first chunk before: it shows whether the past is forgotten by then, and how the chunk's
- * outputs depend on it. Two producer warpgroups take turns at making a chunk's operands, in place of its
+ * outputs depend on it. Producer warpgroups take turns at making a chunk's operands, in place of its
  * q, k and g; consumer warpgroups, with 64 columns of V each, take the state through them in their accumulators.
  * When a chunk's tiles are made, warps of its group go on to the next one as they get free: one finds the norms of k,
  * another those of q, and the scout finds the chunk after that, describes it to all others and has the copy engine bring
@@ -22,7 +22,7 @@ namespace kda {
 namespace {
 
 /* The kernel's forms: K = V = dim, with so many CTAs on a multiprocessor. Two where K = V = 64: one chain leaves room for another,
- * and they need nothing of each other. Where chains are few, one has twice the producers instead. */
+ * and they need nothing of each other. Where there is a multiprocessor for each, one has twice the producers instead. */
 template <int dim, int ctas> struct FormOf {
     static constexpr int DIM = dim, CTAS = ctas;
     static constexpr bool FEW = DIM == 64 && CTAS == 1;
@@ -31,7 +31,7 @@ template <int dim, int ctas> struct FormOf {
     static constexpr int THREADS = (CONSUMERS + PRODUCERS) * GROUP;
     static constexpr int WARPS = GROUP / 32 * CONSUMERS; /* of consumers */
     static constexpr int STAGES = DIM == 128 ? 5 : FEW ? 8 : 4;
-    /* Registers of a thread at the start: all of a multiprocessor's. Consumers then take some of the producers'. */
+    /* Registers of a thread at the start: all of a multiprocessor's, as far as they can be shared out. Consumers then take some of the producers'. */
     static constexpr int REGISTERS = DIM == 128 ? 128 : FEW ? 96 : 80;
     static constexpr int CONSUMER_REGISTERS = DIM == 128 ? 168 : FEW ? 128 : 112;
     static constexpr int PRODUCER_REGISTERS = DIM == 128 || FEW ? 88 : 64;
@@ -49,6 +49,7 @@ template <int dim, int ctas> struct FormOf {
 using Of128 = FormOf<128, 1>; /* also that of parts */
 using Of64 = FormOf<64, 2>;
 using FewOf64 = FormOf<64, 1>;
+
 constexpr int SORTED = 256; /* sequences at most, more are worked in their own order */
 
 /* Where a scout is: at a chunk of the CTA's chain before number `round`. */
