@@ -69,8 +69,14 @@ KDA_INLINE struct kda_span kda_chunk_span(const struct kda_prefill *p, int64_t n
     return span;
 }
 
-/* Chunks of every segment of a sequence of `chunks` but of the last ones, which have what is left. */
-KDA_INLINE int kda_chunks_of_segment(int chunks, int segments) { return (chunks + segments - 1) / segments; }
+/* The chunk that a segment of a sequence of `chunks` begins with, which may be behind the last one. The first segment takes
+ * no identity along and needs a sixteenth less time for a chunk, so it is longer; the others have as many each, but for the
+ * last ones, which have what is left. */
+KDA_INLINE int kda_begin_of_segment(int chunks, int segments, int segment) {
+    int each = (16 * chunks + 16 * segments) / (16 * segments + 1); /* rounded up */
+    int first = chunks - (segments - 1) * each;
+    return segment == 0 ? 0 : (first > each ? first : each) + (segment - 1) * each;
+}
 
 /* Chunks of sequence n, at least 1: the state of a sequence without tokens is passed on, too. */
 KDA_INLINE int64_t kda_chunk_count(const struct kda_prefill *p, int64_t n, int64_t length) {

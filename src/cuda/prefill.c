@@ -100,8 +100,8 @@ static void choose(const struct kda_prefill *p, const struct kda_cuda_wish *wish
         plan->way = in_one && !wish->pairs ? FUSED : PAIRS;
         bool may_spread = problem.may_cut && kda_can_spread(p) && !wish->fused && !wish->pairs;
         int parts = may_spread ? kda_parts(&problem) : 0;
-        if (wish->spread || kda_spread_pays(&problem, parts, plan->way == FUSED ? fused : cost))
-            plan->parts = parts;
+        if (parts && (wish->spread || kda_spread_pays(&problem, parts, plan->way == FUSED ? fused : cost)))
+            plan->parts = kda_spread(p, parts).parts;
     }
     if (wish->segments)
         plan->segments = problem.may_cut ? wish->segments : 1;

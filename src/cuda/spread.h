@@ -4,7 +4,9 @@
  * sizes them and for the kernels that work them.
  *
  * A place counts chunks: head by head, within one sequence by sequence, numbered as in chunks.h. Where a part begins within
- * a chain, this is cut; but its last chunk, which may be short, is not cut off.
+ * a chain, this is cut; but its last chunk, which may be short, is not cut off. A part in which one chain ends and another
+ * begins has two states more to load and store: where it makes parts hardly longer, every chain begins with a part of its own,
+ * and behind it places are left empty.
  */
 #ifndef KDA_CUDA_SPREAD_H
 #define KDA_CUDA_SPREAD_H
@@ -17,6 +19,7 @@ struct kda_spread {
     int parts;  /* 0: chains are not spread */
     int length; /* of all chains: the place behind them */
     int each;   /* of every part, rounded down: the first ones have a chunk more */
+    int gap;    /* places left empty behind every chain */
 };
 
 /* What of a chain is in a part: chunks from begin on, behind which the next chain or part begins. */
@@ -25,19 +28,40 @@ struct kda_stretch {
     int begin, end, chunks; /* chunks: of the chain; 0 where there is nothing to do */
 };
 
-/* Chunks of all sequences, as numbered, of one head. */
-KDA_INLINE int kda_chunks_of_head(const struct kda_prefill *p) {
-    return (int)kda_first_chunk(p, p->tokens, p->sequences);
+/* Of chains that are all as long. */
+KDA_INLINE int kda_chunks_of_each(const struct kda_prefill *p) { return (int)kda_first_chunk(p, 0, 1); }
+
+/* Chunks of all sequences, as numbered, of one head, and gaps. */
+KDA_INLINE int kda_places_of_head(const struct kda_prefill *p, const struct kda_spread *spread) {
+    return (int)kda_first_chunk(p, p->tokens, p->sequences) + (int)p->sequences * spread->gap;
 }
 
-/* Places are to fit an int. */
+/* Places are to fit an int; a gap is shorter than its chain. */
 KDA_INLINE bool kda_can_spread(const struct kda_prefill *p) {
-    return kda_first_chunk(p, p->tokens, p->sequences) <= INT32_MAX / (p->value_heads ? p->value_heads : 1);
+    return kda_first_chunk(p, p->tokens, p->sequences) <= INT32_MAX / 2 / (p->value_heads ? p->value_heads : 1);
 }
 
+/* Parts of a chain where each begins with one of its own: at most `most`. */
+KDA_INLINE int kda_parts_of_chain(const struct kda_prefill *p, int most) {
+    int chunks = kda_chunks_of_each(p), each = (chunks + most - 1) / most;
+    return (chunks + each - 1) / each;
+}
+
+/* In so many parts, or somewhat fewer. */
 KDA_INLINE struct kda_spread kda_spread(const struct kda_prefill *p, int parts) {
-    int length = kda_chunks_of_head(p) * (int)p->value_heads;
-    struct kda_spread spread = {parts, length, length / parts};
+    enum { STATES = 1 /* chunks that take as long as another chain's states */ };
+    struct kda_spread spread = {parts, 0, 0, 0};
+    int64_t chains = p->sequences * p->value_heads;
+    if (!p->cu_seqlens.data && chains > 0 && chains <= parts) {
+        int chunks = kda_chunks_of_each(p), count = kda_parts_of_chain(p, parts / (int)chains);
+        int each = (chunks + count - 1) / count, longest = each + (chunks % each == 1);
+        if (longest <= (chunks * chains + parts - 1) / parts + STATES) {
+            spread.parts = (int)chains * count;
+            spread.gap = count * each - chunks;
+        }
+    }
+    spread.length = kda_places_of_head(p, &spread) * (int)p->value_heads;
+    spread.each = spread.length / spread.parts;
     return spread;
 }
 
@@ -46,19 +70,19 @@ KDA_INLINE int kda_place_of_part(const struct kda_spread *spread, int part) {
     return part * spread->each + (part < more ? part : more);
 }
 
-/* Number of a sequence's first chunk. */
-KDA_INLINE int kda_number_of_sequence(const struct kda_prefill *p, int n) {
-    return (int)kda_first_chunk(p, p->cu_seqlens.data ? kda_sequence(p, n).first : 0, n);
+/* Where a sequence begins in its head. */
+KDA_INLINE int kda_place_of_sequence(const struct kda_prefill *p, const struct kda_spread *spread, int n) {
+    return (int)kda_first_chunk(p, p->cu_seqlens.data ? kda_sequence(p, n).first : 0, n) + n * spread->gap;
 }
 
-/* The sequence that has chunk `number`, or the gap behind which this is. */
-KDA_INLINE int kda_sequence_at(const struct kda_prefill *p, int number) {
+/* The sequence that is at a place of its head, or behind which this is empty. */
+KDA_INLINE int kda_sequence_at(const struct kda_prefill *p, const struct kda_spread *spread, int place) {
     int first = 0, behind = (int)p->sequences;
     if (!p->cu_seqlens.data)
-        return number / (int)kda_first_chunk(p, 0, 1);
+        return place / (kda_chunks_of_each(p) + spread->gap);
     while (behind - first > 1) {
         int middle = (first + behind) / 2;
-        if (kda_number_of_sequence(p, middle) <= number)
+        if (kda_place_of_sequence(p, spread, middle) <= place)
             first = middle;
         else
             behind = middle;
@@ -74,7 +98,7 @@ KDA_INLINE int kda_chunks_before(int chunks, int distance) {
 /* Finds what of the chain of n and head is in the part; false if that begins behind it, or is no chain. */
 KDA_INLINE bool kda_enter_stretch(const struct kda_prefill *p, const struct kda_spread *spread, int part,
                                   bool first, struct kda_stretch *stretch) {
-    int place = stretch->head * kda_chunks_of_head(p) + kda_number_of_sequence(p, stretch->n);
+    int place = stretch->head * kda_places_of_head(p, spread) + kda_place_of_sequence(p, spread, stretch->n);
     int end = kda_place_of_part(spread, part + 1);
     stretch->chunks = stretch->begin = stretch->end = 0;
     if (place >= end || stretch->head >= p->value_heads)
@@ -89,9 +113,9 @@ KDA_INLINE bool kda_enter_stretch(const struct kda_prefill *p, const struct kda_
 /* The stretch that a part begins with. */
 KDA_INLINE void kda_first_stretch(const struct kda_prefill *p, const struct kda_spread *spread, int part,
                                   struct kda_stretch *stretch) {
-    int all = kda_chunks_of_head(p), begin = kda_place_of_part(spread, part);
+    int all = kda_places_of_head(p, spread), begin = kda_place_of_part(spread, part);
     stretch->head = begin / all;
-    stretch->n = kda_sequence_at(p, begin % all);
+    stretch->n = kda_sequence_at(p, spread, begin % all);
     kda_enter_stretch(p, spread, part, true, stretch);
 }
 

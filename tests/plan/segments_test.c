@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* When are sequences cut into segments, and into how many? On a device of 132 multiprocessors, K = V = 128. */
+#include "cuda/chunks.h"
 #include "cuda/segments.h"
 
 #include <setjmp.h>
@@ -168,6 +169,23 @@ static void test_fused_where_there_are_many_chains(void **state) {
     }
 }
 
+/* Segments of pairs: one behind the other, all of a sequence, and the first one the longest. */
+static void test_segments_meet(void **state) {
+    (void)state;
+    for (int chunks = 1; chunks < 300; chunks++)
+        for (int count = 1; count <= KDA_CUDA_MAX_SEGMENTS; count++) {
+            int first = kda_begin_of_segment(chunks, count, 1);
+            assert_int_equal(kda_begin_of_segment(chunks, count, 0), 0);
+            assert_true(kda_begin_of_segment(chunks, count, count) >= chunks);
+            for (int s = 1; s < count; s++) {
+                int begin = kda_begin_of_segment(chunks, count, s);
+                assert_in_range(kda_begin_of_segment(chunks, count, s + 1) - begin, 1, first);
+            }
+        }
+    assert_int_equal(kda_begin_of_segment(256, 2, 1), 131);
+    assert_int_equal(kda_begin_of_segment(256, 2, 2), 256);
+}
+
 /* Where parts gain more with strong gates than looking costs with slow ones, as measured on an H200. */
 static void test_parts_where_they_pay(void **state) {
     (void)state;
@@ -204,6 +222,7 @@ int main(void) {
         cmocka_unit_test(test_checkpoints_cost),
         cmocka_unit_test(test_fused_where_there_are_many_chains),
         cmocka_unit_test(test_parts_where_they_pay),
+        cmocka_unit_test(test_segments_meet),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

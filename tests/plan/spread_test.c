@@ -35,7 +35,9 @@ static void check(const struct kda_prefill *p, int parts) {
     for (int n = 0; n < p->sequences; n++)
         for (int h = 0; h < HEADS; h++)
             met[n][h] = 0, cut[n][h] = false;
-    for (int part = 0; part < parts; part++) {
+    assert_in_range(spread.parts, 1, parts);
+    assert_int_equal(kda_spread(p, spread.parts).parts, spread.parts); /* asked for again */
+    for (int part = 0; part < spread.parts; part++) {
         struct kda_stretch s = {.n = 0};
         kda_first_stretch(p, &spread, part, &s);
         for (bool first = true; first || kda_next_stretch(p, &spread, part, &s); first = false) {
@@ -76,6 +78,35 @@ static void test_batches(void **state) {
         }
 }
 
+/* Where it makes parts hardly longer, a part has chunks of one chain alone. */
+static void test_chains_begin_with_parts(void **state) {
+    (void)state;
+    const struct {
+        int64_t heads, tokens;
+        int parts, longest;
+    } cases[] = {{8, 4096, 128, 8},   {12, 2048, 132, 6},  {16, 2048, 128, 8},  {10, 3072, 120, 8},
+                 {32, 8192, 128, 64}, {24, 8192, 132, 48}, {96, 8192, 132, 188}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct kda_prefill p = whole(1, cases[i].tokens);
+        p.heads = p.value_heads = cases[i].heads;
+        struct kda_spread spread = kda_spread(&p, 132);
+        assert_int_equal(spread.parts, cases[i].parts);
+        int shared = 0;
+        for (int part = 0; part < spread.parts; part++) {
+            struct kda_stretch s = {.n = 0};
+            int chunks = 0, stretches = 0;
+            kda_first_stretch(&p, &spread, part, &s);
+            do
+                chunks += s.end - s.begin, stretches += s.end > s.begin;
+            while (kda_next_stretch(&p, &spread, part, &s));
+            assert_in_range(chunks, 1, cases[i].longest);
+            shared += stretches > 1;
+        }
+        assert_true(shared == 0 || cases[i].parts == 132);
+        assert_true(shared == 0 || cases[i].heads >= 24);
+    }
+}
+
 static uint32_t draw(uint32_t *seed, uint32_t below) {
     *seed = *seed * 1664525U + 1013904223U;
     return (*seed >> 8) % below;
@@ -103,6 +134,8 @@ static void test_packed(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_batches), cmocka_unit_test(test_packed)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_batches),
+                                       cmocka_unit_test(test_chains_begin_with_parts),
+                                       cmocka_unit_test(test_packed)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -21,9 +21,10 @@ namespace {
 
 constexpr int BLOCKS = DIM / KDA_SM90_UNIT_COLUMNS; /* of channels, each made by a warp */
 constexpr int MAKERS = BLOCKS * 32, WRITERS = 4 * 32, THREADS = MAKERS + WRITERS + 32;
-constexpr int ROWS = 8;   /* columns of V in a first operand, each in two terms */
-constexpr int TOP = 14;   /* log2: of elements in units, the largest is below 2^(TOP + 1) */
-constexpr int STAGES = 4; /* of A and B: segments on their way or in use */
+constexpr int ROWS = 8; /* columns of V in a first operand, each in two terms */
+constexpr int TOP = 14; /* log2: of elements in units, the largest is below 2^(TOP + 1) */
+/* Of A and B: segments on their way or in use. */
+template <int TILES> constexpr int STAGES = TILES < 4 ? 4 : 3;
 
 /* One number for each block of each of a tile's columns. */
 using Rows = float4[BLOCKS / 4][ROWS];
@@ -34,13 +35,13 @@ template <int TILES> struct Stage {
 };
 
 template <int TILES> struct Shared {
-    Stage<TILES> stages[STAGES];
+    Stage<TILES> stages[STAGES<TILES>];
     /* Of S: before the next barrier the next step writes to the other one of two. */
     uint4 state[2][TILES][BLOCKS][32]; /* as first operands */
     Rows units[2][TILES];              /* their units, as powers of two */
     Rows factors[2][TILES];            /* of their products with A */
     int16_t units_of_A[KDA_CUDA_MAX_SEGMENTS][BLOCKS];
-    uint64_t arrived[STAGES];
+    uint64_t arrived[STAGES<TILES>];
 };
 
 /* A CTA's columns, and where a maker's elements are: of tile i the column i * ROWS further, and of it two channels and the
@@ -53,8 +54,8 @@ struct Place {
 template <int TILES> using Elements = float2[TILES][2];
 
 /* Where a segment's A and B lie, and the parity of the barrier's phase in which they come. Segment 0 has no A. */
-__device__ int stage_of(int segment) { return (segment - 1) % STAGES; }
-__device__ uint32_t parity_of(int segment) { return (segment - 1) / STAGES % 2; }
+template <int TILES> __device__ int stage_of(int segment) { return (segment - 1) % STAGES<TILES>; }
+template <int TILES> __device__ uint32_t parity_of(int segment) { return (segment - 1) / STAGES<TILES> % 2; }
 
 /* ---- Makers ------------------------------------------------------------------------------------------- */
 
@@ -72,7 +73,7 @@ using Operands_of_A = uint32_t[BLOCKS][4];
 
 /* The lane's row of the first one. */
 template <int TILES> __device__ uint32_t row_of_A(const Shared<TILES> &shared, int segment) {
-    return MatrixRow<DIM, DIM>(shared.stages[stage_of(segment)].A, true).at(0, threadIdx.x / 32 * 16);
+    return MatrixRow<DIM, DIM>(shared.stages[stage_of<TILES>(segment)].A, true).at(0, threadIdx.x / 32 * 16);
 }
 
 __device__ void load_A(uint32_t row, int j, Operands_of_A &A) {
@@ -127,7 +128,7 @@ __device__ void take_through(Shared<TILES> &shared, const Place &place, int segm
     uint32_t row = row_of_A(shared, next);
     each_pair(S, place, [&](float2 &x, int column, int channel) {
         x = *reinterpret_cast<const float2 *>(
-            &shared.stages[stage_of(segment)].B[column - place.first_column][channel]);
+            &shared.stages[stage_of<TILES>(segment)].B[column - place.first_column][channel]);
     });
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
@@ -235,8 +236,8 @@ template <int TILES>
 __device__ void fetch(const kda_sm90_cut &cut, const Place &place, int segment, Shared<TILES> &shared) {
     if (segment >= cut.segments)
         return;
-    Stage<TILES> &stage = shared.stages[stage_of(segment)];
-    uint64_t &arrived = shared.arrived[stage_of(segment)];
+    Stage<TILES> &stage = shared.stages[stage_of<TILES>(segment)];
+    uint64_t &arrived = shared.arrived[stage_of<TILES>(segment)];
     int64_t part = place.first + segment;
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &arrived,
                                    sizeof stage.A + sizeof stage.B);
@@ -247,7 +248,7 @@ __device__ void fetch(const kda_sm90_cut &cut, const Place &place, int segment, 
 }
 
 template <int TILES> __device__ void wait_for_segment(Shared<TILES> &shared, int segment) {
-    wait(shared.arrived[stage_of(segment)], parity_of(segment));
+    wait(shared.arrived[stage_of<TILES>(segment)], parity_of<TILES>(segment));
 }
 
 /* ---- The kernel --------------------------------------------------------------------------------------- */
@@ -286,7 +287,7 @@ __device__ void step_through(const kda_sm90_cut &cut, const Place &place, Role r
             if (role == Role::WRITER)
                 store_states(cut, place, s, shared);
             else if (role == Role::FETCHER && threadIdx.x % 32 == 0)
-                fetch(cut, place, s + STAGES - 1, shared);
+                fetch(cut, place, s + STAGES<TILES> - 1, shared);
             else if (role == Role::MAKER && (s < last || to.data))
                 take_through(shared, place, s, next, A[i], A[1 - i], S);
         }
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(1024) char memory[];
     Shared<TILES> &shared = *reinterpret_cast<Shared<TILES> *>(memory);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++)
+        for (int i = 0; i < STAGES<TILES>; i++)
             ptx::mbarrier_init(&shared.arrived[i], 1);
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
@@ -320,7 +321,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 : threadIdx.x < MAKERS + WRITERS ? Role::WRITER
                                                  : Role::FETCHER;
     if (role == Role::FETCHER && lane == 0)
-        for (int s = 1; s < STAGES; s++)
+        for (int s = 1; s < STAGES<TILES>; s++)
             fetch(cut, place, s, shared);
     if (threadIdx.x > 0 && threadIdx.x < cut.segments)
         *reinterpret_cast<uint4 *>(shared.units_of_A[threadIdx.x]) =
@@ -348,8 +349,10 @@ cudaError_t launch_compose(const kda_prefill *p, const kda_sm90_spread &spread, 
 
 cudaError_t kda_sm90_compose(const kda_prefill *p, kda_sm90_spread spread, kda_sm90_cut cut,
                              cudaStream_t stream) {
-    /* Every CTA reads all of A: where many do, fewer with more columns each. */
-    bool many = p->sequences * p->value_heads > 8;
-    return many ? kda::launch_compose<2>(p, spread, cut, stream)
-                : kda::launch_compose<1>(p, spread, cut, stream);
+    /* As few columns each as let all CTAs of an H200 run at once. */
+    int64_t chains = p->sequences * p->value_heads;
+    auto launch = chains <= 8    ? kda::launch_compose<1>
+                  : chains <= 16 ? kda::launch_compose<2>
+                                 : kda::launch_compose<4>;
+    return launch(p, spread, cut, stream);
 }

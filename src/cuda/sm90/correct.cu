@@ -52,10 +52,11 @@ __device__ Part find_part(const kda_prefill &p, const kda_sm90_spread &spread, i
     struct kda_sequence sequence = kda_sequence(&p, n);
     part.state = (int64_t)chain * cut.segments + segment;
     part.length = sequence.length;
-    int all = (int)kda_chunks_of(sequence.length), each = kda_chunks_of_segment(all, cut.segments);
-    part.begin = segment * each * STRIPS + piece * WARPS;
+    int all = (int)kda_chunks_of(sequence.length);
+    int end = min(kda_begin_of_segment(all, cut.segments, segment + 1), all);
+    part.begin = kda_begin_of_segment(all, cut.segments, segment) * STRIPS + piece * WARPS;
     bool left = sequence.slot >= 0 && is_left(p, spread, n, head);
-    part.end = left ? min((segment + 1) * each, all) * STRIPS : 0;
+    part.end = left ? end * STRIPS : 0;
     part.step = pieces * WARPS;
     int64_t token = sequence.first + lane / 4;
     part.of_A = reinterpret_cast<const char *>(cut.outputs) +

@@ -30,7 +30,7 @@ __device__ bool is_forgotten(const kda_sm90_proof &proof) {
 }
 
 /* What the CTA has to finish where a chain is cut in front of its part: outputs of the part's first chunk, those from zero and
- * what is to be added; and the state behind the chain, if it ends there. */
+ * what is to be added. */
 struct Share {
     char *out;            /* the thread's first token and pair of columns */
     int64_t token_stride; /* bytes */
@@ -38,7 +38,6 @@ struct Share {
     uint32_t own[CHUNK / 8][2];
     /* Before the part, 16 channels each: the first 8 in x and y, of columns 0 to 8 in x and z. */
     uint4 S[DIM / 16];
-    float final[DIM / 8][4];
 
     __device__ Share(const kda_prefill &p, const kda_stretch &first, const struct kda_sequence &sequence) {
         int lane = threadIdx.x % 32, column = threadIdx.x / 32 * KDA_SM90_UNIT_COLUMNS + lane % 4 * 2;
@@ -55,7 +54,7 @@ struct Share {
 using Rows = uint16_t[CHUNK][DIM + 8]; /* of O_A, no two rows' pieces of 16 bytes in a bank */
 
 /* All loads together: they take as long as one. */
-__device__ void load_share(const kda_sm90_spread &spread, bool ends, Share &share, Rows &rows) {
+__device__ void load_share(const kda_sm90_spread &spread, Share &share, Rows &rows) {
     constexpr int PIECES = DIM / 8, COUNT = CHUNK * PIECES / THREADS;
     const uint4 *O_A = reinterpret_cast<const uint4 *>(spread.outputs) + blockIdx.x * CHUNK * PIECES;
     uint4 pieces[COUNT];
@@ -71,11 +70,6 @@ __device__ void load_share(const kda_sm90_spread &spread, bool ends, Share &shar
 #pragma unroll
         for (int n = 0; n < 2; n++)
             share.own[m][n] = m * 8 < share.tokens ? share.pair(m, n) : 0;
-    const float4 *final = final_pieces(spread, blockIdx.x, threadIdx.x);
-    if (ends)
-#pragma unroll
-        for (int c = 0; c < DIM / 8; c++)
-            *reinterpret_cast<float4 *>(share.final[c]) = final[c * THREADS];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         int piece = i * THREADS + threadIdx.x;
@@ -115,41 +109,71 @@ __device__ void say_what_is_left(const kda_prefill &p, const kda_sm90_spread &sp
     while (kda_next_stretch(&p, &spread.all, blockIdx.x, &stretch));
 }
 
-__global__ void __launch_bounds__(THREADS, 1)
+/* Of all CTAs alike, once they have asked for what they will need. */
+__device__ Verdict judge(const kda_sm90_spread &spread, int look) {
+    bool remembered = look == FAST && !is_forgotten(spread.proofs[threadIdx.x]);
+    return __syncthreads_or(remembered) ? CUT_CHAINS : NOTHING;
+}
+
+/* Outputs of the part's first chunk, if a chain is cut in front of it. */
+__device__ void finish_outputs(const kda_prefill &p, const kda_sm90_spread &spread, int look,
+                               const kda_stretch &first, const struct kda_sequence &sequence) {
+    __shared__ alignas(16) Rows rows;
+    Share share(p, first, sequence);
+    bool cut_before = kda_cut_before(&first);
+    wait_for_kernel_before();
+    if (cut_before)
+        load_share(spread, share, rows);
+    Verdict verdict = judge(spread, look);
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        *spread.verdict = verdict;
+    if (verdict == CUT_CHAINS && threadIdx.x == 0)
+        say_what_is_left(p, spread, first);
+    if (verdict == NOTHING && cut_before)
+        correct_outputs(p.out.dtype, share, rows);
+}
+
+/* The state behind a chain that is cut in front of the part and ends there. */
+__device__ void finish_state(const kda_prefill &p, const kda_sm90_spread &spread, int look,
+                             const kda_stretch &first, const struct kda_sequence &sequence) {
+    if (!kda_cut_before(&first) || kda_cut_behind(&first))
+        return;
+    float S[DIM / 8][4];
+    struct kda_state to = kda_state_at(&p, &p.final_state, sequence.slot, first.head);
+    const float4 *pieces = final_pieces(spread, blockIdx.x, threadIdx.x);
+    wait_for_kernel_before();
+#pragma unroll
+    for (int c = 0; c < DIM / 8; c++)
+        *reinterpret_cast<float4 *>(S[c]) = pieces[c * THREADS];
+    if (judge(spread, look) == NOTHING)
+        store_whole(to, S, 0);
+}
+
+/* Two CTAs to a part, side by side: one finishes outputs, the other a state. */
+__global__ void __launch_bounds__(THREADS, 2)
     join(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_spread spread) {
     let_next_begin();
-    __shared__ alignas(16) Rows rows;
+    bool state = blockIdx.y;
     /* All that look has left is there already (fused.cu); the rest, when the kernel before has ended. */
     int look = threadIdx.x < spread.all.parts ? spread.looks[threadIdx.x] : UNCUT;
     if (__syncthreads_or(look == SLOW)) {
         wait_for_kernel_before();
-        if (blockIdx.x == 0 && threadIdx.x == 0)
+        if (!state && blockIdx.x == 0 && threadIdx.x == 0)
             *spread.verdict = ALL_CHAINS;
         return;
     }
     const kda_stretch first = spread.firsts[blockIdx.x];
     const struct kda_sequence sequence = kda_sequence(&p, first.n);
-    Share share(p, first, sequence);
-    bool cut_before = kda_cut_before(&first), ends = !kda_cut_behind(&first);
-    wait_for_kernel_before();
-    if (cut_before)
-        load_share(spread, ends, share, rows);
-    bool remembered = look == FAST && !is_forgotten(spread.proofs[threadIdx.x]);
-    Verdict verdict = __syncthreads_or(remembered) ? CUT_CHAINS : NOTHING;
-    if (blockIdx.x == 0 && threadIdx.x == 0)
-        *spread.verdict = verdict;
-    if (verdict == CUT_CHAINS && threadIdx.x == 0)
-        say_what_is_left(p, spread, first);
-    if (verdict != NOTHING || !cut_before)
-        return;
-    correct_outputs(p.out.dtype, share, rows);
-    if (ends)
-        store_whole(kda_state_at(&p, &p.final_state, sequence.slot, first.head), share.final, 0);
+    if (state)
+        finish_state(p, spread, look, first, sequence);
+    else
+        finish_outputs(p, spread, look, first, sequence);
 }
 
 } // namespace
 } // namespace kda
 
 cudaError_t kda_sm90_join(const kda_prefill *p, kda_sm90_spread spread, cudaStream_t stream) {
-    return kda::launch_behind(kda::join, dim3((unsigned)spread.all.parts), kda::THREADS, 0, stream, *p, spread);
+    return kda::launch_behind(kda::join, dim3((unsigned)spread.all.parts, 2), kda::THREADS, 0, stream, *p,
+                              spread);
 }
