@@ -3,14 +3,14 @@
 
 usage: cuda_speed.py [--build DIR] [--flashkda FOLDER] [--quick] [--commit NAME] [-o FILE]
 
-Runs `flashkda bench --backend cuda`, behind its table on the inputs in data/ repeated to the size of its cases; on a
-GPU with a level of its own all that again on the portable level; then on the table's cases fla's chunk_kda (the package
-flash-linear-attention, where it is installed), FlashKDA (a FOLDER with its built package) and the Hopper kernel of
-nvidia-cudnn-frontend (where it is installed; it gets g and beta in fp32) through torch. Says last where the portable
-level is slower than it should be. Writes benchmarks/results/DEVICE/speed.json, after every case so
-that what is cut off is not lost ("complete" is false until the end), and draws speed.svg beside it; with --quick, a few
-short cases, it writes nothing unless FILE is given. A peer that is not here, or not yet, is null in the JSON. Exit
-status 1 if a result of ours is wrong.
+Runs `flashkda bench --backend cuda`, behind its table on the inputs in data/ repeated to the size of its cases and
+to a million tokens; on a GPU with a level of its own all that again on the portable level; then on the table's cases
+fla's chunk_kda (the package flash-linear-attention, where it is installed), FlashKDA (a FOLDER with its built
+package) and the Hopper kernel of nvidia-cudnn-frontend (where it is installed; it gets g and beta in fp32) through
+torch. Says last where the portable level is slower than it should be. Writes benchmarks/results/DEVICE/speed.json,
+after every case so that what is cut off is not lost ("complete" is false until the end), and draws speed.svg beside
+it; with --quick, a few short cases, it writes nothing unless FILE is given. A peer that is not here, or not yet, is
+null in the JSON. Exit status 1 if a result of ours is wrong.
 """
 
 import argparse
@@ -30,6 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PORTABLE = "sm80"  # the level for every GPU
 CAPTURED = sorted((ROOT / "data").glob("*.safetensors"))  # repeated to the size of a case of the table
 CAPTURED_SIZE = ["--tokens", "8192", "--heads", "32", "--initial-state"]
+GROWTH = ["8192", "1048576"]  # tokens, of a sequence of 8 heads: time should grow no faster
 MANY_CHAINS = 32  # sequences times value heads; with so many the portable level is to be as fast as fla
 
 
@@ -49,10 +50,14 @@ def bench_case(build, commit, level, *options):
 
 
 def bench(build, commit, quick, level=None):
-    """The table, and behind it the captured inputs; with quick a few short cases."""
+    """The table, and behind it the captured inputs, the first ones also for a million tokens; with quick a few short
+    cases."""
     measured = bench_case(build, commit, level, *(["--quick"] if quick else []))
-    for path in [] if quick else CAPTURED:
-        measured["results"] += bench_case(build, commit, level, "--captured", path, *CAPTURED_SIZE)["results"]
+    sizes = [] if quick else [(path, CAPTURED_SIZE) for path in CAPTURED]
+    if not quick:
+        sizes += [(CAPTURED[0], ["--tokens", tokens, "--heads", "8", "--initial-state"]) for tokens in GROWTH]
+    for path, size in sizes:
+        measured["results"] += bench_case(build, commit, level, "--captured", path, *size)["results"]
     return measured
 
 

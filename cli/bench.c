@@ -355,6 +355,7 @@ static bool measure(struct bench *bench, const struct bench_case *c, struct benc
         return false;
     }
     result->bytes = call_bytes(&call);
+    result->workspace_bytes = (int64_t)call.workspace_bytes;
     bool good = describe_call(bench, &call, result) && check_call(bench, c, &call, result) &&
                 (!result->passed || time_call(bench, c, &call, &result->timing));
     call_free(&call);

@@ -71,6 +71,7 @@ struct bench_result {
     int threads; /* 0 on CUDA */
     char ran_on[256];
     int64_t bytes;                         /* of all tensors: what a call must move at least */
+    int64_t workspace_bytes;               /* of prefill */
     int64_t checked_tokens, checked_heads; /* of each batch entry, from the first ones, against the oracle */
     double output_error, state_error, checkpoint_error;
     bool passed; /* within tolerance; timing is only there if so */

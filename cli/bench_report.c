@@ -115,12 +115,12 @@ static json_t *timing_json(const struct timing *timing) {
 
 static json_t *result_json(const struct bench_result *result) {
     json_t *object = json_pack(
-        "{s:s, s:o, s:s, s:o, s:s, s:I, s:{s:I, s:I, s:o, s:o, s:o, s:b}}", "name", result->name, "case",
+        "{s:s, s:o, s:s, s:o, s:s, s:I, s:I, s:{s:I, s:I, s:o, s:o, s:o, s:b}}", "name", result->name, "case",
         case_json(result), "level", result->level, "threads",
         result->threads ? json_integer(result->threads) : json_null(), "ran_on", result->ran_on, "bytes",
-        (json_int_t)result->bytes, "check", "tokens", (json_int_t)result->checked_tokens, "value_heads",
-        (json_int_t)result->checked_heads, "output_error", real(result->output_error), "state_error",
-        real(result->state_error), "checkpoint_error",
+        (json_int_t)result->bytes, "workspace_bytes", (json_int_t)result->workspace_bytes, "check", "tokens",
+        (json_int_t)result->checked_tokens, "value_heads", (json_int_t)result->checked_heads, "output_error",
+        real(result->output_error), "state_error", real(result->state_error), "checkpoint_error",
         result->spec.checkpoint_every ? real(result->checkpoint_error) : json_null(), "passed", result->passed);
     if (result->decode) {
         json_object_set_new(object, "decode", json_string(result->decode));
@@ -175,13 +175,13 @@ char *bench_json(const struct bench_machine *machine, const char *commit, const 
 /* A name may hold a comma, hence the quotes. */
 static void csv_line(FILE *stream, const struct bench_result *result) {
     const struct case_spec *spec = &result->spec;
-    fprintf(stream, "\"%s\",%s,%d,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%s,%s,%lld,%lld,%.3g,%.3g,%lld,",
+    fprintf(stream, "\"%s\",%s,%d,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%s,%s,%lld,%lld,%.3g,%.3g,%lld,%lld,",
             result->name, result->level, result->threads, dtype_name(spec->dtype),
             dtype_name(result->out_dtype), (long long)spec->batch, (long long)result->tokens,
             (long long)spec->heads, (long long)value_heads(spec), (long long)spec->key_dim,
             (long long)spec->value_dim, gate_names[spec->gate], regime_names[spec->regime],
             (long long)result->checked_tokens, (long long)result->checked_heads, result->output_error,
-            result->state_error, (long long)result->bytes);
+            result->state_error, (long long)result->bytes, (long long)result->workspace_bytes);
     if (result->passed) {
         fprintf(stream, "%.6g,%.6g,%.6g,%.6g,%.6g,%d,%.6g,%.6g,", result->timing.min, result->timing.q1,
                 result->timing.median, result->timing.q3, result->timing.max, result->timing.repeats,
@@ -203,7 +203,8 @@ char *bench_csv(const struct bench_result *results, int count) {
         return NULL;
     }
     fputs("case,level,threads,dtype,out_dtype,batch,tokens,heads,value_heads,key_dim,value_dim,gate,regime,"
-          "checked_tokens,checked_value_heads,output_error,state_error,bytes,min_s,q1_s,median_s,q3_s,max_s,"
+          "checked_tokens,checked_value_heads,output_error,state_error,bytes,workspace_bytes,min_s,q1_s,median_"
+          "s,q3_s,max_s,"
           "repeats,tokens_per_s,gflops,warm_median_s\n",
           stream);
     for (int i = 0; i < count; i++) {

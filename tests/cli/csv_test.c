@@ -16,6 +16,7 @@ static struct bench_result result_of(bool passed, int warm_repeats) {
                                  .tokens = 4,
                                  .level = "sm90",
                                  .bytes = 1000,
+                                 .workspace_bytes = 64,
                                  .output_error = 0.002,
                                  .passed = passed,
                                  .timing = {1, 2, 4, 8, 16, 5},
@@ -87,6 +88,7 @@ static void test_lines_are_whole(void **state) {
         assert_int_equal(columns_of(line_at(text, line)), columns);
         assert_field(text, line, "case", "H8-B2-T4-fp32, state each");
         assert_field(text, line, "bytes", "1000");
+        assert_field(text, line, "workspace_bytes", "64");
     }
     assert_string_equal(line_at(text, 4), "");
 }
