@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PORTABLE = "sm80"  # the level for every GPU
 CAPTURED = sorted((ROOT / "data").glob("*.safetensors"))  # repeated to the size of a case of the table
 CAPTURED_SIZE = ["--tokens", "8192", "--heads", "32", "--initial-state"]
-GROWTH = ["8192", "1048576"]  # tokens, of a sequence of 8 heads: time should grow no faster
+GROWTH = ["8192", "1048576"]  # tokens of a sequence of 8 heads: time is to grow no faster
 MANY_CHAINS = 32  # sequences times value heads; with so many the portable level is to be as fast as fla
 
 
@@ -53,10 +53,9 @@ def bench(build, commit, quick, level=None):
     """The table, and behind it the captured inputs, the first ones also for a million tokens; with quick a few short
     cases."""
     measured = bench_case(build, commit, level, *(["--quick"] if quick else []))
-    sizes = [] if quick else [(path, CAPTURED_SIZE) for path in CAPTURED]
-    if not quick:
-        sizes += [(CAPTURED[0], ["--tokens", tokens, "--heads", "8", "--initial-state"]) for tokens in GROWTH]
-    for path, size in sizes:
+    sizes = [(path, CAPTURED_SIZE) for path in CAPTURED]
+    sizes += [(CAPTURED[0], ["--tokens", tokens, "--heads", "8", "--initial-state"]) for tokens in GROWTH]
+    for path, size in [] if quick else sizes:
         measured["results"] += bench_case(build, commit, level, "--captured", path, *size)["results"]
     return measured
 

@@ -203,9 +203,8 @@ char *bench_csv(const struct bench_result *results, int count) {
         return NULL;
     }
     fputs("case,level,threads,dtype,out_dtype,batch,tokens,heads,value_heads,key_dim,value_dim,gate,regime,"
-          "checked_tokens,checked_value_heads,output_error,state_error,bytes,workspace_bytes,min_s,q1_s,median_"
-          "s,q3_s,max_s,"
-          "repeats,tokens_per_s,gflops,warm_median_s\n",
+          "checked_tokens,checked_value_heads,output_error,state_error,bytes,workspace_bytes,"
+          "min_s,q1_s,median_s,q3_s,max_s,repeats,tokens_per_s,gflops,warm_median_s\n",
           stream);
     for (int i = 0; i < count; i++) {
         csv_line(stream, &results[i]);

@@ -41,20 +41,16 @@ KDA_INLINE bool kda_can_spread(const struct kda_prefill *p) {
     return kda_first_chunk(p, p->tokens, p->sequences) <= INT32_MAX / 2 / (p->value_heads ? p->value_heads : 1);
 }
 
-/* Parts of a chain where each begins with one of its own: at most `most`. */
-KDA_INLINE int kda_parts_of_chain(const struct kda_prefill *p, int most) {
-    int chunks = kda_chunks_of_each(p), each = (chunks + most - 1) / most;
-    return (chunks + each - 1) / each;
-}
-
 /* In so many parts, or somewhat fewer. */
 KDA_INLINE struct kda_spread kda_spread(const struct kda_prefill *p, int parts) {
     enum { STATES = 1 /* chunks that take as long as another chain's states */ };
     struct kda_spread spread = {parts, 0, 0, 0};
     int64_t chains = p->sequences * p->value_heads;
-    if (!p->cu_seqlens.data && chains > 0 && chains <= parts) {
-        int chunks = kda_chunks_of_each(p), count = kda_parts_of_chain(p, parts / (int)chains);
-        int each = (chunks + count - 1) / count, longest = each + (chunks % each == 1);
+    int most = p->cu_seqlens.data || !chains ? 0 : (int)(parts / chains); /* of one chain */
+    if (most > 0) {
+        int chunks = kda_chunks_of_each(p);
+        int each = (chunks + most - 1) / most, count = (chunks + each - 1) / each;
+        int longest = each + (chunks % each == 1); /* as the last one is not cut off */
         if (longest <= (chunks * chains + parts - 1) / parts + STATES) {
             spread.parts = (int)chains * count;
             spread.gap = count * each - chunks;

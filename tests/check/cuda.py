@@ -172,6 +172,7 @@ def main():
     build = options.build.resolve()
     gpus = device.describe_all(build)
     gpu = gpus[0]
+    os.environ.pop("FLASH_KDA_CUDA", None)  # a job's name says which way it goes
     jobs = all_jobs(build, gpu, options.seed, options.quick)
     if not SANITIZER:
         print("compute-sanitizer is not installed: memcheck, racecheck, initcheck and synccheck do NOT run")

@@ -23,7 +23,7 @@ constexpr int BLOCKS = DIM / KDA_SM90_UNIT_COLUMNS; /* of channels, each made by
 constexpr int MAKERS = BLOCKS * 32, WRITERS = 4 * 32, THREADS = MAKERS + WRITERS + 32;
 constexpr int ROWS = 8; /* columns of V in a first operand, each in two terms */
 constexpr int TOP = 14; /* log2: of elements in units, the largest is below 2^(TOP + 1) */
-/* Of A and B: segments on their way or in use. */
+/* Of A and B: segments on their way or in use, as many as there is room for. */
 template <int TILES> constexpr int STAGES = TILES < 4 ? 4 : 3;
 
 /* One number for each block of each of a tile's columns. */
