@@ -126,17 +126,26 @@ static size_t lay_out(const struct piece *pieces, size_t count, char *workspace)
     return used;
 }
 
+/* Tokens of every sequence's first segment, where all have as many; else 0. */
+static int64_t tokens_of_first(const struct kda_prefill *p, int segments) {
+    if (p->cu_seqlens.data)
+        return 0;
+    int64_t chunks = kda_begin_of_segment((int)kda_chunks_of(p->tokens), segments, 1);
+    return kda_min64(chunks * KDA_CUDA_CHUNK, p->tokens - 1);
+}
+
 /* Pairs' memory of cut sequences from `workspace` on; returns its bytes. */
 static size_t lay_out_cut(const struct kda_prefill *p, int segments, char *workspace,
                           struct kda_sm90_cut *cut) {
     size_t chains = (size_t)(p->sequences * p->value_heads), parts = chains * (size_t)segments;
-    size_t rows = (size_t)(p->batches * p->tokens * p->value_heads);
+    size_t others = parts - chains; /* than first segments */
     size_t chunks = (size_t)(chunks_of(p) * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
-    struct kda_sm90_cut memory = {.segments = segments};
+    struct kda_sm90_cut memory = {.segments = segments, .skipped = tokens_of_first(p, segments)};
+    size_t rows = (size_t)(p->batches * (p->tokens - memory.skipped) * p->value_heads);
     const struct piece pieces[] = {
         {(void **)&memory.B, parts * V * K * sizeof *memory.B},
-        {(void **)&memory.A, parts * K * K * sizeof *memory.A},
-        {(void **)&memory.A_units, parts * K / KDA_SM90_UNIT_COLUMNS * sizeof *memory.A_units},
+        {(void **)&memory.A, others * K * K * sizeof *memory.A},
+        {(void **)&memory.A_units, others * K / KDA_SM90_UNIT_COLUMNS * sizeof *memory.A_units},
         {(void **)&memory.outputs, rows * K * sizeof *memory.outputs},
         {(void **)&memory.output_units, chunks * (K + V) / KDA_SM90_UNIT_COLUMNS * sizeof *memory.output_units},
         {(void **)&memory.state_units, parts * V * sizeof *memory.state_units}};
@@ -149,11 +158,11 @@ static size_t lay_out_cut(const struct kda_prefill *p, int segments, char *works
  * of it has. */
 static size_t lay_out_spread(const struct kda_prefill *p, int parts, char *workspace,
                              struct kda_sm90_spread *spread, size_t *bytes) {
-    size_t count = (size_t)parts, K = (size_t)p->key_dim, V = (size_t)p->value_dim;
+    size_t chains = (size_t)(p->sequences * p->value_heads), count = (size_t)parts;
+    size_t K = (size_t)p->key_dim, V = (size_t)p->value_dim;
     struct kda_sm90_spread memory = {.all = kda_spread(p, parts)};
-    const struct piece kept[] = {
-        {(void **)&memory.verdict, sizeof *memory.verdict},
-        {(void **)&memory.left, (size_t)(p->sequences * p->value_heads) * sizeof *memory.left}};
+    const struct piece kept[] = {{(void **)&memory.verdict, sizeof *memory.verdict},
+                                 {(void **)&memory.left, chains * sizeof *memory.left}};
     size_t used = lay_out(kept, sizeof kept / sizeof *kept, workspace);
     const struct piece pieces[] = {
         {(void **)&memory.looks, count * sizeof *memory.looks},
@@ -161,7 +170,7 @@ static size_t lay_out_spread(const struct kda_prefill *p, int parts, char *works
         {(void **)&memory.proofs, count * sizeof *memory.proofs},
         {(void **)&memory.states, count * V * K * sizeof *memory.states},
         {(void **)&memory.outputs, count * KDA_CUDA_CHUNK * K * sizeof *memory.outputs},
-        {(void **)&memory.finals, count * V * K * sizeof *memory.finals}};
+        {(void **)&memory.finals, (chains < count ? chains : count) * V * K * sizeof *memory.finals}};
     char *rest = workspace ? workspace + used : NULL; /* without one only sizes are asked for */
     *bytes = used + lay_out(pieces, sizeof pieces / sizeof *pieces, rest);
     *spread = memory;

@@ -47,7 +47,7 @@ template <int TILES> struct Shared {
 /* A CTA's columns, and where a maker's elements are: of tile i the column i * ROWS further, and of it two channels and the
  * two 8 further. */
 struct Place {
-    int64_t first; /* of the chain's segments */
+    int64_t first, matrices; /* of the chain's segments; of their A, less one */
     int first_column, column, channel;
 };
 
@@ -241,8 +241,8 @@ __device__ void fetch(const kda_sm90_cut &cut, const Place &place, int segment, 
     int64_t part = place.first + segment;
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &arrived,
                                    sizeof stage.A + sizeof stage.B);
-    ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, stage.A, cut.A + part * DIM * DIM, sizeof stage.A,
-                       &arrived);
+    ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, stage.A,
+                       cut.A + (place.matrices + segment) * DIM * DIM, sizeof stage.A, &arrived);
     ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, stage.B,
                        cut.B + (part * DIM + place.first_column) * DIM, sizeof stage.B, &arrived);
 }
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (slot < 0 /* padding */ || !is_left(p, spread, (int)n, (int)(chain % p.value_heads)))
         return;
     int lane = threadIdx.x % 32, first_column = (int)blockIdx.y * TILES * ROWS;
-    Place place = {chain * cut.segments, first_column, first_column + lane / 4,
+    Place place = {chain * cut.segments, before_matrices(cut, chain), first_column, first_column + lane / 4,
                    (int)threadIdx.x / 32 * 16 + lane % 4 * 2};
     Role role = threadIdx.x < MAKERS             ? Role::MAKER
                 : threadIdx.x < MAKERS + WRITERS ? Role::WRITER
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             fetch(cut, place, s, shared);
     if (threadIdx.x > 0 && threadIdx.x < cut.segments)
         *reinterpret_cast<uint4 *>(shared.units_of_A[threadIdx.x]) =
-            __ldcg(reinterpret_cast<const uint4 *>(&cut.A_units[(place.first + threadIdx.x) * BLOCKS]));
+            __ldcg(reinterpret_cast<const uint4 *>(&cut.A_units[(place.matrices + threadIdx.x) * BLOCKS]));
     if (role == Role::FETCHER)
         wait_for_segment(shared, 1);
     __syncthreads();

@@ -60,8 +60,8 @@ __device__ Part find_part(const kda_prefill &p, const kda_sm90_spread &spread, i
     part.step = pieces * WARPS;
     int64_t token = sequence.first + lane / 4;
     part.of_A = reinterpret_cast<const char *>(cut.outputs) +
-                (sequence.batch * p.tokens + token) * row_of_A(p) + head * DIM * (int)sizeof(uint16_t) +
-                lane % 4 * PIECE;
+                (sequence.batch * (p.tokens - cut.skipped) + token - cut.skipped) * row_of_A(p) +
+                head * DIM * (int)sizeof(uint16_t) + lane % 4 * PIECE;
     part.out = kda_row(&p.out, sequence.batch, sequence.first, head);
     part.units = cut.output_units + (head * chunks + kda_first_chunk(&p, sequence.first, n)) * UNITS;
     return part;

@@ -16,6 +16,11 @@ inline __device__ uint16_t *state_before(const kda_sm90_cut &cut, int64_t segmen
 }
 constexpr int STATE_ROW = KDA_SM90_CUT_DIM * sizeof(float); /* bytes from column to column */
 
+/* Where a chain's matrices A begin, less one: first segments have none. */
+inline __device__ int64_t before_matrices(const kda_sm90_cut &cut, int64_t chain) {
+    return chain * (cut.segments - 1) - 1;
+}
+
 } // namespace kda
 
 #endif

@@ -417,7 +417,7 @@ __device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Sh
             if (task.flags & CUT_BEHIND)
                 store_pieces(state_pieces(spread, blockIdx.x + 1, thread()), S, unit);
             else if (task.flags & FROM_CUT)
-                store_pieces(final_pieces(spread, blockIdx.x, thread()), S, unit);
+                store_pieces(final_pieces(p, spread, task.n, task.head, thread()), S, unit);
             else
                 store_whole(kda_state_at(&p, &p.final_state, task.slot, task.head), S, unit, thread());
         });

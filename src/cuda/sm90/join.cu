@@ -140,7 +140,7 @@ __device__ void finish_state(const kda_prefill &p, const kda_sm90_spread &spread
         return;
     float S[DIM / 8][4];
     struct kda_state to = kda_state_at(&p, &p.final_state, sequence.slot, first.head);
-    const float4 *pieces = final_pieces(spread, blockIdx.x, threadIdx.x);
+    const float4 *pieces = final_pieces(p, spread, first.n, first.head, threadIdx.x);
     wait_for_kernel_before();
 #pragma unroll
     for (int c = 0; c < DIM / 8; c++)

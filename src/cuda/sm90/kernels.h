@@ -64,7 +64,7 @@ struct kda_sm90_spread {
     struct kda_sm90_proof *proofs; /* [parts] */
     uint16_t *states;              /* bf16 [parts][V K], before the part, as threads have them (spread.cuh) */
     uint16_t *outputs;             /* O_A, bf16 [parts][32][K], of the part's first chunk */
-    float *finals; /* [parts][V K], likewise, behind a chain of which the part has the end alone */
+    float *finals;                 /* [chains, or parts if fewer][V K], behind parts that a chain ends with */
 };
 
 /* Looks at the gates where chains would be cut; works the parts, if it saw none that is slow; judges, and finishes what can
@@ -83,11 +83,12 @@ cudaError_t kda_sm90_fused(const struct kda_prefill *p, struct kda_sm90_spread s
  * outputs are those from zero, O_B, and O_A S. All sequences have as many segments; chains = sequences * value heads. A
  * unit is a log2, of what its elements are to be multiplied by. Of a first segment there is nothing but B. */
 struct kda_sm90_cut {
-    int segments;          /* of every sequence; 1: not cut, nothing else is needed */
-    float *B;              /* [chains][segments][V][K]; of a first segment the state behind it (cut.cuh) */
-    uint16_t *A;           /* fp16 [chains][segments], columns of A as rows of a swizzled tile (operands.cuh) */
-    int16_t *A_units;      /* [chains][segments][K / 16], of 16 columns of A each */
-    uint16_t *outputs;     /* O_A, fp16 [B][T][HV][K]. O_B is in `out`, as fp16 in units */
+    int segments;      /* of every sequence; 1: not cut, nothing else is needed */
+    int64_t skipped;   /* tokens that outputs begin behind: of a first segment, where all have as many */
+    float *B;          /* [chains][segments][V][K]; of a first segment the state behind it (cut.cuh) */
+    uint16_t *A;       /* fp16 [chains][segments - 1], columns of A as rows of a swizzled tile (operands.cuh) */
+    int16_t *A_units;  /* [chains][segments - 1][K / 16], of 16 columns of A each */
+    uint16_t *outputs; /* O_A, fp16 [B][T - skipped][HV][K]. O_B is in `out`, as fp16 in units */
     int16_t *output_units; /* [HV][chunks][(K + V) / 16]: of 16 columns of O_A each, then of O_B */
     int16_t *state_units;  /* [chains][segments][V], of S before a segment */
 };

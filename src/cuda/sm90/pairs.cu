@@ -385,6 +385,7 @@ __device__ void consume_segment(const kda_prefill &p, const kda_tensor &out, con
                 return;
             }
             measure_unit(S, unit);
+            at = before_matrices(cut, shared.part.index / cut.segments) + shared.part.segment;
             uint16_t *A = cut.A + at * DIM * DIM;
             each_pair(
                 S,
@@ -505,10 +506,12 @@ cudaError_t kda_sm90_pairs_cut(const kda_prefill *p, kda_sm90_spread spread, int
     kda::Other other = {};
     struct kda_prefill of_B = *p, of_A = *p;
     of_B.checkpoints.data = NULL; /* the second pass stores them */
-    of_A.out.data = reinterpret_cast<char *>(cut.outputs);
     of_A.out.dtype = KDA_F16;
     for (int i = 3; i >= 0; i--)
         of_A.out.stride[i] = i == 3 ? 2 : of_A.out.stride[i + 1] * of_A.out.shape[i + 1];
+    int64_t skipped = cut.skipped * of_A.out.stride[1]; /* no segment there has the identity's outputs */
+    of_A.out.stride[0] -= skipped;
+    of_A.out.data = reinterpret_cast<char *>(cut.outputs) - skipped;
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(&of_A, &maps);
     if (error)

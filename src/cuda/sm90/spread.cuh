@@ -40,8 +40,12 @@ constexpr int STATE_THREADS = 2 * GROUP;
 inline __device__ uint4 *state_pieces(const kda_sm90_spread &spread, int part, uint32_t thread) {
     return reinterpret_cast<uint4 *>(spread.states + (int64_t)part * DIM * DIM) + thread;
 }
-inline __device__ float4 *final_pieces(const kda_sm90_spread &spread, int part, uint32_t thread) {
-    return reinterpret_cast<float4 *>(spread.finals + (int64_t)part * DIM * DIM) + thread;
+inline __device__ float4 *final_pieces(const kda_prefill &p, const kda_sm90_spread &spread, int n, int head,
+                                       uint32_t thread) {
+    int chain = n * (int)p.value_heads + head;
+    bool by_chain = p.sequences * p.value_heads <= spread.all.parts;
+    return reinterpret_cast<float4 *>(spread.finals + (int64_t)(by_chain ? chain : blockIdx.x) * DIM * DIM) +
+           thread;
 }
 
 } // namespace kda
