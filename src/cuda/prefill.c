@@ -170,7 +170,8 @@ static size_t lay_out_spread(const struct kda_prefill *p, int parts, char *works
         {(void **)&memory.proofs, count * sizeof *memory.proofs},
         {(void **)&memory.states, count * V * K * sizeof *memory.states},
         {(void **)&memory.outputs, count * KDA_CUDA_CHUNK * K * sizeof *memory.outputs},
-        {(void **)&memory.finals, (chains < count ? chains : count) * V * K * sizeof *memory.finals}};
+        {(void **)&memory.finals,
+         (kda_states_by_chain(p, parts) ? chains : count) * V * K * sizeof *memory.finals}};
     char *rest = workspace ? workspace + used : NULL; /* without one only sizes are asked for */
     *bytes = used + lay_out(pieces, sizeof pieces / sizeof *pieces, rest);
     *spread = memory;

@@ -61,6 +61,11 @@ KDA_INLINE struct kda_spread kda_spread(const struct kda_prefill *p, int parts) 
     return spread;
 }
 
+/* States behind chains that a part ends with: is there a place for every chain, or for every part, as these are fewer? */
+KDA_INLINE bool kda_states_by_chain(const struct kda_prefill *p, int parts) {
+    return p->value_heads * p->sequences <= parts;
+}
+
 KDA_INLINE int kda_place_of_part(const struct kda_spread *spread, int part) {
     int more = spread->length - spread->each * spread->parts;
     return part * spread->each + (part < more ? part : more);

@@ -43,9 +43,8 @@ inline __device__ uint4 *state_pieces(const kda_sm90_spread &spread, int part, u
 inline __device__ float4 *final_pieces(const kda_prefill &p, const kda_sm90_spread &spread, int n, int head,
                                        uint32_t thread) {
     int chain = n * (int)p.value_heads + head;
-    bool by_chain = p.sequences * p.value_heads <= spread.all.parts;
-    return reinterpret_cast<float4 *>(spread.finals + (int64_t)(by_chain ? chain : blockIdx.x) * DIM * DIM) +
-           thread;
+    int64_t place = kda_states_by_chain(&p, spread.all.parts) ? chain : blockIdx.x;
+    return reinterpret_cast<float4 *>(spread.finals + place * DIM * DIM) + thread;
 }
 
 } // namespace kda
