@@ -52,11 +52,11 @@ BAD = [
     ("checkpoints", zeros(2, 2, 32, 60), ValueError, "checkpoints has shape"),
     ("checkpoint_offsets", zeros(3), ValueError, "checkpoint_offsets has shape"),
     # dtypes
-    ("q", zeros(dtype=torch.float64), ValueError, "q has a dtype"),
-    ("beta", zeros(dtype=torch.int32), ValueError, "beta has a dtype"),
-    ("initial_state", zeros(dtype=torch.float16), ValueError, "initial_state has a dtype"),
-    ("cu_seqlens", zeros(dtype=torch.float32), ValueError, "cu_seqlens has a dtype"),
-    ("v", zeros(dtype=torch.complex64), ValueError, "v has a dtype"),
+    ("q", zeros(dtype=torch.float64), ValueError, "q has dtype"),
+    ("beta", zeros(dtype=torch.int32), ValueError, "beta has dtype"),
+    ("initial_state", zeros(dtype=torch.float16), ValueError, "initial_state has dtype"),
+    ("cu_seqlens", zeros(dtype=torch.float32), ValueError, "cu_seqlens has dtype"),
+    ("v", zeros(dtype=torch.complex64), ValueError, "v has dtype"),
     # strides and overlap
     ("q", lambda old: old.mT.contiguous().mT, ValueError, "q has stride 70|q has stride 2 in its last"),
     ("out", lambda old: old[:, :1].expand(old.shape), ValueError, "out has stride 0"),
@@ -226,9 +226,9 @@ def test_numpy_arrays_of_other_kinds():
         flash_kda.prefill(q, k.astype(">f4"), v, g, beta)
     with pytest.raises(ValueError, match="^k has stride -"):
         flash_kda.prefill(q, k[:, ::-1], v, g, beta)
-    with pytest.raises(ValueError, match="^g has a dtype"):
+    with pytest.raises(ValueError, match="^g has dtype"):
         flash_kda.prefill(q, k, v, g.view(numpy.uint32), beta)
-    with pytest.raises(ValueError, match="^g has a dtype"):
+    with pytest.raises(ValueError, match="^g has dtype"):
         flash_kda.prefill(q, k, v, g.astype(numpy.uint16), beta)
     with pytest.raises(TypeError, match="^beta is of type"):
         flash_kda.prefill(q, k, v, g, torch.from_numpy(beta))
