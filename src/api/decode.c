@@ -201,9 +201,10 @@ static flash_kda_status check_sequence(const struct kda_decode *d, int64_t n) {
 
 enum { SLOTS_AT_ONCE = 1 << 16 };
 
-/* No slot from `first` to `first` + SLOTS_AT_ONCE twice. */
-static flash_kda_status check_distinct(const struct kda_tensor *t, int64_t first) {
-    unsigned char seen[SLOTS_AT_ONCE / 8] = {0};
+/* No slot from `first` to `first` + SLOTS_AT_ONCE twice, of `slots` in all. */
+static flash_kda_status check_distinct(const struct kda_tensor *t, int64_t first, int64_t slots) {
+    unsigned char seen[SLOTS_AT_ONCE / 8]; /* cleared as far as there are slots: most pools are small */
+    memset(seen, 0, slots - first < SLOTS_AT_ONCE ? (size_t)(slots - first) / 8 + 1 : sizeof seen);
     int64_t columns = t->rank == 2 ? t->shape[1] : 1;
     for (int64_t i = 0; i < t->shape[0] * columns; i++) {
         int64_t slot = kda_index(t, i / columns, i % columns), bit = slot - first;
@@ -227,7 +228,7 @@ static flash_kda_status check_slots(const struct kda_decode *d) {
                            (long long)(i / columns), (long long)slot, (long long)slots - 1);
     }
     for (int64_t first = 0; first < slots && !d->keep_state; first += SLOTS_AT_ONCE)
-        TRY(check_distinct(t, first));
+        TRY(check_distinct(t, first, slots));
     return FLASH_KDA_OK;
 }
 
