@@ -73,16 +73,14 @@ def chunk_kda(
         (o, final_state), or (o, final_state, h): o is [B, T, HV, V] of q's dtype, final_state None if not asked for.
 
     Raises:
-        NotImplementedError: a tensor requires grad, or cp_context is given.
+        NotImplementedError: a tensor requires grad or has a tangent, or cp_context is given.
         ValueError, TypeError and others: as prefill().
     """
     import torch
 
     if cp_context is not None:
         raise NotImplementedError("cp_context is given, but flash_kda runs a sequence on one device only")
-    optional = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "cu_seqlens_cpu": cu_seqlens_cpu, "A_log": A_log,
-                "dt_bias": dt_bias}
-    check_tensors(q=q, k=k, v=v, g=g, beta=beta, **{name: x for name, x in optional.items() if x is not None})
+    check_tensors(_TENSORS, (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu))
     if transpose_state_layout is not None:
         state_v_first = _renamed(state_v_first, transpose_state_layout)
     if chunk_size not in (32, 64):
@@ -115,11 +113,20 @@ def chunk_kda(
     return pair if h is None else (*pair, h.to(k.dtype))
 
 
-def check_tensors(**arguments: Array) -> None:
+REQUIRED = ("q", "k", "v", "g", "beta")
+_TENSORS = (*REQUIRED, "A_log", "dt_bias", "initial_state", "cu_seqlens", "cu_seqlens_cpu")
+
+
+def check_tensors(names: tuple[str, ...], tensors: tuple[Array | None, ...]) -> None:
+    """Only what is not REQUIRED may be None."""
     import torch
 
-    for name, tensor in arguments.items():
-        if not isinstance(tensor, torch.Tensor):
+    Tensor = torch.Tensor
+
+    for name, tensor in zip(names, tensors):
+        if type(tensor) is Tensor or (tensor is None and name not in REQUIRED):
+            continue
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is of type {type(tensor)}; expected a torch.Tensor (prefill() takes arrays of other "
                             "libraries)")
 
@@ -133,13 +140,13 @@ def _renamed(state_v_first: bool, transpose_state_layout: bool) -> bool:
 
 def rows(tensor: Array, name: str) -> Array:
     """As fla does, copies what does not lie in rows."""
-    import torch
-
     try:
         if tensor.ndim == 0 or tensor.stride(-1) == 1:
             return tensor
     except RuntimeError as error:  # torch's nested tensors have no strides
         raise ValueError(f"{name} cannot be read as an array: {error}") from error
+    import torch
+
     if tensor.layout is not torch.strided:
         raise ValueError(f"{name} cannot be read as an array: its layout is {tensor.layout}")
     return tensor.contiguous()

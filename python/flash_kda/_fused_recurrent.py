@@ -6,13 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 from . import _C
-from ._chunk_kda import _beta_mode, _gate, check_tensors, rows
+from ._chunk_kda import REQUIRED, _beta_mode, _gate, check_tensors, rows
 from ._decode import decode
 from ._prefill import Array
 from ._shapes import state_shape
 
-TENSORS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens", "ssm_state_indices",
-           "num_accepted_tokens", "out")
+TENSORS = (*REQUIRED, "A_log", "dt_bias", "initial_state", "cu_seqlens", "ssm_state_indices", "num_accepted_tokens", "out")
 
 
 def refusal(q: Array, v: Array, beta: Array, A_log: Array | None, inplace_final_state: bool, cu_seqlens: Array | None,
@@ -62,8 +61,8 @@ def fused_recurrent_kda_fwd(
     """fla's function of this name. Its final states are fp32, or initial_state itself, in place."""
     import torch
 
-    given = (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, ssm_state_indices, num_accepted_tokens, out)
-    check_tensors(**{name: x for name, x in zip(TENSORS, given) if x is not None})
+    check_tensors(TENSORS, (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, ssm_state_indices,
+                            num_accepted_tokens, out))
     gate = _gate(g, use_gate_in_kernel, False, lower_bound, A_log, dt_bias)
     writes = inplace_final_state or output_final_state
     state = initial_state

@@ -176,7 +176,7 @@ def prefill(
     Raises:
         ValueError: a shape, dtype, device, stride, range or overlap is wrong; the sentence names the argument.
         TypeError: an argument is no array of q's library, or no number.
-        NotImplementedError: a tensor requires grad; or this build or machine does not have the backend.
+        NotImplementedError: a tensor requires grad or has a tangent; or this build or machine does not have the backend.
         MemoryError: the workspace could not be allocated.
         RuntimeError: the CUDA runtime reports an error.
         Nothing has been written then, save after a RuntimeError.

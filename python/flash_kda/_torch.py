@@ -24,7 +24,16 @@ _is_grad_enabled = torch.is_grad_enabled
 _is_negated = torch.Tensor.is_neg
 _is_traced = torch._C._is_tracing
 _modes = torch._C._len_torch_dispatch_stack
-_increment_version = torch._C._increment_version
+
+try:
+    torch._C._increment_version(())
+    _increment_version = torch._C._increment_version
+except (RuntimeError, TypeError):  # older versions take one tensor
+
+    def _increment_version(tensors: tuple[Any, ...]) -> None:
+        for tensor in tensors:
+            if not tensor.is_inference():
+                torch._C._increment_version(tensor)
 
 
 class Torch(Library):

@@ -11,7 +11,17 @@ typedef PyObject *(*fast_function)(PyObject *, PyObject *const *, Py_ssize_t);
 static PyObject *run(const struct call *call, PyObject *const *arguments) {
     struct workspace workspace;
     size_t bytes = 0;
-    flash_kda_status status = flash_kda_prefill_workspace_size(&call->args, &bytes);
+    flash_kda_status status = FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL;
+    /* Most small calls need no more than this, and not to ask saves them checking every argument twice. */
+    void *at_hand = workspace_at_hand(call, &bytes);
+    if (at_hand) {
+        Py_BEGIN_ALLOW_THREADS status = flash_kda_prefill(&call->args, at_hand, bytes);
+        Py_END_ALLOW_THREADS
+    }
+    if (status == FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL)
+        status = flash_kda_prefill_workspace_size(&call->args, &bytes);
+    else if (!status)
+        return call_written(call_members, CALL_TENSORS, arguments);
     if (status)
         return call_raise(status);
     if (!workspace_take(&workspace, call, bytes))
