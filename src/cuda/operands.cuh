@@ -27,6 +27,7 @@ template <int KP> struct alignas(16) Operands {
     float inverse[CHUNK * CHUNK];               /* (I + L)^-1 diag(beta), tf32, by tf32_place */
     __nv_bfloat16 M[CHUNK * CHUNK];
     float carry[KP]; /* exp(G_C) - 1 */
+    float growth;    /* log2 of what a state's length can grow by, a bound */
 };
 
 /* Index of element (row, token) of the inverse [CHUNK][CHUNK]. An accumulator holds tokens 2 t and 2 t + 1 where a tf32

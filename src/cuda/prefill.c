@@ -140,6 +140,7 @@ static size_t lay_out_cut(const struct kda_prefill *p, int segments, char *works
     size_t chains = (size_t)(p->sequences * p->value_heads), parts = chains * (size_t)segments;
     size_t others = parts - chains; /* than first segments */
     size_t chunks = (size_t)(chunks_of(p) * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
+    bool given = p->beta_mode == FLASH_KDA_BETA_GIVEN; /* else it is between 0 and 2 */
     struct kda_sm90_cut memory = {.segments = segments, .skipped = tokens_of_first(p, segments)};
     size_t rows = (size_t)(p->batches * (p->tokens - memory.skipped) * p->value_heads);
     const struct piece pieces[] = {
@@ -148,8 +149,11 @@ static size_t lay_out_cut(const struct kda_prefill *p, int segments, char *works
         {(void **)&memory.A_units, others * K / KDA_SM90_UNIT_COLUMNS * sizeof *memory.A_units},
         {(void **)&memory.outputs, rows * K * sizeof *memory.outputs},
         {(void **)&memory.output_units, chunks * (K + V) / KDA_SM90_UNIT_COLUMNS * sizeof *memory.output_units},
-        {(void **)&memory.state_units, parts * V * sizeof *memory.state_units}};
+        {(void **)&memory.state_units, parts * V * sizeof *memory.state_units},
+        {(void **)&memory.grown, given ? parts * sizeof *memory.grown : 0}};
     size_t used = lay_out(pieces, sizeof pieces / sizeof *pieces, workspace);
+    if (!given)
+        memory.grown = NULL;
     *cut = memory;
     return used;
 }
@@ -178,8 +182,14 @@ static size_t lay_out_spread(const struct kda_prefill *p, int parts, char *works
     return used;
 }
 
-static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
+/* Bytes of what the first pass over segments leaves. */
+static size_t summaries_of(const struct kda_prefill *p, const struct plan *plan) {
     size_t chains = (size_t)(p->sequences * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
+    return chains * (size_t)plan->segments * (V + K) * K * sizeof(float);
+}
+
+static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
+    size_t chains = (size_t)(p->sequences * p->value_heads);
     struct kda_sm90_cut cut;
     struct kda_sm90_spread spread;
     plan->operands = plan->summaries = plan->spread = 0;
@@ -190,7 +200,8 @@ static void size_workspace(const struct kda_prefill *p, struct plan *plan) {
     if (plan->way == FUSED || plan->way == PAIRS)
         return;
     plan->operands = (size_t)chunks_of(p) * (size_t)p->value_heads * kda_sm80_operands_size(p->key_dim);
-    plan->summaries = plan->segments > 1 ? chains * (size_t)plan->segments * (V + K) * K * sizeof(float) : 0;
+    plan->summaries =
+        plan->segments > 1 ? summaries_of(p, plan) + chains * (size_t)plan->segments * sizeof(float) : 0;
 }
 
 /* Hopper's level where it can take the problem; what it cannot take goes to the portable one, also if it is forced. */
@@ -220,7 +231,9 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *byte
 }
 
 static flash_kda_status launch_segments(const struct kda_prefill *p, const struct plan *plan, char *workspace) {
-    struct kda_sm90_segments segments = {plan->segments, (float *)(void *)(workspace + plan->operands)};
+    char *summaries = workspace + plan->operands;
+    struct kda_sm90_segments segments = {plan->segments, (float *)(void *)summaries,
+                                         (float *)(void *)(summaries + summaries_of(p, plan))};
     flash_kda_status status = kda_cuda_status(
         kda_sm90_summarise(p, chunks_of(p), workspace, segments, p->stream), "prefill, kernel summarise");
     if (!status)
@@ -256,8 +269,12 @@ static flash_kda_status launch_pairs(const struct kda_prefill *p, const struct p
         return status;
     if (plan->segments == 1 || p->checkpoints.data) /* which take true states all the way */
         return kda_cuda_status(kda_sm90_pairs(p, spread, cut, p->stream), "prefill, kernel pairs");
-    return kda_cuda_status(kda_sm90_correct(p, spread, chunks_of(p), cut, plan->processors, p->stream),
-                           "prefill, kernel correct");
+    status = kda_cuda_status(kda_sm90_correct(p, spread, chunks_of(p), cut, plan->processors, p->stream),
+                             "prefill, kernel correct");
+    if (status || !cut.grown)
+        return status;
+    cut.again = true;
+    return kda_cuda_status(kda_sm90_pairs(p, spread, cut, p->stream), "prefill, kernel pairs");
 }
 
 static flash_kda_status launch(const struct kda_prefill *p, const struct plan *plan, void *workspace) {

@@ -81,6 +81,8 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH, kind>())
     if (d.out.data)
         out = find_row_of<kind>(d.out, s, 0, head) + times(column, size_of(d.out.dtype));
     __syncthreads();
+    if (d.qk_norm)
+        normalise_large<Tile::THREADS>(tokens, s.length);
     tile.unpack(d);
 #pragma unroll 1
     for (int t = 0; t < s.length; t++) {

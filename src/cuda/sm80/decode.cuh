@@ -9,6 +9,9 @@
  * What tokens bring is prepared once for all threads of a CTA, while the state is on its way: every channel's decay, and k
  * and q as given. Their norms are sums over the channels, which are not waited for: with rk = 1 / |k| and rq = scale / |q|,
  *     S <- diag(exp(a)) S     u = rk beta (v - rk S^T k)     o = rq (S^T q + (k . q) u)     S <- S + k u^T
+ *
+ * A state in fp32 is decayed and written in one step, S + (S (exp(a) - 1) + k u^T): two roundings a token would drift, as that
+ * of a slow decay goes the same way for thousands of tokens. In 16 bits storing it costs more than either.
  */
 #ifndef KDA_CUDA_SM80_DECODE_CUH
 #define KDA_CUDA_SM80_DECODE_CUH
@@ -230,13 +233,45 @@ template <int KP, int COLUMNS, int PARTS> struct Token {
 };
 
 /* 1 / |k| and scale / |q|. */
+constexpr float EPSILON = 1e-6f;
 struct Factors {
     float k, q;
 
     __device__ Factors(const Decode &d, Products sums)
-        : k(d.qk_norm ? rsqrtf(sums.kk + 1e-6f) : 1.f),
-          q(d.qk_norm ? rsqrtf(sums.qq + 1e-6f) * d.scale : d.scale) {}
+        : k(d.qk_norm ? rsqrtf(sums.kk + EPSILON) : 1.f),
+          q(d.qk_norm ? rsqrtf(sums.qq + EPSILON) * d.scale : d.scale) {}
 };
+
+/* Squares from which on a row is made smaller before it is normalised, as its squares or its products with S could leave fp32;
+ * and by how much. */
+constexpr float LARGE_SQUARE = 0x1p100f, SMALLER = 0x1p-96f;
+
+/* All of a CTA's threads, behind a barrier: normalises rows of q and k that are so large, or not finite, here and now. */
+template <int THREADS, int KP, int COLUMNS, int PARTS>
+__device__ __noinline__ void normalise_large(Token<KP, COLUMNS, PARTS> *tokens, int count) {
+#pragma unroll 1
+    for (int t = 0; t < count; t++) {
+        auto &token = tokens[t];
+        Products given = token.all_products();
+        bool large_k = !(given.kk < LARGE_SQUARE), large_q = !(given.qq < LARGE_SQUARE);
+        if (!large_k && !large_q)
+            continue;
+        float by_k = large_k ? SMALLER : 1.f, by_q = large_q ? SMALLER : 1.f;
+        Products sums = {};
+#pragma unroll 1
+        for (int c = 0; c < KP; c++)
+            sums.add(token.k[c] * by_k, token.q[c] * by_q);
+        float rk = large_k ? rsqrtf(sums.kk) : 1.f, rq = large_q ? rsqrtf(sums.qq) : 1.f;
+        __syncthreads(); /* all have read it */
+        for (int c = threadIdx.x; c < KP; c += THREADS)
+            token.k[c] = token.k[c] * by_k * rk, token.q[c] = token.q[c] * by_q * rq;
+        for (int i = threadIdx.x; i < PARTS; i += THREADS)
+            token.products[i] = i ? make_float4(0, 0, 0, 0)
+                                  : make_float4(large_k ? 1 - EPSILON : given.kk,
+                                                large_q ? 1 - EPSILON : given.qq, sums.kq * rk * rq, 0);
+        __syncthreads();
+    }
+}
 
 /* Sums COUNT values over the lanes that differ in bits BIT .. LAST: halves of the values are exchanged for halves of the
  * lanes while there are any, so that a lane ends with the values that its bits name, the highest first. */
@@ -283,7 +318,7 @@ __device__ void find_log_decays(const Decode &d, float dt_bias, float A, float (
 
 /* A channel's decays of some tokens, less 1, in place of g. */
 template <int N> __device__ void find_decays(const Decode &d, float dt_bias, float A_log, float (&g)[N]) {
-    float A = fminf(fmaxf(expf(A_log), 1e-30f), 1e38f); /* within what makes no NaN of any g */
+    float A = min_or_nan(max_or_nan(expf(A_log), 1e-30f), 1e38f); /* within what makes no NaN of any g */
     if (d.gate == FLASH_KDA_GATE_SOFTPLUS)
         find_log_decays<FLASH_KDA_GATE_SOFTPLUS>(d, dt_bias, A, g);
     else if (d.gate == FLASH_KDA_GATE_SIGMOID)
@@ -316,7 +351,8 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
     static constexpr int ROWS = PIECES / ACROSS, COLUMNS = ROWS * THREADS / LANES;
     static constexpr int STEP = 32 / LANES; /* rows from one of a thread's rows to the next */
     static constexpr int CHAINS =
-        ROWS < 4 ? 4 / ROWS : 1; /* sums of a row, so that an addition need not wait for the last */
+        ROWS < 4 ? 4 / ROWS : 1;           /* sums of a row, so that an addition need not wait for the last */
+    static constexpr bool ONCE = VEC == 4; /* fp32, decayed and written in one step */
     using Token = decode::Token<KP, COLUMNS, PARTS>;
     struct Scratch {};
     float S[ROWS][ACROSS][VEC];
@@ -366,12 +402,21 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
     /* Token t; out: its row from the tile's first column on, or NULL. */
     __device__ void step(const Decode &d, const Token &token, Scratch &, int, char *out, kda_dtype dtype,
                          int columns) {
-        auto channels = [&](int j, int part, float(&decay)[4], float(&k)[4], float(&q)[4]) {
-            load_channels(token, j, part, decay, k, q);
-        };
         Products sums = token.all_products();
-        step_columns(channels, sums, Factors(d, sums), token.beta, token.v, out, dtype, columns);
+        step_columns(SharedChannels{token}, sums, Factors(d, sums), token.beta, token.v, out, dtype, columns);
     }
+
+    /* A thread's channels of a token, from shared memory each time they are wanted. */
+    struct SharedChannels {
+        const Token &token;
+
+        __device__ void operator()(int j, int part, float (&decay)[4], float (&k)[4], float (&q)[4]) const {
+            load_channels(token, j, part, decay, k, q);
+        }
+        __device__ void load_decay(int j, int part, float (&decay)[4]) const {
+            load_shared(&token.decay[place(channel(j) + part)], decay);
+        }
+    };
 
     /* Four of a thread's channels of any token. */
     template <class AnyToken>
@@ -383,7 +428,8 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
         load_shared(&token.q[at], q);
     }
 
-    /* A step, of which channels(j, part, decay, k, q) tells what load_channels does; v: of the tile's columns. */
+    /* A step, of which channels(j, part, decay, k, q) tells what load_channels does, and channels.load_decay a part of it; v: of
+     * the tile's columns. */
     template <class Channels>
     __device__ __forceinline__ void step_columns(const Channels &channels, const Products &sums,
                                                  const Factors &factor, float beta, const float *v, char *out,
@@ -402,8 +448,10 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
                     k[j][part + e] = keys[e];
 #pragma unroll
                     for (int i = 0; i < ROWS; i++) {
-                        float &s = S[i][j][part + e];
+                        float s = S[i][j][part + e];
                         s = fmaf(s, decay[e], s);
+                        if constexpr (!ONCE)
+                            S[i][j][part + e] = s;
                         w[i][chain] = fmaf(s, keys[e], w[i][chain]);
                         y[chain][i] = fmaf(s, q[e], y[chain][i]);
                     }
@@ -422,17 +470,30 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
         sum_over_lanes<ROWS, LANES / 2, 1>(y[0]);
         constexpr int SHARE = LANES / ROWS; /* lanes that end with the same row of y */
         int own = threadIdx.x % LANES / SHARE;
-        float own_u = 0;
+        float u[ROWS], own_u = 0;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            float u = step * (v[row(i)] - factor.k * w[i][0]);
-            own_u = own == i ? u : own_u;
-#pragma unroll
-            for (int j = 0; j < ACROSS; j++)
-#pragma unroll
-                for (int e = 0; e < VEC; e++)
-                    S[i][j][e] = fmaf(k[j][e], u, S[i][j][e]);
+            u[i] = step * (v[row(i)] - factor.k * w[i][0]);
+            own_u = own == i ? u[i] : own_u;
         }
+#pragma unroll
+        for (int j = 0; j < ACROSS; j++)
+#pragma unroll
+            for (int part = 0; part < VEC; part += 4) {
+                float decay[4];
+                if constexpr (ONCE)
+                    channels.load_decay(j, part, decay);
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+#pragma unroll
+                    for (int i = 0; i < ROWS; i++) {
+                        float &s = S[i][j][part + e];
+                        if constexpr (ONCE)
+                            s += fmaf(k[j][part + e], u[i], s * decay[e]);
+                        else
+                            s = fmaf(k[j][part + e], u[i], s);
+                    }
+            }
         if (out && threadIdx.x % SHARE == 0 && row(own) < columns)
             store_float(out, dtype, row(own), factor.q * fmaf(sums.kq, own_u, y[0][0]));
     }
@@ -445,6 +506,7 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
     static constexpr int PARTS = (KP < THREADS ? KP : THREADS) / 32; /* warps that prepare channels */
     static constexpr int LINE = KP / PIECES * LANES; /* threads that share the columns of a line */
     static constexpr int WARPS = LINE / 32, COLUMNS = THREADS / LINE * LANES * VEC;
+    static constexpr bool ONCE = VEC == 4; /* as above */
     using Token = decode::Token<KP, COLUMNS, PARTS>;
     /* Sums over a warp's channels, of the WARPS that share a line. Every other token has its own, so that a step waits only once. */
     struct Scratch {
@@ -490,8 +552,10 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
         for (int i = 0; i < PIECES; i++)
 #pragma unroll
             for (int e = 0; e < VEC; e++) {
-                float &s = S[i][e];
+                float s = S[i][e];
                 s = fmaf(s, decay[i], s);
+                if constexpr (!ONCE)
+                    S[i][e] = s;
                 sums[e] = fmaf(s, k[i], sums[e]);
                 sums[VEC + e] = fmaf(s, q[i], sums[VEC + e]);
             }
@@ -520,7 +584,10 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
             float u = factor.k * token.beta * (v[e] - factor.k * w[e]);
 #pragma unroll
             for (int i = 0; i < PIECES; i++)
-                S[i][e] = fmaf(k[i], u, S[i][e]);
+                if constexpr (ONCE)
+                    S[i][e] += fmaf(k[i], u, S[i][e] * decay[i]);
+                else
+                    S[i][e] = fmaf(k[i], u, S[i][e]);
         }
         int column = threadIdx.x;
         if (out && column < COLUMNS && column < columns) {

@@ -179,21 +179,31 @@ __device__ void prepare_values(const Fused &d, const Sequence &s, int head, int 
 
 /* ---- After ---------------------------------------------------------------------------------------- */
 
+/* Of a row times `size`; every warp all of the row. */
+__device__ float sum_squares(const float *row, int dim, float size) {
+    float squares = 0;
+    for (int j = threadIdx.x % 32; j < dim; j += 32) {
+        float x = row[j] * size;
+        squares = fmaf(x, x, squares);
+    }
+#pragma unroll
+    for (int bit = 16; bit > 0; bit /= 2)
+        squares += __shfl_xor_sync(~0u, squares, bit);
+    return squares;
+}
+
 /* outputs [length][V] of a head. */
 template <int THREADS>
 __device__ void normalise(const Fused &d, const Sequence &s, int head, const float *outputs) {
     for (int t = threadIdx.x / NORM_LANES; t < s.length; t += THREADS / NORM_LANES) {
         const float *o = outputs + t * d.value_dim;
-        float squares = 0;
-        for (int j = threadIdx.x % 32; j < d.value_dim; j += 32) /* every warp all of the row */
-            squares = fmaf(o[j], o[j], squares);
-#pragma unroll
-        for (int bit = 16; bit > 0; bit /= 2)
-            squares += __shfl_xor_sync(~0u, squares, bit);
-        float factor = rsqrtf(squares / (float)d.value_dim + d.norm_eps);
+        float size = 1, squares = sum_squares(o, d.value_dim, size);
+        if (!(squares < LARGE_SQUARE))
+            squares = sum_squares(o, d.value_dim, size = SMALLER);
+        float factor = rsqrtf(squares / (float)d.value_dim + d.norm_eps * size * size);
         char *out = find_row(d.out, s, t, head);
         for (int j = threadIdx.x % NORM_LANES; j < d.value_dim; j += NORM_LANES) {
-            float y = o[j] * factor * load_float(d.norm_weight, d.norm_dtype, j);
+            float y = o[j] * size * factor * load_float(d.norm_weight, d.norm_dtype, j);
             if (d.norm_gate.data) {
                 float z = load_float(find_row(d.norm_gate, s, t, head), d.norm_gate.dtype, j);
                 y *= logistic(z) * (d.norm_silu ? z : 1.f);
@@ -238,6 +248,8 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile>()) run(const __g
             if (i == 0 && column == 0) {
                 multiply_keys<Tile>(s, tokens);
                 __syncthreads();
+                if (d.qk_norm)
+                    normalise_large<Tile::THREADS>(tokens, s.length);
             }
             tile.unpack(d);
 #pragma unroll 1

@@ -42,6 +42,8 @@ template <int KP> struct Shared {
                         [2 * BLOCK]; /* of a row of KT or QT, and of a unit row; each warp has its own copy */
     float undo[2][CHUNK];            /* |row| / |unit row| of k, then q, where rows are not normalised */
     float beta[CHUNK];
+    float key_square[CHUNK]; /* |k|^2 as it is used */
+    float growth[BLOCKS];    /* log2, of the channel that grows most: 0 if every log decay is below it */
     alignas(16) float L[CHUNK][CHUNK + 4]; /* transposed */
 };
 
@@ -124,6 +126,9 @@ template <int half> __device__ void sum_by_lane(float (&x)[32]) {
 constexpr int SHRINK_LOG2 = 40;
 constexpr float SHRINK = 0x1p-40f;
 
+__device__ float2 times(float2 x, float2 factor) { return make_float2(x.x * factor.x, x.y * factor.y); }
+__device__ float2 times(float2 x, float factor) { return make_float2(x.x * factor, x.y * factor); }
+
 __device__ float square(float2 x, float factor) {
     x.x *= factor, x.y *= factor;
     return x.x * x.x + x.y * x.y;
@@ -134,37 +139,67 @@ __device__ float unit_factor(float squares) {
     return half_exponent > 0 ? ldexpf(1.f, -half_exponent) : 1.f;
 }
 
-template <int KP, bool all_bf16>
-__device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all_bf16> (&k)[BLOCK],
-                           const Pair<all_bf16> (&q)[BLOCK], Shared<KP> &shared) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+/* Squares of a warp's channels of k, then of q, token by token, each times `factor`: lane l has those of row l. */
+template <bool all_bf16>
+__device__ float sum_squares(const Pair<all_bf16> (&k)[BLOCK], const Pair<all_bf16> (&q)[BLOCK], float factor) {
     float sums[2 * BLOCK];
-    if (p.qk_norm)
 #pragma unroll
-        for (int t = 0; t < BLOCK; t++)
-            sums[t] = square(k[t].get(), 1.f), sums[BLOCK + t] = square(q[t].get(), 1.f);
-    else
-#pragma unroll
-        for (int t = 0; t < BLOCK; t++)
-            sums[t] = square(k[t].get(), SHRINK), sums[BLOCK + t] = square(q[t].get(), SHRINK);
+    for (int t = 0; t < BLOCK; t++)
+        sums[t] = square(k[t].get(), factor), sums[BLOCK + t] = square(q[t].get(), factor);
     sum_by_lane<16>(sums);
-    shared.squares[warp][lane] = sums[0];
-    /* The diagonal of M, often its largest part, is not left to rounded factors. */
+    return sums[0];
+}
+
+/* Their products, both rows times `factor`. */
+template <bool all_bf16>
+__device__ float sum_products(const Pair<all_bf16> (&k)[BLOCK], const Pair<all_bf16> (&q)[BLOCK],
+                              float factor) {
+    float sums[2 * BLOCK];
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) {
-        float2 x = k[t].get(), y = q[t].get();
+        float2 x = times(k[t].get(), factor), y = times(q[t].get(), factor);
         sums[t] = x.x * y.x + x.y * y.y, sums[BLOCK + t] = 0;
     }
     sum_by_lane<16>(sums);
-    if (lane < BLOCK)
-        shared.products[warp][lane] = sums[0];
-    __syncthreads();
+    return sums[0];
+}
+
+/* Rows to be normalised whose squares could leave fp32 are made smaller before. */
+constexpr float LARGE = 0x1p100f, SMALLER = 0x1p-70f;
+
+template <int KP, bool all_bf16>
+__device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all_bf16> (&k)[BLOCK],
+                           const Pair<all_bf16> (&q)[BLOCK], Shared<KP> &shared) {
     constexpr int PER_BLOCK = Shared<KP>::WARPS / BLOCKS;
-    float squares = 0;
-    for (int w = 0; w < PER_BLOCK; w++)
-        squares += shared.squares[at.block * PER_BLOCK + w][lane];
-    float scale = lane < BLOCK ? 1.f : p.scale,
-          unit = p.qk_norm ? rsqrtf(squares + 1e-6f) : unit_factor(squares);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = at.block * PER_BLOCK;
+    shared.squares[warp][lane] = sum_squares(k, q, p.qk_norm ? 1.f : SHRINK);
+    /* The diagonal of M, often its largest part, is not left to rounded factors. */
+    float own = sum_products(k, q, 1.f);
+    if (lane < BLOCK)
+        shared.products[warp][lane] = own;
+    __syncthreads();
+    float squares = 0, others = 0;
+    for (int w = 0; w < Shared<KP>::WARPS; w++)
+        (w / PER_BLOCK == at.block ? squares : others) += shared.squares[w][lane];
+    bool large = p.qk_norm && !(squares < LARGE); /* or NaN */
+    float up = 1;                                 /* what brings a product of such rows back, twice */
+    if (__any_sync(~0u, large || (p.qk_norm && !(others < LARGE)))) { /* of all warps or of none */
+        bool large_row = large || __shfl_xor_sync(~0u, large, BLOCK);
+        __syncthreads(); /* all have read them */
+        float small_squares = sum_squares(k, q, SMALLER), small_products = sum_products(k, q, SMALLER);
+        if (large)
+            shared.squares[warp][lane] = small_squares;
+        if (lane < BLOCK && large_row)
+            shared.products[warp][lane] = small_products;
+        __syncthreads();
+        up = large_row ? 1 / SMALLER : 1.f;
+        squares = 0;
+        for (int w = 0; w < PER_BLOCK; w++)
+            squares += shared.squares[first + w][lane];
+    }
+    float scale = lane < BLOCK ? 1.f : p.scale, unit = unit_factor(squares);
+    if (p.qk_norm)
+        unit = large ? rsqrtf(squares) * SMALLER : rsqrtf(squares + 1e-6f);
     bool exists = lane % BLOCK < at.count;
     shared.factor[0][warp][lane] = exists ? (p.qk_norm ? unit * scale : scale) : 0.f;
     shared.factor[1][warp][lane] = exists ? unit * (p.qk_norm ? scale : 1.f) : 0.f;
@@ -174,20 +209,22 @@ __device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all
     if (warp % PER_BLOCK == 0 && lane < BLOCK) {
         float product = 0;
         for (int w = 0; w < PER_BLOCK; w++)
-            product += shared.products[at.block * PER_BLOCK + w][lane];
+            product += shared.products[first + w][lane];
         shared.diagonal[at.block * BLOCK + lane] =
-            product * shared.factor[0][warp][lane] * shared.factor[0][warp][BLOCK + lane];
+            product * (shared.factor[0][warp][lane] * up) * (shared.factor[0][warp][BLOCK + lane] * up);
+        shared.key_square[at.block * BLOCK + lane] = p.qk_norm ? 1.f : squares * (1 / SHRINK) * (1 / SHRINK);
     }
 }
 
 /* g becomes x, the log2 decay of each token from the middle of its block, and the block's decays. */
 template <int KP, flash_kda_gate gate, bool all_bf16>
 __device__ void find_decays(const kda_prefill &p, const Place &at, const Pair<all_bf16> (&g)[BLOCK],
-                            float2 (&x)[BLOCK], Decay &decay) {
+                            float2 (&x)[BLOCK], Decay &decay, Shared<KP> &shared) {
     const char *bias = p.dt_bias.data ? p.dt_bias.data + at.head * p.dt_bias.stride[0] : nullptr;
-    float A = p.A_log.data
-                  ? fminf(expf(load_float(p.A_log.data + at.head * p.A_log.stride[0], p.A_log.dtype, 0)), 3e38f)
-                  : 1.f;
+    float A =
+        p.A_log.data
+            ? min_or_nan(expf(load_float(p.A_log.data + at.head * p.A_log.stride[0], p.A_log.dtype, 0)), 3e38f)
+            : 1.f;
     float b0 = bias && at.channels > 0 ? load_float(bias, p.dt_bias.dtype, at.c) : 0.f;
     float b1 = bias && at.channels > 1 ? load_float(bias, p.dt_bias.dtype, at.c + 1) : 0.f;
     decay.through = make_float2(0, 0);
@@ -202,11 +239,19 @@ __device__ void find_decays(const kda_prefill &p, const Place &at, const Pair<al
         for (int t = 0; t < BLOCK; t++)
             x[t] = make_float2(t < at.count && at.channels > 0 ? x[t].x : 0.f,
                                t < at.count && at.channels > 1 ? x[t].y : 0.f);
+    if (gate == FLASH_KDA_GATE_NONE) { /* the others' log decays are below 0 */
+        float growth = 0;
+#pragma unroll
+        for (int t = 0; t < BLOCK; t++)
+            growth += fmaxf(fmaxf(x[t].x, x[t].y), 0.f);
+        if (growth > 0)
+            atomicMax(reinterpret_cast<int *>(&shared.growth[at.block]), __float_as_int(growth));
+    }
     if (gate != FLASH_KDA_GATE_SIGMOID) /* its bound is above STRONGEST */
 #pragma unroll
         for (int t = 0; t < BLOCK; t++) {
             decay.through.x += x[t].x, decay.through.y += x[t].y;
-            x[t] = make_float2(fmaxf(x[t].x, STRONGEST), fmaxf(x[t].y, STRONGEST));
+            x[t] = make_float2(max_or_nan(x[t].x, STRONGEST), max_or_nan(x[t].y, STRONGEST));
         }
     float2 sum = make_float2(0, 0);
 #pragma unroll
@@ -229,8 +274,6 @@ __device__ void find_decays(const kda_prefill &p, const Place &at, const Pair<al
 
 __device__ float2 exp2_pair(float x, float y) { return make_float2(exp2_approximate(x), exp2_approximate(y)); }
 
-__device__ float2 times(float2 x, float2 factor) { return make_float2(x.x * factor.x, x.y * factor.y); }
-__device__ float2 times(float2 x, float factor) { return make_float2(x.x * factor, x.y * factor); }
 __device__ uint32_t pack(float2 x) { return pack_bf16(x.x, x.y); }
 
 /* Decays of two channels between the middles and ends of blocks, as factors. A longer way is a product of these in turn
@@ -382,6 +425,18 @@ template <int KP> __device__ void invert(const Shared<KP> &shared, float (&inver
             make_float4(x[j], x[j + 2], x[j + 4], x[j + 6]);
 }
 
+/* One warp: how much the chunk's transition can grow a state. A token's, (I - beta k k^T) diag(exp(a)), makes none longer by
+ * more than |1 - beta |k|^2|, or 1, times the largest exp(a). */
+template <int KP> __device__ void bound_growth(const Shared<KP> &shared, Operands<KP> &out) {
+    int token = threadIdx.x % 32;
+    float growth = log2f(fmaxf(fabsf(1 - shared.beta[token] * shared.key_square[token]), 1.f));
+#pragma unroll
+    for (int bit = 16; bit > 0; bit /= 2)
+        growth += __shfl_xor_sync(~0u, growth, bit);
+    if (token == 0)
+        out.growth = growth + shared.growth[0] + shared.growth[1];
+}
+
 template <int KP, bool all_bf16>
 __device__ void prepare_chunk(const kda_prefill &p, const Place &at, Shared<KP> &shared, Operands<KP> &out) {
     Pair<all_bf16> k[BLOCK], q[BLOCK], g[BLOCK];
@@ -389,6 +444,8 @@ __device__ void prepare_chunk(const kda_prefill &p, const Place &at, Shared<KP> 
     load_rows(p.q, at, at.key_head, q);
     load_rows(p.g, at, at.head, g);
     int t = threadIdx.x % Shared<KP>::PAIRS;
+    if (t == 0)
+        shared.growth[at.block] = 0;
     if (t < BLOCK) {
         float beta =
             t < at.count ? load_float(kda_row(&p.beta, at.batch, at.token + t, at.head), p.beta.dtype, 0) : 0.f;
@@ -400,11 +457,11 @@ __device__ void prepare_chunk(const kda_prefill &p, const Place &at, Shared<KP> 
     float2 x[BLOCK];
     Decay decay;
     if (p.gate == FLASH_KDA_GATE_SOFTPLUS)
-        find_decays<KP, FLASH_KDA_GATE_SOFTPLUS>(p, at, g, x, decay);
+        find_decays<KP, FLASH_KDA_GATE_SOFTPLUS>(p, at, g, x, decay, shared);
     else if (p.gate == FLASH_KDA_GATE_SIGMOID)
-        find_decays<KP, FLASH_KDA_GATE_SIGMOID>(p, at, g, x, decay);
+        find_decays<KP, FLASH_KDA_GATE_SIGMOID>(p, at, g, x, decay, shared);
     else
-        find_decays<KP, FLASH_KDA_GATE_NONE>(p, at, g, x, decay);
+        find_decays<KP, FLASH_KDA_GATE_NONE>(p, at, g, x, decay, shared);
     shared.decay[at.block][at.c / 2] = decay;
     __syncthreads();
     if (p.qk_norm)
@@ -414,8 +471,10 @@ __device__ void prepare_chunk(const kda_prefill &p, const Place &at, Shared<KP> 
     __syncthreads();
     make_blocks<KP>(p.qk_norm, shared, out);
     __syncthreads();
-    if (threadIdx.x < 32)
+    if (threadIdx.x < 32) {
         invert<KP>(shared, out.inverse);
+        bound_growth<KP>(shared, out);
+    }
 }
 
 template <int KP, bool all_bf16>

@@ -175,6 +175,7 @@ __device__ void consume(const kda_prefill &p, const Part &part, const kda_sm90_s
     __nv_bfloat16 *rows = shared.rows[threadIdx.x / 32];
     bool pieces = in_pieces(p.out);
     Outputs outputs; /* of the chunk before */
+    float growth = 0;
     Turn<STAGES<GROUPS>> turn;
     for (int64_t chunk = part.begin; chunk < part.end; chunk++, turn.next()) {
         struct kda_span span = kda_chunk_span(&p, chain.n, chain.sequence.length, chunk);
@@ -182,6 +183,8 @@ __device__ void consume(const kda_prefill &p, const Part &part, const kda_sm90_s
             break;
         wait(shared.full[turn.stage], turn.parity);
         advance<KP, GROUPS, pass>(shared.stages[turn.stage], S, o, [&] { store_pieces(outputs, rows); });
+        if (pass == SUMMARISE)
+            growth += shared.stages[turn.stage].operands.growth;
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
         if (pass == SUMMARISE)
             continue;
@@ -199,6 +202,8 @@ __device__ void consume(const kda_prefill &p, const Part &part, const kda_sm90_s
     }
     if (pass != SUMMARISE)
         store_pieces(outputs, rows);
+    if (pass == SUMMARISE && !part.identity && chain.column == 0 && threadIdx.x == 0)
+        growth_of(segments, p, chain, part.segment) = growth;
     kda_state to = state_after<pass>(p, part, segments);
     if (to.data)
         store_state<KP>(p, chain, to, S);
@@ -211,7 +216,7 @@ __global__ void __launch_bounds__((GROUPS + 1) * GROUP, 3 - GROUPS)
     extern __shared__ __align__(1024) char memory[];
     Shared<KP, GROUPS> &shared = *reinterpret_cast<Shared<KP, GROUPS> *>(memory);
     Part part = find_part<GROUP_COLUMNS * GROUPS, pass>(p, chunks, segments);
-    if (part.chain.sequence.slot < 0 || (pass == SUMMARISE && left_out(part, segments)))
+    if (part.chain.sequence.slot < 0 || (pass == SUMMARISE && left_out(part)))
         return;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES<GROUPS>; i++) {
@@ -272,7 +277,7 @@ cudaError_t kda_sm90_chain(const kda_prefill *p, int64_t chunks, const void *ope
                            cudaStream_t stream) {
     int64_t parts = p->sequences * p->value_heads * kda_sm90_parts(p->value_dim);
     bool pairs = parts > processors && p->value_dim % (2 * kda::GROUP_COLUMNS) == 0;
-    kda_sm90_segments whole = {1, nullptr};
+    kda_sm90_segments whole = {1, nullptr, nullptr};
     return pairs ? kda::launch<2, kda::WHOLE>(p, chunks, operands, whole, stream)
                  : kda::launch<1, kda::WHOLE>(p, chunks, operands, whole, stream);
 }

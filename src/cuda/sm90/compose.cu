@@ -312,7 +312,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
     int64_t chain = blockIdx.x, n = chain / p.value_heads, slot = kda_sequence(&p, n).slot;
-    if (slot < 0 /* padding */ || !is_left(p, spread, (int)n, (int)(chain % p.value_heads)))
+    if (slot < 0 /* padding */ || !is_left(p, spread, (int)n, (int)(chain % p.value_heads)) ||
+        grows(cut, chain))
         return;
     int lane = threadIdx.x % 32, first_column = (int)blockIdx.y * TILES * ROWS;
     Place place = {chain * cut.segments, before_matrices(cut, chain), first_column, first_column + lane / 4,

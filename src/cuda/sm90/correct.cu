@@ -55,7 +55,7 @@ __device__ Part find_part(const kda_prefill &p, const kda_sm90_spread &spread, i
     int all = (int)kda_chunks_of(sequence.length);
     int end = min(kda_begin_of_segment(all, cut.segments, segment + 1), all);
     part.begin = kda_begin_of_segment(all, cut.segments, segment) * STRIPS + piece * WARPS;
-    bool left = sequence.slot >= 0 && is_left(p, spread, n, head);
+    bool left = sequence.slot >= 0 && is_left(p, spread, n, head) && !grows(cut, chain);
     part.end = left ? end * STRIPS : 0;
     part.step = pieces * WARPS;
     int64_t token = sequence.first + lane / 4;

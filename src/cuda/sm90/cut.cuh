@@ -16,6 +16,15 @@ inline __device__ uint16_t *state_before(const kda_sm90_cut &cut, int64_t segmen
 }
 constexpr int STATE_ROW = KDA_SM90_CUT_DIM * sizeof(float); /* bytes from column to column */
 
+/* May a segment's A grow a state? Then the chain is worked whole, for what is lost in A would grow likewise. Asked by a warp. */
+inline __device__ bool grows(const kda_sm90_cut &cut, int64_t chain) {
+    bool found = false;
+    if (cut.grown)
+        for (int s = 1 + threadIdx.x % 32; s < cut.segments; s += 32)
+            found |= __ldcg(&cut.grown[chain * cut.segments + s]) != 0;
+    return __any_sync(~0u, found);
+}
+
 /* Where a chain's matrices A begin, less one: first segments have none. */
 inline __device__ int64_t before_matrices(const kda_sm90_cut &cut, int64_t chain) {
     return chain * (cut.segments - 1) - 1;

@@ -130,6 +130,11 @@ template <class Tile> struct Channels {
         for (int e = 0; e < 4; e++)
             its_decay[e] = decay[j][part + e], its_k[e] = k[j][part + e], its_q[e] = q[j][part + e];
     }
+    __device__ void load_decay(int j, int part, float (&its_decay)[4]) const {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            its_decay[e] = decay[j][part + e];
+    }
 };
 
 template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __grid_constant__ Decode given) {
@@ -166,6 +171,8 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __
     inputs.prepare(d, 1, &shared.token);
     s.slot = in_pool(d, index);
     __syncthreads();
+    if (d.qk_norm)
+        normalise_large<S::THREADS>(&shared.token, 1);
     const Channels<Tile> channels(shared.token);
     Products sums = shared.token.all_products();
     Factors factor(d, sums);

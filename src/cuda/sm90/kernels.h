@@ -16,6 +16,7 @@ extern "C" {
 struct kda_sm90_segments {
     int count; /* 1: not cut, no memory needed */
     float *summaries;
+    float *growth; /* [chains][count]: log2, a bound of what a segment's A grows a state by */
 };
 
 /* Can kda_sm90_chain take this problem? It needs K <= 128, V a multiple of 64, and v in bf16 with rows that start at
@@ -91,6 +92,9 @@ struct kda_sm90_cut {
     uint16_t *outputs; /* O_A, fp16 [B][T - skipped][HV][K]. O_B is in `out`, as fp16 in units */
     int16_t *output_units; /* [HV][chunks][(K + V) / 16]: of 16 columns of O_A each, then of O_B */
     int16_t *state_units;  /* [chains][segments][V], of S before a segment */
+    uint32_t
+        *grown; /* [chains][segments]: not 0 where a given beta is not between 0 and 2; NULL: it cannot be */
+    bool again; /* for kda_sm90_pairs: only chains with such a segment, whole */
 };
 
 /* In that form, two multiprocessors to a chain, without a workspace where it is not cut; where it is, to a segment, from the

@@ -26,6 +26,7 @@ constexpr int PUSH = 1, HOST = 2;
 
 template <bool cut> constexpr int STAGES = cut ? 5 : 6;
 constexpr int TASKS = 8; /* for two of each stage there is no room */
+static_assert(PAIR * PRODUCERS == sizeof *kda_sm90_cut::grown, "each has a byte");
 static_assert(TASKS > STAGES<true> && TASKS > STAGES<false>, "a task is read until the next chunk is done");
 template <bool cut> constexpr int CONSUMERS = cut ? 2 : 1;
 template <bool cut> constexpr int THREADS = (CONSUMERS<cut> + PRODUCERS) * GROUP;
@@ -47,6 +48,7 @@ struct Part {
     int batch, first, length, slot; /* of the sequence; -1: there is nothing to do */
     int segment, begin, chunks;     /* chunks at least 1, the first of which may be empty */
     int index;                      /* chain, segment */
+    bool to_end;                    /* the state behind it is the sequence's */
     int16_t *units;                 /* of outputs, from the sequence's first chunk on */
 };
 
@@ -67,20 +69,26 @@ template <bool cut> struct alignas(1024) Shared {
 static_assert(sizeof(Shared<true>) <= 227 * 1024 && sizeof(Shared<false>) <= 227 * 1024,
               "all that a CTA can have");
 
+/* Segments of a chain in this launch. */
+__host__ __device__ int segments_of(const kda_sm90_cut &cut) { return cut.again ? 1 : cut.segments; }
+
+/* whole: the chain grows, and is worked as a first segment. */
 __device__ Part find_part(const kda_prefill &p, const kda_sm90_spread &spread, const kda_sm90_cut &cut,
-                          int64_t all_chunks) {
-    int segments = cut.segments, chain = blockIdx.x / PAIR / segments;
+                          int64_t all_chunks, bool whole) {
+    int segments = segments_of(cut), chain = blockIdx.x / PAIR / segments;
     Part part;
     part.n = chain / (int)p.value_heads, part.head = chain % (int)p.value_heads;
     part.key_head = part.head / (int)(p.value_heads / p.heads);
     struct kda_sequence sequence = kda_sequence(&p, part.n);
     part.batch = (int)sequence.batch, part.first = (int)sequence.first;
     part.length = (int)sequence.length;
-    part.slot = is_left(p, spread, part.n, part.head) ? (int)sequence.slot : -1;
     part.index = blockIdx.x / PAIR, part.segment = part.index % segments;
+    bool wanted = whole ? part.segment == 0 : !cut.again;
+    part.slot = wanted && is_left(p, spread, part.n, part.head) ? (int)sequence.slot : -1;
+    part.to_end = whole || segments == 1;
     int chunks = (int)kda_chunk_count(&p, part.n, sequence.length);
     part.begin = kda_begin_of_segment(chunks, segments, part.segment);
-    int end = kda_begin_of_segment(chunks, segments, part.segment + 1);
+    int end = whole ? chunks : kda_begin_of_segment(chunks, segments, part.segment + 1);
     part.chunks = max(min(end, chunks) - part.begin, 1);
     part.units = cut.output_units +
                  (part.head * all_chunks + kda_first_chunk(&p, part.first, part.n)) * (2 * KDA_SM90_UNITS);
@@ -145,6 +153,7 @@ template <bool cut, bool bounded, bool keeps> struct Producer {
     const kda_sm90_maps &maps;
     Shared<cut> &shared;
     int rank, group;
+    uint8_t *grown; /* where to say whether beta makes a transition grow; NULL: it cannot, or nobody asks */
 
     __device__ bool brings_values() const { return !cut || rank == 0; }
     __device__ int column() const { return cut ? 0 : rank * GROUP_COLUMNS; }
@@ -243,6 +252,7 @@ template <bool cut, bool bounded, bool keeps> struct Producer {
         int warp = threadIdx.x % GROUP / 32, chunks = shared.part.chunks, slot = 0;
         Blocks &blocks = shared.blocks[group];
         uint32_t parity = 0;
+        bool grows = false;
         Gate gate = find_gate<bounded>(p, shared.part.head, own_channel<DIM>(threadIdx.x));
 #pragma unroll 1
         for (int next = rank + PAIR * group;; next += TURNS) {
@@ -256,15 +266,21 @@ template <bool cut, bool bounded, bool keeps> struct Producer {
                 if (warp == SCOUT<DIM> && next <= chunks)
                     beta = load_beta(p, task.batch, task.token, task.head, task.count);
             }
-            if (next > chunks)
+            if (next > chunks) {
+                if (cut && grown && warp == SCOUT<DIM>)
+                    *grown = __any_sync(~0u, grows);
                 return;
+            }
             int s = turn.stage;
             wait(shared.arrived[group], parity);
             int count = task.count;
             receive_chunk<VALUE_PANELS, true>(p, shared.tiles[s], shared.factors[s], shared.values[s], blocks,
                                               slot, count);
-            if (warp == SCOUT<DIM>)
-                blocks.beta[slot][threadIdx.x % 32] = find_beta(p, count, beta);
+            if (warp == SCOUT<DIM>) {
+                float step = find_beta(p, count, beta);
+                blocks.beta[slot][threadIdx.x % 32] = step;
+                grows = grows || step < 0 || step > 2; /* keys are of length 1: else |1 - beta| is at most 1 */
+            }
             barrier_wait(BARRIER_GROUP + group, GROUP);
             if (count > 0)
                 make_operands<bounded>(shared.tiles[s], shared.factors[s], blocks, slot, BARRIER_GROUP + group,
@@ -327,7 +343,7 @@ __device__ void consume_whole(const kda_prefill &p, const kda_sm90_maps &maps, c
         },
         [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
             kda_state to = kda_state_at(&p, &p.final_state, shared.part.slot, task.head);
-            if (cut.segments == 1) /* else it is there already */
+            if (shared.part.to_end) /* else it is there already */
                 store_whole(from_column(to, task.column), S, unit);
         });
 }
@@ -338,7 +354,7 @@ __device__ int fit_half(float (&o)[CHUNK / 8][4], int unit) {
     float largest = largest_of_tiles(o);
     if (__builtin_expect(__any_sync(~0u, largest >= LEAST) && !__any_sync(~0u, largest >= GREATEST), 1))
         return unit;
-    int further = unit_of(largest_of_warp(largest));
+    int further = unit_of(find_largest(o));
     scale_tiles(o, power_of_two(-further));
     return unit + further;
 }
@@ -430,9 +446,11 @@ __global__ void __cluster_dims__(PAIR) __maxnreg__(REGISTERS<cut>)
     if (nothing_is_left(spread))
         return;
     clear_inverses(shared.tiles);
+    bool whole =
+        !cut && threadIdx.x < 32 && grows(memory_of_cut, blockIdx.x / PAIR / segments_of(memory_of_cut));
     if (threadIdx.x == 0) {
         prefetch_maps(maps);
-        shared.part = find_part(p, spread, memory_of_cut, chunks);
+        shared.part = find_part(p, spread, memory_of_cut, chunks, whole);
         for (int i = 0; i < PRODUCERS; i++)
             ptx::mbarrier_init(&shared.arrived[i], 1);
         for (int i = 0; i < STAGES<cut>; i++) {
@@ -453,7 +471,12 @@ __global__ void __cluster_dims__(PAIR) __maxnreg__(REGISTERS<cut>)
         return;
     if (group >= CONSUMERS<cut>) {
         give_registers<PRODUCER_REGISTERS<cut>>();
-        Producer<cut, bounded, keeps>{p, maps, shared, rank, group - CONSUMERS<cut>}.produce();
+        int producer = group - CONSUMERS<cut>;
+        uint8_t *grown = nullptr;
+        if (memory_of_cut.grown)
+            grown = reinterpret_cast<uint8_t *>(&memory_of_cut.grown[shared.part.index]) + rank * PRODUCERS +
+                    producer;
+        Producer<cut, bounded, keeps>{p, maps, shared, rank, producer, grown}.produce();
     } else {
         take_registers<CONSUMER_REGISTERS<cut>>();
         if constexpr (!cut)
@@ -479,12 +502,12 @@ cudaError_t launch(const kda_prefill *p, const kda_sm90_spread &spread, int64_t 
                                      bytes);
     if (error)
         return error;
-    unsigned ctas = (unsigned)(p->sequences * p->value_heads * memory.segments * PAIR);
+    unsigned ctas = (unsigned)(p->sequences * p->value_heads * segments_of(memory) * PAIR);
     /* Closely behind another kernel a cluster takes what is free just then, often no neighbours: steps are 2% slower, for a
      * microsecond that is gained in the beginning. */
     constexpr int SHORT = 1024; /* tokens of a segment */
     int64_t tokens = p->tokens / (p->cu_seqlens.data ? p->sequences : 1) / memory.segments;
-    bool closely = spread.all.parts && tokens < SHORT;
+    bool closely = memory.again || (spread.all.parts && tokens < SHORT);
     return launch_behind_if(closely, pairs<cut, bounded, keeps>, dim3(ctas), THREADS<cut>, bytes, stream, *p,
                             maps, spread, memory, other, chunks);
 }

@@ -53,8 +53,9 @@ template <bool bounded> __device__ Gate find_gate(const kda_prefill &p, int head
     /* Within what leaves NO_DECAY without any, whatever the bias. */
     float rate =
         p.A_log.data
-            ? fminf(fmaxf(expf(load_float(p.A_log.data + head * p.A_log.stride[0], p.A_log.dtype, 0)), 1e-30f),
-                    3e38f)
+            ? min_or_nan(max_or_nan(expf(load_float(p.A_log.data + head * p.A_log.stride[0], p.A_log.dtype, 0)),
+                                    1e-30f),
+                         3e38f)
             : 1.f;
     Gate gate;
     gate.head = head;
@@ -158,17 +159,32 @@ template <int DIM> __device__ float find_square_soon(const __nv_bfloat16 *tile) 
     return square;
 }
 
-/* Divides a row of k or q by a power of two. */
-template <int DIM> __device__ void divide_row(__nv_bfloat16 *tile, int token, float divisor) {
-    for (int i = 0; i < DIM / PANEL; i++) {
-        uint32_t &word = reinterpret_cast<uint32_t *>(tile + i * sizeof(Panel) / sizeof *tile +
-                                                      token * PANEL)[thread() % 32];
-        float2 x = unpack_bf16(word);
-        word = pack_bf16(x.x / divisor, x.y / divisor);
+/* Divides rows of k or q by powers of two, each its lane's own, where `rows` has the lane's bit. Returns the square of the lane's
+ * row, of those, as it is then. */
+template <int DIM> __device__ float divide_rows(__nv_bfloat16 *tile, uint32_t rows, float own_divisor) {
+    float own = 0;
+#pragma unroll 1
+    for (; rows; rows &= rows - 1) {
+        int token = __ffs(rows) - 1;
+        float factor = 1 / __shfl_sync(~0u, own_divisor, token), square = 0;
+        for (int i = 0; i < DIM / PANEL; i++) {
+            uint32_t &word = reinterpret_cast<uint32_t *>(tile + i * sizeof(Panel) / sizeof *tile +
+                                                          token * PANEL)[thread() % 32];
+            float2 x = unpack_bf16(word);
+            x.x *= factor, x.y *= factor;
+            word = pack_bf16(x.x, x.y);
+            square = fmaf(x.x, x.x, fmaf(x.y, x.y, square));
+        }
+#pragma unroll
+        for (int bit = 16; bit; bit /= 2)
+            square += __shfl_xor_sync(~0u, square, bit);
+        own = thread() % 32 == token ? square : own;
     }
+    return own;
 }
 
-/* The power of two next to the norm of a row; 2^120 where the square is infinite: elements reach 2^128. */
+/* The power of two next to the norm of a row; 2^120 where the square is infinite: elements reach 2^128, and is to be found
+ * again. */
 inline __device__ float size_of_row(float square) {
     return ldexpf(1.f, square < INFINITY ? ((__float_as_int(square) >> 23) - 127) / 2 : 120);
 }
@@ -185,11 +201,9 @@ __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, floa
     if (__builtin_expect(others, 0)) {
         float size = size_of_row(square);
         norm *= ordinary || square == 0 ? 1.f : size;
-#pragma unroll 1
-        for (; others; others &= others - 1) {
-            int token = __ffs(others) - 1;
-            divide_row<DIM>(tile, token, __shfl_sync(~0u, size, token));
-        }
+        float again = divide_rows<DIM>(tile, others, size), more = size_of_row(again);
+        norm = square == INFINITY ? rsqrtf(again) * more * scale : norm;
+        divide_rows<DIM>(tile, __ballot_sync(~0u, square == INFINITY), more);
     }
     scales[token_place(lane)] = norm;
     if (plain)

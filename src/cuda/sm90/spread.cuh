@@ -16,7 +16,8 @@ enum Verdict { NOTHING, CUT_CHAINS, ALL_CHAINS };
 
 constexpr int DIM = KDA_SM90_CUT_DIM;
 
-constexpr int EXACT_ZERO = -20000; /* in a proof; below the sum of any others */
+/* In a proof: below the sum of any others; and above. */
+constexpr int EXACT_ZERO = -20000, NEVER_SMALL = 20000;
 
 /* Behind kernel join: is there no chain still to be worked? To be asked first: code that is never reached need not be fetched. */
 inline __device__ bool nothing_is_left(const kda_sm90_spread &spread) {

@@ -56,7 +56,7 @@ inline __device__ HalfDecay make_half(const Panel &panel, bool later, const Gate
             float2 decay = make_float2(log2_decay<false>(gate, raw.x, gate.offset.x),
                                        log2_decay<false>(gate, raw.y, gate.offset.y));
             all.x += decay.x, all.y += decay.y;
-            sum.x += fmaxf(decay.x, DEEPEST), sum.y += fmaxf(decay.y, DEEPEST);
+            sum.x += max_or_nan(decay.x, DEEPEST), sum.y += max_or_nan(decay.y, DEEPEST);
             float2 x = behind ? sum : make_float2(-last.x, -last.y);
             float2 decayed = make_float2(exp2_approximate(x.x), exp2_approximate(x.y));
             float2 grown = make_float2(exp2_approximate(-x.x), exp2_approximate(-x.y));
