@@ -74,7 +74,7 @@ FLASH_KDA_API const char *flash_kda_last_error(void);
 typedef enum flash_kda_backend {
     FLASH_KDA_BACKEND_AUTO = 0,      /* by the device of q: cpu for host memory, cuda for CUDA memory */
     FLASH_KDA_BACKEND_REFERENCE = 1, /* the oracle: token recurrence in fp64, one thread, exact and slow */
-    FLASH_KDA_BACKEND_CPU = 2,       /* chunked form, SIMD, OpenMP */
+    FLASH_KDA_BACKEND_CPU = 2,       /* chunked form, SIMD, threads */
     FLASH_KDA_BACKEND_CUDA = 3,      /* chunked form on tensor cores, sm_80 and later; if built with nvcc */
 } flash_kda_backend;
 
@@ -93,6 +93,13 @@ FLASH_KDA_API const char *const *flash_kda_cpu_levels(void);
  * environment variable FLASH_KDA_CPU names. NULL, with flash_kda_last_error(), if it names a level that
  * cannot run here. */
 FLASH_KDA_API const char *flash_kda_cpu_level(void);
+
+/* The most threads that a call with num_threads 0 takes, its caller among them: the processors that this process may use,
+ * by affinity and by the quota of its cgroup, bounded by the environment variable FLASH_KDA_NUM_THREADS or, without that,
+ * by OMP_NUM_THREADS. The first call that asks decides for the life of the process. 0, with flash_kda_last_error(), if
+ * FLASH_KDA_NUM_THREADS is no number above 0. A call takes fewer threads where more do not pay, and where no more can be
+ * had; docs/threads.md says how they work beside the program's own. */
+FLASH_KDA_API int flash_kda_cpu_threads(void);
 
 /* ---- Prefill ----------------------------------------------------------------------------------- */
 
@@ -198,7 +205,7 @@ typedef struct flash_kda_prefill_args {
 
     /* -- How to compute -- */
     flash_kda_backend backend;
-    int32_t num_threads; /* CPU backend: 1 to 1024; 0 takes OpenMP's default */
+    int32_t num_threads; /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
     void *stream;        /* CUDA backend: a cudaStream_t of q's device; NULL is the default stream */
 } flash_kda_prefill_args;
 
@@ -331,7 +338,7 @@ typedef struct flash_kda_decode_args {
 
     /* -- How to compute -- */
     flash_kda_backend backend;
-    int32_t num_threads; /* CPU backend: 1 to 1024; 0 takes OpenMP's default */
+    int32_t num_threads; /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
     void *stream;        /* CUDA backend: a cudaStream_t of q's device; NULL is the default stream */
 } flash_kda_decode_args;
 

@@ -4,8 +4,8 @@
  *
  * A run is a range of one chain's tokens with a state and a batch of prepared chunks. Two schedules:
  *   apart     a thread takes a run and works it alone; for many chains.
- *   together  all runs advance side by side: all threads share the tiles and the chunks of all runs; for few
- *             chains. Same bits as apart.
+ *   together  all runs advance side by side, step by step: all threads share the tiles and the chunks of all runs; for
+ *             few chains. Same bits as apart.
  * With many more threads than tiles, a sequence is also split into segments: a first pass finds what each
  * segment does to a state (A, B), a scan gives every segment its true state, a second pass writes the outputs.
  */
@@ -13,9 +13,11 @@
 #include "api/status.h"
 #include "cpu/denormals.h"
 #include "cpu/level.h"
-#include "cpu/team.h"
+#include "cpu/pool.h"
+#include "cpu/threads.h"
 
-#include <omp.h>
+#include <stdalign.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -25,7 +27,9 @@ enum {
     PLANNED = 3,         /* batches of a run that are planned, prepared and applied side by side */
     MIN_SEGMENT = 256,   /* tokens */
     MAX_SEGMENTS = 64,
-    MIN_WORK = 4 << 20, /* multiply-adds that are worth another thread */
+    PREPARED = 2,        /* chunks that one piece prepares */
+    MAX_PIECES = 1 << 30,
+    RATE = 100000, /* multiply-adds a microsecond, of one thread on the fastest level */
 };
 
 struct plan {
@@ -35,6 +39,7 @@ struct plan {
     int64_t tiles;          /* of V, of one chain */
     int64_t identity_tiles; /* of K, for a segment's A; 0 without segments */
     int threads, segments, batch;
+    int64_t group; /* tiles of a run that one piece takes through a batch */
     bool together;
 };
 
@@ -54,9 +59,40 @@ struct run {
     struct kda_tile *tiles;
 };
 
+/* How far a member's share of a step's pieces has been taken. */
+struct share {
+    alignas(KDA_WORKSPACE_ALIGNMENT) _Atomic uint32_t taken;
+};
+
+enum stage { APART, FIRST_PASS, SCAN, SECOND_PASS };
+
+struct call {
+    const struct kda_prefill *p;
+    const struct plan *plan;
+    struct run *runs;
+    struct share *shares; /* [threads] */
+    enum stage stage;
+    int64_t n; /* the step of a pass */
+};
+
 static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+static int64_t groups(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 /* ---- Plan -------------------------------------------------------------------------------------- */
+
+/* Tiles of one group read the same operands, so the fewer groups the less passes between cores; but every thread must
+ * find a group, and none much more than another. */
+static int64_t choose_group(const struct plan *plan) {
+    int64_t size = plan->tiles;
+    for (; size > 1; size = (size + 1) / 2) {
+        int64_t pieces = plan->chains * plan->segments * groups(plan->tiles, size);
+        int64_t rounds = groups(pieces, plan->threads);
+        if (pieces >= plan->threads && 4 * rounds * plan->threads <= 5 * pieces)
+            break;
+    }
+    return size;
+}
 
 static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan) {
     const struct kda_cpu_level *level = kda_cpu_level();
@@ -72,8 +108,9 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
 
     double work =
         (double)p->batches * (double)p->tokens * (double)(p->value_heads * p->key_dim * p->value_dim) * 4;
-    int wanted = p->num_threads ? p->num_threads : (int)kda_min64(omp_get_max_threads(), KDA_MAX_THREADS);
-    plan->threads = work / MIN_WORK + 1 < wanted ? (int)(work / MIN_WORK) + 1 : wanted;
+    plan->threads = kda_threads_for(p->num_threads, work / RATE);
+    if (!plan->threads)
+        return FLASH_KDA_ERROR_UNSUPPORTED;
 
     int64_t columns = max64(plan->chains * plan->tiles, 1),
             most = kda_min64(p->tokens / MIN_SEGMENT, MAX_SEGMENTS);
@@ -85,6 +122,7 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
     bool even = !p->cu_seqlens.data && plan->chains % plan->threads == 0;
     plan->together = plan->threads > 1 && (plan->segments > 1 || (plan->chains < 4 * plan->threads && !even));
     plan->batch = plan->together ? BATCH_TOGETHER : BATCH_APART;
+    plan->group = plan->together ? choose_group(plan) : plan->tiles;
     return FLASH_KDA_OK;
 }
 
@@ -130,11 +168,14 @@ static void lay_out_tile(const struct plan *plan, size_t Kp, struct arena *arena
         *tile = laid;
 }
 
-/* All runs of a plan; NULL while counting. */
-static struct run *lay_out(const struct kda_prefill *p, const struct plan *plan, struct arena *arena) {
+/* All memory of a call; NULL while counting. */
+static void lay_out(const struct kda_prefill *p, const struct plan *plan, struct arena *arena,
+                    struct call *call) {
     size_t Kp = (size_t)kda_padded_key_dim(p), tiles = (size_t)(plan->tiles + plan->identity_tiles);
     int64_t count = plan_runs(plan);
     struct run *runs = take(arena, (size_t)count, sizeof *runs);
+    call->runs = runs;
+    call->shares = take(arena, (size_t)plan->threads, sizeof *call->shares);
     for (int64_t i = 0; i < count; i++) {
         struct run run = {.operands = take(arena, 2 * (size_t)plan->batch, sizeof(struct kda_chunk)),
                           .tiles = take(arena, tiles, sizeof(struct kda_tile))};
@@ -147,7 +188,6 @@ static struct run *lay_out(const struct kda_prefill *p, const struct plan *plan,
         if (runs)
             runs[i] = run;
     }
-    return runs;
 }
 
 static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *bytes) {
@@ -156,7 +196,8 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *byte
     if (status)
         return status;
     struct arena counter = {NULL, 0};
-    lay_out(p, &plan, &counter);
+    struct call unused;
+    lay_out(p, &plan, &counter, &unused);
     *bytes = counter.used;
     return FLASH_KDA_OK;
 }
@@ -265,39 +306,101 @@ static void prepare_chunk(const struct kda_prefill *p, const struct plan *plan, 
         plan->kernels->prepare(p, &run->chain, &batch->chunks[i]);
 }
 
-/* Takes a tile of the state through batch number n. */
-static void advance_tile(const struct kda_prefill *p, const struct plan *plan, const struct run *run, int64_t n,
-                         int64_t index) {
+/* Takes tiles first to end - 1 of the state through batch number n. */
+static void advance_tiles(const struct kda_prefill *p, const struct plan *plan, const struct run *run,
+                          int64_t n, int64_t first, int64_t end) {
     const struct batch *batch = &run->batches[n % PLANNED];
-    struct kda_tile_io io = tile_io(p, plan, run, index);
-    struct kda_tile *tile = &run->tiles[index];
-    for (int64_t i = 0; i < batch->count; i++) {
-        const struct kda_chunk *chunk = &batch->chunks[i];
-        int64_t end = chunk->first + chunk->count;
-        plan->kernels->apply(p, &run->chain, chunk, &io, tile);
-        if (io.has_outputs)
-            store_checkpoints(p, plan, run, end, &io, tile);
-        if (io.has_outputs && end == run->chain.end)
-            store_final(p, plan, run, &io, tile);
+    for (int64_t i = 0; i < batch->count; i++)
+        for (int64_t index = first; index < end; index++) {
+            const struct kda_chunk *chunk = &batch->chunks[i];
+            struct kda_tile_io io = tile_io(p, plan, run, index);
+            struct kda_tile *tile = &run->tiles[index];
+            int64_t position = chunk->first + chunk->count;
+            plan->kernels->apply(p, &run->chain, chunk, &io, tile);
+            if (io.has_outputs)
+                store_checkpoints(p, plan, run, position, &io, tile);
+            if (io.has_outputs && position == run->chain.end)
+                store_final(p, plan, run, &io, tile);
+        }
+}
+
+/* ---- Schedule apart ----------------------------------------------------------------------------- */
+
+static void run_chain(const struct kda_prefill *p, const struct plan *plan, struct run *run, int64_t i) {
+    start_run(run, chain_segment(p, plan, i, 0));
+    for (int64_t tile = 0; tile < plan->tiles; tile++)
+        begin_tile(p, plan, run, tile);
+    for (plan_batch(p, plan, run, 0); run->batches[0].count; plan_batch(p, plan, run, 0)) {
+        for (int64_t n = 0; n < plan->batch; n++)
+            prepare_chunk(p, plan, run, 0, n);
+        advance_tiles(p, plan, run, 0, 0, plan->tiles);
     }
 }
 
-/* ---- Schedules; called by every thread of a team -------------------------------------------------- */
+/* ---- Schedule together --------------------------------------------------------------------------- */
 
-static void run_apart(const struct kda_prefill *p, const struct plan *plan, struct run *runs) {
-    struct run *run = &runs[omp_get_thread_num()];
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < plan->chains; i++) {
-        start_run(run, chain_segment(p, plan, i, 0));
-        for (int64_t tile = 0; tile < plan->tiles; tile++)
-            begin_tile(p, plan, run, tile);
-        for (plan_batch(p, plan, run, 0); run->batches[0].count; plan_batch(p, plan, run, 0)) {
-            for (int64_t n = 0; n < plan->batch; n++)
-                prepare_chunk(p, plan, run, 0, n);
-            for (int64_t tile = 0; tile < plan->tiles; tile++)
-                advance_tile(p, plan, run, 0, tile);
-        }
+/* A step of all runs: first groups of tiles, which are the large pieces, then chunks to prepare. */
+static int64_t groups_of_run(const struct plan *plan) {
+    return groups(plan->tiles, plan->group) + groups(plan->identity_tiles, plan->group);
+}
+
+static int64_t tile_pieces(const struct plan *plan) { return plan_runs(plan) * groups_of_run(plan); }
+
+static int64_t prepare_pieces(const struct plan *plan) {
+    return plan_runs(plan) * (plan->batch / PREPARED);
+}
+
+/* The piece that a claim is worked as. Every member has a share of the large pieces and one of the small, the same in
+ * every step, so that tiles stay in its cache and with them the operands that it has prepared; who has none left takes
+ * from the others'. Shares only shrink and there are as many claims as pieces, so every claim finds one. */
+static int64_t take_piece(const struct call *call, int member) {
+    int64_t threads = call->plan->threads, large = tile_pieces(call->plan), small = prepare_pieces(call->plan);
+    for (int64_t i = 0; i < threads; i++) {
+        int64_t owner = (member + i) % threads;
+        int64_t first_large = owner * large / threads, own_large = (owner + 1) * large / threads - first_large;
+        int64_t first_small = owner * small / threads, own_small = (owner + 1) * small / threads - first_small;
+        _Atomic uint32_t *taken = &call->shares[owner].taken;
+        if (atomic_load_explicit(taken, memory_order_relaxed) >= own_large + own_small)
+            continue;
+        int64_t n = atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
+        if (n < own_large)
+            return first_large + n;
+        if (n < own_large + own_small)
+            return large + first_small + n - own_large;
     }
+    return large + small;
+}
+
+/* Apply, prepare and plan go on side by side in batches n, n + 1 and n + 2; step -1, before the first, begins the tiles
+ * instead of applying. */
+static void work_tiles(const struct call *call, struct run *run, int64_t group) {
+    const struct plan *plan = call->plan;
+    int64_t value_groups = groups(plan->tiles, plan->group);
+    bool identity = group >= value_groups;
+    int64_t first = identity ? plan->tiles + (group - value_groups) * plan->group : group * plan->group;
+    int64_t end = kda_min64(first + plan->group, plan->tiles + (identity ? plan->identity_tiles : 0));
+    if (identity && !run->has_identity)
+        return;
+    if (call->n >= 0)
+        advance_tiles(call->p, plan, run, call->n, first, end);
+    for (int64_t tile = first; call->n < 0 && tile < end; tile++)
+        begin_tile(call->p, plan, run, tile);
+}
+
+static void prepare_part(const struct call *call, struct run *run, int64_t part) {
+    for (int64_t i = part * PREPARED; i < (part + 1) * PREPARED; i++)
+        prepare_chunk(call->p, call->plan, run, call->n + 1, i);
+    if (part == 0)
+        plan_batch(call->p, call->plan, run, call->n + 2);
+}
+
+static void work_piece(const struct call *call, int64_t piece) {
+    const struct plan *plan = call->plan;
+    int64_t large = tile_pieces(plan), parts = plan->batch / PREPARED;
+    if (piece < large)
+        work_tiles(call, &call->runs[piece / groups_of_run(plan)], piece % groups_of_run(plan));
+    else
+        prepare_part(call, &call->runs[(piece - large) / parts], (piece - large) % parts);
 }
 
 static bool any_left(const struct run *runs, int64_t count, int64_t n) {
@@ -305,46 +408,6 @@ static bool any_left(const struct run *runs, int64_t count, int64_t n) {
         if (runs[i].batches[n % PLANNED].count)
             return true;
     return false;
-}
-
-/* One task of step n: apply, prepare and plan go on side by side in batches n, n + 1 and n + 2; step -1, before the
- * first, begins the tiles instead of applying. */
-static void work_task(const struct kda_prefill *p, const struct plan *plan, struct run *run, int64_t n,
-                      int64_t task) {
-    int64_t tiles = plan->tiles + plan->identity_tiles;
-    if (task >= tiles + plan->batch)
-        plan_batch(p, plan, run, n + 2);
-    else if (task >= tiles)
-        prepare_chunk(p, plan, run, n + 1, task - tiles);
-    else if (task >= plan->tiles && !run->has_identity)
-        return;
-    else if (n < 0)
-        begin_tile(p, plan, run, task);
-    else
-        advance_tile(p, plan, run, n, task);
-}
-
-/* Works all runs to their ends; the threads wait for each other once a step. A thread that comes late to a step
- * finds it done and goes on to the next. */
-static void run_together(const struct kda_prefill *p, const struct plan *plan, struct run *runs,
-                         struct team *team) {
-    int64_t count = plan_runs(plan), i;
-#pragma omp single
-    {
-        for (int64_t r = 0; r < count; r++)
-            plan_batch(p, plan, &runs[r], 0);
-        team_start(team, count * (plan->tiles + plan->identity_tiles + plan->batch + 1));
-    }
-    for (int64_t n = -1; !atomic_load(&team->ended); n++) {
-        uint64_t step = (uint64_t)(n + 1);
-        while (team_take(team, step, &i)) {
-            work_task(p, plan, &runs[i % count], n, i / count);
-            if (team_done(team))
-                team_open(team, step, !any_left(runs, count, n + 1));
-        }
-        team_wait(team, step);
-    }
-#pragma omp barrier
 }
 
 /* Gives every segment of a chain its true state, in the tiles of the run before it:
@@ -383,19 +446,52 @@ static void start_second_pass(const struct kda_prefill *p, const struct plan *pl
         }
 }
 
-static void run_segments(const struct kda_prefill *p, const struct plan *plan, struct run *runs,
-                         struct team *team) {
-#pragma omp single
-    start_first_pass(p, plan, runs);
-    run_together(p, plan, runs, team);
-    if (plan->segments == 1)
-        return;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < plan->chains * plan->tiles; i++)
-        scan_segments(p, plan, runs + i / plan->tiles * plan->segments, i % plan->tiles);
-#pragma omp single
-    start_second_pass(p, plan, runs);
-    run_together(p, plan, runs, team);
+/* ---- Steps of a call ---------------------------------------------------------------------------- */
+
+static void work(void *context, uint32_t claim, int member) {
+    const struct call *call = context;
+    const struct plan *plan = call->plan;
+    uint64_t mode = kda_flush_denormals();
+    if (call->stage == APART)
+        for (int64_t i = claim; i < plan->chains; i += MAX_PIECES)
+            run_chain(call->p, plan, &call->runs[member], i);
+    else if (call->stage == SCAN)
+        scan_segments(call->p, plan, call->runs + claim / plan->tiles * plan->segments, claim % plan->tiles);
+    else
+        work_piece(call, take_piece(call, member));
+    kda_set_float_mode(mode);
+}
+
+static uint32_t begin_step(const struct call *call) {
+    for (int i = 0; i < call->plan->threads; i++)
+        atomic_store_explicit(&call->shares[i].taken, 0, memory_order_relaxed);
+    return (uint32_t)(tile_pieces(call->plan) + prepare_pieces(call->plan));
+}
+
+/* Begins a pass over all runs; returns the pieces of its first step. */
+static uint32_t begin_pass(struct call *call, enum stage stage) {
+    call->stage = stage;
+    call->n = -1;
+    if (stage == FIRST_PASS)
+        start_first_pass(call->p, call->plan, call->runs);
+    else
+        start_second_pass(call->p, call->plan, call->runs);
+    for (int64_t r = 0; r < plan_runs(call->plan); r++)
+        plan_batch(call->p, call->plan, &call->runs[r], 0);
+    return begin_step(call);
+}
+
+static uint32_t next_step(void *context) {
+    struct call *call = context;
+    const struct plan *plan = call->plan;
+    if (call->stage == SCAN)
+        return begin_pass(call, SECOND_PASS);
+    if (any_left(call->runs, plan_runs(plan), ++call->n))
+        return begin_step(call);
+    if (call->stage == SECOND_PASS || plan->segments == 1)
+        return 0;
+    call->stage = SCAN;
+    return (uint32_t)(plan->chains * plan->tiles);
 }
 
 /* ---- Entries ----------------------------------------------------------------------------------- */
@@ -406,17 +502,12 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
     if (status)
         return status;
     struct arena arena = {workspace, 0};
-    struct run *runs = lay_out(p, &plan, &arena);
-    struct team team;
-#pragma omp parallel num_threads(plan.threads)
-    {
-        uint64_t mode = kda_flush_denormals();
-        if (plan.together)
-            run_segments(p, &plan, runs, &team);
-        else
-            run_apart(p, &plan, runs);
-        kda_set_float_mode(mode);
-    }
+    struct call call = {.p = p, .plan = &plan, .stage = APART};
+    lay_out(p, &plan, &arena, &call);
+    if (plan.together)
+        kda_pool_run(plan.threads, begin_pass(&call, FIRST_PASS), work, next_step, &call);
+    else
+        kda_pool_run(plan.threads, (uint32_t)kda_min64(plan.chains, MAX_PIECES), work, NULL, &call);
     return FLASH_KDA_OK;
 }
 
