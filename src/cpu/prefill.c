@@ -7,7 +7,8 @@
  *   together  all runs advance side by side, step by step: all threads share the tiles and the chunks of all runs; for
  *             few chains. Same bits as apart.
  * With many more threads than tiles, a sequence is also split into segments: a first pass finds what each
- * segment does to a state (A, B), a scan gives every segment its true state, a second pass writes the outputs.
+ * segment does to a state (A, B), a scan gives every segment its true state, a second pass writes the outputs. Where A
+ * may be large, which a bound that the first pass finds tells, the rest of the sequence stays whole.
  */
 #include "api/backend.h"
 #include "api/status.h"
@@ -32,6 +33,11 @@ enum {
     RATE = 100000, /* multiply-adds a microsecond, of one thread on the fastest level */
 };
 
+/* What a segment's A may make of a state's norm, with those of the segments before it, in logs. The scan multiplies A, whose
+ * error is that of fp32 times this much, where the chain itself would have met a state that perhaps never grew: 16 units
+ * in the last place are less than what a few thousand tokens round, and far from an overflow. */
+static const float MAX_GROWTH = 2.7725887F; /* log 16 */
+
 struct plan {
     const struct kda_cpu_level *level;
     const struct kda_cpu_kernels *kernels;
@@ -39,6 +45,7 @@ struct plan {
     int64_t tiles;          /* of V, of one chain */
     int64_t identity_tiles; /* of K, for a segment's A; 0 without segments */
     int threads, segments, batch;
+    bool grows;    /* a segment's A may grow: keys, steps or decays are the caller's */
     int64_t group; /* tiles of a run that one piece takes through a batch */
     bool together;
 };
@@ -52,6 +59,7 @@ struct batch {
 struct run {
     struct kda_chain chain;
     int64_t position;  /* first token that is not planned */
+    float growth;      /* of the batches that are prepared, see MAX_GROWTH */
     bool has_identity; /* also runs the identity, without outputs: the first pass over a segment */
     bool resumed;      /* its tiles already hold the state to start from */
     struct batch batches[PLANNED];
@@ -114,10 +122,11 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
 
     int64_t columns = max64(plan->chains * plan->tiles, 1),
             most = kda_min64(p->tokens / MIN_SEGMENT, MAX_SEGMENTS);
-    int64_t segments = kda_min64(plan->threads / columns + 1, most);
+    int64_t segments = kda_min64(plan->threads / columns, most);
     if (segments >= 3 && !p->batch_invariant) {
         plan->segments = (int)segments;
         plan->identity_tiles = kda_tiles(p->key_dim);
+        plan->grows = !p->qk_norm || p->beta_mode == FLASH_KDA_BETA_GIVEN || p->gate == FLASH_KDA_GATE_NONE;
     }
     bool even = !p->cu_seqlens.data && plan->chains % plan->threads == 0;
     plan->together = plan->threads > 1 && (plan->segments > 1 || (plan->chains < 4 * plan->threads && !even));
@@ -225,6 +234,7 @@ static bool is_padding(const struct run *run) { return run->chain.tokens.slot < 
 static void start_run(struct run *run, struct kda_chain chain) {
     run->chain = chain;
     run->position = chain.begin;
+    run->growth = 0;
 }
 
 static struct kda_tile_io tile_io(const struct kda_prefill *p, const struct plan *plan, const struct run *run,
@@ -304,6 +314,12 @@ static void prepare_chunk(const struct kda_prefill *p, const struct plan *plan, 
     const struct batch *batch = &run->batches[n % PLANNED];
     if (i < batch->count)
         plan->kernels->prepare(p, &run->chain, &batch->chunks[i]);
+}
+
+/* Of batch number n, which is prepared. */
+static void add_growth(struct run *run, int64_t n) {
+    for (int64_t i = 0; n >= 0 && run->chain.bounds_growth && i < run->batches[n % PLANNED].count; i++)
+        run->growth += run->batches[n % PLANNED].chunks[i].growth;
 }
 
 /* Takes tiles first to end - 1 of the state through batch number n. */
@@ -390,8 +406,10 @@ static void work_tiles(const struct call *call, struct run *run, int64_t group) 
 static void prepare_part(const struct call *call, struct run *run, int64_t part) {
     for (int64_t i = part * PREPARED; i < (part + 1) * PREPARED; i++)
         prepare_chunk(call->p, call->plan, run, call->n + 1, i);
-    if (part == 0)
+    if (part == 0) {
+        add_growth(run, call->n);
         plan_batch(call->p, call->plan, run, call->n + 2);
+    }
 }
 
 static void work_piece(const struct call *call, int64_t piece) {
@@ -410,11 +428,27 @@ static bool any_left(const struct run *runs, int64_t count, int64_t n) {
     return false;
 }
 
+/* ---- Segments ------------------------------------------------------------------------------------ */
+
+/* The last segment of a chain that may start from the scan, which multiplies the A of segments 1 up to the one before it.
+ * Behind the first A that may be too large nothing is cut: NaN counts as too large. */
+static int last_start(const struct plan *plan, const struct run *runs) {
+    float growth = 0;
+    int s = 1;
+    for (; s + 1 < plan->segments; s++) {
+        growth += runs[s].growth;
+        if (!(growth <= MAX_GROWTH))
+            break;
+    }
+    return s;
+}
+
 /* Gives every segment of a chain its true state, in the tiles of the run before it:
  * the state after segment s is B_s + A_s times the state before it. */
 static void scan_segments(const struct kda_prefill *p, const struct plan *plan, struct run *runs,
                           int64_t tile) {
-    for (int s = 1; s + 1 < plan->segments; s++)
+    int last = last_start(plan, runs);
+    for (int s = 1; s < last; s++)
         plan->kernels->compose(p, runs[s].tiles + plan->tiles, &runs[s - 1].tiles[tile], &runs[s].tiles[tile]);
 }
 
@@ -425,6 +459,7 @@ static void start_first_pass(const struct kda_prefill *p, const struct plan *pla
             struct run *run = &runs[i * plan->segments + s];
             start_run(run, chain_segment(p, plan, i, s));
             run->has_identity = s > 0;
+            run->chain.bounds_growth = run->has_identity && plan->grows;
             if (s > 0 && s == plan->segments - 1)
                 run->chain.end = run->chain.begin;
         }
@@ -432,18 +467,22 @@ static void start_first_pass(const struct kda_prefill *p, const struct plan *pla
 
 /* Second pass: every segment but the first, from the state that the scan left in the run before it. */
 static void start_second_pass(const struct kda_prefill *p, const struct plan *plan, struct run *runs) {
-    for (int64_t i = 0; i < plan->chains; i++)
+    for (int64_t i = 0; i < plan->chains; i++) {
+        int last = last_start(plan, runs + i * plan->segments);
         for (int s = plan->segments - 1; s >= 0; s--) {
             struct run *run = &runs[i * plan->segments + s];
             struct kda_chain chain = chain_segment(p, plan, i, s);
-            if (s == 0)
+            if (s == 0 || s > last)
                 chain.begin = chain.end;
+            if (s == last)
+                chain.end = chain_segment(p, plan, i, plan->segments - 1).end;
             start_run(run, chain);
             run->has_identity = false;
             run->resumed = true;
             if (s > 0)
                 run->tiles = runs[i * plan->segments + s - 1].tiles;
         }
+    }
 }
 
 /* ---- Steps of a call ---------------------------------------------------------------------------- */
