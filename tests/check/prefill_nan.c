@@ -47,7 +47,8 @@ static const char *compare(struct prefill_problem *p, const struct prefill_resul
 
 static void one_place(struct check *check, struct prefill_problem *p, const struct place *place) {
     char name[200];
-    int64_t element = prefill_row(p, place->tensor, 0, place->token, 0);
+    int64_t row = place->tensor->dl.ndim > 3 ? place->tensor->shape[3] : 1;
+    int64_t element = prefill_row(p, place->tensor, 0, place->token, 0) * row;
     snprintf(name, sizeof name, "%s, in %s of token %lld", p->c.name, place->name, (long long)place->token);
     if (!check_wanted(check, name))
         return;

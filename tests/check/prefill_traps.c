@@ -282,7 +282,7 @@ static void fill_growing(struct prefill_problem *p, struct random *r) {
     for (int64_t t = 0; t < p->T; t++)
         for (int64_t h = 0; h < p->HV; h++) {
             double squares = 0;
-            int64_t k = prefill_row(p, &p->k, 0, t, h), v = prefill_row(p, &p->v, 0, t, h);
+            int64_t k = prefill_row(p, &p->k, 0, t, h) * p->c.K, v = prefill_row(p, &p->v, 0, t, h) * p->c.V;
             for (int64_t c = 0; c < p->c.K; c++)
                 squares += tensor_get(&p->k, k + c) * tensor_get(&p->k, k + c);
             double length = t < p->T - LAST ? p->c.parameter : 1;
@@ -302,7 +302,7 @@ static void fill_growing_and_decaying(struct prefill_problem *p, struct random *
 }
 
 static void growing(struct check *check) {
-    static const double lengths[] = {1.4, 1.6, 8};
+    static const double lengths[] = {1.6, 3, 8};
     for (size_t i = 0; i <= sizeof lengths / sizeof *lengths; i++) {
         bool last = i == sizeof lengths / sizeof *lengths;
         struct prefill_case c = trap(FLASH_KDA_GATE_NONE, last ? fill_growing_and_decaying : fill_growing);
@@ -311,6 +311,8 @@ static void growing(struct check *check) {
         c.K = c.V = 64;
         c.lengths[0] = 4096;
         c.threads = 16;
+        c.qk_norm = false;
+        c.beta_mode = FLASH_KDA_BETA_GIVEN;
         c.initial = STORAGE_NONE;
         c.parameter = last ? 1.45 : lengths[i];
         snprintf(name, sizeof name, "keys of length %g, %s, in segments", c.parameter,
