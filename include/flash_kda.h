@@ -59,6 +59,7 @@ typedef enum flash_kda_status {
     FLASH_KDA_ERROR_UNSUPPORTED = 2,         /* backend, device or level not in this build or machine */
     FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL = 3, /* see flash_kda_prefill_workspace_size */
     FLASH_KDA_ERROR_CUDA = 4,                /* an error of the CUDA runtime that this call saw, by name */
+    FLASH_KDA_ERROR_OUT_OF_MEMORY = 5,       /* decode in host memory could not allocate its scratch */
 } flash_kda_status;
 
 /* Name of a status, for example "FLASH_KDA_ERROR_UNSUPPORTED". Never NULL. */
@@ -357,8 +358,8 @@ static inline flash_kda_decode_args flash_kda_decode_args_init() {
 /* Takes every sequence's state through its tokens: writes out, where given, and the states. Needs no workspace.
  *
  * Results are the same bits from run to run with the same arguments on the same machine.
- * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED; everything is checked before anything is
- * written. On CUDA also FLASH_KDA_ERROR_CUDA with CUDA's own name for what went wrong, be it of an earlier call. */
+ * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED, in host memory
+ * FLASH_KDA_ERROR_OUT_OF_MEMORY; everything is checked before anything is written. On CUDA also FLASH_KDA_ERROR_CUDA with CUDA's own name for what went wrong, be it of an earlier call. */
 FLASH_KDA_API flash_kda_status flash_kda_decode(const flash_kda_decode_args *args);
 
 /* Describes in one line how flash_kda_decode() would run these arguments. Writes at most size bytes to text, always ended

@@ -9,11 +9,14 @@
 #include "cpu/threads.h"
 
 #include <inttypes.h>
+#include <stdalign.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 enum {
     RATE = 12500, /* bytes of states a microsecond, of one thread from memory */
     MAX_PIECES = 1 << 30,
+    SMALL = 12 << 10, /* bytes of scratch that are on the stack: enough for a token or some, if V lies first */
 };
 
 struct plan {
@@ -38,7 +41,7 @@ static flash_kda_status make_plan(const struct kda_decode *d, struct plan *plan)
     return FLASH_KDA_OK;
 }
 
-static void run_part(const struct kda_decode *d, const struct plan *plan, int64_t i) {
+static void run_part(const struct kda_decode *d, const struct plan *plan, int64_t i, void *scratch) {
     const struct kda_prefill *p = &d->tokens;
     int64_t share = (p->value_dim + plan->parts - 1) / plan->parts;
     share = (share + KDA_PART - 1) / KDA_PART * KDA_PART;
@@ -48,7 +51,7 @@ static void run_part(const struct kda_decode *d, const struct plan *plan, int64_
     part.tokens = kda_decode_sequence(d, part.sequence);
     part.count = kda_min64(share, p->value_dim - part.first);
     if (part.tokens.slot >= 0 && part.tokens.length && part.count > 0)
-        plan->level->decode(d, &part);
+        plan->level->decode->run(d, &part, scratch);
 }
 
 /* A row of a convolution's channels: of one head of one sequence. */
@@ -77,15 +80,18 @@ struct call {
     const struct plan *plan;
     int conv;      /* whose state goes on; -1 while heads are worked: all of them first, for several may read a channel */
     int64_t count; /* of what the step at hand goes through */
+    char *scratch; /* of all members; NULL: what is small is on the stack */
+    size_t bytes;  /* of each member */
 };
 
 static void work(void *context, uint32_t piece, int member) {
     const struct call *call = context;
-    (void)member;
+    alignas(64) char small[SMALL];
+    void *scratch = call->scratch ? call->scratch + (size_t)member * call->bytes : small;
     uint64_t mode = kda_flush_denormals();
     for (int64_t i = piece; i < call->count; i += MAX_PIECES)
         if (call->conv < 0)
-            run_part(call->d, call->plan, i);
+            run_part(call->d, call->plan, i, scratch);
         else
             advance_convolution(call->d, input_of(call->d, call->conv), convolution_of(call->d, call->conv), i);
     kda_set_float_mode(mode);
@@ -110,10 +116,15 @@ flash_kda_status kda_cpu_decode(const struct kda_decode *d) {
     flash_kda_status status = make_plan(d, &plan);
     if (status)
         return status;
-    struct call call = {.d = d, .plan = &plan, .conv = -1};
+    struct call call = {.d = d, .plan = &plan, .conv = -1, .bytes = plan.level->decode->scratch(d)};
+    size_t all = call.bytes * (size_t)plan.threads;
+    if (call.bytes > SMALL && !(call.scratch = aligned_alloc(64, all)))
+        return kda_fail(FLASH_KDA_ERROR_OUT_OF_MEMORY, "decode could not allocate %zu bytes of scratch for %d threads",
+                        all, plan.threads);
     bool convolved = d->q_conv.weight.data || d->k_conv.weight.data || d->v_conv.weight.data;
     int64_t parts = d->tokens.sequences * d->tokens.value_heads * plan.parts;
     kda_pool_run(plan.threads, begin_step(&call, parts), work, convolved ? next_step : NULL, &call);
+    free(call.scratch);
     return FLASH_KDA_OK;
 }
 

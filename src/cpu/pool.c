@@ -35,7 +35,7 @@ enum {
     HELPERS = 1023,
     WAKES = 4,            /* sleepers that one thread wakes; those wake the others */
     SPIN_NS = 30000,      /* looking before sleeping */
-    STACK = 512 << 10,    /* a helper's, or more where the system insists */
+    STACK = 64 << 10,     /* a helper's, or more where the system insists */
     MAX_STACK = 4 << 20,  /* what is tried last */
     RETRY_NS = 100000000, /* after a helper could not be made */
 };

@@ -79,6 +79,7 @@ struct call {
     const struct plan *plan;
     struct run *runs;
     struct share *shares; /* [threads] */
+    char *scratch;        /* [threads] of kda_prepare_scratch() bytes */
     enum stage stage;
     int64_t n; /* the step of a pass */
 };
@@ -185,6 +186,7 @@ static void lay_out(const struct kda_prefill *p, const struct plan *plan, struct
     struct run *runs = take(arena, (size_t)count, sizeof *runs);
     call->runs = runs;
     call->shares = take(arena, (size_t)plan->threads, sizeof *call->shares);
+    call->scratch = take(arena, (size_t)plan->threads, kda_prepare_scratch(p));
     for (int64_t i = 0; i < count; i++) {
         struct run run = {.operands = take(arena, 2 * (size_t)plan->batch, sizeof(struct kda_chunk)),
                           .tiles = take(arena, tiles, sizeof(struct kda_tile))};
@@ -309,11 +311,11 @@ static void plan_batch(const struct kda_prefill *p, const struct plan *plan, str
     }
 }
 
-static void prepare_chunk(const struct kda_prefill *p, const struct plan *plan, struct run *run, int64_t n,
-                          int64_t i) {
+static void prepare_chunk(const struct call *call, int member, struct run *run, int64_t n, int64_t i) {
     const struct batch *batch = &run->batches[n % PLANNED];
     if (i < batch->count)
-        plan->kernels->prepare(p, &run->chain, &batch->chunks[i]);
+        call->plan->kernels->prepare(call->p, &run->chain, &batch->chunks[i],
+                                     call->scratch + (size_t)member * kda_prepare_scratch(call->p));
 }
 
 /* Of batch number n, which is prepared. */
@@ -342,13 +344,16 @@ static void advance_tiles(const struct kda_prefill *p, const struct plan *plan, 
 
 /* ---- Schedule apart ----------------------------------------------------------------------------- */
 
-static void run_chain(const struct kda_prefill *p, const struct plan *plan, struct run *run, int64_t i) {
+static void run_chain(const struct call *call, int member, int64_t i) {
+    const struct kda_prefill *p = call->p;
+    const struct plan *plan = call->plan;
+    struct run *run = &call->runs[member];
     start_run(run, chain_segment(p, plan, i, 0));
     for (int64_t tile = 0; tile < plan->tiles; tile++)
         begin_tile(p, plan, run, tile);
     for (plan_batch(p, plan, run, 0); run->batches[0].count; plan_batch(p, plan, run, 0)) {
         for (int64_t n = 0; n < plan->batch; n++)
-            prepare_chunk(p, plan, run, 0, n);
+            prepare_chunk(call, member, run, 0, n);
         advance_tiles(p, plan, run, 0, 0, plan->tiles);
     }
 }
@@ -403,22 +408,22 @@ static void work_tiles(const struct call *call, struct run *run, int64_t group) 
         begin_tile(call->p, plan, run, tile);
 }
 
-static void prepare_part(const struct call *call, struct run *run, int64_t part) {
+static void prepare_part(const struct call *call, int member, struct run *run, int64_t part) {
     for (int64_t i = part * PREPARED; i < (part + 1) * PREPARED; i++)
-        prepare_chunk(call->p, call->plan, run, call->n + 1, i);
+        prepare_chunk(call, member, run, call->n + 1, i);
     if (part == 0) {
         add_growth(run, call->n);
         plan_batch(call->p, call->plan, run, call->n + 2);
     }
 }
 
-static void work_piece(const struct call *call, int64_t piece) {
+static void work_piece(const struct call *call, int member) {
     const struct plan *plan = call->plan;
-    int64_t large = tile_pieces(plan), parts = plan->batch / PREPARED;
+    int64_t piece = take_piece(call, member), large = tile_pieces(plan), parts = plan->batch / PREPARED;
     if (piece < large)
         work_tiles(call, &call->runs[piece / groups_of_run(plan)], piece % groups_of_run(plan));
     else
-        prepare_part(call, &call->runs[(piece - large) / parts], (piece - large) % parts);
+        prepare_part(call, member, &call->runs[(piece - large) / parts], (piece - large) % parts);
 }
 
 static bool any_left(const struct run *runs, int64_t count, int64_t n) {
@@ -493,11 +498,11 @@ static void work(void *context, uint32_t claim, int member) {
     uint64_t mode = kda_flush_denormals();
     if (call->stage == APART)
         for (int64_t i = claim; i < plan->chains; i += MAX_PIECES)
-            run_chain(call->p, plan, &call->runs[member], i);
+            run_chain(call, member, i);
     else if (call->stage == SCAN)
         scan_segments(call->p, plan, call->runs + claim / plan->tiles * plan->segments, claim % plan->tiles);
     else
-        work_piece(call, take_piece(call, member));
+        work_piece(call, member);
     kda_set_float_mode(mode);
 }
 

@@ -59,7 +59,9 @@ struct kda_tile_io {
 struct kda_cpu_kernels {
     size_t operand_size;  /* bytes of an element of queries_keys and keys_to_end */
     size_t products_size; /* bytes of an element of kda_tile.products, or 0 */
-    void (*prepare)(const struct kda_prefill *p, const struct kda_chain *chain, struct kda_chunk *chunk);
+    /* scratch: kda_prepare_scratch() bytes, aligned to 64. */
+    void (*prepare)(const struct kda_prefill *p, const struct kda_chain *chain, struct kda_chunk *chunk,
+                    void *scratch);
     void (*apply)(const struct kda_prefill *p, const struct kda_chain *chain, const struct kda_chunk *chunk,
                   const struct kda_tile_io *io, struct kda_tile *tile);
     /* Fills a tile from columns of a state in memory (zero if state.data is NULL). */
@@ -76,6 +78,11 @@ struct kda_cpu_kernels {
 
 static inline int64_t kda_padded_key_dim(const struct kda_prefill *p) {
     return (p->key_dim + KDA_KEY_MULTIPLE - 1) / KDA_KEY_MULTIPLE * KDA_KEY_MULTIPLE;
+}
+
+/* Four fp32 rows for each token of a chunk. */
+static inline size_t kda_prepare_scratch(const struct kda_prefill *p) {
+    return 4 * KDA_CHUNK * (size_t)kda_padded_key_dim(p) * sizeof(float);
 }
 
 static inline int64_t kda_tiles(int64_t columns) { return (columns + KDA_TILE - 1) / KDA_TILE; }

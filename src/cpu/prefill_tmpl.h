@@ -17,10 +17,10 @@
 
 /* Fp32 rows of one chunk, [KDA_CHUNK][Kp] each. */
 struct rows {
-    float k[KDA_CHUNK * KDA_MAX_PADDED_K] ALIGNED;       /* normalised */
-    float q[KDA_CHUNK * KDA_MAX_PADDED_K] ALIGNED;       /* normalised, times scale */
-    float decay[KDA_CHUNK * KDA_MAX_PADDED_K] ALIGNED;   /* exp(a) */
-    float to_here[KDA_CHUNK * KDA_MAX_PADDED_K] ALIGNED; /* k decayed to the end of the block at hand */
+    float *k;       /* normalised */
+    float *q;       /* normalised, times scale */
+    float *decay;   /* exp(a) */
+    float *to_here; /* k decayed to the end of the block at hand */
     float beta[KDA_CHUNK] ALIGNED;
 };
 
@@ -207,9 +207,12 @@ static float log_growth(const struct rows *rows, int64_t Kp, int64_t count) {
     return growth;
 }
 
-static void prepare(const struct kda_prefill *p, const struct kda_chain *chain, struct kda_chunk *chunk) {
-    int64_t Kp = kda_padded_key_dim(p), missing = (KDA_CHUNK - chunk->count) * Kp;
-    struct rows rows;
+static void prepare(const struct kda_prefill *p, const struct kda_chain *chain, struct kda_chunk *chunk,
+                    void *scratch) {
+    int64_t Kp = kda_padded_key_dim(p), missing = (KDA_CHUNK - chunk->count) * Kp, all = KDA_CHUNK * Kp;
+    float *memory = scratch;
+    struct rows rows = {
+        .k = memory, .q = memory + all, .decay = memory + 2 * all, .to_here = memory + 3 * all};
     for (int64_t t = 0; t < chunk->count; t++) {
         if (!chain->prepares_next) /* where threads take turns, this one's next chunk is about two on */
             prefetch_keys(p, chain, chunk->first + 2 * KDA_CHUNK + t, 1);
