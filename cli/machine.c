@@ -66,8 +66,8 @@ static void read_cpuinfo(struct machine *machine) {
 }
 
 void machine_describe(struct machine *machine) {
-    *machine = (struct machine){.processors = (int)sysconf(_SC_NPROCESSORS_ONLN),
-                                .threads = flash_kda_cpu_threads()};
+    *machine =
+        (struct machine){.processors = (int)sysconf(_SC_NPROCESSORS_ONLN), .threads = flash_kda_cpu_threads()};
     struct utsname name;
     if (uname(&name) == 0) {
         snprintf(machine->architecture, sizeof machine->architecture, "%s", name.machine);

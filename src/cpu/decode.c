@@ -78,7 +78,7 @@ static const struct kda_convolution *convolution_of(const struct kda_decode *d, 
 struct call {
     const struct kda_decode *d;
     const struct plan *plan;
-    int conv;      /* whose state goes on; -1 while heads are worked: all of them first, for several may read a channel */
+    int conv; /* whose state goes on; -1 while heads are worked: all of them first, for several may read a channel */
     int64_t count; /* of what the step at hand goes through */
     char *scratch; /* of all members; NULL: what is small is on the stack */
     size_t bytes;  /* of each member */
@@ -119,8 +119,8 @@ flash_kda_status kda_cpu_decode(const struct kda_decode *d) {
     struct call call = {.d = d, .plan = &plan, .conv = -1, .bytes = plan.level->decode->scratch(d)};
     size_t all = call.bytes * (size_t)plan.threads;
     if (call.bytes > SMALL && !(call.scratch = aligned_alloc(64, all)))
-        return kda_fail(FLASH_KDA_ERROR_OUT_OF_MEMORY, "decode could not allocate %zu bytes of scratch for %d threads",
-                        all, plan.threads);
+        return kda_fail(FLASH_KDA_ERROR_OUT_OF_MEMORY,
+                        "decode could not allocate %zu bytes of scratch for %d threads", all, plan.threads);
     bool convolved = d->q_conv.weight.data || d->k_conv.weight.data || d->v_conv.weight.data;
     int64_t parts = d->tokens.sequences * d->tokens.value_heads * plan.parts;
     kda_pool_run(plan.threads, begin_step(&call, parts), work, convolved ? next_step : NULL, &call);

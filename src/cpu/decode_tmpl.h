@@ -35,13 +35,14 @@ struct tokens {
 
 /* What a part needs besides its tokens. */
 struct scratch {
-    int64_t Kp, Vp;    /* padded to whole vectors */
-    int64_t width;     /* of a row of values */
-    int64_t channels;  /* of a row of a convolution's inputs */
+    int64_t Kp, Vp;                 /* padded to whole vectors */
+    int64_t width;                  /* of a row of values */
+    int64_t channels;               /* of a row of a convolution's inputs */
     float *k, *q, *decay, *dt_bias; /* [tokens][Kp] each, and [Kp] */
     float *S;                       /* a block of the state */
     float *values;                  /* [tokens][width] */
-    float *inputs, *weights, *bias; /* with a convolution: [KDA_CONV_PAST + tokens], [KDA_CONV_WIDTH] and one [channels] */
+    float *inputs, *weights,
+        *bias; /* with a convolution: [KDA_CONV_PAST + tokens], [KDA_CONV_WIDTH] and one [channels] */
     float *outputs, *gate, *weight; /* with a norm: [tokens][Vp], and one [Vp] each */
     size_t used;
 };
@@ -361,8 +362,7 @@ INLINE void correct_rows(const struct tokens *x, int64_t t, const float *u, cons
     for (int r = 0; r < ROWS; r++) {
         vf ur = vf_set1(u[r]);
         for (int64_t c = 0; c < Kp; c += LANES)
-            store_lanes(to.data + r * to.stride, dtype, c,
-                        vf_fma(ur, vf_load(k + c), vf_load(S + r * Kp + c)));
+            store_lanes(to.data + r * to.stride, dtype, c, vf_fma(ur, vf_load(k + c), vf_load(S + r * Kp + c)));
     }
 }
 

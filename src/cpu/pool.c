@@ -35,6 +35,7 @@ enum {
     HELPERS = 1023,
     WAKES = 4,            /* sleepers that one thread wakes; those wake the others */
     SPIN_NS = 30000,      /* looking before sleeping */
+    KEEP_NS = 10000,      /* of these a helper without a call keeps its core */
     STACK = 64 << 10,     /* a helper's, or more where the system insists */
     MAX_STACK = 4 << 20,  /* what is tried last */
     RETRY_NS = 100000000, /* after a helper could not be made */
@@ -116,10 +117,11 @@ static bool nothing_new(const struct watch *w) {
  * look for sleepers. */
 static bool wait_for_news(const struct watch *w, _Atomic uint32_t *word, _Atomic uint32_t *asleep,
                           int64_t spin_ns) {
-    for (int64_t end = spin_ns ? now_ns() + spin_ns : 0; end && now_ns() < end;) {
+    int64_t start = spin_ns ? now_ns() : 0, now = start;
+    for (; now < start + spin_ns; now = now_ns()) {
         if (!nothing_new(w))
             return false;
-        if (w->call)
+        if (w->call || now < start + KEEP_NS)
             pause_briefly();
         else
             sched_yield(); /* the caller that was just helped may be waiting for this very core */

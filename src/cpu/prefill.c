@@ -28,7 +28,7 @@ enum {
     PLANNED = 3,         /* batches of a run that are planned, prepared and applied side by side */
     MIN_SEGMENT = 256,   /* tokens */
     MAX_SEGMENTS = 64,
-    PREPARED = 2,        /* chunks that one piece prepares */
+    PREPARED = 2, /* chunks that one piece prepares */
     MAX_PIECES = 1 << 30,
     RATE = 100000, /* multiply-adds a microsecond, of one thread on the fastest level */
 };
@@ -367,9 +367,7 @@ static int64_t groups_of_run(const struct plan *plan) {
 
 static int64_t tile_pieces(const struct plan *plan) { return plan_runs(plan) * groups_of_run(plan); }
 
-static int64_t prepare_pieces(const struct plan *plan) {
-    return plan_runs(plan) * (plan->batch / PREPARED);
-}
+static int64_t prepare_pieces(const struct plan *plan) { return plan_runs(plan) * (plan->batch / PREPARED); }
 
 /* The piece that a claim is worked as. Every member has a share of the large pieces and one of the small, the same in
  * every step, so that tiles stay in its cache and with them the operands that it has prepared; who has none left takes

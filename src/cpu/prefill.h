@@ -29,7 +29,7 @@ struct kda_chunk {
     float *L, *M;       /* [KDA_CHUNK][KDA_CHUNK]; L strictly lower and times beta, M lower and times scale */
     void *queries_keys; /* [2 KDA_CHUNK][Kp]: rows of KT = k exp(G), then of QT = scale q exp(G) */
     void *keys_to_end;  /* KR = k exp(G_C - G) in the order that the kernels' update reads */
-    float growth;       /* if asked for, a bound of the log of what the chunk can make of a state's norm; or NaN */
+    float growth; /* if asked for, a bound of the log of what the chunk can make of a state's norm; or NaN */
 };
 
 /* KDA_TILE columns of the state of one head. */

@@ -211,8 +211,7 @@ static void prepare(const struct kda_prefill *p, const struct kda_chain *chain, 
                     void *scratch) {
     int64_t Kp = kda_padded_key_dim(p), missing = (KDA_CHUNK - chunk->count) * Kp, all = KDA_CHUNK * Kp;
     float *memory = scratch;
-    struct rows rows = {
-        .k = memory, .q = memory + all, .decay = memory + 2 * all, .to_here = memory + 3 * all};
+    struct rows rows = {.k = memory, .q = memory + all, .decay = memory + 2 * all, .to_here = memory + 3 * all};
     for (int64_t t = 0; t < chunk->count; t++) {
         if (!chain->prepares_next) /* where threads take turns, this one's next chunk is about two on */
             prefetch_keys(p, chain, chunk->first + 2 * KDA_CHUNK + t, 1);

@@ -138,8 +138,7 @@ static int environment(void) {
         int count = parse_count(own, &rest);
         if (count && !*rest)
             return count;
-        kda_explain("the environment variable " OWN_VARIABLE
-                    " is %.40s; expected a number of threads above 0",
+        kda_explain("the environment variable " OWN_VARIABLE " is %.40s; expected a number of threads above 0",
                     own);
         return 0;
     }

@@ -28,8 +28,8 @@ static const char *differs(const struct tensor *x, const struct tensor *expected
     return NULL;
 }
 
-static const char *compare(struct prefill_problem *p, const struct prefill_results *expected, const struct place *place,
-                           int64_t element) {
+static const char *compare(struct prefill_problem *p, const struct prefill_results *expected,
+                           const struct place *place, int64_t element) {
     struct prefill_results clean, poisoned;
     double value = tensor_get(place->tensor, element);
     prefill_results_make(&clean, p);
@@ -71,8 +71,8 @@ static void all_places(struct check *check, const struct prefill_case *c) {
     struct random r = random_named(check->seed, c->name);
     struct prefill_problem p;
     prefill_problem_make(&p, c, &r);
-    const struct place places[] = {{"q", &p.q, 700}, {"k", &p.k, 700},       {"k", &p.k, 1500},
-                                   {"v", &p.v, 700}, {"g", &p.g, 700},       {"beta", &p.beta, 700},
+    const struct place places[] = {{"q", &p.q, 700}, {"k", &p.k, 700},    {"k", &p.k, 1500},
+                                   {"v", &p.v, 700}, {"g", &p.g, 700},    {"beta", &p.beta, 700},
                                    {"v", &p.v, 3},   {"k", &p.k, p.T - 1}};
     for (size_t i = 0; i < sizeof places / sizeof *places; i++)
         one_place(check, &p, &places[i]);

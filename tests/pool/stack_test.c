@@ -20,7 +20,8 @@ enum { STACK = 64 << 10, GUARD = 64 << 10, BOUND = 32 << 10, PAINT = 0xa5 };
 static size_t stack_of(void *(*work)(void *), void *argument, void **result) {
     pthread_t thread;
     pthread_attr_t attributes;
-    unsigned char *memory = mmap(NULL, GUARD + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    unsigned char *memory =
+        mmap(NULL, GUARD + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     assert_ptr_not_equal(memory, MAP_FAILED);
     assert_int_equal(mprotect(memory, GUARD, PROT_NONE), 0);
     unsigned char *stack = memory + GUARD;

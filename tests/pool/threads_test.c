@@ -130,10 +130,10 @@ static void test_environment(void **state) {
     int all = kda_cgroup_quota("/proc/self/cgroup", "/sys/fs/cgroup");
     all = processors() < all ? processors() : all;
     const struct setting settings[] = {
-        {NULL, NULL, all},    {"1", NULL, 1},     {NULL, "1", 1},      {"", "1", 1},
-        {"100000", "1", all}, {"1", "64", 1},     {NULL, "1,4", 1},    {NULL, "many", all},
-        {NULL, "-1", all},    {NULL, "0", all},   {NULL, "1x", all},   {NULL, "99999999999999999999", all},
-        {"0", NULL, -1},      {"-2", NULL, -1},   {"two", "1", -1},    {"2 ", NULL, -1},
+        {NULL, NULL, all},    {"1", NULL, 1},   {NULL, "1", 1},    {"", "1", 1},
+        {"100000", "1", all}, {"1", "64", 1},   {NULL, "1,4", 1},  {NULL, "many", all},
+        {NULL, "-1", all},    {NULL, "0", all}, {NULL, "1x", all}, {NULL, "99999999999999999999", all},
+        {"0", NULL, -1},      {"-2", NULL, -1}, {"two", "1", -1},  {"2 ", NULL, -1},
         {"1,2", NULL, -1},    {" 1", NULL, -1},
     };
     for (size_t i = 0; i < sizeof settings / sizeof *settings; i++) {
@@ -180,8 +180,11 @@ int main(void) {
     unsetenv("FLASH_KDA_NUM_THREADS");
     unsetenv("OMP_NUM_THREADS");
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_version_2),  cmocka_unit_test(test_version_1), cmocka_unit_test(test_environment),
-        cmocka_unit_test(test_affinity), cmocka_unit_test(test_small_calls_take_one),
+        cmocka_unit_test(test_version_2),
+        cmocka_unit_test(test_version_1),
+        cmocka_unit_test(test_environment),
+        cmocka_unit_test(test_affinity),
+        cmocka_unit_test(test_small_calls_take_one),
     };
     return cmocka_run_group_tests_name("threads", tests, NULL, NULL);
 }
