@@ -5,6 +5,9 @@
  * The state is read and written once, however many tokens there are: a few of its rows or columns stay in the core's own
  * cache while all tokens pass. With S decayed, u = beta (v - S^T k) and o = S^T q + u (k . q), so that both sums over S come
  * from one pass.
+ *
+ * A state in fp32 is decayed once more when it is written, together with what is added: two roundings a token would drift, for
+ * that of a slow decay goes the same way for thousands of tokens. In 16 bits storing it costs more than either.
  */
 #include "api/convolution.h"
 #include "cpu/decode.h"
@@ -26,7 +29,7 @@ struct tokens {
     int64_t Kp;
     float *k;     /* normalised */
     float *q;     /* normalised, times scale */
-    float *decay; /* exp(a) */
+    float *decay; /* exp(a) - 1: close to 1 it would lose digits, at every token the same way */
     float beta[TOKENS] ALIGNED;
     float kq[TOKENS]; /* k . q */
 };
@@ -156,8 +159,8 @@ static inline void apply_gate(flash_kda_gate gate, const float *dt_bias, float A
                               int64_t count, float *decay) {
     for (int64_t c = 0; c < Kp; c += LANES)
         for (int64_t t = 0; t < count; t++)
-            vf_store(decay + t * Kp + c, vf_exp(log_decay(gate, vf_load(decay + t * Kp + c),
-                                                          vf_load(dt_bias + c), A, lower_bound)));
+            vf_store(decay + t * Kp + c, vf_expm1(log_decay(gate, vf_load(decay + t * Kp + c),
+                                                            vf_load(dt_bias + c), A, lower_bound)));
 }
 
 static inline void load_decay(const struct kda_prefill *p, const struct kda_part *part,
@@ -179,17 +182,6 @@ static inline void load_decay(const struct kda_prefill *p, const struct kda_part
         apply_gate(FLASH_KDA_GATE_SIGMOID, dt_bias, A, p->lower_bound, Kp, s->length, decay);
     else
         apply_gate(FLASH_KDA_GATE_NONE, dt_bias, A, 0, Kp, s->length, decay);
-}
-
-static inline float dot(const float *a, const float *b, int64_t Kp) {
-    vf sum = vf_set1(0);
-    float lanes[LANES] ALIGNED, total = 0;
-    for (int64_t c = 0; c < Kp; c += LANES)
-        sum = vf_fma(vf_load(a + c), vf_load(b + c), sum);
-    vf_store(lanes, sum);
-    for (int i = 0; i < LANES; i++)
-        total += lanes[i];
-    return total;
 }
 
 static inline void load_tokens(const struct kda_decode *d, const struct kda_part *part,
@@ -227,22 +219,13 @@ static inline void store_outputs(const struct kda_decode *d, const struct kda_pa
                   p->out.dtype, o, count);
 }
 
-/* 1 / the root mean square of a row whose squares are beyond fp32. */
-static float wide_factor(const struct kda_decode *d, const float *row) {
-    double squares = 0;
-    for (int64_t i = 0; i < d->tokens.value_dim; i++)
-        squares += (double)row[i] * row[i];
-    return (float)(1 / sqrt(squares / (double)d->tokens.value_dim + d->norm_eps));
-}
-
 /* row [Vp] of one token, zeros behind V. */
 static inline void norm_row(const struct kda_decode *d, const struct kda_part *part, int64_t token,
                             const struct scratch *scratch, float *row) {
     int64_t Vp = scratch->Vp;
     float *gate = scratch->gate;
     const struct kda_sequence *s = &part->tokens;
-    float squares = dot(row, row, Vp), V = (float)d->tokens.value_dim;
-    float factor = squares < INFINITY ? 1 / sqrtf(squares / V + d->norm_eps) : wide_factor(d, row);
+    float factor = inverse_root(row, Vp, 1 / (float)d->tokens.value_dim, d->norm_eps);
     if (d->norm_gate.data)
         load_row(gate, kda_row(&d->norm_gate, s->batch, s->first + token, part->head), d->norm_gate.dtype,
                  d->tokens.value_dim, Vp);
@@ -333,18 +316,20 @@ static inline void copy_out(const float *S, int64_t row, struct rows to, int64_t
 
 /* ---- V first: a row of S^T [V][K] a value --------------------------------------------------------- */
 
-/* S = from decay; sums[2 r] = S_r . k, sums[2 r + 1] = S_r . q. Row after row, as they lie in memory: read side by side they
- * took nearly twice the time where states are in no cache. */
-INLINE void decay_and_sum(const struct tokens *x, int64_t t, struct rows from, float *S, float *sums,
-                          enum kda_dtype dtype) {
-    const int64_t Kp = x->Kp;
+/* With `from` decayed, sums[2 r] = S_r . k, sums[2 r + 1] = S_r . q; unless `once`, S keeps it. Row after row, as they lie in
+ * memory: read side by side they took nearly twice the time where states are in no cache. */
+INLINE void sum_rows(const struct tokens *x, int64_t t, struct rows from, float *S, float *sums, bool once,
+                     enum kda_dtype dtype) {
+    const int64_t Kp = x->Kp; /* which the stores might change otherwise */
     const float *k = x->k + t * Kp, *q = x->q + t * Kp, *decay = x->decay + t * Kp;
     vf all[2 * ROWS];
     for (int r = 0; r < ROWS; r++) {
         vf Sk = vf_set1(0), Sq = vf_set1(0);
         for (int64_t c = 0; c < Kp; c += LANES) {
-            vf s = vf_mul(load_lanes(from.data + r * from.stride, dtype, c), vf_load(decay + c));
-            vf_store(S + r * Kp + c, s);
+            vf s = load_lanes(from.data + r * from.stride, dtype, c);
+            s = vf_fma(s, vf_load(decay + c), s);
+            if (!once)
+                vf_store(S + r * Kp + c, s);
             Sk = vf_fma(s, vf_load(k + c), Sk);
             Sq = vf_fma(s, vf_load(q + c), Sq);
         }
@@ -354,15 +339,18 @@ INLINE void decay_and_sum(const struct tokens *x, int64_t t, struct rows from, f
     vf_sums(all, sums);
 }
 
-/* to_r = S_r + u_r k */
-INLINE void correct_rows(const struct tokens *x, int64_t t, const float *u, const float *S, struct rows to,
-                         enum kda_dtype dtype) {
-    const int64_t Kp = x->Kp;
-    const float *k = x->k + t * Kp;
+/* to_r = S_r + u_r k, S in fp32; `once`: S_r decayed + u_r k, rounded once where decay is slow. */
+INLINE void write_rows(const struct tokens *x, int64_t t, const float *u, struct rows S, struct rows to,
+                       bool once, enum kda_dtype dtype) {
+    const int64_t Kp = x->Kp; /* which the stores might change otherwise */
+    const float *k = x->k + t * Kp, *decay = x->decay + t * Kp;
     for (int r = 0; r < ROWS; r++) {
         vf ur = vf_set1(u[r]);
-        for (int64_t c = 0; c < Kp; c += LANES)
-            store_lanes(to.data + r * to.stride, dtype, c, vf_fma(ur, vf_load(k + c), vf_load(S + r * Kp + c)));
+        for (int64_t c = 0; c < Kp; c += LANES) {
+            vf s = load_lanes(S.data + r * S.stride, KDA_F32, c), kc = vf_load(k + c);
+            s = once ? vf_add(s, vf_fma(ur, kc, vf_mul(s, vf_load(decay + c)))) : vf_fma(ur, kc, s);
+            store_lanes(to.data + r * to.stride, dtype, c, s);
+        }
     }
 }
 
@@ -372,6 +360,7 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
     const struct kda_prefill *p = &d->tokens;
     float *S = scratch->S, *values = scratch->values, u[ROWS], o[VALUES] ALIGNED, sums[2 * ROWS];
     const struct rows in_S = rows_of(S, x->Kp);
+    bool once = d->state.dtype == KDA_F32;
     bool whole = count == ROWS && x->Kp == p->key_dim; /* whole vectors pass between memory and registers */
     const struct kda_state state = kda_state_at(p, &d->state, part->tokens.slot, part->head);
     struct rows from = rows_at(state, first, 0);
@@ -382,7 +371,10 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
     }
     load_inputs(&p->v, &d->v_conv, part, part->head, first, count, VALUES, scratch, values);
     for (int64_t t = 0; t < part->tokens.length; t++, from = in_S) {
-        BY_DTYPE(decay_and_sum, from.dtype, x, t, from, S, sums);
+        if (once)
+            sum_rows(x, t, from, S, sums, true, KDA_F32);
+        else
+            BY_DTYPE(sum_rows, from.dtype, x, t, from, S, sums, false);
         for (int r = 0; r < ROWS; r++) {
             u[r] = x->beta[t] * (values[t * VALUES + r] - sums[2 * r]);
             o[r] = sums[2 * r + 1] + u[r] * x->kq[t];
@@ -393,11 +385,14 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
         struct rows to = in_S;
         if (slot >= 0)
             to = rows_at(kda_state_at(p, &d->state, slot, part->head), first, 0);
-        if (last && whole) {
-            BY_DTYPE(correct_rows, to.dtype, x, t, u, S, to);
+        if (once)
+            write_rows(x, t, u, from, last && whole ? to : in_S, true, KDA_F32);
+        else if (last && whole)
+            BY_DTYPE(write_rows, to.dtype, x, t, u, in_S, to, false);
+        else
+            write_rows(x, t, u, in_S, in_S, false, KDA_F32);
+        if (last && whole)
             continue;
-        }
-        correct_rows(x, t, u, S, in_S, KDA_F32);
         if (slot >= 0)
             copy_out(S, x->Kp, to, count, p->key_dim);
     }
@@ -405,18 +400,19 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
 
 /* ---- K first: a column of S [K][V] a value -------------------------------------------------------- */
 
-/* S = from decay; u = beta (v - S^T k); o = S^T q + u (k . q) */
-INLINE void decay_and_sum_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t,
-                                  struct rows from, const float *v, float *S, vf *u, float *o,
-                                  enum kda_dtype dtype) {
+/* With `from` decayed, u = beta (v - S^T k), o = S^T q + u (k . q); unless `once`, S keeps it. */
+INLINE void sum_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t, struct rows from,
+                        const float *v, float *S, vf *u, float *o, bool once, enum kda_dtype dtype) {
     const float *k = x->k + t * x->Kp, *q = x->q + t * x->Kp, *decay = x->decay + t * x->Kp;
     vf Sk[COLUMN_VECTORS], Sq[COLUMN_VECTORS];
     UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) Sk[j] = Sq[j] = vf_set1(0);
     for (int64_t c = 0; c < p->key_dim; c++) {
         vf kc = vf_set1(k[c]), qc = vf_set1(q[c]), dc = vf_set1(decay[c]);
         UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) {
-            vf s = vf_mul(load_lanes(from.data + c * from.stride, dtype, j * LANES), dc);
-            vf_store(S + c * COLUMNS + j * LANES, s);
+            vf s = load_lanes(from.data + c * from.stride, dtype, j * LANES);
+            s = vf_fma(s, dc, s);
+            if (!once)
+                vf_store(S + c * COLUMNS + j * LANES, s);
             Sk[j] = vf_fma(s, kc, Sk[j]);
             Sq[j] = vf_fma(s, qc, Sq[j]);
         }
@@ -427,14 +423,17 @@ INLINE void decay_and_sum_columns(const struct kda_prefill *p, const struct toke
     }
 }
 
-/* to = S + k u^T */
-INLINE void correct_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t, const vf *u,
-                            const float *S, struct rows to, enum kda_dtype dtype) {
-    const float *k = x->k + t * x->Kp;
+/* to = S + k u^T, S in fp32; `once` as above. */
+INLINE void write_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t, const vf *u,
+                          struct rows S, struct rows to, bool once, enum kda_dtype dtype) {
+    const float *k = x->k + t * x->Kp, *decay = x->decay + t * x->Kp;
     for (int64_t c = 0; c < p->key_dim; c++) {
-        vf kc = vf_set1(k[c]);
-        UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) store_lanes(
-            to.data + c * to.stride, dtype, j * LANES, vf_fma(kc, u[j], vf_load(S + c * COLUMNS + j * LANES)));
+        vf kc = vf_set1(k[c]), dc = vf_set1(decay[c]);
+        UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) {
+            vf s = load_lanes(S.data + c * S.stride, KDA_F32, j * LANES);
+            s = once ? vf_add(s, vf_fma(kc, u[j], vf_mul(s, dc))) : vf_fma(kc, u[j], s);
+            store_lanes(to.data + c * to.stride, dtype, j * LANES, s);
+        }
     }
 }
 
@@ -445,7 +444,7 @@ static void run_columns(const struct kda_decode *d, const struct kda_part *part,
     float *S = scratch->S, *values = scratch->values, o[COLUMNS] ALIGNED;
     const struct rows in_S = rows_of(S, COLUMNS);
     vf u[COLUMN_VECTORS];
-    bool whole = count == COLUMNS;
+    bool once = d->state.dtype == KDA_F32, whole = count == COLUMNS;
     struct rows from = rows_at(kda_state_at(p, &d->state, part->tokens.slot, part->head), 0, first);
     if (!whole) {
         copy_in(S, COLUMNS, from, p->key_dim, count);
@@ -453,18 +452,24 @@ static void run_columns(const struct kda_decode *d, const struct kda_part *part,
     }
     load_inputs(&p->v, &d->v_conv, part, part->head, first, count, COLUMNS, scratch, values);
     for (int64_t t = 0; t < part->tokens.length; t++, from = in_S) {
-        BY_DTYPE(decay_and_sum_columns, from.dtype, p, x, t, from, values + t * COLUMNS, S, u, o);
+        if (once)
+            sum_columns(p, x, t, from, values + t * COLUMNS, S, u, o, true, KDA_F32);
+        else
+            BY_DTYPE(sum_columns, from.dtype, p, x, t, from, values + t * COLUMNS, S, u, o, false);
         store_outputs(d, part, t, first, count, o, scratch);
         bool last = t + 1 == part->tokens.length;
         int64_t slot = kda_decode_written_slot(d, part->sequence, &part->tokens, t);
         struct rows to = in_S;
         if (slot >= 0)
             to = rows_at(kda_state_at(p, &d->state, slot, part->head), 0, first);
-        if (last && whole) {
-            BY_DTYPE(correct_columns, to.dtype, p, x, t, u, S, to);
+        if (once)
+            write_columns(p, x, t, u, from, last && whole ? to : in_S, true, KDA_F32);
+        else if (last && whole)
+            BY_DTYPE(write_columns, to.dtype, p, x, t, u, in_S, to, false);
+        else
+            write_columns(p, x, t, u, in_S, in_S, false, KDA_F32);
+        if (last && whole)
             continue;
-        }
-        correct_columns(p, x, t, u, S, in_S, KDA_F32);
         if (slot >= 0)
             copy_out(S, COLUMNS, to, p->key_dim, count);
     }

@@ -53,10 +53,12 @@ static inline void store_row(char *row, enum kda_dtype dtype, const float *from,
 
 /* ---- Elementary functions ---------------------------------------------------------------------- */
 
-/* exp(x) = (q + 1) 2^n with q = exp(r) - 1 returned, |r| <= ln 2 / 2, and 2^n in *scale. Below -87.7 the scale is 0. */
+/* exp(x) = (q + 1) 2^n with q = exp(r) - 1 returned, |r| <= ln 2 / 2, and 2^n in *scale. Below -87.7 the scale is 0, well above
+ * 88.2 it is infinite. */
 static inline vf exp_parts(vf x, vf *scale) {
     const vf magic = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    x = vf_min(vf_set1(88.0f), vf_max(vf_set1(-88.03f), x));
+    vf above = vf_max(vf_set1(-88.03f), x);
+    x = vf_min(vf_set1(88.2f), above);
     vf t = vf_fma(x, vf_set1(1.44269504f), magic), n = vf_sub(t, magic);
     /* ln 2 in two parts, the first exact in products with n */
     vf r = vf_fnma(n, vf_set1(-2.12194440e-4f), vf_fnma(n, vf_set1(0.693359375f), x));
@@ -65,7 +67,7 @@ static inline vf exp_parts(vf x, vf *scale) {
     p = vf_fma(r, p, vf_set1(4.166637520e-2f));
     p = vf_fma(r, p, vf_set1(1.666657697e-1f));
     p = vf_fma(r, p, vf_set1(5.000000027e-1f));
-    *scale = vf_pow2(t);
+    *scale = vf_fma(vf_sub(above, x), vf_set1(FLT_MAX), vf_pow2(t));
     return vf_fma(vf_mul(r, r), p, r);
 }
 
@@ -102,16 +104,30 @@ static inline void scale_row(float *row, int64_t Kp, float factor) {
         vf_store(row + c, vf_mul(vf_load(row + c), vf_set1(factor)));
 }
 
-static inline float inverse_norm(const float *row, int64_t Kp) {
+static inline float dot(const float *a, const float *b, int64_t Kp) {
     vf sum = vf_set1(0);
-    float lanes[LANES] ALIGNED, squares = 0;
+    float lanes[LANES] ALIGNED, total = 0;
     for (int64_t c = 0; c < Kp; c += LANES)
-        sum = vf_fma(vf_load(row + c), vf_load(row + c), sum);
+        sum = vf_fma(vf_load(a + c), vf_load(b + c), sum);
     vf_store(lanes, sum);
     for (int i = 0; i < LANES; i++)
-        squares += lanes[i];
-    return 1 / sqrtf(squares + 1e-6f);
+        total += lanes[i];
+    return total;
 }
+
+/* 1 / sqrt(weight |row|^2 + epsilon). A row whose square could leave fp32 is made smaller by a power of two before. */
+static inline float inverse_root(float *row, int64_t Kp, float weight, float epsilon) {
+    const float large = 0x1p100f, smaller = 0x1p-96f;
+    float squares = dot(row, row, Kp);
+    if (!(squares < large)) { /* or it is NaN, and stays so */
+        scale_row(row, Kp, smaller);
+        squares = dot(row, row, Kp);
+        epsilon = epsilon * smaller * smaller;
+    }
+    return 1 / sqrtf(weight * squares + epsilon);
+}
+
+static inline float inverse_norm(float *row, int64_t Kp) { return inverse_root(row, Kp, 1, 1e-6f); }
 
 /* Log decay of LANES channels. A is exp(A_log). */
 static inline vf log_decay(flash_kda_gate gate, vf g, vf dt_bias, float A, float lower_bound) {
@@ -129,7 +145,8 @@ static inline vf log_decay(flash_kda_gate gate, vf g, vf dt_bias, float A, float
 static inline float gate_factor(const struct kda_prefill *p, int64_t head) {
     if (!p->A_log.data)
         return 1;
-    return fminf(expf(kda_load(p->A_log.data + head * p->A_log.stride[0], p->A_log.dtype, 0)), FLT_MAX);
+    float A = expf(kda_load(p->A_log.data + head * p->A_log.stride[0], p->A_log.dtype, 0));
+    return A > FLT_MAX ? FLT_MAX : A; /* and not fminf, which loses a NaN */
 }
 
 /* The step from beta, for `count` tokens, a multiple of LANES. */

@@ -5,11 +5,14 @@
 
 static void run(struct check *check) {
     decode_soak(check);
-    if (check->long_cases)
+    if (check->long_cases) {
+        decode_drift(check);
         return;
+    }
     decode_shapes(check);
     decode_pairwise(check);
     decode_traps(check);
+    decode_nonfinite(check);
     decode_fused(check);
     decode_properties(check);
 #ifdef CHECK_CUDA

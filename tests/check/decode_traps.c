@@ -53,6 +53,12 @@ static void fill_large_values(struct prefill_problem *p, struct random *r) {
         tensor_set(&p->initial_state, i, tensor_get(&p->initial_state, i) * p->c.parameter);
 }
 
+static void fill_scaled_keys(struct prefill_problem *p, struct random *r) {
+    fill_ordinary(p, r);
+    fill_normal(&p->q, r, 0, p->c.parameter);
+    fill_normal(&p->k, r, 0, p->c.parameter);
+}
+
 static void fill_zero_keys(struct prefill_problem *p, struct random *r) {
     fill_ordinary(p, r);
     tensor_fill(&p->k, 0);
@@ -60,7 +66,8 @@ static void fill_zero_keys(struct prefill_problem *p, struct random *r) {
 }
 
 void decode_traps(struct check *check) {
-    static const double decays[] = {0, -1e-9, -5, -100, -1e30}, magnitudes[] = {1e20, 1e-20, 1e-37};
+    static const double decays[] = {0, -1e-9, -5, -100, -1e30}, magnitudes[] = {1e20, 1e-20, 1e-37},
+                        key_sizes[] = {1e15, 1e19, 1e20, 1e30, 3e37}, outputs[] = {1e10, 1e19, 1e25, 1e35};
     char name[80];
     for (size_t i = 0; i < sizeof decays / sizeof *decays; i++) {
         snprintf(name, sizeof name, "log decay %g", decays[i]);
@@ -69,6 +76,22 @@ void decode_traps(struct check *check) {
     for (size_t i = 0; i < sizeof magnitudes / sizeof *magnitudes; i++) {
         snprintf(name, sizeof name, "values and states of %g", magnitudes[i]);
         both_layouts(check, trap(FLASH_KDA_GATE_SIGMOID, magnitudes[i], fill_large_values), name);
+    }
+    for (size_t i = 0; i < sizeof key_sizes / sizeof *key_sizes; i++) {
+        struct decode_case c = trap(FLASH_KDA_GATE_SIGMOID, key_sizes[i], fill_scaled_keys);
+        c.tokens.qk_norm = true;
+        snprintf(name, sizeof name, "q and k of %g", key_sizes[i]);
+        both_layouts(check, c, name);
+        c.tokens.lengths[0] = c.tokens.lengths[1] = 1;
+        c.tokens.K = c.tokens.V = 128;
+        snprintf(name, sizeof name, "q and k of %g, one token", key_sizes[i]);
+        both_layouts(check, c, name);
+    }
+    for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++) {
+        struct decode_case c = trap(FLASH_KDA_GATE_SIGMOID, outputs[i], fill_large_values);
+        c.norm = true;
+        snprintf(name, sizeof name, "a norm of outputs of %g", outputs[i]);
+        both_layouts(check, c, name);
     }
     both_layouts(check, trap(FLASH_KDA_GATE_NONE, 0, fill_resets), "hard resets");
     both_layouts(check, trap(FLASH_KDA_GATE_SOFTPLUS, 100, fill_large_A_log), "A_log 100, gate 0");

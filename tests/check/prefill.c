@@ -11,6 +11,7 @@ static void run(struct check *check) {
     prefill_lengths(check);
     prefill_pairwise(check);
     prefill_traps(check);
+    prefill_nonfinite(check);
     prefill_properties(check);
     prefill_nan(check);
 #ifdef CHECK_CUDA

@@ -220,7 +220,7 @@ static void fill_scaled_keys_at_bound(struct prefill_problem *p, struct random *
 }
 
 static void key_scales(struct check *check) {
-    static const double sizes[] = {1e-6, 1e4, 1e15, 0};
+    static const double sizes[] = {1e-6, 1e4, 1e15, 1e19, 1e20, 1e30, 3e37, 0};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         char name[80], size[40];
         snprintf(size, sizeof size, sizes[i] != 0 ? "of scale %g" : "growing from 1e-6 to 1e4", sizes[i]);

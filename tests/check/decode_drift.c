@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: MIT */
+/* A state in fp32 through very many tokens whose gates do not change: an error of one sign at every token would add up. */
+#include "decode_case.h"
+#include "decode_families.h"
+#include "prefill_compare.h"
+
+#include <stdio.h>
+
+enum { TOKENS = 131072, LAST = 1024 /* whose outputs are compared */ };
+
+/* What is written is rare and small, so that the state in the end still shows the one in the beginning. */
+static void fill_constant(struct prefill_problem *p, struct random *r) {
+    fill_ordinary(p, r);
+    tensor_fill(&p->g, p->c.parameter);
+    tensor_fill(&p->beta, -9);
+    if (p->c.A_log) {
+        tensor_fill(&p->A_log, 0);
+        tensor_fill(&p->dt_bias, 0);
+    }
+}
+
+/* Takes the state through all tokens, `count` a call. */
+static const char *decode_all(const struct prefill_problem *p, struct prefill_results *r, int64_t count,
+                              flash_kda_backend backend) {
+    const struct tensor *tokens[6] = {&p->q, &p->k, &p->v, &p->g, &p->beta, &r->out};
+    const char *wrong = NULL;
+    for (int64_t t = 0; t < p->T && !wrong; t += count) {
+        struct tensor_view views[6];
+        for (int i = 0; i < 6; i++) {
+            tensor_view_make(&views[i], tokens[i]);
+            tensor_view_skip(&views[i], 1, t, count);
+        }
+        flash_kda_decode_args args = FLASH_KDA_DECODE_ARGS_INIT;
+        args.q = &views[0].dl;
+        args.k = &views[1].dl;
+        args.v = &views[2].dl;
+        args.g = &views[3].dl;
+        args.beta = &views[4].dl;
+        args.out = &views[5].dl;
+        args.A_log = p->args.A_log;
+        args.dt_bias = p->args.dt_bias;
+        args.gate = p->args.gate;
+        args.beta_mode = p->args.beta_mode;
+        args.flags = p->args.flags;
+        args.state_layout = p->args.state_layout;
+        args.state = &r->final.dl;
+        args.backend = backend;
+        wrong = decode_call(&args);
+    }
+    return wrong;
+}
+
+static void run_level(struct check *check, const struct prefill_problem *p, const struct prefill_results *exact,
+                      int64_t count, const char *level) {
+    struct prefill_results r;
+    struct prefill_output last = p->out;
+    char name[200], text[100];
+    prefill_results_make(&r, p);
+    check_select_level(level);
+    snprintf(name, sizeof name, "%s, %lld a call", p->c.name, (long long)count);
+    const char *wrong = decode_all(p, &r, count, prefill_backend(level));
+    for (int64_t t = 0; t < p->T - LAST; t++)
+        last.written[t] = false;
+    double out = prefill_error(&r.out, &exact->out, &last, false);
+    double state = prefill_error(&r.final, &exact->final, &p->final, false);
+    snprintf(text, sizeof text, "out of the last %d tokens %.1e, state %.1e, at most %.1e", LAST, out, state,
+             TOLERANCE_FP32);
+    check_report(check, !wrong && out <= TOLERANCE_FP32 && state <= TOLERANCE_FP32, level, name,
+                 wrong ? wrong : text);
+    prefill_results_free(&r);
+}
+
+static void drift(struct check *check, flash_kda_gate gate, double parameter, flash_kda_state_layout layout) {
+    struct prefill_problem p;
+    struct prefill_results exact;
+    struct prefill_case c = prefill_case_plain();
+    prefill_case_set_gate(&c, gate);
+    c.H = 1;
+    c.K = 128;
+    c.V = 32;
+    if (prefill_tests_cuda(
+            check)) { /* what Hopper has a kernel for; elsewhere its oracle would take most of the time */
+        c.V = 128;
+        c.q_type = c.k_type = c.v_type = c.g_type = c.beta_type = c.out_type = TYPE_BF16;
+    }
+    c.lengths[0] = check->quick ? TOKENS / 8 : TOKENS;
+    c.qk_norm = true;
+    c.beta_mode = FLASH_KDA_BETA_SIGMOID;
+    c.layout = layout;
+    c.final = STORAGE_IN_PLACE;
+    c.fill = fill_constant;
+    c.parameter = parameter;
+    snprintf(c.name, sizeof c.name, "%lld tokens with gate %s, g = %g, %s", (long long)c.lengths[0],
+             prefill_gate_names[gate], parameter, layout == FLASH_KDA_STATE_V_FIRST ? "V first" : "K first");
+    if (!check_wanted(check, c.name))
+        return;
+    struct random r = random_named(check->seed, c.name);
+    prefill_problem_make(&p, &c, &r);
+    prefill_results_make_exact(&exact, &p);
+    const char *wrong = prefill_run(&p, &exact, FLASH_KDA_BACKEND_REFERENCE, 0);
+    for (int i = 0; i < check->level_count && !wrong; i++) {
+        run_level(check, &p, &exact, 1, check->levels[i]);
+        run_level(check, &p, &exact, FLASH_KDA_MAX_DECODE_TOKENS, check->levels[i]);
+    }
+    if (wrong)
+        check_report(check, false, "reference", c.name, wrong);
+    prefill_results_free(&exact);
+    prefill_problem_free(&p);
+}
+
+void decode_drift(struct check *check) {
+    static const double decays[] = {-1e-3, -1e-4, -1e-5}, gates[] = {-9, -11};
+    for (size_t i = 0; i < sizeof decays / sizeof *decays; i++)
+        drift(check, FLASH_KDA_GATE_NONE, decays[i], FLASH_KDA_STATE_V_FIRST);
+    for (size_t i = 0; i < sizeof gates / sizeof *gates; i++)
+        drift(check, FLASH_KDA_GATE_SOFTPLUS, gates[i], FLASH_KDA_STATE_K_FIRST);
+}
