@@ -20,7 +20,8 @@
  *  5. Go on from the states it left, one token or a few at a time, with flash_kda_decode().
  *
  * The library never prints, aborts, exits or keeps a reference to an argument. Every function may be
- * called from several threads at once, as long as the calls do not write the same memory.
+ * called from several threads at once, as long as the calls do not write the same memory, and in a child after
+ * fork. No call needs more than 32 KiB of stack.
  *
  * Shapes: B batch, T tokens, N sequences, H query/key heads, HV value heads (a multiple of H; value
  * head h reads query/key head h / (HV / H)), K and V head dims of keys and values.

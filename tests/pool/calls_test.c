@@ -16,6 +16,7 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -141,6 +142,27 @@ static void test_no_more_processes(void **state) {
     delete_problems(b);
 }
 
+#ifndef SANITIZED /* whose memory counts, too */
+/* Decode of many tokens allocates; where it cannot it says so and has written nothing. */
+static bool decode_without_memory(void *context) {
+    struct problem *p = context;
+    const struct rlimit little = {1 << 20, 1 << 20};
+    return !setrlimit(RLIMIT_AS, &little) && flash_kda_decode(&p[0].decode) == FLASH_KDA_ERROR_OUT_OF_MEMORY &&
+           strstr(flash_kda_last_error(), "decode could not allocate") && problem_same(&p[0], &p[1]);
+}
+
+static void test_no_more_memory(void **state) {
+    (void)state;
+    struct problem p[2];
+    for (int i = 0; i < 2; i++)
+        assert_true(problem_make(&p[i], (struct problem_size){2, 16, 4, 256, 1024}, FLASH_KDA_BACKEND_CPU, 64));
+    assert_child(decode_without_memory, p);
+    assert_int_equal(flash_kda_decode(&p[0].decode), FLASH_KDA_OK);
+    for (int i = 0; i < 2; i++)
+        problem_free(&p[i]);
+}
+#endif
+
 /* ---- Unloading, exit ------------------------------------------------------------------------------------ */
 
 static int count_threads(void) {
@@ -203,6 +225,9 @@ int main(void) {
         cmocka_unit_test(test_unloading),         cmocka_unit_test(test_child_after_fork),
         cmocka_unit_test(test_fork_during_calls), cmocka_unit_test(test_no_more_processes),
         cmocka_unit_test(test_exit_during_calls),
+#ifndef SANITIZED
+        cmocka_unit_test(test_no_more_memory),
+#endif
     };
     return cmocka_run_group_tests_name("calls", tests, NULL, NULL);
 }
