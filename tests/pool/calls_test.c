@@ -222,12 +222,12 @@ static void test_exit_during_calls(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+#ifndef SANITIZED
+        cmocka_unit_test(test_no_more_memory), /* before others leave memory behind that is free */
+#endif
         cmocka_unit_test(test_unloading),         cmocka_unit_test(test_child_after_fork),
         cmocka_unit_test(test_fork_during_calls), cmocka_unit_test(test_no_more_processes),
         cmocka_unit_test(test_exit_during_calls),
-#ifndef SANITIZED
-        cmocka_unit_test(test_no_more_memory),
-#endif
     };
     return cmocka_run_group_tests_name("calls", tests, NULL, NULL);
 }
