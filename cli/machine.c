@@ -89,22 +89,22 @@ static void copy_share(void *context, int i) {
     memcpy(copy->to + (size_t)i * copy->share, copy->from + (size_t)i * copy->share, copy->share);
 }
 
-static double copy_seconds(char *to, const char *from, int threads) {
-    struct copy copy = {to, from, COPY_BYTES / (size_t)threads};
+static double copy_seconds(struct copy *copy, int threads) {
     struct timespec begin, end;
     clock_gettime(CLOCK_MONOTONIC, &begin);
-    parallel_run(threads, copy_share, &copy);
+    parallel_run(threads, copy_share, copy);
     clock_gettime(CLOCK_MONOTONIC, &end);
     return (double)(end.tv_sec - begin.tv_sec) + (double)(end.tv_nsec - begin.tv_nsec) * 1e-9;
 }
 
 double machine_copy_rate(int threads) {
     char *from = malloc(COPY_BYTES), *to = malloc(COPY_BYTES);
+    struct copy copy = {to, from, COPY_BYTES / (size_t)threads};
     double best = HUGE_VAL;
     if (from && to) {
         memset(from, 1, COPY_BYTES);
         for (int i = 0; i < COPY_REPEATS; i++) {
-            best = fmin(best, copy_seconds(to, from, threads));
+            best = fmin(best, copy_seconds(&copy, threads));
         }
     }
     free(from);

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: MIT */
 /* How many threads a call takes: affinity, cgroup, environment, and what is worth waking a thread for. */
-#define _GNU_SOURCE /* syscall */
 #include "cpu/threads.h"
 
 #include "api/problem.h"
