@@ -67,9 +67,16 @@ struct run {
     struct kda_tile *tiles;
 };
 
-/* How far a member's share of a step's pieces has been taken. */
+/* Pieces of a step: large ones take a group of tiles through a batch, small ones prepare some chunks. */
+enum kind { LARGE, SMALL, KINDS };
+
+/* How many pieces of each kind have been taken from a member's share of them. */
 struct share {
-    alignas(KDA_WORKSPACE_ALIGNMENT) _Atomic uint32_t taken;
+    alignas(KDA_WORKSPACE_ALIGNMENT) _Atomic uint32_t taken[KINDS];
+};
+
+struct group {
+    int32_t run, number;
 };
 
 enum stage { APART, FIRST_PASS, SCAN, SECOND_PASS };
@@ -78,15 +85,23 @@ struct call {
     const struct kda_prefill *p;
     const struct plan *plan;
     struct run *runs;
-    struct share *shares; /* [threads] */
+    struct share *shares; /* [threads], and one for all together */
     char *scratch;        /* [threads] of kda_prepare_scratch() bytes */
     enum stage stage;
-    int64_t n; /* the step of a pass */
+    int64_t n;            /* the step of a pass */
+    struct group *groups; /* of the runs that have something to do in this pass */
+    int32_t *working;     /* runs that have chunks in this pass */
+    int64_t counts[KINDS];
 };
 
 static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t groups(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+/* Of tiles of a run. */
+static int64_t groups_of_run(const struct plan *plan) {
+    return groups(plan->tiles, plan->group) + groups(plan->identity_tiles, plan->group);
+}
 
 /* ---- Plan -------------------------------------------------------------------------------------- */
 
@@ -185,7 +200,9 @@ static void lay_out(const struct kda_prefill *p, const struct plan *plan, struct
     int64_t count = plan_runs(plan);
     struct run *runs = take(arena, (size_t)count, sizeof *runs);
     call->runs = runs;
-    call->shares = take(arena, (size_t)plan->threads, sizeof *call->shares);
+    call->shares = take(arena, (size_t)plan->threads + 1, sizeof *call->shares);
+    call->groups = take(arena, (size_t)(count * groups_of_run(plan)), sizeof *call->groups);
+    call->working = take(arena, (size_t)count, sizeof *call->working);
     call->scratch = take(arena, (size_t)plan->threads, kda_prepare_scratch(p));
     for (int64_t i = 0; i < count; i++) {
         struct run run = {.operands = take(arena, 2 * (size_t)plan->batch, sizeof(struct kda_chunk)),
@@ -360,34 +377,36 @@ static void run_chain(const struct call *call, int member, int64_t i) {
 
 /* ---- Schedule together --------------------------------------------------------------------------- */
 
-/* A step of all runs: first groups of tiles, which are the large pieces, then chunks to prepare. */
-static int64_t groups_of_run(const struct plan *plan) {
-    return groups(plan->tiles, plan->group) + groups(plan->identity_tiles, plan->group);
-}
-
-static int64_t tile_pieces(const struct plan *plan) { return plan_runs(plan) * groups_of_run(plan); }
-
-static int64_t prepare_pieces(const struct plan *plan) { return plan_runs(plan) * (plan->batch / PREPARED); }
-
-/* The piece that a claim is worked as. Every member has a share of the large pieces and one of the small, the same in
- * every step, so that tiles stay in its cache and with them the operands that it has prepared; who has none left takes
- * from the others'. Shares only shrink and there are as many claims as pieces, so every claim finds one. */
-static int64_t take_piece(const struct call *call, int member) {
-    int64_t threads = call->plan->threads, large = tile_pieces(call->plan), small = prepare_pieces(call->plan);
+/* One piece of a kind: the next of the member's own share, or of another's, the nearest first; -1 if none is left. Shares are
+ * the same in every step of a pass, so that tiles stay in their member's cache and with them the operands that it has
+ * prepared. */
+static int64_t take_one(const struct call *call, int member, enum kind kind) {
+    int64_t threads = call->plan->threads, count = call->counts[kind];
     for (int64_t i = 0; i < threads; i++) {
         int64_t owner = (member + i) % threads;
-        int64_t first_large = owner * large / threads, own_large = (owner + 1) * large / threads - first_large;
-        int64_t first_small = owner * small / threads, own_small = (owner + 1) * small / threads - first_small;
-        _Atomic uint32_t *taken = &call->shares[owner].taken;
-        if (atomic_load_explicit(taken, memory_order_relaxed) >= own_large + own_small)
+        int64_t first = owner * count / threads, own = (owner + 1) * count / threads - first;
+        _Atomic uint32_t *taken = &call->shares[owner].taken[kind];
+        if (atomic_load_explicit(taken, memory_order_relaxed) >= own)
             continue;
         int64_t n = atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
-        if (n < own_large)
-            return first_large + n;
-        if (n < own_large + own_small)
-            return large + first_small + n - own_large;
+        if (n < own)
+            return first + n;
     }
-    return large + small;
+    return -1;
+}
+
+/* The piece that a claim is worked as: a large one while there are any, be they others', so that small ones fill up the end of
+ * a step. Shares only shrink and there are as many claims as pieces, so every claim finds one. */
+static int64_t take_piece(const struct call *call, int member, enum kind *kind) {
+    _Atomic uint32_t *all = &call->shares[call->plan->threads].taken[LARGE];
+    if (atomic_load_explicit(all, memory_order_relaxed) < call->counts[LARGE]) {
+        int64_t piece = take_one(call, member, *kind = LARGE);
+        if (piece >= 0) {
+            atomic_fetch_add_explicit(all, 1, memory_order_relaxed);
+            return piece;
+        }
+    }
+    return take_one(call, member, *kind = SMALL);
 }
 
 /* Apply, prepare and plan go on side by side in batches n, n + 1 and n + 2; step -1, before the first, begins the tiles
@@ -398,8 +417,6 @@ static void work_tiles(const struct call *call, struct run *run, int64_t group) 
     bool identity = group >= value_groups;
     int64_t first = identity ? plan->tiles + (group - value_groups) * plan->group : group * plan->group;
     int64_t end = kda_min64(first + plan->group, plan->tiles + (identity ? plan->identity_tiles : 0));
-    if (identity && !run->has_identity)
-        return;
     if (call->n >= 0)
         advance_tiles(call->p, plan, run, call->n, first, end);
     for (int64_t tile = first; call->n < 0 && tile < end; tile++)
@@ -416,12 +433,12 @@ static void prepare_part(const struct call *call, int member, struct run *run, i
 }
 
 static void work_piece(const struct call *call, int member) {
-    const struct plan *plan = call->plan;
-    int64_t piece = take_piece(call, member), large = tile_pieces(plan), parts = plan->batch / PREPARED;
-    if (piece < large)
-        work_tiles(call, &call->runs[piece / groups_of_run(plan)], piece % groups_of_run(plan));
+    enum kind kind;
+    int64_t piece = take_piece(call, member, &kind), parts = call->plan->batch / PREPARED;
+    if (kind == LARGE)
+        work_tiles(call, &call->runs[call->groups[piece].run], call->groups[piece].number);
     else
-        prepare_part(call, member, &call->runs[(piece - large) / parts], (piece - large) % parts);
+        prepare_part(call, member, &call->runs[call->working[piece / parts]], piece % parts);
 }
 
 static bool any_left(const struct run *runs, int64_t count, int64_t n) {
@@ -505,9 +522,28 @@ static void work(void *context, uint32_t claim, int member) {
 }
 
 static uint32_t begin_step(const struct call *call) {
-    for (int i = 0; i < call->plan->threads; i++)
-        atomic_store_explicit(&call->shares[i].taken, 0, memory_order_relaxed);
-    return (uint32_t)(tile_pieces(call->plan) + prepare_pieces(call->plan));
+    for (int i = 0; i <= call->plan->threads; i++)
+        for (int kind = 0; kind < KINDS; kind++)
+            atomic_store_explicit(&call->shares[i].taken[kind], 0, memory_order_relaxed);
+    return (uint32_t)(call->counts[LARGE] + call->counts[SMALL]);
+}
+
+/* Lists what run r has to do in this pass. In the first all tiles that the scan reads must at least be begun. */
+static void list_run(struct call *call, int64_t r) {
+    const struct plan *plan = call->plan;
+    struct run *run = &call->runs[r];
+    int64_t last_segment = plan->segments > 1 && r % plan->segments == plan->segments - 1;
+    bool works = run->chain.begin < run->chain.end, begins = call->stage == FIRST_PASS && !last_segment;
+    int64_t count = groups(plan->tiles, plan->group);
+    if (run->has_identity)
+        count += groups(plan->identity_tiles, plan->group);
+    for (int64_t number = 0; number < count && (works || begins); number++)
+        call->groups[call->counts[LARGE]++] = (struct group){(int32_t)r, (int32_t)number};
+    if (works)
+        call->working[call->counts[SMALL]++] = (int32_t)r;
+    for (int n = 1; n < PLANNED; n++)
+        run->batches[n].count = 0;
+    plan_batch(call->p, plan, run, 0);
 }
 
 /* Begins a pass over all runs; returns the pieces of its first step. */
@@ -518,8 +554,10 @@ static uint32_t begin_pass(struct call *call, enum stage stage) {
         start_first_pass(call->p, call->plan, call->runs);
     else
         start_second_pass(call->p, call->plan, call->runs);
+    call->counts[LARGE] = call->counts[SMALL] = 0;
     for (int64_t r = 0; r < plan_runs(call->plan); r++)
-        plan_batch(call->p, call->plan, &call->runs[r], 0);
+        list_run(call, r);
+    call->counts[SMALL] *= call->plan->batch / PREPARED;
     return begin_step(call);
 }
 
