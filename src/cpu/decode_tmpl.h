@@ -403,10 +403,11 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
 /* With `from` decayed, u = beta (v - S^T k), o = S^T q + u (k . q); unless `once`, S keeps it. */
 INLINE void sum_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t, struct rows from,
                         const float *v, float *S, vf *u, float *o, bool once, enum kda_dtype dtype) {
+    const int64_t K = p->key_dim;
     const float *k = x->k + t * x->Kp, *q = x->q + t * x->Kp, *decay = x->decay + t * x->Kp;
     vf Sk[COLUMN_VECTORS], Sq[COLUMN_VECTORS];
     UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) Sk[j] = Sq[j] = vf_set1(0);
-    for (int64_t c = 0; c < p->key_dim; c++) {
+    for (int64_t c = 0; c < K; c++) {
         vf kc = vf_set1(k[c]), qc = vf_set1(q[c]), dc = vf_set1(decay[c]);
         UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) {
             vf s = load_lanes(from.data + c * from.stride, dtype, j * LANES);
@@ -426,8 +427,9 @@ INLINE void sum_columns(const struct kda_prefill *p, const struct tokens *x, int
 /* to = S + k u^T, S in fp32; `once` as above. */
 INLINE void write_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t, const vf *u,
                           struct rows S, struct rows to, bool once, enum kda_dtype dtype) {
+    const int64_t K = p->key_dim;
     const float *k = x->k + t * x->Kp, *decay = x->decay + t * x->Kp;
-    for (int64_t c = 0; c < p->key_dim; c++) {
+    for (int64_t c = 0; c < K; c++) {
         vf kc = vf_set1(k[c]), dc = vf_set1(decay[c]);
         UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) {
             vf s = load_lanes(S.data + c * S.stride, KDA_F32, j * LANES);
