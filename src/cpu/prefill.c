@@ -24,11 +24,10 @@
 
 enum {
     BATCH_APART = 1,     /* chunks prepared at a time: few, so that they stay in a core's own cache */
-    BATCH_TOGETHER = 16, /* many, so that threads seldom wait for each other */
+    BATCH_TOGETHER = 32, /* many, so that threads seldom wait for each other */
     PLANNED = 3,         /* batches of a run that are planned, prepared and applied side by side */
     MIN_SEGMENT = 256,   /* tokens */
     MAX_SEGMENTS = 64,
-    PREPARED = 2, /* chunks that one piece prepares */
     MAX_PIECES = 1 << 30,
     RATE = 100000, /* multiply-adds a microsecond, of one thread on the fastest level */
 };
@@ -59,6 +58,7 @@ struct batch {
 struct run {
     struct kda_chain chain;
     int64_t position;  /* first token that is not planned */
+    int64_t pace;      /* chunks of a batch, such that all runs of a pass end together; at most plan.batch */
     float growth;      /* of the batches that are prepared, see MAX_GROWTH */
     bool has_identity; /* also runs the identity, without outputs: the first pass over a segment */
     bool resumed;      /* its tiles already hold the state to start from */
@@ -67,7 +67,7 @@ struct run {
     struct kda_tile *tiles;
 };
 
-/* Pieces of a step: large ones take a group of tiles through a batch, small ones prepare some chunks. */
+/* Pieces of a step: large ones take a group of tiles through a batch, small ones prepare a chunk. */
 enum kind { LARGE, SMALL, KINDS };
 
 /* How many pieces of each kind have been taken from a member's share of them. */
@@ -232,19 +232,24 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *byte
 
 /* ---- One run ----------------------------------------------------------------------------------- */
 
-/* Segment s of a chain; beyond the last it is empty. Segments start at whole chunks. */
+/* Where segment s of a sequence begins, at a whole chunk; behind its end there are none. The first is longest, for its first
+ * pass is not followed by a second, and the last is longer than the others, for it has no first pass. */
+static int64_t segment_begin(const struct plan *plan, int64_t length, int s) {
+    enum { FIRST = 10, MIDDLE = 8, LAST = 9 };
+    int64_t unit = length / (FIRST + MIDDLE * (plan->segments - 2) + LAST) + 1;
+    unit = (max64(unit, MIN_SEGMENT / MIDDLE) + 7) / 8 * 8;
+    return s == 0 ? 0 : kda_min64(length, unit * (FIRST + MIDDLE * (s - 1)));
+}
+
+/* Segment s of a chain. */
 static struct kda_chain chain_segment(const struct kda_prefill *p, const struct plan *plan, int64_t index,
                                       int s) {
     struct kda_chain chain = {
         .sequence = index / p->value_heads, .head = index % p->value_heads, .prepares_next = !plan->together};
     chain.tokens = kda_sequence(p, chain.sequence);
     int64_t length = chain.tokens.slot < 0 ? 0 : chain.tokens.length;
-    int64_t share = max64((length + plan->segments - 1) / plan->segments, MIN_SEGMENT);
-    if (plan->segments == 1)
-        share = length;
-    share = (share + KDA_CHUNK - 1) / KDA_CHUNK * KDA_CHUNK;
-    chain.begin = kda_min64(length, s * share);
-    chain.end = kda_min64(length, chain.begin + share);
+    chain.begin = segment_begin(plan, length, s);
+    chain.end = s + 1 < plan->segments ? segment_begin(plan, length, s + 1) : length;
     return chain;
 }
 
@@ -253,6 +258,7 @@ static bool is_padding(const struct run *run) { return run->chain.tokens.slot < 
 static void start_run(struct run *run, struct kda_chain chain) {
     run->chain = chain;
     run->position = chain.begin;
+    run->pace = 1;
     run->growth = 0;
 }
 
@@ -317,7 +323,7 @@ static void begin_tile(const struct kda_prefill *p, const struct plan *plan, str
 static void plan_batch(const struct kda_prefill *p, const struct plan *plan, struct run *run, int64_t n) {
     struct batch *batch = &run->batches[n % PLANNED];
     const struct kda_chunk *operands = run->operands + n % 2 * plan->batch;
-    for (batch->count = 0; batch->count < plan->batch && run->position < run->chain.end; batch->count++) {
+    for (batch->count = 0; batch->count < run->pace && run->position < run->chain.end; batch->count++) {
         struct kda_chunk *chunk = &batch->chunks[batch->count];
         int64_t end = kda_min64(run->chain.end, run->position + KDA_CHUNK);
         *chunk = operands[batch->count];
@@ -423,10 +429,9 @@ static void work_tiles(const struct call *call, struct run *run, int64_t group) 
         begin_tile(call->p, plan, run, tile);
 }
 
-static void prepare_part(const struct call *call, int member, struct run *run, int64_t part) {
-    for (int64_t i = part * PREPARED; i < (part + 1) * PREPARED; i++)
-        prepare_chunk(call, member, run, call->n + 1, i);
-    if (part == 0) {
+static void prepare_one(const struct call *call, int member, struct run *run, int64_t i) {
+    prepare_chunk(call, member, run, call->n + 1, i);
+    if (i == 0) {
         add_growth(run, call->n);
         plan_batch(call->p, call->plan, run, call->n + 2);
     }
@@ -434,11 +439,11 @@ static void prepare_part(const struct call *call, int member, struct run *run, i
 
 static void work_piece(const struct call *call, int member) {
     enum kind kind;
-    int64_t piece = take_piece(call, member, &kind), parts = call->plan->batch / PREPARED;
+    int64_t piece = take_piece(call, member, &kind), batch = call->plan->batch;
     if (kind == LARGE)
         work_tiles(call, &call->runs[call->groups[piece].run], call->groups[piece].number);
     else
-        prepare_part(call, member, &call->runs[call->working[piece / parts]], piece % parts);
+        prepare_one(call, member, &call->runs[call->working[piece / batch]], piece % batch);
 }
 
 static bool any_left(const struct run *runs, int64_t count, int64_t n) {
@@ -528,8 +533,12 @@ static uint32_t begin_step(const struct call *call) {
     return (uint32_t)(call->counts[LARGE] + call->counts[SMALL]);
 }
 
-/* Lists what run r has to do in this pass. In the first all tiles that the scan reads must at least be begun. */
-static void list_run(struct call *call, int64_t r) {
+static int64_t chunks_of(const struct run *run) {
+    return (run->chain.end - run->chain.begin + KDA_CHUNK - 1) / KDA_CHUNK;
+}
+
+/* Lists what run r has to do in this pass, whose longest run has `longest` chunks. In the first all tiles that the scan reads must at least be begun. */
+static void list_run(struct call *call, int64_t r, int64_t longest) {
     const struct plan *plan = call->plan;
     struct run *run = &call->runs[r];
     int64_t last_segment = plan->segments > 1 && r % plan->segments == plan->segments - 1;
@@ -541,6 +550,7 @@ static void list_run(struct call *call, int64_t r) {
         call->groups[call->counts[LARGE]++] = (struct group){(int32_t)r, (int32_t)number};
     if (works)
         call->working[call->counts[SMALL]++] = (int32_t)r;
+    run->pace = longest ? (plan->batch * chunks_of(run) + longest - 1) / longest : 0;
     for (int n = 1; n < PLANNED; n++)
         run->batches[n].count = 0;
     plan_batch(call->p, plan, run, 0);
@@ -555,9 +565,12 @@ static uint32_t begin_pass(struct call *call, enum stage stage) {
     else
         start_second_pass(call->p, call->plan, call->runs);
     call->counts[LARGE] = call->counts[SMALL] = 0;
+    int64_t longest = 0;
     for (int64_t r = 0; r < plan_runs(call->plan); r++)
-        list_run(call, r);
-    call->counts[SMALL] *= call->plan->batch / PREPARED;
+        longest = max64(longest, chunks_of(&call->runs[r]));
+    for (int64_t r = 0; r < plan_runs(call->plan); r++)
+        list_run(call, r, longest);
+    call->counts[SMALL] *= call->plan->batch;
     return begin_step(call);
 }
 
