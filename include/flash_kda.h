@@ -159,7 +159,9 @@ typedef enum flash_kda_flags {
  * memory on the host, so it can be captured in a graph and replayed with other contents of every tensor.
  */
 typedef struct flash_kda_prefill_args {
-    size_t struct_size; /* sizeof(flash_kda_prefill_args), set by FLASH_KDA_PREFILL_ARGS_INIT */
+    size_t struct_size; /* sizeof(flash_kda_prefill_args), set by FLASH_KDA_PREFILL_ARGS_INIT. A program
+                           built against an older header sets a smaller one: what it did not have yet is
+                           zero. A larger one is an error */
 
     /* -- Inputs and output -- */
     const DLTensor *q;       /* required, float [B, T, H, K], 1 <= K <= 256 */
@@ -282,7 +284,7 @@ typedef enum flash_kda_norm_activation {
  * interleave: as parts of one page for each slot, or as ranges of the channels of one tensor.
  */
 typedef struct flash_kda_decode_args {
-    size_t struct_size; /* sizeof(flash_kda_decode_args), set by FLASH_KDA_DECODE_ARGS_INIT */
+    size_t struct_size; /* sizeof(flash_kda_decode_args), set by FLASH_KDA_DECODE_ARGS_INIT; as of prefill */
 
     /* -- Inputs and output -- */
     const DLTensor *q;       /* required, float [B, T, H, K], 1 <= K <= 256; packed, or T <= 16 */

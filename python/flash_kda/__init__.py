@@ -11,6 +11,8 @@ plot         draws inputs and benchmarks: python -m flash_kda.plot
 docs/python.md introduces them; docs/maths.md says what is computed.
 """
 
+import sys
+
 from . import fla
 from ._C import VERSION as __version__
 from ._chunk_kda import chunk_kda
@@ -20,3 +22,8 @@ from ._prefill import prefill, prefill_describe, prefill_workspace_size
 
 __all__ = ["__version__", "chunk_kda", "decode", "decode_describe", "fla", "fwd", "get_workspace_size", "prefill",
            "prefill_describe", "prefill_workspace_size"]
+
+# Programs that torch.export saved need the custom ops. torch.compiler: not while torch is still importing itself; at the
+# end of that it calls flash_kda_torch.register().
+if hasattr(sys.modules.get("torch"), "compiler"):
+    from . import _torch  # noqa: F401

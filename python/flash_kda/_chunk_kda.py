@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -72,14 +73,14 @@ def chunk_kda(
         (o, final_state), or (o, final_state, h): o is [B, T, HV, V] of q's dtype, final_state None if not asked for.
 
     Raises:
-        NotImplementedError: a tensor requires grad, or cp_context is given.
+        NotImplementedError: a tensor requires grad or has a tangent, or cp_context is given.
         ValueError, TypeError and others: as prefill().
     """
     import torch
 
     if cp_context is not None:
         raise NotImplementedError("cp_context is given, but flash_kda runs a sequence on one device only")
-    _check_tensors(q=q, k=k, v=v, g=g, beta=beta)
+    check_tensors(_TENSORS, (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu))
     if transpose_state_layout is not None:
         state_v_first = _renamed(state_v_first, transpose_state_layout)
     if chunk_size not in (32, 64):
@@ -88,8 +89,8 @@ def chunk_kda(
         raise ValueError("allow_neg_eigval is given without use_beta_sigmoid_in_kernel, which it needs")
     _check_graph(use_graph, cu_seqlens, max_num_seqs)
     gate = _gate(g, use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias)
-    q, k, v, g = _rows(q), _rows(k), _rows(v), _rows(g)
-    initial_state = None if initial_state is None else _rows(initial_state)
+    q, k, v, g = rows(q, "q"), rows(k, "k"), rows(v, "v"), rows(g, "g")
+    initial_state = None if initial_state is None else rows(initial_state, "initial_state")
     call = {**gate, "qk_norm": use_qk_l2norm_in_kernel, "scale": scale, "cu_seqlens": cu_seqlens,
             "beta_mode": _beta_mode(use_beta_sigmoid_in_kernel, allow_neg_eigval), "initial_state": initial_state,
             "output_final_state": output_final_state, "state_layout": "v_first" if state_v_first else "k_first"}
@@ -112,11 +113,20 @@ def chunk_kda(
     return pair if h is None else (*pair, h.to(k.dtype))
 
 
-def _check_tensors(**tensors: Array) -> None:
+REQUIRED = ("q", "k", "v", "g", "beta")
+_TENSORS = (*REQUIRED, "A_log", "dt_bias", "initial_state", "cu_seqlens", "cu_seqlens_cpu")
+
+
+def check_tensors(names: tuple[str, ...], tensors: tuple[Array | None, ...]) -> None:
+    """Only what is not REQUIRED may be None."""
     import torch
 
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
+    Tensor = torch.Tensor
+
+    for name, tensor in zip(names, tensors):
+        if type(tensor) is Tensor or (tensor is None and name not in REQUIRED):
+            continue
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is of type {type(tensor)}; expected a torch.Tensor (prefill() takes arrays of other "
                             "libraries)")
 
@@ -128,9 +138,18 @@ def _renamed(state_v_first: bool, transpose_state_layout: bool) -> bool:
     return transpose_state_layout
 
 
-def _rows(tensor: Array) -> Array:
+def rows(tensor: Array, name: str) -> Array:
     """As fla does, copies what does not lie in rows."""
-    return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
+    try:
+        if tensor.ndim == 0 or tensor.stride(-1) == 1:
+            return tensor
+    except RuntimeError as error:  # torch's nested tensors have no strides
+        raise ValueError(f"{name} cannot be read as an array: {error}") from error
+    import torch
+
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name} cannot be read as an array: its layout is {tensor.layout}")
+    return tensor.contiguous()
 
 
 def _check_graph(use_graph: bool, cu_seqlens: Array | None, max_num_seqs: int | None) -> None:
@@ -150,10 +169,13 @@ def _gate(g: Array, in_kernel: bool, safe: bool, lower_bound: float | None, A_lo
     arguments: dict[str, Any] = {"gate": "softplus"} if lower_bound is None else {"gate": "sigmoid",
                                                                                  "lower_bound": lower_bound}
     if A_log is not None:
-        arguments["A_log"] = A_log.reshape(-1)
+        try:
+            arguments["A_log"] = A_log.reshape(-1)
+        except RuntimeError as error:  # sparse or nested
+            raise ValueError(f"A_log cannot be read as an array: {error}") from error
     if dt_bias is not None:
         flat = dt_bias.ndim == 1 and g.ndim == 4 and dt_bias.numel() == g.shape[2] * g.shape[3]
-        arguments["dt_bias"] = _rows(dt_bias.view(g.shape[2:]) if flat else dt_bias)
+        arguments["dt_bias"] = rows(dt_bias.view(g.shape[2:]) if flat else dt_bias, "dt_bias")
     return arguments
 
 
@@ -185,22 +207,46 @@ def _dense_states(q: Array, k: Array, v: Array, chunk_size: int, v_first: bool) 
     return h, {"checkpoints": h, "checkpoint_offsets": starts.repeat(B, 1)}
 
 
+def _values(ends: Array, name: str) -> list[int]:
+    import torch
+
+    if ends.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} has dtype {str(ends.dtype).removeprefix('torch.')}; expected int32 or int64")
+    if ends.ndim != 1:
+        raise ValueError(f"{name} has {ends.ndim} dimensions; expected 1, [N + 1]")
+    try:
+        return ends.tolist()
+    except (NotImplementedError, RuntimeError) as error:  # sparse or without memory
+        raise ValueError(f"{name} cannot be read as an array: {error}") from error
+
+
+def _ends(cu_seqlens: Array, cu_seqlens_cpu: Array | None, T: int) -> list[int]:
+    """What cu_seqlens holds, from the CPU where it is there too, once it is known to be right."""
+    name, given = ("cu_seqlens", cu_seqlens) if cu_seqlens_cpu is None else ("cu_seqlens_cpu", cu_seqlens_cpu)
+    ends = _values(given, name)
+    if ends[:1] != [0] or ends[-1] != T or any(end < start for start, end in itertools.pairwise(ends)):
+        shown = ", ".join(map(str, ends[:8])) + (", .." if len(ends) > 8 else "")
+        raise ValueError(f"{name} is [{shown}]; expected values from 0 to T = {T}, never falling")
+    if given is not cu_seqlens and (_values(cu_seqlens, "cu_seqlens") != ends if cu_seqlens.is_cpu
+                                    else cu_seqlens.shape != given.shape):
+        raise ValueError("cu_seqlens_cpu differs from cu_seqlens; expected the same values")
+    return ends
+
+
 class _Chunks:
     """Chunks of packed sequences, numbered through: sequence n has those from starts[n] to starts[n + 1] - 1."""
 
     def __init__(self, q: Array, cu_seqlens: Array, cu_seqlens_cpu: Array | None, use_graph: bool, chunk_size: int):
         import torch
 
-        def counts(ends: Array) -> Array:
-            return (ends.diff() + chunk_size - 1) // chunk_size
-
         self.chunk_size = chunk_size
-        self.counts = counts(cu_seqlens)
-        self.starts = torch.nn.functional.pad(self.counts.cumsum(0), (1, 0))
         if use_graph and q.is_cuda:
-            self.rows = -(-q.shape[1] // chunk_size) + max(len(self.counts) - 1, 0)
+            self.rows = -(-q.shape[1] // chunk_size) + max(len(cu_seqlens) - 2, 0)
         else:
-            self.rows = int(self.starts[-1] if cu_seqlens_cpu is None else counts(cu_seqlens_cpu).sum())
+            ends = _ends(cu_seqlens, cu_seqlens_cpu, q.shape[1])
+            self.rows = sum(-(-(end - start) // chunk_size) for start, end in itertools.pairwise(ends))
+        self.counts = (cu_seqlens.diff() + chunk_size - 1) // chunk_size
+        self.starts = torch.nn.functional.pad(self.counts.cumsum(0), (1, 0))
 
     def states(self, k: Array, head: tuple[int, ...]) -> tuple[Array, dict[str, Any]]:
         """Room for the states before each chunk, and prefill()'s arguments for them.

@@ -8,15 +8,15 @@ from typing import Any
 
 from . import _C
 from ._libraries import Library, library_of
-from ._prefill import Array, _check_destinations, _options, _value
-from ._shapes import shape_of
+from ._prefill import Array, _options, _value, new_out, refuse_written
 
 Convolution = tuple[Array, Array | None, Array]  #: weight, bias, states
 
 
+_NO_CONVOLUTION = (None, None, None)
+
+
 def _convolution(given: Convolution | None, name: str) -> tuple[Array | None, ...]:
-    if given is None:
-        return None, None, None
     if not isinstance(given, (tuple, list)) or len(given) != 3:
         raise TypeError(f"{name} is of type {type(given)}; expected weight, bias or None, and states")
     return tuple(given)
@@ -31,21 +31,23 @@ def _call(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, A_l
           num_threads: int) -> tuple[Library, tuple[Array | None, ...], tuple[Any, ...], Array | None]:
     """Library, tensors and options of a call, and out: the one that is given, or a new one."""
     library = library_of(q)
-    options = list(_options(gate, lower_bound, beta_mode, qk_norm, scale, state_layout, max_tokens, False, backend,
-                            num_threads))
-    options[4] |= _C.KEEP_STATE if keep_state else 0
+    what = _options(gate, lower_bound, beta_mode, qk_norm, scale, state_layout, max_tokens, False, backend, num_threads)
+    flags = what[4] | (_C.KEEP_STATE if keep_state else 0)
+    options = (*what[:4], flags, *what[5:], _value(_C.NORM_ACTIVATIONS, norm_activation, "norm_activation"), norm_eps)
     if out is not None and not output:
         raise ValueError("out is given with output=False; expected None")
-    convolutions = [*_convolution(q_conv, "q_conv"), *_convolution(k_conv, "k_conv"), *_convolution(v_conv, "v_conv")]
-    if not keep_state:
-        _check_destinations(library, state=state, q_conv=convolutions[2], k_conv=convolutions[5], v_conv=convolutions[8])
-    _check_destinations(library, out=out)
+    q_conv = _NO_CONVOLUTION if q_conv is None else _convolution(q_conv, "q_conv")
+    k_conv = _NO_CONVOLUTION if k_conv is None else _convolution(k_conv, "k_conv")
+    v_conv = _NO_CONVOLUTION if v_conv is None else _convolution(v_conv, "v_conv")
+    if not library.writable:
+        if not keep_state:
+            refuse_written(state=state, q_conv=q_conv[2], k_conv=k_conv[2], v_conv=v_conv[2])
+        refuse_written(out=out)
     if out is None and output:
-        out = library.empty(q, shape_of(v, "v"), v.dtype)
+        out = new_out(library, q, v)
     tensors = (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, accepted, state, state_indices, num_accepted_tokens,
-               *convolutions, norm_weight, norm_gate)
-    options += [_value(_C.NORM_ACTIVATIONS, norm_activation, "norm_activation"), norm_eps]
-    return library, tensors, tuple(options), out
+               *q_conv, *k_conv, *v_conv, norm_weight, norm_gate)
+    return library, tensors, options, out
 
 
 def decode(
@@ -141,7 +143,8 @@ def decode(
         q, k, v, g, beta, state, A_log, dt_bias, gate, lower_bound, beta_mode, qk_norm, scale, cu_seqlens, max_tokens,
         accepted, state_layout, state_indices, num_accepted_tokens, keep_state, out, output, q_conv, k_conv, v_conv,
         norm_weight, norm_gate, norm_activation, norm_eps, backend, num_threads)
-    library.run(_C.decode, tensors, options, None)
+    run = library.record if library.traced(q) else library.run
+    run(_C.decode, tensors, options, None)
     return out
 
 

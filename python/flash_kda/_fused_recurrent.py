@@ -6,10 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 from . import _C
-from ._chunk_kda import _beta_mode, _gate, _rows
+from ._chunk_kda import REQUIRED, _beta_mode, _gate, check_tensors, rows
 from ._decode import decode
 from ._prefill import Array
 from ._shapes import state_shape
+
+TENSORS = (*REQUIRED, "A_log", "dt_bias", "initial_state", "cu_seqlens", "ssm_state_indices", "num_accepted_tokens", "out")
 
 
 def refusal(q: Array, v: Array, beta: Array, A_log: Array | None, inplace_final_state: bool, cu_seqlens: Array | None,
@@ -59,6 +61,8 @@ def fused_recurrent_kda_fwd(
     """fla's function of this name. Its final states are fp32, or initial_state itself, in place."""
     import torch
 
+    check_tensors(TENSORS, (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, ssm_state_indices,
+                            num_accepted_tokens, out))
     gate = _gate(g, use_gate_in_kernel, False, lower_bound, A_log, dt_bias)
     writes = inplace_final_state or output_final_state
     state = initial_state
@@ -73,7 +77,7 @@ def fused_recurrent_kda_fwd(
         ssm_state_indices = ssm_state_indices.to(torch.int32)
     if num_accepted_tokens is not None:
         num_accepted_tokens = num_accepted_tokens.to(torch.int32)
-    decode(_rows(q), _rows(k), _rows(v), _rows(g), beta, state, **gate,
+    decode(rows(q, "q"), rows(k, "k"), rows(v, "v"), rows(g, "g"), beta, state, **gate,
            beta_mode=_beta_mode(use_beta_sigmoid_in_kernel, allow_neg_eigval), qk_norm=use_qk_l2norm_in_kernel,
            scale=scale, cu_seqlens=cu_seqlens, state_layout="v_first" if state_v_first else "k_first",
            state_indices=ssm_state_indices, num_accepted_tokens=num_accepted_tokens, keep_state=not writes, out=out)

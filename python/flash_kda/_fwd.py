@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from . import _C
 from ._libraries import library_of
-from ._prefill import Array, _check_destinations, scale_value
+from ._prefill import Array, number_or, refuse_written, scale_value
 
 # FlashKDA takes 0, a gate that forgets nothing; this bound differs from it by less than fp32 can hold.
 _NO_DECAY = -1e-38
@@ -49,14 +49,16 @@ def fwd(
     those of prefill().
     """
     library = library_of(q)
-    _check_destinations(library, out=out, final_state=final_state)
+    if not library.writable:
+        refuse_written(out=out, final_state=final_state)
     if lower_bound is None:
         gate, bound = _SOFTPLUS, 0.0
     else:
-        gate, bound = _SIGMOID, lower_bound or _NO_DECAY
-    library.run(_C.prefill, (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, initial_state, final_state, None, None,
-                             None, None, None),
-                (gate, bound, _BETA_SIGMOID, scale_value(scale), _C.QK_NORM, _V_FIRST, 0, _AUTO, 0), None)
+        gate, bound = _SIGMOID, number_or(lower_bound, _NO_DECAY, "lower_bound")
+    run = library.record if library.traced(q) else library.run
+    run(_C.prefill, (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, initial_state, final_state, None, None, None, None,
+                     None),
+        (gate, bound, _BETA_SIGMOID, scale_value(scale), _C.QK_NORM, _V_FIRST, 0, _AUTO, 0), None)
 
 
 _SOFTPLUS, _SIGMOID = _C.GATES["softplus"], _C.GATES["sigmoid"]

@@ -14,6 +14,13 @@ def tensor_names(function: _C.Function) -> tuple[str, ...]:
     return _C.DECODE_TENSORS if function in (_C.decode, _C.decode_describe) else _C.TENSORS
 
 
+def written_names(function: _C.Function, options: tuple[Any, ...]) -> tuple[str, ...]:
+    """Of the tensors that a call with these options writes."""
+    if function not in (_C.decode, _C.decode_describe):
+        return _C.WRITTEN
+    return ("out",) if options[4] & _C.KEEP_STATE else _C.DECODE_WRITTEN
+
+
 class Library:
     """An array library without DLPack's C exchange: every array is lent by a capsule."""
 
@@ -27,7 +34,11 @@ class Library:
         """Is this call being recorded, rather than run?"""
         return False
 
-    def prefill_op(self, inputs: tuple[Any, ...], output_final_state: bool, options: tuple[Any, ...]) -> Any:
+    def record(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
+        """A call that is traced, instead of run()."""
+        raise NotImplementedError
+
+    def record_prefill(self, inputs: tuple[Any, ...], output_final_state: bool, options: tuple[Any, ...]) -> Any:
         """What is recorded of a prefill() that writes to nothing but new arrays."""
         raise NotImplementedError
 
@@ -39,11 +50,14 @@ class Library:
         """A DLPack capsule of an array of this library."""
         raise NotImplementedError
 
+    def check(self, array: Any, name: str) -> None:
+        if not isinstance(array, self.array_type):
+            raise TypeError(f"{name} is of type {type(array)}; expected {self.array_type}, as q is")
+
     def capsule(self, array: Any, name: str, **how: Any) -> Any:
         if array is None:
             return None
-        if not isinstance(array, self.array_type):
-            raise TypeError(f"{name} is of type {type(array)}; expected {self.array_type}, as q is")
+        self.check(array, name)
         try:
             return self.lend(array, **how)
         except Exception as error:
@@ -70,18 +84,44 @@ class Numpy(Library):
 
         super().__init__(numpy.ndarray)
         self.numpy = numpy
-        # Version 1 of the protocol says which arrays are read-only; before numpy 2.1 those are refused.
-        modern = numpy.lib.NumpyVersion(numpy.__version__) >= "2.1.0"
-        self.dlpack_arguments = {"max_version": (1, 0)} if modern else {}
+        # Version 1 of the protocol says which arrays are read-only. Before numpy 2.1 none of those can be lent.
+        self.modern = numpy.lib.NumpyVersion(numpy.__version__) >= "2.1.0"
+        self.dlpack_arguments = {"max_version": (1, 0)} if self.modern else {}
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         return self.numpy.empty(shape, dtype)
+
+    def check(self, array: Any, name: str) -> None:
+        super().check(array, name)
+        if type(array) is not self.array_type and isinstance(array, self.numpy.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array, whose mask would be lost; expected a plain one, as {name}.filled(0) "
+                            f"or {name}.data")
 
     def lend(self, array: Any, **how: Any) -> Any:
         return lend_numeric(array, **self.dlpack_arguments)
 
     def run(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
-        return function(*self.capsules(function, tensors), *options, None, self.capsule(workspace, "workspace"))
+        lent = tensors if self.modern else self._lendable(tensors, tensor_names(function), written_names(function, options))
+        return function(*self.capsules(function, lent), *options, None, self.capsule(workspace, "workspace"))
+
+    def _lendable(self, tensors: tuple[Any, ...], names: tuple[str, ...], written: tuple[str, ...]) -> tuple[Any, ...]:
+        """Inputs that are read-only become arrays on the same memory that do not say so."""
+        return tuple(_LikeWritable(array).array(self.numpy)
+                     if isinstance(array, self.array_type) and not array.flags.writeable and name not in written else array
+                     for array, name in zip(tensors, names))
+
+
+class _LikeWritable:
+    """Memory of a read-only numpy array."""
+
+    def __init__(self, array: Any):
+        self.dtype = array.dtype
+        self.memory = array.view("uint16") if array.dtype.name == "bfloat16" else array
+        interface = self.memory.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+    def array(self, numpy: Any) -> Any:
+        return numpy.asarray(self).view(self.dtype)
 
 
 class Cupy(Library):

@@ -16,32 +16,59 @@ Array = Any  #: a torch.Tensor, numpy.ndarray, cupy.ndarray or jax.Array
 _SCALE_ZERO = 1e-60
 
 
+def number_or(value: float, instead: float, name: str) -> float:
+    """The value, or what stands for 0."""
+    try:
+        return value or instead
+    except (ValueError, RuntimeError):  # an array of several numbers is neither true nor false
+        raise TypeError(f"{name} is of type {type(value)}; expected a number") from None
+
+
 def scale_value(scale: float | None) -> float:
-    return 0.0 if scale is None else scale or _SCALE_ZERO
+    return 0.0 if scale is None else number_or(scale, _SCALE_ZERO, "scale")
 
 
 def _value(table: dict[str, int], word: str, name: str) -> int:
-    if word not in table:
-        raise ValueError(f"{name} is {word!r}; expected {' or '.join(map(repr, table))}")
-    return table[word]
+    try:
+        return table[word]
+    except (KeyError, TypeError):
+        raise ValueError(f"{name} is {word!r}; expected {' or '.join(map(repr, table))}") from None
 
 
 def _options(gate: str, lower_bound: float | None, beta_mode: str, qk_norm: bool, scale: float | None,
              state_layout: str, checkpoint_every: int, batch_invariant: bool, backend: str,
              num_threads: int) -> tuple[Any, ...]:
-    if gate == "sigmoid" and lower_bound is None:
+    try:
+        options = (_GATES[gate], 0.0 if lower_bound is None else lower_bound, _BETA_MODES[beta_mode],
+                   0.0 if scale is None else scale_value(scale),
+                   (_C.QK_NORM if qk_norm else 0) | (_C.BATCH_INVARIANT if batch_invariant else 0),
+                   _STATE_LAYOUTS[state_layout], checkpoint_every, _BACKENDS[backend], num_threads)
+    except (KeyError, TypeError):
+        for table, word, name in ((_GATES, gate, "gate"), (_BETA_MODES, beta_mode, "beta_mode"),
+                                  (_STATE_LAYOUTS, state_layout, "state_layout"), (_BACKENDS, backend, "backend")):
+            _value(table, word, name)
+        raise
+    if lower_bound is None and gate == "sigmoid":
         raise ValueError("lower_bound is None with gate 'sigmoid'; expected a number in [-5, 0)")
-    bound = 0.0 if lower_bound is None else lower_bound
-    return (_value(_C.GATES, gate, "gate"), bound, _value(_C.BETA_MODES, beta_mode, "beta_mode"),
-            scale_value(scale), (_C.QK_NORM if qk_norm else 0) | (_C.BATCH_INVARIANT if batch_invariant else 0),
-            _value(_C.STATE_LAYOUTS, state_layout, "state_layout"), checkpoint_every,
-            _value(_C.BACKENDS, backend, "backend"), num_threads)
+    return options
 
 
-def _check_destinations(library: Library, **destinations: Array | None) -> None:
+_GATES, _BETA_MODES, _STATE_LAYOUTS, _BACKENDS = _C.GATES, _C.BETA_MODES, _C.STATE_LAYOUTS, _C.BACKENDS
+
+
+def refuse_written(**destinations: Array | None) -> None:
+    """Of a library that is not writable."""
     for name, array in destinations.items():
-        if array is not None and not library.writable:
+        if array is not None:
             raise ValueError(f"{name} is given with jax arrays, which cannot be written; expected None")
+
+
+def new_out(library: Library, q: Array, v: Array) -> Array:
+    try:
+        return library.empty(q, shape_of(v, "v"), v.dtype)
+    except (AttributeError, TypeError):
+        library.check(v, "v")
+        raise
 
 
 def _outputs(library: Library, q: Array, v: Array, cu_seqlens: Array | None, state_layout: int,
@@ -49,8 +76,10 @@ def _outputs(library: Library, q: Array, v: Array, cu_seqlens: Array | None, sta
              out: Array | None) -> tuple[Array, Array | None]:
     """out and final_state: those that are given, or new ones."""
     if out is None:
-        out = library.empty(q, shape_of(v, "v"), v.dtype)
+        out = new_out(library, q, v)
     if output_final_state and final_state is None:
+        if initial_state is not None:
+            library.check(initial_state, "initial_state")
         dtype = library.float32 if initial_state is None else initial_state.dtype
         final_state = library.empty(q, state_shape(q, v, cu_seqlens, state_layout), dtype)
     return out, final_state
@@ -147,7 +176,7 @@ def prefill(
     Raises:
         ValueError: a shape, dtype, device, stride, range or overlap is wrong; the sentence names the argument.
         TypeError: an argument is no array of q's library, or no number.
-        NotImplementedError: a tensor requires grad; or this build or machine does not have the backend.
+        NotImplementedError: a tensor requires grad or has a tangent; or this build or machine does not have the backend.
         MemoryError: the workspace could not be allocated.
         RuntimeError: the CUDA runtime reports an error.
         Nothing has been written then, save after a RuntimeError.
@@ -163,15 +192,17 @@ def prefill(
                        backend, num_threads)
     if output_final_state and final_state is None and state_indices is not None:
         raise ValueError("final_state is None with state_indices; expected the states that the indices refer to")
-    if library.traced(q) and out is None and final_state is None and checkpoints is None and workspace is None:
-        return library.prefill_op((q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, state_indices),
-                                  output_final_state, options)
-    _check_destinations(library, out=out, final_state=final_state, checkpoints=checkpoints)
+    traced = library.traced(q)
+    if traced and out is None and final_state is None and checkpoints is None and workspace is None:
+        return library.record_prefill((q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, state_indices),
+                                      output_final_state, options)
+    if not library.writable:
+        refuse_written(out=out, final_state=final_state, checkpoints=checkpoints)
     out, final_state = _outputs(library, q, v, cu_seqlens, options[5], initial_state, final_state, output_final_state,
                                 out)
-    library.run(_C.prefill, (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, initial_state, final_state,
-                             state_indices, checkpoints, checkpoint_cu_starts, checkpoint_indices, checkpoint_offsets),
-                options, workspace)
+    run = library.record if traced else library.run
+    run(_C.prefill, (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, initial_state, final_state, state_indices,
+                     checkpoints, checkpoint_cu_starts, checkpoint_indices, checkpoint_offsets), options, workspace)
     return out if final_state is None else (out, final_state)
 
 

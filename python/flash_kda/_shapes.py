@@ -13,6 +13,8 @@ def shape_of(array: Any, name: str) -> Any:
         return array.shape
     except AttributeError:
         raise TypeError(f"{name} is of type {type(array)}; expected an array of the library that q is from") from None
+    except RuntimeError as error:  # torch's nested tensors have none
+        raise ValueError(f"{name} cannot be read as an array: {error}") from error
 
 
 def state_shape(q: Any, v: Any, cu_seqlens: Any, state_layout: int) -> tuple[int, ...]:

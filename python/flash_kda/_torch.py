@@ -6,13 +6,34 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 from . import _C
-from ._libraries import Library, tensor_names
+from ._libraries import Library, tensor_names, written_names
 from ._shapes import state_shape
 
 _INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens", "initial_state", "state_indices")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_TENSOR = torch.Tensor
+_NO_DISPATCH = torch.Tensor.__torch_dispatch__
+
+# Asked at every call: looked up once.
+_any_true = _C.any_true
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_negated = torch.Tensor.is_neg
+_is_traced = torch._C._is_tracing
+_modes = torch._C._len_torch_dispatch_stack
+
+try:
+    torch._C._increment_version(())
+    _increment_version = torch._C._increment_version
+except (RuntimeError, TypeError):  # older versions take one tensor
+
+    def _increment_version(tensors: tuple[Any, ...]) -> None:
+        for tensor in tensors:
+            if not tensor.is_inference():
+                torch._C._increment_version(tensor)
 
 
 class Torch(Library):
@@ -23,7 +44,10 @@ class Torch(Library):
         self.exchange = _C.has_exchange(torch.Tensor)
 
     def traced(self, q: Any) -> bool:
-        return torch.compiler.is_compiling() or type(q) not in _PLAIN or q.is_meta
+        return (_is_compiling() or _modes() > 0 or _is_traced()
+                or _python_dispatch._is_in_torch_dispatch_mode  # with make_fx(pre_dispatch=True) alone
+                or (type(q) is not _TENSOR and getattr(type(q), "__torch_dispatch__", None) is not _NO_DISPATCH)
+                or q.is_meta)
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         return torch.empty(shape, dtype=dtype, device=like.device)
@@ -32,21 +56,32 @@ class Torch(Library):
         return torch.utils.dlpack.to_dlpack(array)
 
     def run(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
-        if torch.is_grad_enabled():
-            refuse_grad(tensors, tensor_names(function))
-        if self.traced(tensors[0]):
-            if function is _C.decode:
-                return torch.ops.flash_kda.decode(*tensors, *options)
-            return torch.ops.flash_kda.prefill_into(*tensors, *options, workspace)
+        if _is_grad_enabled():
+            _refuse_grad(tensors, tensor_names(function))
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(tensors, tensor_names(function))
+        if _any_true(_is_negated, tensors):
+            tensors = _resolved(tensors, function, options)
         if self.exchange:
-            return function(*tensors, *options, None, workspace)
-        return self._run_by_capsules(function, tensors, options, workspace)
+            result = function(*tensors, *options, None, workspace)
+        else:
+            result = self._run_by_capsules(function, tensors, options, workspace)
+        if type(result) is tuple:
+            _increment_version(result)
+        return result
 
-    def prefill_op(self, inputs: tuple[Any, ...], output_final_state: bool, options: tuple[Any, ...]) -> Any:
-        if torch.is_grad_enabled():
-            refuse_grad(inputs, _INPUTS)
-        out, final_state = torch.ops.flash_kda.prefill(*inputs, output_final_state, *options)
-        return (out, final_state) if output_final_state else out
+    def record(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
+        if _is_grad_enabled():
+            _refuse_grad(tensors, tensor_names(function))
+        if function is _C.decode:
+            return torch.ops.flash_kda.decode(*tensors, *options)
+        return torch.ops.flash_kda.prefill_into(*tensors, *options, workspace)
+
+    def record_prefill(self, inputs: tuple[Any, ...], output_final_state: bool, options: tuple[Any, ...]) -> Any:
+        if _is_grad_enabled():
+            _refuse_grad(inputs, _INPUTS)
+        results = torch.ops.flash_kda.prefill(*inputs, output_final_state, *options)
+        return (results[0], results[1]) if output_final_state else results[0]
 
     def _run_by_capsules(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...],
                          workspace: Any) -> Any:
@@ -58,17 +93,38 @@ class Torch(Library):
             return self.lend(torch.empty(size, dtype=torch.uint8, device=q.device))
 
         memory = allocate if workspace is None else self.capsule(workspace, "workspace")
-        return function(*capsules, *options, stream, memory)
+        arrays = dict(zip(map(id, capsules), tensors))
+        result = function(*capsules, *options, stream, memory)
+        return tuple(arrays[id(capsule)] for capsule in result) if isinstance(result, tuple) else result
 
 
 LIBRARY = Torch()
 
 
-def refuse_grad(tensors: tuple[Any, ...], names: tuple[str, ...]) -> None:
+def _refuse_grad(tensors: tuple[Any, ...], names: tuple[str, ...]) -> None:
     for tensor, name in zip(tensors, names):
         if tensor is not None and getattr(tensor, "requires_grad", False):
             raise NotImplementedError(f"{name} requires grad, but flash_kda has no backward pass yet; call it under "
                                       f"torch.no_grad() or torch.inference_mode(), or with {name}.detach()")
+
+
+def _refuse_tangents(tensors: tuple[Any, ...], names: tuple[str, ...]) -> None:
+    for tensor, name in zip(tensors, names):
+        if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{name} has a tangent, but flash_kda has no forward-mode derivative; call it with "
+                                      f"torch.autograd.forward_ad.unpack_dual({name}).primal")
+
+
+def _resolved(tensors: tuple[Any, ...], function: _C.Function, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Without torch's lazy negative bit, which DLPack does not hand on."""
+    written, resolved = written_names(function, options), []
+    for tensor, name in zip(tensors, tensor_names(function)):
+        lazy = isinstance(tensor, torch.Tensor) and tensor.is_neg()
+        if lazy and name in written:
+            raise ValueError(f"{name} is a view with torch's lazy negative bit, as of the imaginary part of a conjugate; "
+                             "expected memory that holds what is written")
+        resolved.append(tensor.resolve_neg() if lazy else tensor)
+    return tuple(resolved)
 
 
 # ---- Custom ops: what torch.compile and torch.export record ---------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import _C
 from ._chunk_kda import chunk_kda
-from ._fused_recurrent import fused_recurrent_kda_fwd
+from ._fused_recurrent import TENSORS, fused_recurrent_kda_fwd
 from ._fused_recurrent import refusal as recurrent_refusal
 
 _CHUNK = inspect.signature(chunk_kda)
@@ -38,8 +38,12 @@ def _refusal(call: dict[str, Any]) -> str | None:
 
 
 def _verdict(signature: inspect.Signature, arguments: Any, keywords: Any) -> tuple[bool, str | None]:
+    import torch
+
     call = signature.bind(*arguments, **keywords)
     call.apply_defaults()
+    if not all(isinstance(call.arguments.get(name), (torch.Tensor, type(None))) for name in TENSORS):
+        return True, None  # and then refused by a sentence, which fla's kernels do not have
     reason = _refusal(call.arguments)
     if not reason and signature is _RECURRENT:
         names = inspect.signature(recurrent_refusal).parameters

@@ -16,11 +16,30 @@ bool call_read_tensors(const struct call_member *members, int count, PyObject *c
     return true;
 }
 
-PyObject *call_names(const struct call_member *members, int count) {
-    PyObject *names = PyTuple_New(count);
+static int written(const struct call_member *members, int count, PyObject *const *arguments) {
+    int found = 0;
+    for (int i = 0; i < count; i++)
+        found += members[i].written && (!arguments || arguments[i] != Py_None);
+    return found;
+}
+
+PyObject *call_written(const struct call_member *members, int count, PyObject *const *arguments) {
+    PyObject *arrays = PyTuple_New(written(members, count, arguments));
+    int n = 0;
+    for (int i = 0; arrays && i < count; i++)
+        if (members[i].written && arguments[i] != Py_None)
+            PyTuple_SetItem(arrays, n++, Py_NewRef(arguments[i]));
+    return arrays;
+}
+
+PyObject *call_names(const struct call_member *members, int count, bool only_written) {
+    PyObject *names = PyTuple_New(only_written ? written(members, count, NULL) : count);
+    int n = 0;
     for (int i = 0; names && i < count; i++) {
+        if (only_written && !members[i].written)
+            continue;
         PyObject *name = PyUnicode_FromString(members[i].name);
-        if (!name || PyTuple_SetItem(names, i, name))
+        if (!name || PyTuple_SetItem(names, n++, name))
             Py_CLEAR(names);
     }
     return names;

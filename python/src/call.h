@@ -30,8 +30,11 @@ bool call_read_integer(PyObject *object, const char *name, long long least, long
 bool call_read_stream(PyObject *object, const DLTensor *q, const struct dlpack1_exchange *exchange,
                       void **stream);
 
-/* The names of tensors, as a tuple. */
-PyObject *call_names(const struct call_member *members, int count);
+/* Those of the arrays that a call has written to, as a tuple. */
+PyObject *call_written(const struct call_member *members, int count, PyObject *const *arguments);
+
+/* The names of tensors, as a tuple: of all, or of those that are written. */
+PyObject *call_names(const struct call_member *members, int count, bool only_written);
 
 /* ---- Prefill ----------------------------------------------------------------------------------- */
 

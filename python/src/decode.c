@@ -37,10 +37,11 @@ static const struct call_member members[] = {
 
 enum { TENSORS = sizeof members / sizeof *members, OUT = 7, OPTIONS = 13 };
 
-PyObject *decode_tensor_names(void) { return call_names(members, TENSORS); }
+PyObject *decode_tensor_names(bool only_written) { return call_names(members, TENSORS, only_written); }
 
 struct decode_call {
     flash_kda_decode_args args;
+    struct call_member members[TENSORS]; /* which of them are written depends on the flags */
     DLTensor tensors[TENSORS];
 };
 
@@ -70,7 +71,6 @@ static bool read_options(flash_kda_decode_args *args, PyObject *const *arguments
 }
 
 static bool read_call(struct decode_call *call, PyObject *const *arguments, Py_ssize_t count) {
-    struct call_member here[TENSORS];
     if (count != TENSORS + OPTIONS) {
         PyErr_Format(PyExc_TypeError, "%zd arguments; expected %d", count, TENSORS + OPTIONS);
         return false;
@@ -78,10 +78,10 @@ static bool read_call(struct decode_call *call, PyObject *const *arguments, Py_s
     call->args = (flash_kda_decode_args)FLASH_KDA_DECODE_ARGS_INIT;
     if (!read_options(&call->args, arguments + TENSORS))
         return false;
-    memcpy(here, members, sizeof members);
+    memcpy(call->members, members, sizeof members);
     for (int i = 0; i < TENSORS; i++) /* the others are states */
-        here[i].written &= i == OUT || !(call->args.flags & FLASH_KDA_KEEP_STATE);
-    return call_read_tensors(here, TENSORS, arguments, &call->args, call->tensors) &&
+        call->members[i].written &= i == OUT || !(call->args.flags & FLASH_KDA_KEEP_STATE);
+    return call_read_tensors(call->members, TENSORS, arguments, &call->args, call->tensors) &&
            call_read_stream(arguments[TENSORS + 11], call->args.q, array_exchange(Py_TYPE(arguments[0])),
                             &call->args.stream);
 }
@@ -93,7 +93,7 @@ PyObject *decode(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
     if (!read_call(&call, arguments, count))
         return NULL;
     Py_BEGIN_ALLOW_THREADS status = flash_kda_decode(&call.args);
-    Py_END_ALLOW_THREADS return status ? call_raise(status) : Py_NewRef(Py_None);
+    Py_END_ALLOW_THREADS return status ? call_raise(status) : call_written(call.members, TENSORS, arguments);
 }
 
 PyObject *decode_describe(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {

@@ -8,23 +8,33 @@ typedef PyObject *(*fast_function)(PyObject *, PyObject *const *, Py_ssize_t);
 
 /* ---- Prefill ----------------------------------------------------------------------------------- */
 
-static PyObject *run(const struct call *call) {
+static PyObject *run(const struct call *call, PyObject *const *arguments) {
     struct workspace workspace;
     size_t bytes = 0;
-    flash_kda_status status = flash_kda_prefill_workspace_size(&call->args, &bytes);
+    flash_kda_status status = FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL;
+    /* Most small calls need no more than this, and not to ask saves them checking every argument twice. */
+    void *at_hand = workspace_at_hand(call, &bytes);
+    if (at_hand) {
+        Py_BEGIN_ALLOW_THREADS status = flash_kda_prefill(&call->args, at_hand, bytes);
+        Py_END_ALLOW_THREADS
+    }
+    if (status == FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL)
+        status = flash_kda_prefill_workspace_size(&call->args, &bytes);
+    else if (!status)
+        return call_written(call_members, CALL_TENSORS, arguments);
     if (status)
         return call_raise(status);
     if (!workspace_take(&workspace, call, bytes))
         return NULL;
     Py_BEGIN_ALLOW_THREADS status = flash_kda_prefill(&call->args, workspace.memory, workspace.bytes);
     Py_END_ALLOW_THREADS workspace_drop(&workspace);
-    return status ? call_raise(status) : Py_NewRef(Py_None);
+    return status ? call_raise(status) : call_written(call_members, CALL_TENSORS, arguments);
 }
 
 static PyObject *prefill(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
     (void)module;
     struct call call;
-    return call_read(&call, arguments, count) ? run(&call) : NULL;
+    return call_read(&call, arguments, count) ? run(&call, arguments) : NULL;
 }
 
 static PyObject *prefill_workspace_size(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
@@ -52,6 +62,30 @@ static PyObject *prefill_describe(PyObject *module, PyObject *const *arguments, 
 static PyObject *has_exchange(PyObject *module, PyObject *type) {
     (void)module;
     return PyBool_FromLong(PyType_Check(type) && array_exchange((PyTypeObject *)type));
+}
+
+/* Does a function of one argument answer true for any array of a tuple? None is not asked, and what the function cannot
+ * take answers no. */
+static PyObject *any_true(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+    (void)module;
+    if (count != 2 || !PyTuple_Check(arguments[1])) {
+        PyErr_SetString(PyExc_TypeError, "expected a function and a tuple");
+        return NULL;
+    }
+    Py_ssize_t size = PyTuple_Size(arguments[1]);
+    bool found = false;
+    for (Py_ssize_t i = 0; !found && i < size; i++) {
+        PyObject *array = PyTuple_GetItem(arguments[1], i); /* borrowed */
+        if (array == Py_None)
+            continue;
+        PyObject *answer = PyObject_CallFunctionObjArgs(arguments[0], array, NULL);
+        found = answer == Py_True;
+        if (answer)
+            Py_DECREF(answer);
+        else
+            PyErr_Clear();
+    }
+    return PyBool_FromLong(found);
 }
 
 static PyObject *backend_available(PyObject *module, PyObject *backend) {
@@ -94,6 +128,7 @@ static PyMethodDef methods[] = {
     {"fwd_workspace_size", (PyCFunction)(void (*)(void))(fast_function)fwd_workspace_size, METH_FASTCALL, NULL},
     {"as_bfloat16", array_as_bfloat16, METH_O, NULL},
     {"has_exchange", has_exchange, METH_O, NULL},
+    {"any_true", (PyCFunction)(void (*)(void))(fast_function)any_true, METH_FASTCALL, NULL},
     {"backend_available", backend_available, METH_O, NULL},
     {"cpu_levels", cpu_levels, METH_NOARGS, NULL},
     {"cpu_level", cpu_level, METH_NOARGS, NULL},
@@ -144,8 +179,10 @@ static int execute(PyObject *module) {
         PyModule_AddIntConstant(module, "BATCH_INVARIANT", FLASH_KDA_BATCH_INVARIANT) ||
         PyModule_AddIntConstant(module, "KEEP_STATE", FLASH_KDA_KEEP_STATE) ||
         PyModule_AddIntConstant(module, "MAX_DECODE_TOKENS", FLASH_KDA_MAX_DECODE_TOKENS) ||
-        add_tuple(module, "TENSORS", call_names(call_members, CALL_TENSORS)) ||
-        add_tuple(module, "DECODE_TENSORS", decode_tensor_names()))
+        add_tuple(module, "TENSORS", call_names(call_members, CALL_TENSORS, false)) ||
+        add_tuple(module, "WRITTEN", call_names(call_members, CALL_TENSORS, true)) ||
+        add_tuple(module, "DECODE_TENSORS", decode_tensor_names(false)) ||
+        add_tuple(module, "DECODE_WRITTEN", decode_tensor_names(true)))
         return -1;
     return add_names(module) ? -1 : 0;
 }

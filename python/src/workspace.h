@@ -17,6 +17,9 @@ struct workspace {
  * host memory and the allocator of q's framework elsewhere. false: an exception is set, and nothing is held. */
 bool workspace_take(struct workspace *workspace, const struct call *call, size_t bytes);
 
+/* A little memory that each thread keeps for a call on the CPU, whose bytes go to *bytes; NULL where that cannot serve. */
+void *workspace_at_hand(const struct call *call, size_t *bytes);
+
 /* An allocator that is ordered by stream may use the memory again for what comes later on the call's stream. */
 void workspace_drop(struct workspace *workspace);
 

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* The public entries of decode: every argument is checked here, before anything is written. */
+#include "api/args.h"
 #include "api/check.h"
 #include "api/decode_problem.h"
 
@@ -200,9 +201,10 @@ static flash_kda_status check_sequence(const struct kda_decode *d, int64_t n) {
 
 enum { SLOTS_AT_ONCE = 1 << 15 }; /* a bit each on the stack */
 
-/* No slot from `first` to `first` + SLOTS_AT_ONCE twice. */
-static flash_kda_status check_distinct(const struct kda_tensor *t, int64_t first) {
-    unsigned char seen[SLOTS_AT_ONCE / 8] = {0};
+/* No slot from `first` to `first` + SLOTS_AT_ONCE twice, of `slots` in all. */
+static flash_kda_status check_distinct(const struct kda_tensor *t, int64_t first, int64_t slots) {
+    unsigned char seen[SLOTS_AT_ONCE / 8]; /* cleared as far as there are slots: most pools are small */
+    memset(seen, 0, slots - first < SLOTS_AT_ONCE ? (size_t)(slots - first) / 8 + 1 : sizeof seen);
     int64_t columns = t->rank == 2 ? t->shape[1] : 1;
     for (int64_t i = 0; i < t->shape[0] * columns; i++) {
         int64_t slot = kda_index(t, i / columns, i % columns), bit = slot - first;
@@ -226,7 +228,7 @@ static flash_kda_status check_slots(const struct kda_decode *d) {
                            (long long)(i / columns), (long long)slot, (long long)slots - 1);
     }
     for (int64_t first = 0; first < slots && !d->keep_state; first += SLOTS_AT_ONCE)
-        TRY(check_distinct(t, first));
+        TRY(check_distinct(t, first, slots));
     return FLASH_KDA_OK;
 }
 
@@ -281,23 +283,24 @@ static flash_kda_status check_aliasing(const struct kda_decode *d) {
 
 /* ---- Entries ----------------------------------------------------------------------------------- */
 
-static flash_kda_status check_all(const flash_kda_decode_args *args, struct kda_decode *d,
+static flash_kda_status check_all(const flash_kda_decode_args *given, struct kda_decode *d,
                                   const struct kda_backend **backend) {
-    if (!args)
-        return INVALID("args is NULL; expected a flash_kda_decode_args");
-    if (args->struct_size != sizeof *args)
-        return INVALID("args has struct_size %zu; expected %zu (start it from FLASH_KDA_DECODE_ARGS_INIT)",
-                       args->struct_size, sizeof *args);
+    static const struct kda_args_type type = {.name = "flash_kda_decode_args",
+                                              .init = "FLASH_KDA_DECODE_ARGS_INIT",
+                                              .least = offsetof(flash_kda_decode_args, state_indices),
+                                              .size = sizeof(flash_kda_decode_args)};
+    flash_kda_decode_args args;
+    TRY(kda_args_read(given, &type, &args));
     memset(d, 0, sizeof *d);
-    const flash_kda_prefill_args tokens = tokens_of(args);
+    const flash_kda_prefill_args tokens = tokens_of(&args);
     TRY(kda_check_tokens(&tokens, FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT | FLASH_KDA_KEEP_STATE, false,
                          &d->tokens, backend));
-    TRY(check_max_tokens(args, d));
-    TRY(check_accepted(args, d));
-    TRY(check_state_indices(args, d));
-    TRY(check_state(args, d));
-    TRY(check_convolutions(args, d));
-    TRY(check_norm(args, d));
+    TRY(check_max_tokens(&args, d));
+    TRY(check_accepted(&args, d));
+    TRY(check_state_indices(&args, d));
+    TRY(check_state(&args, d));
+    TRY(check_convolutions(&args, d));
+    TRY(check_norm(&args, d));
     TRY(check_values(d));
     return check_aliasing(d);
 }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* The public entries of prefill: every argument is checked here, before anything is written. */
+#include "api/args.h"
 #include "api/check.h"
 
 #include <string.h>
@@ -251,21 +252,22 @@ static flash_kda_status check_workspace(const struct kda_prefill *p, const void 
 /* ---- Entries ----------------------------------------------------------------------------------- */
 
 /* Checks everything that needs no workspace; describes the problem in *p and its backend in *backend. */
-static flash_kda_status check_all(const flash_kda_prefill_args *args, struct kda_prefill *p,
+static flash_kda_status check_all(const flash_kda_prefill_args *given, struct kda_prefill *p,
                                   const struct kda_backend **backend) {
-    if (!args)
-        return INVALID("args is NULL; expected a flash_kda_prefill_args");
-    if (args->struct_size != sizeof *args)
-        return INVALID("args has struct_size %zu; expected %zu (start it from FLASH_KDA_PREFILL_ARGS_INIT)",
-                       args->struct_size, sizeof *args);
-    if (args->checkpoint_every < 0)
-        return INVALID("checkpoint_every is %lld; expected 0 or more", (long long)args->checkpoint_every);
+    static const struct kda_args_type type = {.name = "flash_kda_prefill_args",
+                                              .init = "FLASH_KDA_PREFILL_ARGS_INIT",
+                                              .least = offsetof(flash_kda_prefill_args, gate),
+                                              .size = sizeof(flash_kda_prefill_args)};
+    flash_kda_prefill_args args;
+    TRY(kda_args_read(given, &type, &args));
+    if (args.checkpoint_every < 0)
+        return INVALID("checkpoint_every is %lld; expected 0 or more", (long long)args.checkpoint_every);
     memset(p, 0, sizeof *p);
-    p->checkpoint_every = args->checkpoint_every;
-    TRY(kda_check_tokens(args, FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT, true, p, backend));
-    TRY(check_slot_indices(args, p));
-    TRY(check_states(args, p));
-    TRY(check_checkpoints(args, p));
+    p->checkpoint_every = args.checkpoint_every;
+    TRY(kda_check_tokens(&args, FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT, true, p, backend));
+    TRY(check_slot_indices(&args, p));
+    TRY(check_states(&args, p));
+    TRY(check_checkpoints(&args, p));
     TRY(check_all_slots(p, NULL));
     return check_aliasing(p);
 }

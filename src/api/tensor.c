@@ -21,13 +21,51 @@ static struct text shape_text(const int64_t *shape, int rank) {
 }
 
 static struct text dtypes_text(unsigned dtypes) {
-    static const char *const names[] = {"fp32", "fp16", "bf16", "int32", "int64"};
+    static const char *const names[] = {"float32", "float16", "bfloat16", "int32", "int64"};
     struct text text = {""};
     size_t used = 0;
     for (unsigned i = 0; i < sizeof names / sizeof *names; i++)
         if (dtypes >> i & 1)
             used += (size_t)snprintf(text.characters + used, sizeof text.characters - used, "%s%s",
-                                     used ? " or " : "", names[i]);
+                                     !used               ? ""
+                                     : dtypes >> (i + 1) ? ", "
+                                                         : " or ",
+                                     names[i]);
+    return text;
+}
+
+/* As array libraries write it: "float64". */
+static struct text dtype_text(DLDataType t) {
+    /* By DLPack's code. Those up to complex come in several sizes. */
+    enum { SIZED = 6 };
+    static const char *const names[] = {"int",
+                                        "uint",
+                                        "float",
+                                        "opaque",
+                                        "bfloat",
+                                        "complex",
+                                        "bool",
+                                        "float8_e3m4",
+                                        "float8_e4m3",
+                                        "float8_e4m3b11fnuz",
+                                        "float8_e4m3fn",
+                                        "float8_e4m3fnuz",
+                                        "float8_e5m2",
+                                        "float8_e5m2fnuz",
+                                        "float8_e8m0fnu",
+                                        "float6_e2m3fn",
+                                        "float6_e3m2fn",
+                                        "float4_e2m1fn"};
+    struct text text;
+    size_t size = sizeof text.characters, used;
+    if (t.code < SIZED)
+        used = (size_t)snprintf(text.characters, size, "%s%d", names[t.code], t.bits);
+    else if (t.code < sizeof names / sizeof *names)
+        used = (size_t)snprintf(text.characters, size, "%s", names[t.code]);
+    else
+        used = (size_t)snprintf(text.characters, size, "of DLPack code %d, %d bits", t.code, t.bits);
+    if (t.lanes != 1)
+        snprintf(text.characters + used, size - used, " in vectors of %d", t.lanes);
     return text;
 }
 
@@ -134,9 +172,8 @@ flash_kda_status kda_tensor_check(const DLTensor *t, const struct kda_tensor_spe
         return status;
     int dtype = dtype_of(t->dtype);
     if (dtype < 0 || !(spec->dtypes >> dtype & 1))
-        return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
-                        "%s has a dtype of DLPack code %d, %d bits, %d lanes; expected %s", spec->name,
-                        t->dtype.code, t->dtype.bits, t->dtype.lanes, dtypes_text(spec->dtypes).characters);
+        return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT, "%s has dtype %s; expected %s", spec->name,
+                        dtype_text(t->dtype).characters, dtypes_text(spec->dtypes).characters);
     if (t->device.device_type != spec->device->device_type || t->device.device_id != spec->device->device_id)
         return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
                         "%s is on DLPack device %d:%d; expected %d:%d, where q is", spec->name,

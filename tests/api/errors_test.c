@@ -662,6 +662,33 @@ static void test_results_null(void **state) {
     free(f);
 }
 
+/* The dtype is called what array libraries call it, and so are those that are taken. */
+static void test_dtype_in_words(void **state) {
+    (void)state;
+    static const struct {
+        DLDataType dtype;
+        const char *words;
+    } others[] = {
+        {{kDLFloat, 64, 1}, "dtype float64;"},
+        {{kDLInt, 64, 1}, "dtype int64;"},
+        {{kDLUInt, 8, 1}, "dtype uint8;"},
+        {{kDLComplex, 64, 1}, "dtype complex64;"},
+        {{6, 8, 1}, "dtype bool;"},
+        {{10, 8, 1}, "dtype float8_e4m3fn;"},
+        {{200, 12, 1}, "dtype of DLPack code 200, 12 bits;"},
+        {{kDLFloat, 32, 4}, "dtype float32 in vectors of 4;"},
+    };
+    struct fixture *f = fixture_new();
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        f->tensor[ARG_V].dl.dtype = others[i].dtype;
+        expect_error(f, FLASH_KDA_ERROR_INVALID_ARGUMENT, "v", ALL_ENTRIES);
+        if (!strstr(flash_kda_last_error(), others[i].words) ||
+            !strstr(flash_kda_last_error(), "expected float32, float16 or bfloat16"))
+            fail_msg("\"%s\" does not say \"%s\"", flash_kda_last_error(), others[i].words);
+    }
+    free(f);
+}
+
 static void test_level_unknown(void **state) {
     (void)state;
     struct fixture *f = fixture_new();
@@ -692,7 +719,7 @@ static void test_level_of_another_machine(void **state) {
 
 /* ---- Running them all ------------------------------------------------------------------------------ */
 
-enum { PLAIN = 7 };
+enum { PLAIN = 8 };
 static struct tensor_case tensor_cases[FAULTS * ARGUMENTS];
 
 static size_t list_tensor_cases(struct CMUnitTest *tests) {
@@ -719,13 +746,11 @@ int main(void) {
     for (int i = 0; i < CASES; i++)
         tests[count++] = (struct CMUnitTest){
             .name = cases[i].name, .test_func = test_argument, .initial_state = &writable_cases[i]};
-    const struct CMUnitTest plain[PLAIN] = {cmocka_unit_test(test_valid),
-                                            cmocka_unit_test(test_valid_dense),
-                                            cmocka_unit_test(test_valid_offsets),
-                                            cmocka_unit_test(test_args_null),
-                                            cmocka_unit_test(test_results_null),
-                                            cmocka_unit_test(test_level_unknown),
-                                            cmocka_unit_test(test_level_of_another_machine)};
+    const struct CMUnitTest plain[PLAIN] = {
+        cmocka_unit_test(test_valid),         cmocka_unit_test(test_valid_dense),
+        cmocka_unit_test(test_valid_offsets), cmocka_unit_test(test_args_null),
+        cmocka_unit_test(test_results_null),  cmocka_unit_test(test_dtype_in_words),
+        cmocka_unit_test(test_level_unknown), cmocka_unit_test(test_level_of_another_machine)};
     memcpy(tests + count, plain, sizeof plain);
     count += PLAIN;
     return _cmocka_run_group_tests("prefill errors", tests, count, NULL, NULL);

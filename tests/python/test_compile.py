@@ -140,6 +140,30 @@ def test_gradients_are_refused():
         torch.compile(Prefill(), fullgraph=True, backend="aot_eager")(*here)
 
 
+LOAD = """
+import {imports}
+assert hasattr(torch.ops.flash_kda, "prefill") and hasattr(torch.ops.flash_kda, "decode")
+program = torch.export.load({path!r}).module()
+inputs = torch.load({inputs!r})
+with torch.no_grad():
+    expected = flash_kda.prefill(*inputs, gate="none")
+    assert torch.equal(program(*inputs), expected)
+"""
+
+
+@pytest.mark.parametrize("imports", ["torch, flash_kda", "flash_kda, torch"])
+def test_a_saved_program_runs_where_the_package_is_imported(imports, tmp_path):
+    class Layer(torch.nn.Module):
+        def forward(self, *inputs):
+            return flash_kda.prefill(*inputs, gate="none")
+
+    inputs = make(gate="none", beta_mode="given").inputs
+    path, data = str(tmp_path / "program.pt2"), str(tmp_path / "inputs.pt")
+    torch.export.save(torch.export.export(Layer(), inputs), path)
+    torch.save(inputs, data)
+    subprocess.run([sys.executable, "-c", LOAD.format(imports=imports, path=path, inputs=data)], check=True)
+
+
 def test_imported_before_torch():
     script = """
 import flash_kda

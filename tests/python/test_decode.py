@@ -240,8 +240,8 @@ def test_describe():
 @pytest.mark.parametrize("name, value, exception, sentence", [
     ("state", None, ValueError, "state is NULL"),
     ("state", torch.zeros(2, 2, 64, 60), ValueError, "state has shape"),
-    ("state", torch.zeros(2, 2, 64, 64, dtype=torch.float64), ValueError, "state has a dtype"),
-    ("state_indices", torch.tensor([0, 1]), ValueError, "state_indices has a dtype"),
+    ("state", torch.zeros(2, 2, 64, 64, dtype=torch.float64), ValueError, "state has dtype"),
+    ("state_indices", torch.tensor([0, 1]), ValueError, "state_indices has dtype"),
     ("state_indices", indices([1, 1]), ValueError, "state_indices of sequence 1 holds 1, a slot that is used twice"),
     ("state_indices", indices([0, 2]), ValueError, "state_indices of sequence 1 holds 2"),
     ("num_accepted_tokens", indices([1, 1]), ValueError, "num_accepted_tokens is given without"),

@@ -52,11 +52,13 @@ BAD = [
     ("checkpoints", zeros(2, 2, 32, 60), ValueError, "checkpoints has shape"),
     ("checkpoint_offsets", zeros(3), ValueError, "checkpoint_offsets has shape"),
     # dtypes
-    ("q", zeros(dtype=torch.float64), ValueError, "q has a dtype"),
-    ("beta", zeros(dtype=torch.int32), ValueError, "beta has a dtype"),
-    ("initial_state", zeros(dtype=torch.float16), ValueError, "initial_state has a dtype"),
-    ("cu_seqlens", zeros(dtype=torch.float32), ValueError, "cu_seqlens has a dtype"),
-    ("v", zeros(dtype=torch.complex64), ValueError, "v has a dtype"),
+    ("q", zeros(dtype=torch.float64), ValueError, "q has dtype float64; expected float32, float16 or bfloat16"),
+    ("beta", zeros(dtype=torch.int32), ValueError, "beta has dtype"),
+    ("initial_state", zeros(dtype=torch.float16), ValueError, "initial_state has dtype"),
+    ("cu_seqlens", zeros(dtype=torch.float32), ValueError, "cu_seqlens has dtype float32; expected int32 or int64"),
+    ("v", zeros(dtype=torch.complex64), ValueError, "v has dtype complex64"),
+    ("beta", zeros(dtype=torch.bool), ValueError, "beta has dtype bool"),
+    ("k", zeros(dtype=torch.float8_e4m3fn), ValueError, "k has dtype float8_e4m3fn"),
     # strides and overlap
     ("q", lambda old: old.mT.contiguous().mT, ValueError, "q has stride 70|q has stride 2 in its last"),
     ("out", lambda old: old[:, :1].expand(old.shape), ValueError, "out has stride 0"),
@@ -79,6 +81,11 @@ BAD = [
     ("v", lambda old: 3, TypeError, "v is of type"),
     ("out", lambda old: "out", TypeError, "out is of type"),
     ("g", lambda old: old.float().cpu().numpy(), TypeError, "g is of type"),
+    ("v", lambda old: old.float().cpu().numpy(), TypeError, "v is of type"),
+    ("cu_seqlens", lambda old: [0, 30, 70], TypeError, "cu_seqlens is of type"),
+    ("gate", lambda old: ["softplus"], ValueError, r"gate is \['softplus'\]"),
+    ("gate", lambda old: numpy.zeros(2), ValueError, "gate is array"),
+    ("scale", lambda old: torch.ones(2), TypeError, "scale is of type"),
     # tensors of another kind
     ("k", lambda old: old.to("meta"), ValueError, "k cannot be read"),
     ("g", lambda old: old.to_sparse(), ValueError, "g cannot be read"),
@@ -201,6 +208,70 @@ def test_no_tensor_that_requires_grad_needs_no_mode(call):
         flash_kda.prefill(**call)
 
 
+# ---- Every entry ----------------------------------------------------------------------------------
+
+
+def everywhere():
+    """Each entry with arguments that are right, where results are new arrays, whose shape and dtype are others'."""
+    problem = make(T=8, dtype=torch.float32, initial_state=torch.float32)
+    o = problem.options
+    inputs = dict(zip(("q", "k", "v", "g", "beta"), problem.inputs))
+    parameters = {"A_log": o["A_log"], "dt_bias": o["dt_bias"]}
+    start = {"initial_state": o["initial_state"]}
+    ends = {"cu_seqlens": torch.tensor([0, 8])}
+    new = {**inputs, **parameters, **start, **ends, "gate": "softplus", "output_final_state": True}
+    step = {**inputs, **parameters, "gate": "softplus", "state": o["initial_state"],
+            "state_indices": torch.tensor([0], dtype=torch.int32)}
+    return {flash_kda.prefill: new, flash_kda.prefill_describe: new, flash_kda.prefill_workspace_size: new,
+            flash_kda.decode: step, flash_kda.decode_describe: step,
+            flash_kda.fwd: {**inputs, **parameters, **start, **ends, "scale": 1.0, "lower_bound": None,
+                            "out": torch.empty(problem.v.shape)},
+            flash_kda.chunk_kda: {**inputs, **parameters, **start, **ends, "use_gate_in_kernel": True,
+                                  "cu_seqlens_cpu": torch.tensor([0, 8]), "return_intermediate_states": True}}
+
+
+ARRAYS = [(entry, name) for entry, call in everywhere().items() for name, x in call.items() if isinstance(x, torch.Tensor)]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("entry, name", ARRAYS, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_arguments_of_the_wrong_kind_are_named(entry, name, no_grad):
+    call = everywhere()[entry]
+    entry(**call)
+    wrong = [([1.0, 2.0], TypeError), ("words", TypeError), (3, TypeError), (call[name].to_sparse(), ValueError),
+             (call[name].to(torch.complex64), ValueError), (torch.nested.nested_tensor([torch.ones(2)]), ValueError)]
+    if name != "q":  # of which the others must be
+        wrong += [(call[name].numpy(), TypeError)]
+    for value, exception in wrong:
+        with pytest.raises(exception, match=f"^{name} "):
+            entry(**{**call, name: value})
+
+
+@pytest.mark.parametrize("ends", [[0, 90, 10, 100], [0, 1 << 40], [0, -200, 100], [5, 100], [0, 99], [], [[0, 100]]], ids=str)
+@pytest.mark.parametrize("argument", ["cu_seqlens", "cu_seqlens_cpu"])
+def test_ends_that_size_the_intermediate_states(argument, ends, device, no_grad):
+    """They are looked at before anything of such a size is made."""
+    q, k, v, g, beta = make(T=100).to(device).inputs
+    values = torch.tensor(ends, dtype=torch.int64)
+    right = torch.tensor([0, 100], device=device)
+    given = {"cu_seqlens": values.to(device)} if argument == "cu_seqlens" else {"cu_seqlens": right, argument: values}
+    with pytest.raises(ValueError, match=f"^{argument} (is|has)"):
+        flash_kda.chunk_kda(q, k, v, g, beta, **given, return_intermediate_states=True)
+
+
+def test_ends_on_the_cpu_that_are_others(no_grad):
+    q, k, v, g, beta = make(T=100).inputs
+    with pytest.raises(ValueError, match="^cu_seqlens_cpu differs"):
+        flash_kda.chunk_kda(q, k, v, g, beta, cu_seqlens=torch.tensor([0, 30, 100]),
+                            cu_seqlens_cpu=torch.tensor([0, 65, 100]), return_intermediate_states=True)
+
+
+def test_lower_bound_of_fwd(no_grad):
+    problem = make()
+    with pytest.raises(TypeError, match="^lower_bound is of type"):
+        flash_kda.fwd(*problem.inputs, 1.0, torch.empty_like(problem.v), None, None, torch.ones(2))
+
+
 # ---- Other libraries -----------------------------------------------------------------------------
 
 
@@ -220,15 +291,62 @@ def test_numpy_arrays_that_cannot_be_written():
     flash_kda.prefill(*inputs)
 
 
+MODES = {"gate": "softplus", "beta_mode": "sigmoid", "qk_norm": True}
+
+
+def bf16_inputs():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    return [x.astype(ml_dtypes.bfloat16) for x in numpy_inputs()]
+
+
+@pytest.mark.parametrize("modern", [True, False], ids=["numpy's DLPack 1", "before it"])
+@pytest.mark.parametrize("inputs", [numpy_inputs, bf16_inputs])
+def test_numpy_inputs_that_cannot_be_written(inputs, modern, monkeypatch):
+    """Before numpy 2.1 none of them could be lent by DLPack."""
+    library = flash_kda._libraries.library_of(numpy.zeros(1))
+    if not modern:
+        monkeypatch.setattr(library, "modern", False)
+        monkeypatch.setattr(library, "dlpack_arguments", {})
+    q, k, v, g, beta = inputs()
+    k = k[:, :1]
+    expected = flash_kda.prefill(q, numpy.ascontiguousarray(numpy.broadcast_to(k, q.shape)), v, g, beta, **MODES)
+    frozen = numpy.frombuffer(q.tobytes(), q.dtype).reshape(q.shape)
+    assert not frozen.flags.writeable
+    assert numpy.array_equal(flash_kda.prefill(frozen, numpy.broadcast_to(k, q.shape), v, g, beta, **MODES), expected)
+    state = numpy.zeros((1, 2, 64, 64), "float32")
+    tokens = [x[:, :4] for x in (q, q, v, g, beta)]
+    expected = flash_kda.decode(*tokens, state, **MODES, keep_state=True)
+    state.flags.writeable = False
+    assert numpy.array_equal(flash_kda.decode(*tokens, state, **MODES, keep_state=True), expected)
+    with pytest.raises(ValueError, match="^state (is read-only|cannot be read)"):
+        flash_kda.decode(*tokens, state)
+    assert (state == 0).all()
+
+
+def test_masked_arrays():
+    q, k, v, g, beta = numpy_inputs()
+    masked = numpy.ma.masked_greater(v, 1)
+    with pytest.raises(TypeError, match="^v is a masked array"):
+        flash_kda.prefill(q, k, masked, g, beta)
+    with pytest.raises(TypeError, match="^q is a masked array"):
+        flash_kda.prefill(numpy.ma.masked_greater(q, 1), k, v, g, beta)
+    with pytest.raises(TypeError, match="^state is a masked array"):
+        flash_kda.decode(*(x[:, :4] for x in (q, k, v, g, beta)), numpy.ma.zeros((1, 2, 64, 64), "float32"))
+    with pytest.raises(TypeError, match="^out is a masked array"):
+        flash_kda.fwd(q, k, v, g, beta, 1.0, masked, None, None, -5.0)
+    plain = flash_kda.prefill(q, k, masked.data, g, beta, **MODES)
+    assert numpy.array_equal(plain, flash_kda.prefill(q, k, v, g, beta, **MODES))
+
+
 def test_numpy_arrays_of_other_kinds():
     q, k, v, g, beta = numpy_inputs()
     with pytest.raises(ValueError, match="^k cannot be read"):
         flash_kda.prefill(q, k.astype(">f4"), v, g, beta)
     with pytest.raises(ValueError, match="^k has stride -"):
         flash_kda.prefill(q, k[:, ::-1], v, g, beta)
-    with pytest.raises(ValueError, match="^g has a dtype"):
+    with pytest.raises(ValueError, match="^g has dtype"):
         flash_kda.prefill(q, k, v, g.view(numpy.uint32), beta)
-    with pytest.raises(ValueError, match="^g has a dtype"):
+    with pytest.raises(ValueError, match="^g has dtype"):
         flash_kda.prefill(q, k, v, g.astype(numpy.uint16), beta)
     with pytest.raises(TypeError, match="^beta is of type"):
         flash_kda.prefill(q, k, v, g, torch.from_numpy(beta))

@@ -203,6 +203,19 @@ def test_what_goes_elsewhere(registered, registry, more):
     assert backend.verify("chunk_kda", **arguments(make(), "cpu")) == (True, None)
 
 
+@pytest.mark.parametrize("name", ["v", "g", "beta", "A_log", "dt_bias", "cu_seqlens"])
+def test_arguments_that_are_no_tensors_are_named(recurrent, name):
+    """Not sent on to kernels that would fail at something else."""
+    import fla.ops.kda
+
+    call = arguments(make(lengths=[3, 5], K=128, V=128), "cpu")
+    few = {n: x for n, x in call.items() if n != "safe_gate"}
+    for function, given in (fla.ops.kda.chunk_kda, call), (fla.ops.kda.fused_recurrent_kda, few):
+        function(**given)
+        with pytest.raises(TypeError, match=f"^{name} is of type"):
+            function(**{**given, name: [0.0]})
+
+
 def test_gradients_go_elsewhere(registered, registry):
     (backend,) = (backend for backend in registry._get_sorted_backends() if backend.backend_type == "flash_kda")
     call = arguments(make(), "cpu")

@@ -54,3 +54,13 @@ def test_types_are_shipped():
 def test_no_array_library_is_imported():
     loaded = python("-c", "import sys, flash_kda; print(*sys.modules)").split()
     assert not {"torch", "numpy", "jax", "cupy", "fla"} & set(loaded)
+
+
+def test_torch_alone_does_not_import_the_package():
+    """torch calls flash_kda_torch at the end of its import, in every process."""
+    loaded = python("-c", "import sys, torch; print(*sys.modules)").split()
+    assert "flash_kda_torch" in loaded and "flash_kda" not in loaded
+
+
+def test_torch_that_is_kept_out():
+    python("-c", "import sys; sys.modules['torch'] = None; import flash_kda")
