@@ -63,7 +63,7 @@ static const char *const backend_names[] = {"cpu", "cuda", NULL};
 static const struct argp_option argp_options[] = {
     {"backend", 'b', "NAME", 0, "cpu or cuda (cpu)", 0},
     {"level", OPTION_LEVEL, "NAME", 0, "Level of the CPU backend, or all (the best one)", 0},
-    {"threads", 't', "N", 0, "Threads (as many as OpenMP takes)", 0},
+    {"threads", 't', "N", 0, "Threads (as many as flashkda info says)", 0},
     {"repeat", 'r', "N", 0, "Times to run each case after the warm-up, fewer if it takes long (9)", 0},
     {"quick", OPTION_QUICK, NULL, 0, "A table of a few short cases", 0},
     {"decode", OPTION_DECODE, NULL, 0, "A table of decode instead of prefill, beside the rate of a copy", 0},

@@ -2,9 +2,11 @@
 /* Random cases: the regimes that KDA kernels are measured on. */
 #include "generate.h"
 
+#include "parallel.h"
 #include "random.h"
 
 #include <errno.h>
+#include <flash_kda.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -83,16 +85,32 @@ static bool allocate(struct kda_case *c, const struct case_spec *spec) {
 
 /* ---- Values ------------------------------------------------------------------------------------ */
 
-/* In blocks, on all threads: a case for a GPU has 10^9 numbers. */
-static void fill_normal(struct tensor *tensor, struct random_stream stream, double mean) {
-    int64_t count = tensor_count(tensor);
-#pragma omp parallel for
-    for (int64_t first = 0; first < count; first += FILL_BLOCK) {
-        struct random_stream block = random_after_normal(stream, first);
-        for (int64_t i = first; i < count && i < first + FILL_BLOCK; i++) {
-            tensor_set(tensor, i, mean + random_normal(&block));
+struct normal_fill {
+    struct tensor *tensor;
+    struct random_stream stream;
+    double mean;
+    int threads;
+};
+
+/* Every `threads`-th block, from the one numbered i. */
+static void fill_blocks(void *context, int i) {
+    const struct normal_fill *fill = context;
+    int64_t count = tensor_count(fill->tensor), step = (int64_t)fill->threads * FILL_BLOCK;
+    for (int64_t first = (int64_t)i * FILL_BLOCK; first < count; first += step) {
+        struct random_stream block = random_after_normal(fill->stream, first);
+        for (int64_t j = first; j < count && j < first + FILL_BLOCK; j++) {
+            tensor_set(fill->tensor, j, fill->mean + random_normal(&block));
         }
     }
+}
+
+/* In blocks, on all threads: a case for a GPU has 10^9 numbers. */
+static void fill_normal(struct tensor *tensor, struct random_stream stream, double mean) {
+    int64_t blocks = tensor_count(tensor) / FILL_BLOCK + 1;
+    int threads = flash_kda_cpu_threads();
+    threads = threads < blocks ? threads : (int)blocks;
+    struct normal_fill fill = {tensor, stream, mean, threads > 0 ? threads : 1};
+    parallel_run(fill.threads, fill_blocks, &fill);
 }
 
 static void fill_uniform(struct tensor *tensor, struct random_stream stream) {

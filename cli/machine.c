@@ -2,14 +2,17 @@
 /* The machine this runs on. */
 #include "machine.h"
 
+#include "parallel.h"
+
+#include <flash_kda.h>
 #include <math.h>
-#include <omp.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/utsname.h>
 #include <time.h>
+#include <unistd.h>
 
 /* The value of a line "key   : value" of /proc/cpuinfo, or NULL. */
 static const char *value_of(const char *line, const char *key) {
@@ -63,7 +66,8 @@ static void read_cpuinfo(struct machine *machine) {
 }
 
 void machine_describe(struct machine *machine) {
-    *machine = (struct machine){.processors = omp_get_num_procs(), .threads = omp_get_max_threads()};
+    *machine =
+        (struct machine){.processors = (int)sysconf(_SC_NPROCESSORS_ONLN), .threads = flash_kda_cpu_threads()};
     struct utsname name;
     if (uname(&name) == 0) {
         snprintf(machine->architecture, sizeof machine->architecture, "%s", name.machine);
@@ -74,25 +78,33 @@ void machine_describe(struct machine *machine) {
 
 enum { COPY_BYTES = 1 << 28, COPY_REPEATS = 7 };
 
-static double copy_seconds(char *to, const char *from, int threads) {
-    size_t share = COPY_BYTES / (size_t)threads;
+struct copy {
+    char *to;
+    const char *from;
+    size_t share;
+};
+
+static void copy_share(void *context, int i) {
+    const struct copy *copy = context;
+    memcpy(copy->to + (size_t)i * copy->share, copy->from + (size_t)i * copy->share, copy->share);
+}
+
+static double copy_seconds(struct copy *copy, int threads) {
     struct timespec begin, end;
     clock_gettime(CLOCK_MONOTONIC, &begin);
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int i = 0; i < threads; i++) {
-        memcpy(to + (size_t)i * share, from + (size_t)i * share, share);
-    }
+    parallel_run(threads, copy_share, copy);
     clock_gettime(CLOCK_MONOTONIC, &end);
     return (double)(end.tv_sec - begin.tv_sec) + (double)(end.tv_nsec - begin.tv_nsec) * 1e-9;
 }
 
 double machine_copy_rate(int threads) {
     char *from = malloc(COPY_BYTES), *to = malloc(COPY_BYTES);
+    struct copy copy = {to, from, COPY_BYTES / (size_t)threads};
     double best = HUGE_VAL;
     if (from && to) {
         memset(from, 1, COPY_BYTES);
         for (int i = 0; i < COPY_REPEATS; i++) {
-            best = fmin(best, copy_seconds(to, from, threads));
+            best = fmin(best, copy_seconds(&copy, threads));
         }
     }
     free(from);

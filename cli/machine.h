@@ -7,8 +7,8 @@ struct machine {
     char cpu[128];         /* model name, or the architecture where the kernel does not tell */
     char architecture[65]; /* "x86_64", "aarch64" */
     char features[256];    /* of the vector instructions that matter here, in the kernel's spelling */
-    int processors;        /* that this process may use */
-    int threads;           /* that OpenMP takes by default */
+    int processors;        /* of the machine */
+    int threads;           /* that the library takes by default */
 };
 
 void machine_describe(struct machine *machine);

@@ -33,7 +33,7 @@ static const char documentation[] =
 static const struct argp_option argp_options[] = {
     {"output", 'o', "OUT.safetensors", 0, "Write the output `o` and the final state `state`", 0},
     {"backend", 'b', "NAME", 0, "auto, reference, cpu or cuda (auto)", 0},
-    {"threads", 't', "N", 0, "Threads of the CPU backend (as many as OpenMP takes)", 0},
+    {"threads", 't', "N", 0, "Threads of the CPU backend (as many as flashkda info says)", 0},
     {"repeat", 'r', "N", 0, "Times to run it after the first, which warms up (3)", 0},
     {"check", 'c', NULL, 0, "Compare with the oracle and with the file's answer", 0},
     {"decode", 'd', NULL, 0, "Decode it token by token instead of prefilling it", 0},

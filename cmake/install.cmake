@@ -17,9 +17,9 @@ write_basic_package_version_file(${PROJECT_BINARY_DIR}/flashkdaConfigVersion.cma
 install(FILES ${PROJECT_BINARY_DIR}/flashkdaConfig.cmake ${PROJECT_BINARY_DIR}/flashkdaConfigVersion.cmake
   DESTINATION ${cmake_package_dir})
 
-# A static link needs the OpenMP runtime by name, libgomp with gcc, libomp with clang; and with CUDA its runtime, which
-# the shared library has inside, and libstdc++ for what nvcc generates.
-list(TRANSFORM OpenMP_C_LIB_NAMES PREPEND -l OUTPUT_VARIABLE private_libs)
+# A static link needs threads; and with CUDA its runtime, which the shared library has inside, and libstdc++ for what nvcc
+# generates.
+set(private_libs -pthread)
 if(FLASH_KDA_CUDA)
   cmake_path(GET CUDA_cudart_static_LIBRARY PARENT_PATH cudart_dir)
   list(APPEND private_libs -L${cudart_dir} -lcudart_static -lstdc++ -lpthread -ldl -lrt)

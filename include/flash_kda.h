@@ -20,7 +20,8 @@
  *  5. Go on from the states it left, one token or a few at a time, with flash_kda_decode().
  *
  * The library never prints, aborts, exits or keeps a reference to an argument. Every function may be
- * called from several threads at once, as long as the calls do not write the same memory.
+ * called from several threads at once, as long as the calls do not write the same memory, and in a child after
+ * fork. No call needs more than 32 KiB of stack.
  *
  * Shapes: B batch, T tokens, N sequences, H query/key heads, HV value heads (a multiple of H; value
  * head h reads query/key head h / (HV / H)), K and V head dims of keys and values.
@@ -59,6 +60,7 @@ typedef enum flash_kda_status {
     FLASH_KDA_ERROR_UNSUPPORTED = 2,         /* backend, device or level not in this build or machine */
     FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL = 3, /* see flash_kda_prefill_workspace_size */
     FLASH_KDA_ERROR_CUDA = 4,                /* an error of the CUDA runtime that this call saw, by name */
+    FLASH_KDA_ERROR_OUT_OF_MEMORY = 5,       /* decode in host memory could not allocate its scratch */
 } flash_kda_status;
 
 /* Name of a status, for example "FLASH_KDA_ERROR_UNSUPPORTED". Never NULL. */
@@ -74,7 +76,7 @@ FLASH_KDA_API const char *flash_kda_last_error(void);
 typedef enum flash_kda_backend {
     FLASH_KDA_BACKEND_AUTO = 0,      /* by the device of q: cpu for host memory, cuda for CUDA memory */
     FLASH_KDA_BACKEND_REFERENCE = 1, /* the oracle: token recurrence in fp64, one thread, exact and slow */
-    FLASH_KDA_BACKEND_CPU = 2,       /* chunked form, SIMD, OpenMP */
+    FLASH_KDA_BACKEND_CPU = 2,       /* chunked form, SIMD, threads */
     FLASH_KDA_BACKEND_CUDA = 3,      /* chunked form on tensor cores, sm_80 and later; if built with nvcc */
 } flash_kda_backend;
 
@@ -93,6 +95,13 @@ FLASH_KDA_API const char *const *flash_kda_cpu_levels(void);
  * environment variable FLASH_KDA_CPU names. NULL, with flash_kda_last_error(), if it names a level that
  * cannot run here. */
 FLASH_KDA_API const char *flash_kda_cpu_level(void);
+
+/* The most threads that a call with num_threads 0 takes, its caller among them: the processors that this process may use,
+ * by affinity and by the quota of its cgroup, bounded by the environment variable FLASH_KDA_NUM_THREADS or, without that,
+ * by OMP_NUM_THREADS. The first call that asks decides for the life of the process. 0, with flash_kda_last_error(), if
+ * FLASH_KDA_NUM_THREADS is no number above 0. A call takes fewer threads where more do not pay, and where no more can be
+ * had; docs/threads.md says how they work beside the program's own. */
+FLASH_KDA_API int flash_kda_cpu_threads(void);
 
 /* ---- Prefill ----------------------------------------------------------------------------------- */
 
@@ -200,7 +209,7 @@ typedef struct flash_kda_prefill_args {
 
     /* -- How to compute -- */
     flash_kda_backend backend;
-    int32_t num_threads; /* CPU backend: 1 to 1024; 0 takes OpenMP's default */
+    int32_t num_threads; /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
     void *stream;        /* CUDA backend: a cudaStream_t of q's device; NULL is the default stream */
 } flash_kda_prefill_args;
 
@@ -333,7 +342,7 @@ typedef struct flash_kda_decode_args {
 
     /* -- How to compute -- */
     flash_kda_backend backend;
-    int32_t num_threads; /* CPU backend: 1 to 1024; 0 takes OpenMP's default */
+    int32_t num_threads; /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
     void *stream;        /* CUDA backend: a cudaStream_t of q's device; NULL is the default stream */
 } flash_kda_decode_args;
 
@@ -352,8 +361,8 @@ static inline flash_kda_decode_args flash_kda_decode_args_init() {
 /* Takes every sequence's state through its tokens: writes out, where given, and the states. Needs no workspace.
  *
  * Results are the same bits from run to run with the same arguments on the same machine.
- * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED; everything is checked before anything is
- * written. On CUDA also FLASH_KDA_ERROR_CUDA with CUDA's own name for what went wrong, be it of an earlier call. */
+ * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED, in host memory
+ * FLASH_KDA_ERROR_OUT_OF_MEMORY; everything is checked before anything is written. On CUDA also FLASH_KDA_ERROR_CUDA with CUDA's own name for what went wrong, be it of an earlier call. */
 FLASH_KDA_API flash_kda_status flash_kda_decode(const flash_kda_decode_args *args);
 
 /* Describes in one line how flash_kda_decode() would run these arguments. Writes at most size bytes to text, always ended

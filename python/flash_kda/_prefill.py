@@ -166,7 +166,7 @@ def prefill(
             CPUs that would otherwise multiply in bf16.
         batch_invariant: a sequence's bits do not depend on what it is batched with, nor on num_threads.
         backend: "auto", by the device of q; "reference", the fp64 oracle; "cpu"; "cuda".
-        num_threads: of the CPU backend; 0: OpenMP's default.
+        num_threads: of the CPU backend; 0: as many as may be used, docs/threads.md.
         workspace: contiguous array on q's device of at least prefill_workspace_size() bytes, contents undefined; None:
             memory from the library that q is from (on torch its caching allocator).
 

@@ -142,9 +142,10 @@ bool call_read(struct call *call, PyObject *const *arguments, Py_ssize_t count) 
 }
 
 PyObject *call_raise(flash_kda_status status) {
-    PyObject *exception = status == FLASH_KDA_ERROR_UNSUPPORTED ? PyExc_NotImplementedError
-                          : status == FLASH_KDA_ERROR_CUDA      ? PyExc_RuntimeError
-                                                                : PyExc_ValueError;
+    PyObject *exception = status == FLASH_KDA_ERROR_UNSUPPORTED     ? PyExc_NotImplementedError
+                          : status == FLASH_KDA_ERROR_CUDA          ? PyExc_RuntimeError
+                          : status == FLASH_KDA_ERROR_OUT_OF_MEMORY ? PyExc_MemoryError
+                                                                    : PyExc_ValueError;
     PyErr_SetString(exception, flash_kda_last_error());
     return NULL;
 }

@@ -199,7 +199,7 @@ static flash_kda_status check_sequence(const struct kda_decode *d, int64_t n) {
     return FLASH_KDA_OK;
 }
 
-enum { SLOTS_AT_ONCE = 1 << 16 };
+enum { SLOTS_AT_ONCE = 1 << 15 }; /* a bit each on the stack */
 
 /* No slot from `first` to `first` + SLOTS_AT_ONCE twice, of `slots` in all. */
 static flash_kda_status check_distinct(const struct kda_tensor *t, int64_t first, int64_t slots) {

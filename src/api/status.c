@@ -28,6 +28,8 @@ const char *flash_kda_status_name(flash_kda_status status) {
         return "FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL";
     case FLASH_KDA_ERROR_CUDA:
         return "FLASH_KDA_ERROR_CUDA";
+    case FLASH_KDA_ERROR_OUT_OF_MEMORY:
+        return "FLASH_KDA_ERROR_OUT_OF_MEMORY";
     }
     return "unknown status";
 }

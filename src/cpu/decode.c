@@ -5,12 +5,19 @@
 #include "api/status.h"
 #include "cpu/denormals.h"
 #include "cpu/level.h"
+#include "cpu/pool.h"
+#include "cpu/threads.h"
 
 #include <inttypes.h>
-#include <omp.h>
+#include <stdalign.h>
 #include <stdio.h>
+#include <stdlib.h>
 
-enum { MIN_BYTES = 128 << 10 }; /* of states that are worth another thread */
+enum {
+    RATE = 12500, /* bytes of states a microsecond, of one thread from memory */
+    MAX_PIECES = 1 << 30,
+    SMALL = 12 << 10, /* bytes of scratch that are on the stack: enough for a token or some, if V lies first */
+};
 
 struct plan {
     const struct kda_cpu_level *level;
@@ -25,15 +32,16 @@ static flash_kda_status make_plan(const struct kda_decode *d, struct plan *plan)
         return FLASH_KDA_ERROR_UNSUPPORTED;
     int64_t heads = p->sequences * p->value_heads, pieces = (p->value_dim + KDA_PART - 1) / KDA_PART;
     double bytes = (double)heads * (double)(p->key_dim * p->value_dim) * (double)kda_dtype_size(d->state.dtype);
-    int wanted = p->num_threads ? p->num_threads : (int)kda_min64(omp_get_max_threads(), KDA_MAX_THREADS);
-    plan->threads = bytes / MIN_BYTES + 1 < wanted ? (int)(bytes / MIN_BYTES) + 1 : wanted;
+    plan->threads = kda_threads_for(p->num_threads, bytes / RATE);
+    if (!plan->threads)
+        return FLASH_KDA_ERROR_UNSUPPORTED;
     bool whole = d->norm_weight.data; /* rows of out */
     plan->parts =
         heads && heads < plan->threads && !whole ? kda_min64((plan->threads + heads - 1) / heads, pieces) : 1;
     return FLASH_KDA_OK;
 }
 
-static void run_part(const struct kda_decode *d, const struct plan *plan, int64_t i) {
+static void run_part(const struct kda_decode *d, const struct plan *plan, int64_t i, void *scratch) {
     const struct kda_prefill *p = &d->tokens;
     int64_t share = (p->value_dim + plan->parts - 1) / plan->parts;
     share = (share + KDA_PART - 1) / KDA_PART * KDA_PART;
@@ -43,7 +51,7 @@ static void run_part(const struct kda_decode *d, const struct plan *plan, int64_
     part.tokens = kda_decode_sequence(d, part.sequence);
     part.count = kda_min64(share, p->value_dim - part.first);
     if (part.tokens.slot >= 0 && part.tokens.length && part.count > 0)
-        plan->level->decode(d, &part);
+        plan->level->decode->run(d, &part, scratch);
 }
 
 /* A row of a convolution's channels: of one head of one sequence. */
@@ -55,17 +63,52 @@ static void advance_convolution(const struct kda_decode *d, const struct kda_ten
         kda_conv_advance(d, x, conv, n, &s, head, c);
 }
 
-/* Once all heads are done, for several may read one channel. Called by every thread of a team. */
-static void advance_convolutions(const struct kda_decode *d) {
-    const struct kda_tensor *const inputs[] = {&d->tokens.q, &d->tokens.k, &d->tokens.v};
-    const struct kda_convolution *const convs[] = {&d->q_conv, &d->k_conv, &d->v_conv};
-    for (int conv = 0; conv < 3; conv++) {
-        if (!convs[conv]->weight.data || d->keep_state)
-            continue;
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < d->tokens.sequences * inputs[conv]->shape[2]; i++)
-            advance_convolution(d, inputs[conv], convs[conv], i);
-    }
+enum { CONVOLUTIONS = 3 };
+
+static const struct kda_tensor *input_of(const struct kda_decode *d, int conv) {
+    const struct kda_tensor *const inputs[CONVOLUTIONS] = {&d->tokens.q, &d->tokens.k, &d->tokens.v};
+    return inputs[conv];
+}
+
+static const struct kda_convolution *convolution_of(const struct kda_decode *d, int conv) {
+    const struct kda_convolution *const convs[CONVOLUTIONS] = {&d->q_conv, &d->k_conv, &d->v_conv};
+    return convs[conv];
+}
+
+struct call {
+    const struct kda_decode *d;
+    const struct plan *plan;
+    int conv; /* whose state goes on; -1 while heads are worked: all of them first, for several may read a channel */
+    int64_t count; /* of what the step at hand goes through */
+    char *scratch; /* of all members; NULL: what is small is on the stack */
+    size_t bytes;  /* of each member */
+};
+
+static void work(void *context, uint32_t piece, int member) {
+    const struct call *call = context;
+    alignas(64) char small[SMALL];
+    void *scratch = call->scratch ? call->scratch + (size_t)member * call->bytes : small;
+    uint64_t mode = kda_flush_denormals();
+    for (int64_t i = piece; i < call->count; i += MAX_PIECES)
+        if (call->conv < 0)
+            run_part(call->d, call->plan, i, scratch);
+        else
+            advance_convolution(call->d, input_of(call->d, call->conv), convolution_of(call->d, call->conv), i);
+    kda_set_float_mode(mode);
+}
+
+static uint32_t begin_step(struct call *call, int64_t count) {
+    call->count = count;
+    return (uint32_t)kda_min64(count, MAX_PIECES);
+}
+
+static uint32_t next_step(void *context) {
+    struct call *call = context;
+    const struct kda_decode *d = call->d;
+    while (++call->conv < CONVOLUTIONS)
+        if (convolution_of(d, call->conv)->weight.data && !d->keep_state)
+            return begin_step(call, d->tokens.sequences * input_of(d, call->conv)->shape[2]);
+    return 0;
 }
 
 flash_kda_status kda_cpu_decode(const struct kda_decode *d) {
@@ -73,16 +116,15 @@ flash_kda_status kda_cpu_decode(const struct kda_decode *d) {
     flash_kda_status status = make_plan(d, &plan);
     if (status)
         return status;
+    struct call call = {.d = d, .plan = &plan, .conv = -1, .bytes = plan.level->decode->scratch(d)};
+    size_t all = call.bytes * (size_t)plan.threads;
+    if (call.bytes > SMALL && !(call.scratch = aligned_alloc(64, all)))
+        return kda_fail(FLASH_KDA_ERROR_OUT_OF_MEMORY,
+                        "decode could not allocate %zu bytes of scratch for %d threads", all, plan.threads);
+    bool convolved = d->q_conv.weight.data || d->k_conv.weight.data || d->v_conv.weight.data;
     int64_t parts = d->tokens.sequences * d->tokens.value_heads * plan.parts;
-#pragma omp parallel num_threads(plan.threads)
-    {
-        uint64_t mode = kda_flush_denormals();
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < parts; i++)
-            run_part(d, &plan, i);
-        advance_convolutions(d);
-        kda_set_float_mode(mode);
-    }
+    kda_pool_run(plan.threads, begin_step(&call, parts), work, convolved ? next_step : NULL, &call);
+    free(call.scratch);
     return FLASH_KDA_OK;
 }
 

@@ -16,7 +16,11 @@ struct kda_part {
     int64_t first, count;
 };
 
-/* Takes a part of the state through all tokens of its sequence. */
-typedef void (*kda_cpu_decode_kernel)(const struct kda_decode *d, const struct kda_part *part);
+struct kda_decode_kernels {
+    /* Bytes of scratch that a thread needs for this call; a multiple of 64. */
+    size_t (*scratch)(const struct kda_decode *d);
+    /* Takes a part of the state through all tokens of its sequence. scratch is aligned to 64. */
+    void (*run)(const struct kda_decode *d, const struct kda_part *part, void *scratch);
+};
 
 #endif

@@ -18,7 +18,6 @@
 
 enum {
     TOKENS = FLASH_KDA_MAX_DECODE_TOKENS,
-    MAX_K = 256,
     ROWS = 8,                             /* V first: values worked together */
     VALUES = ROWS > LANES ? ROWS : LANES, /* these padded to whole vectors */
     COLUMN_VECTORS = 4,                   /* K first: vectors of values worked together */
@@ -28,45 +27,99 @@ enum {
 /* The tokens of one head. Kp is K padded with zeros to whole vectors. */
 struct tokens {
     int64_t Kp;
-    float k[TOKENS * MAX_K] ALIGNED; /* normalised */
-    float q[TOKENS * MAX_K] ALIGNED; /* normalised, times scale */
-    float decay[TOKENS *
-                MAX_K] ALIGNED; /* exp(a) - 1: close to 1 it would lose digits, at every token the same way */
+    float *k;     /* normalised */
+    float *q;     /* normalised, times scale */
+    float *decay; /* exp(a) - 1: close to 1 it would lose digits, at every token the same way */
     float beta[TOKENS] ALIGNED;
     float kq[TOKENS]; /* k . q */
 };
 
+/* ---- Scratch ------------------------------------------------------------------------------------- */
+
+/* What a part needs besides its tokens. */
+struct scratch {
+    int64_t Kp, Vp;                 /* padded to whole vectors */
+    int64_t width;                  /* of a row of values */
+    int64_t channels;               /* of a row of a convolution's inputs */
+    float *k, *q, *decay, *dt_bias; /* [tokens][Kp] each, and [Kp] */
+    float *S;                       /* a block of the state */
+    float *values;                  /* [tokens][width] */
+    float *inputs, *weights,
+        *bias; /* with a convolution: [KDA_CONV_PAST + tokens], [KDA_CONV_WIDTH] and one [channels] */
+    float *outputs, *gate, *weight; /* with a norm: [tokens][Vp], and one [Vp] each */
+    size_t used;
+};
+
+/* The next `count` floats of memory, or only counts if that is NULL. */
+static float *take(struct scratch *scratch, char *memory, int64_t count) {
+    float *taken = memory ? (float *)(void *)(memory + scratch->used) : NULL;
+    scratch->used += ((size_t)count * sizeof(float) + 63) / 64 * 64;
+    return taken;
+}
+
+static int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+/* The one place where the layout of scratch is written. */
+static struct scratch lay_out(const struct kda_decode *d, char *memory) {
+    const struct kda_prefill *p = &d->tokens;
+    bool v_first = p->state_layout == FLASH_KDA_STATE_V_FIRST;
+    int64_t T = d->max_tokens;
+    struct scratch s = {.Kp = whole_vectors(p->key_dim),
+                        .Vp = whole_vectors(p->value_dim),
+                        .width = v_first ? (int64_t)VALUES : (int64_t)COLUMNS};
+    s.channels = s.Kp > s.width ? s.Kp : s.width;
+    s.k = take(&s, memory, T * s.Kp);
+    s.q = take(&s, memory, T * s.Kp);
+    s.decay = take(&s, memory, T * s.Kp);
+    s.dt_bias = take(&s, memory, s.Kp);
+    s.S = take(&s, memory, v_first ? ROWS * s.Kp : p->key_dim * COLUMNS);
+    s.values = take(&s, memory, T * s.width);
+    if (d->q_conv.weight.data || d->k_conv.weight.data || d->v_conv.weight.data) {
+        s.inputs = take(&s, memory, (KDA_CONV_PAST + T) * s.channels);
+        s.weights = take(&s, memory, KDA_CONV_WIDTH * s.channels);
+        s.bias = take(&s, memory, s.channels);
+    }
+    if (d->norm_weight.data) {
+        s.outputs = take(&s, memory, T * s.Vp);
+        s.gate = take(&s, memory, s.Vp);
+        s.weight = take(&s, memory, s.Vp);
+    }
+    return s;
+}
+
+static size_t scratch_size(const struct kda_decode *d) { return lay_out(d, NULL).used; }
+
 /* ---- Before: convolutions ------------------------------------------------------------------------ */
 
-/* rows [length][padded] = elements first .. first + count - 1, at most MAX_K, of a head of q, k or v, through the convolution
- * and SiLU. */
+/* rows [length][padded] = elements first .. first + count - 1 of a head of q, k or v, through the convolution and SiLU. */
 static void convolve(const struct kda_tensor *x, const struct kda_convolution *conv,
                      const struct kda_part *part, int64_t head, int64_t first, int64_t count, int64_t padded,
-                     float *rows) {
+                     const struct scratch *scratch, float *rows) {
     const struct kda_sequence *s = &part->tokens;
-    float inputs[(KDA_CONV_PAST + TOKENS) * MAX_K] ALIGNED,
-        weights[KDA_CONV_WIDTH * MAX_K] ALIGNED = {0}, bias[MAX_K] ALIGNED = {0};
+    float *inputs = scratch->inputs, *weights = scratch->weights, *bias = scratch->bias;
+    memset(weights, 0, (size_t)(KDA_CONV_WIDTH * padded) * sizeof *weights);
+    memset(bias, 0, (size_t)padded * sizeof *bias);
     for (int64_t c = 0; c < count; c++) {
         int64_t channel = head * x->shape[3] + first + c;
         const char *weight = conv->weight.data + channel * conv->weight.stride[0];
         for (int64_t i = 0; i < KDA_CONV_WIDTH; i++)
-            weights[i * MAX_K + c] = kda_load(weight, conv->weight.dtype, i);
+            weights[i * padded + c] = kda_load(weight, conv->weight.dtype, i);
         if (conv->bias.data)
             bias[c] = kda_load(conv->bias.data, conv->bias.dtype, channel);
     }
     for (int64_t i = 0; i < KDA_CONV_PAST; i++)
         for (int64_t c = 0; c < padded; c++)
-            inputs[i * MAX_K + c] =
+            inputs[i * padded + c] =
                 c < count ? kda_conv_input(x, conv, s, i - KDA_CONV_PAST, head, first + c) : 0;
     for (int64_t t = 0; t < s->length; t++)
-        load_row(inputs + (KDA_CONV_PAST + t) * MAX_K,
+        load_row(inputs + (KDA_CONV_PAST + t) * padded,
                  kda_row(x, s->batch, s->first + t, head) + first * (int64_t)kda_dtype_size(x->dtype), x->dtype,
                  count, padded);
     for (int64_t t = 0; t < s->length; t++)
         for (int64_t c = 0; c < padded; c += LANES) {
             vf sum = vf_load(bias + c);
             UNROLL for (int i = 0; i < KDA_CONV_WIDTH; i++) sum =
-                vf_fma(vf_load(weights + i * MAX_K + c), vf_load(inputs + (t + i) * MAX_K + c), sum);
+                vf_fma(vf_load(weights + i * padded + c), vf_load(inputs + (t + i) * padded + c), sum);
             vf_store(rows + t * padded + c, vf_mul(sum, vf_sigmoid(sum)));
         }
 }
@@ -74,10 +127,10 @@ static void convolve(const struct kda_tensor *x, const struct kda_convolution *c
 /* The same rows, convolved if they have a convolution. */
 static inline void load_inputs(const struct kda_tensor *x, const struct kda_convolution *conv,
                                const struct kda_part *part, int64_t head, int64_t first, int64_t count,
-                               int64_t padded, float *rows) {
+                               int64_t padded, const struct scratch *scratch, float *rows) {
     const struct kda_sequence *s = &part->tokens;
     if (conv->weight.data) {
-        convolve(x, conv, part, head, first, count, padded, rows);
+        convolve(x, conv, part, head, first, count, padded, scratch, rows);
         return;
     }
     for (int64_t t = 0; t < s->length; t++)
@@ -91,8 +144,9 @@ static inline void load_inputs(const struct kda_tensor *x, const struct kda_conv
 /* Rows of q or k, normalised if asked for, times factor. */
 static inline void load_keys(const struct kda_prefill *p, const struct kda_tensor *t,
                              const struct kda_convolution *conv, const struct kda_part *part, float factor,
-                             int64_t Kp, float *rows) {
-    load_inputs(t, conv, part, part->head / (p->value_heads / p->heads), 0, p->key_dim, Kp, rows);
+                             const struct scratch *scratch, float *rows) {
+    int64_t Kp = scratch->Kp;
+    load_inputs(t, conv, part, part->head / (p->value_heads / p->heads), 0, p->key_dim, Kp, scratch, rows);
     for (int64_t token = 0; token < part->tokens.length; token++) {
         float *row = rows + token * Kp, scale = p->qk_norm ? factor * inverse_norm(row, Kp) : factor;
         if (scale != 1)
@@ -109,10 +163,12 @@ static inline void apply_gate(flash_kda_gate gate, const float *dt_bias, float A
                                                             vf_load(dt_bias + c), A, lower_bound)));
 }
 
-static inline void load_decay(const struct kda_prefill *p, const struct kda_part *part, int64_t Kp,
-                              float *decay) {
-    float dt_bias[MAX_K] ALIGNED = {0}, A = gate_factor(p, part->head);
+static inline void load_decay(const struct kda_prefill *p, const struct kda_part *part,
+                              const struct scratch *scratch) {
+    int64_t Kp = scratch->Kp;
+    float *decay = scratch->decay, *dt_bias = scratch->dt_bias, A = gate_factor(p, part->head);
     const struct kda_sequence *s = &part->tokens;
+    memset(dt_bias, 0, (size_t)Kp * sizeof *dt_bias);
     for (int64_t t = 0; t < s->length; t++)
         load_row(decay + t * Kp, kda_row(&p->g, s->batch, s->first + t, part->head), p->g.dtype, p->key_dim,
                  Kp);
@@ -128,13 +184,17 @@ static inline void load_decay(const struct kda_prefill *p, const struct kda_part
         apply_gate(FLASH_KDA_GATE_NONE, dt_bias, A, 0, Kp, s->length, decay);
 }
 
-static inline void load_tokens(const struct kda_decode *d, const struct kda_part *part, struct tokens *x) {
+static inline void load_tokens(const struct kda_decode *d, const struct kda_part *part,
+                               const struct scratch *scratch, struct tokens *x) {
     const struct kda_prefill *p = &d->tokens;
     const struct kda_sequence *s = &part->tokens;
-    int64_t Kp = x->Kp = (p->key_dim + LANES - 1) / LANES * LANES;
-    load_decay(p, part, Kp, x->decay);
-    load_keys(p, &p->k, &d->k_conv, part, 1, Kp, x->k);
-    load_keys(p, &p->q, &d->q_conv, part, p->scale, Kp, x->q);
+    int64_t Kp = x->Kp = scratch->Kp;
+    x->k = scratch->k;
+    x->q = scratch->q;
+    x->decay = scratch->decay;
+    load_decay(p, part, scratch);
+    load_keys(p, &p->k, &d->k_conv, part, 1, scratch, x->k);
+    load_keys(p, &p->q, &d->q_conv, part, p->scale, scratch, x->q);
     for (int64_t t = 0; t < s->length; t++)
         x->kq[t] = dot(x->k + t * Kp, x->q + t * Kp, Kp);
     for (int64_t t = 0; t < TOKENS; t++)
@@ -146,13 +206,13 @@ static inline void load_tokens(const struct kda_decode *d, const struct kda_part
 
 /* ---- Outputs, and the norm behind them ----------------------------------------------------------- */
 
-/* With a norm, which needs whole rows, they wait in rows [TOKENS][KDA_MAX_NORM_DIM]. */
+/* With a norm, which needs whole rows, they wait in the scratch. */
 static inline void store_outputs(const struct kda_decode *d, const struct kda_part *part, int64_t token,
-                                 int64_t first, int64_t count, const float *o, float *rows) {
+                                 int64_t first, int64_t count, const float *o, const struct scratch *scratch) {
     const struct kda_prefill *p = &d->tokens;
     const struct kda_sequence *s = &part->tokens;
     if (d->norm_weight.data)
-        memcpy(rows + token * KDA_MAX_NORM_DIM + first, o, (size_t)count * sizeof *o);
+        memcpy(scratch->outputs + token * scratch->Vp + first, o, (size_t)count * sizeof *o);
     else if (p->out.data)
         store_row(kda_row(&p->out, s->batch, s->first + token, part->head) +
                       first * (int64_t)kda_dtype_size(p->out.dtype),
@@ -161,15 +221,16 @@ static inline void store_outputs(const struct kda_decode *d, const struct kda_pa
 
 /* row [Vp] of one token, zeros behind V. */
 static inline void norm_row(const struct kda_decode *d, const struct kda_part *part, int64_t token,
-                            const float *weight, int64_t Vp, float *row) {
+                            const struct scratch *scratch, float *row) {
+    int64_t Vp = scratch->Vp;
+    float *gate = scratch->gate;
     const struct kda_sequence *s = &part->tokens;
-    float factor = inverse_root(row, Vp, 1 / (float)d->tokens.value_dim, d->norm_eps),
-          gate[KDA_MAX_NORM_DIM] ALIGNED;
+    float factor = inverse_root(row, Vp, 1 / (float)d->tokens.value_dim, d->norm_eps);
     if (d->norm_gate.data)
         load_row(gate, kda_row(&d->norm_gate, s->batch, s->first + token, part->head), d->norm_gate.dtype,
                  d->tokens.value_dim, Vp);
     for (int64_t j = 0; j < Vp; j += LANES) {
-        vf y = vf_mul(vf_mul(vf_load(row + j), vf_set1(factor)), vf_load(weight + j));
+        vf y = vf_mul(vf_mul(vf_load(row + j), vf_set1(factor)), vf_load(scratch->weight + j));
         if (d->norm_gate.data) {
             vf z = vf_load(gate + j);
             y = vf_mul(y, vf_sigmoid(z));
@@ -180,16 +241,16 @@ static inline void norm_row(const struct kda_decode *d, const struct kda_part *p
     }
 }
 
-static void store_normed(const struct kda_decode *d, const struct kda_part *part, float *rows) {
+static void store_normed(const struct kda_decode *d, const struct kda_part *part,
+                         const struct scratch *scratch) {
     const struct kda_prefill *p = &d->tokens;
     const struct kda_sequence *s = &part->tokens;
-    int64_t V = p->value_dim, Vp = (V + LANES - 1) / LANES * LANES;
-    float weight[KDA_MAX_NORM_DIM] ALIGNED;
-    load_row(weight, d->norm_weight.data, d->norm_weight.dtype, V, Vp);
+    int64_t V = p->value_dim, Vp = scratch->Vp;
+    load_row(scratch->weight, d->norm_weight.data, d->norm_weight.dtype, V, Vp);
     for (int64_t t = 0; t < s->length; t++) {
-        float *row = rows + t * KDA_MAX_NORM_DIM;
+        float *row = scratch->outputs + t * Vp;
         memset(row + V, 0, (size_t)(Vp - V) * sizeof *row);
-        norm_row(d, part, t, weight, Vp, row);
+        norm_row(d, part, t, scratch, row);
         store_row(kda_row(&p->out, s->batch, s->first + t, part->head), p->out.dtype, row, V);
     }
 }
@@ -259,15 +320,16 @@ static inline void copy_out(const float *S, int64_t row, struct rows to, int64_t
  * memory: read side by side they took nearly twice the time where states are in no cache. */
 INLINE void sum_rows(const struct tokens *x, int64_t t, struct rows from, float *S, float *sums, bool once,
                      enum kda_dtype dtype) {
-    const float *k = x->k + t * x->Kp, *q = x->q + t * x->Kp, *decay = x->decay + t * x->Kp;
+    const int64_t Kp = x->Kp; /* which the stores might change otherwise */
+    const float *k = x->k + t * Kp, *q = x->q + t * Kp, *decay = x->decay + t * Kp;
     vf all[2 * ROWS];
     for (int r = 0; r < ROWS; r++) {
         vf Sk = vf_set1(0), Sq = vf_set1(0);
-        for (int64_t c = 0; c < x->Kp; c += LANES) {
+        for (int64_t c = 0; c < Kp; c += LANES) {
             vf s = load_lanes(from.data + r * from.stride, dtype, c);
             s = vf_fma(s, vf_load(decay + c), s);
             if (!once)
-                vf_store(S + r * x->Kp + c, s);
+                vf_store(S + r * Kp + c, s);
             Sk = vf_fma(s, vf_load(k + c), Sk);
             Sq = vf_fma(s, vf_load(q + c), Sq);
         }
@@ -280,10 +342,11 @@ INLINE void sum_rows(const struct tokens *x, int64_t t, struct rows from, float 
 /* to_r = S_r + u_r k, S in fp32; `once`: S_r decayed + u_r k, rounded once where decay is slow. */
 INLINE void write_rows(const struct tokens *x, int64_t t, const float *u, struct rows S, struct rows to,
                        bool once, enum kda_dtype dtype) {
-    const float *k = x->k + t * x->Kp, *decay = x->decay + t * x->Kp;
+    const int64_t Kp = x->Kp; /* which the stores might change otherwise */
+    const float *k = x->k + t * Kp, *decay = x->decay + t * Kp;
     for (int r = 0; r < ROWS; r++) {
         vf ur = vf_set1(u[r]);
-        for (int64_t c = 0; c < x->Kp; c += LANES) {
+        for (int64_t c = 0; c < Kp; c += LANES) {
             vf s = load_lanes(S.data + r * S.stride, KDA_F32, c), kc = vf_load(k + c);
             s = once ? vf_add(s, vf_fma(ur, kc, vf_mul(s, vf_load(decay + c)))) : vf_fma(ur, kc, s);
             store_lanes(to.data + r * to.stride, dtype, c, s);
@@ -293,20 +356,20 @@ INLINE void write_rows(const struct tokens *x, int64_t t, const float *u, struct
 
 /* Values first .. first + count - 1, at most ROWS. */
 static void run_rows(const struct kda_decode *d, const struct kda_part *part, const struct tokens *x,
-                     int64_t first, int64_t count, float *rows) {
+                     int64_t first, int64_t count, const struct scratch *scratch) {
     const struct kda_prefill *p = &d->tokens;
-    float S[ROWS * MAX_K] ALIGNED, values[TOKENS * VALUES] ALIGNED, u[ROWS], o[VALUES] ALIGNED, sums[2 * ROWS];
+    float *S = scratch->S, *values = scratch->values, u[ROWS], o[VALUES] ALIGNED, sums[2 * ROWS];
     const struct rows in_S = rows_of(S, x->Kp);
     bool once = d->state.dtype == KDA_F32;
     bool whole = count == ROWS && x->Kp == p->key_dim; /* whole vectors pass between memory and registers */
     const struct kda_state state = kda_state_at(p, &d->state, part->tokens.slot, part->head);
     struct rows from = rows_at(state, first, 0);
     if (!whole) {
-        memset(S, 0, sizeof S);
+        memset(S, 0, (size_t)(ROWS * x->Kp) * sizeof *S);
         copy_in(S, x->Kp, from, count, p->key_dim);
         from = in_S;
     }
-    load_inputs(&p->v, &d->v_conv, part, part->head, first, count, VALUES, values);
+    load_inputs(&p->v, &d->v_conv, part, part->head, first, count, VALUES, scratch, values);
     for (int64_t t = 0; t < part->tokens.length; t++, from = in_S) {
         if (once)
             sum_rows(x, t, from, S, sums, true, KDA_F32);
@@ -316,7 +379,7 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
             u[r] = x->beta[t] * (values[t * VALUES + r] - sums[2 * r]);
             o[r] = sums[2 * r + 1] + u[r] * x->kq[t];
         }
-        store_outputs(d, part, t, first, count, o, rows);
+        store_outputs(d, part, t, first, count, o, scratch);
         bool last = t + 1 == part->tokens.length;
         int64_t slot = kda_decode_written_slot(d, part->sequence, &part->tokens, t);
         struct rows to = in_S;
@@ -340,10 +403,11 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
 /* With `from` decayed, u = beta (v - S^T k), o = S^T q + u (k . q); unless `once`, S keeps it. */
 INLINE void sum_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t, struct rows from,
                         const float *v, float *S, vf *u, float *o, bool once, enum kda_dtype dtype) {
+    const int64_t K = p->key_dim;
     const float *k = x->k + t * x->Kp, *q = x->q + t * x->Kp, *decay = x->decay + t * x->Kp;
     vf Sk[COLUMN_VECTORS], Sq[COLUMN_VECTORS];
     UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) Sk[j] = Sq[j] = vf_set1(0);
-    for (int64_t c = 0; c < p->key_dim; c++) {
+    for (int64_t c = 0; c < K; c++) {
         vf kc = vf_set1(k[c]), qc = vf_set1(q[c]), dc = vf_set1(decay[c]);
         UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) {
             vf s = load_lanes(from.data + c * from.stride, dtype, j * LANES);
@@ -363,8 +427,9 @@ INLINE void sum_columns(const struct kda_prefill *p, const struct tokens *x, int
 /* to = S + k u^T, S in fp32; `once` as above. */
 INLINE void write_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t, const vf *u,
                           struct rows S, struct rows to, bool once, enum kda_dtype dtype) {
+    const int64_t K = p->key_dim;
     const float *k = x->k + t * x->Kp, *decay = x->decay + t * x->Kp;
-    for (int64_t c = 0; c < p->key_dim; c++) {
+    for (int64_t c = 0; c < K; c++) {
         vf kc = vf_set1(k[c]), dc = vf_set1(decay[c]);
         UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) {
             vf s = load_lanes(S.data + c * S.stride, KDA_F32, j * LANES);
@@ -376,9 +441,9 @@ INLINE void write_columns(const struct kda_prefill *p, const struct tokens *x, i
 
 /* Values first .. first + count - 1, at most COLUMNS. */
 static void run_columns(const struct kda_decode *d, const struct kda_part *part, const struct tokens *x,
-                        int64_t first, int64_t count, float *rows) {
+                        int64_t first, int64_t count, const struct scratch *scratch) {
     const struct kda_prefill *p = &d->tokens;
-    float S[MAX_K * COLUMNS] ALIGNED, values[TOKENS * COLUMNS] ALIGNED, o[COLUMNS] ALIGNED;
+    float *S = scratch->S, *values = scratch->values, o[COLUMNS] ALIGNED;
     const struct rows in_S = rows_of(S, COLUMNS);
     vf u[COLUMN_VECTORS];
     bool once = d->state.dtype == KDA_F32, whole = count == COLUMNS;
@@ -387,13 +452,13 @@ static void run_columns(const struct kda_decode *d, const struct kda_part *part,
         copy_in(S, COLUMNS, from, p->key_dim, count);
         from = in_S;
     }
-    load_inputs(&p->v, &d->v_conv, part, part->head, first, count, COLUMNS, values);
+    load_inputs(&p->v, &d->v_conv, part, part->head, first, count, COLUMNS, scratch, values);
     for (int64_t t = 0; t < part->tokens.length; t++, from = in_S) {
         if (once)
             sum_columns(p, x, t, from, values + t * COLUMNS, S, u, o, true, KDA_F32);
         else
             BY_DTYPE(sum_columns, from.dtype, p, x, t, from, values + t * COLUMNS, S, u, o, false);
-        store_outputs(d, part, t, first, count, o, rows);
+        store_outputs(d, part, t, first, count, o, scratch);
         bool last = t + 1 == part->tokens.length;
         int64_t slot = kda_decode_written_slot(d, part->sequence, &part->tokens, t);
         struct rows to = in_S;
@@ -415,18 +480,22 @@ static void run_columns(const struct kda_decode *d, const struct kda_part *part,
 /* ---- A part ------------------------------------------------------------------------------------- */
 
 static void run_part(const struct kda_decode *d, const struct kda_part *part, const struct tokens *x,
-                     float *rows) {
+                     const struct scratch *scratch) {
     bool v_first = d->tokens.state_layout == FLASH_KDA_STATE_V_FIRST;
     int64_t step = v_first ? ROWS : COLUMNS, end = part->first + part->count;
     for (int64_t first = part->first; first < end; first += step)
-        (v_first ? run_rows : run_columns)(d, part, x, first, kda_min64(step, end - first), rows);
+        (v_first ? run_rows : run_columns)(d, part, x, first, kda_min64(step, end - first), scratch);
 }
 
-static void decode_part(const struct kda_decode *d, const struct kda_part *part) {
-    float rows[TOKENS * KDA_MAX_NORM_DIM] ALIGNED;
+static void decode_part(const struct kda_decode *d, const struct kda_part *part, void *memory) {
+    const struct scratch scratch = lay_out(d, memory);
     struct tokens x;
-    load_tokens(d, part, &x);
-    run_part(d, part, &x, rows);
+    load_tokens(d, part, &scratch, &x);
+    run_part(d, part, &x, &scratch);
     if (d->norm_weight.data && d->tokens.out.data)
-        store_normed(d, part, rows);
+        store_normed(d, part, &scratch);
 }
+
+/* The table of a level's decode.c. */
+#define KDA_DECODE_KERNELS \
+    { .scratch = scratch_size, .run = decode_part }

@@ -10,7 +10,7 @@ struct kda_cpu_level {
     const char *name;
     const struct kda_cpu_kernels *fp32; /* fp32 arithmetic */
     const struct kda_cpu_kernels *bf16; /* large products on bf16 operands; NULL where the level has none */
-    kda_cpu_decode_kernel decode;
+    const struct kda_decode_kernels *decode;
 };
 
 /* The level to run on: the highest that this CPU has, or the one that FLASH_KDA_CPU names. NULL with an error
@@ -23,9 +23,9 @@ extern const struct kda_cpu_kernels kda_avx512_kernels;
 extern const struct kda_cpu_kernels kda_avx512bf16_kernels;
 extern const struct kda_cpu_kernels kda_neon_kernels;
 
-void kda_generic_decode(const struct kda_decode *d, const struct kda_part *part);
-void kda_avx2_decode(const struct kda_decode *d, const struct kda_part *part);
-void kda_avx512_decode(const struct kda_decode *d, const struct kda_part *part);
-void kda_neon_decode(const struct kda_decode *d, const struct kda_part *part);
+extern const struct kda_decode_kernels kda_generic_decode;
+extern const struct kda_decode_kernels kda_avx2_decode;
+extern const struct kda_decode_kernels kda_avx512_decode;
+extern const struct kda_decode_kernels kda_neon_decode;
 
 #endif

@@ -29,6 +29,7 @@ struct kda_chunk {
     float *L, *M;       /* [KDA_CHUNK][KDA_CHUNK]; L strictly lower and times beta, M lower and times scale */
     void *queries_keys; /* [2 KDA_CHUNK][Kp]: rows of KT = k exp(G), then of QT = scale q exp(G) */
     void *keys_to_end;  /* KR = k exp(G_C - G) in the order that the kernels' update reads */
+    float growth; /* if asked for, a bound of the log of what the chunk can make of a state's norm; or NaN */
 };
 
 /* KDA_TILE columns of the state of one head. */
@@ -44,6 +45,7 @@ struct kda_chain {
     struct kda_sequence tokens;
     int64_t begin, end; /* tokens within the sequence */
     bool prepares_next; /* the thread that applies a chunk will also prepare the next one */
+    bool bounds_growth; /* prepare finds kda_chunk.growth */
 };
 
 /* Where a tile's values come from and its outputs go. */
@@ -57,7 +59,9 @@ struct kda_tile_io {
 struct kda_cpu_kernels {
     size_t operand_size;  /* bytes of an element of queries_keys and keys_to_end */
     size_t products_size; /* bytes of an element of kda_tile.products, or 0 */
-    void (*prepare)(const struct kda_prefill *p, const struct kda_chain *chain, struct kda_chunk *chunk);
+    /* scratch: kda_prepare_scratch() bytes, aligned to 64. */
+    void (*prepare)(const struct kda_prefill *p, const struct kda_chain *chain, struct kda_chunk *chunk,
+                    void *scratch);
     void (*apply)(const struct kda_prefill *p, const struct kda_chain *chain, const struct kda_chunk *chunk,
                   const struct kda_tile_io *io, struct kda_tile *tile);
     /* Fills a tile from columns of a state in memory (zero if state.data is NULL). */
@@ -74,6 +78,11 @@ struct kda_cpu_kernels {
 
 static inline int64_t kda_padded_key_dim(const struct kda_prefill *p) {
     return (p->key_dim + KDA_KEY_MULTIPLE - 1) / KDA_KEY_MULTIPLE * KDA_KEY_MULTIPLE;
+}
+
+/* Four fp32 rows for each token of a chunk. */
+static inline size_t kda_prepare_scratch(const struct kda_prefill *p) {
+    return 4 * KDA_CHUNK * (size_t)kda_padded_key_dim(p) * sizeof(float);
 }
 
 static inline int64_t kda_tiles(int64_t columns) { return (columns + KDA_TILE - 1) / KDA_TILE; }

@@ -17,10 +17,10 @@
 
 /* Fp32 rows of one chunk, [KDA_CHUNK][Kp] each. */
 struct rows {
-    float k[KDA_CHUNK * KDA_MAX_PADDED_K] ALIGNED;       /* normalised */
-    float q[KDA_CHUNK * KDA_MAX_PADDED_K] ALIGNED;       /* normalised, times scale */
-    float decay[KDA_CHUNK * KDA_MAX_PADDED_K] ALIGNED;   /* exp(a) */
-    float to_here[KDA_CHUNK * KDA_MAX_PADDED_K] ALIGNED; /* k decayed to the end of the block at hand */
+    float *k;       /* normalised */
+    float *q;       /* normalised, times scale */
+    float *decay;   /* exp(a) */
+    float *to_here; /* k decayed to the end of the block at hand */
     float beta[KDA_CHUNK] ALIGNED;
 };
 
@@ -190,9 +190,28 @@ prefetch_keys(const struct kda_prefill *p, const struct kda_chain *chain, int64_
     }
 }
 
-static void prepare(const struct kda_prefill *p, const struct kda_chain *chain, struct kda_chunk *chunk) {
-    int64_t Kp = kda_padded_key_dim(p), missing = (KDA_CHUNK - chunk->count) * Kp;
-    struct rows rows;
+/* A token's decay makes a state larger by its largest factor above 1, its delta rule, I - beta k k^T, by |1 - beta |k|^2|
+ * where that is above 1. NaN in any of them gives NaN. */
+static float log_growth(const struct rows *rows, int64_t Kp, int64_t count) {
+    float growth = 0;
+    for (int64_t t = 0; t < count; t++) {
+        const float *k = rows->k + t * Kp, *decay = rows->decay + t * Kp;
+        float squares = 0, excess = 0;
+        for (int64_t c = 0; c < Kp; c++) {
+            squares += k[c] * k[c];
+            excess = decay[c] <= 1 + excess ? excess : decay[c] - 1;
+        }
+        float factor = fabsf(1 - rows->beta[t] * squares);
+        growth += (factor <= 1 ? 0 : logf(factor)) + log1pf(excess);
+    }
+    return growth;
+}
+
+static void prepare(const struct kda_prefill *p, const struct kda_chain *chain, struct kda_chunk *chunk,
+                    void *scratch) {
+    int64_t Kp = kda_padded_key_dim(p), missing = (KDA_CHUNK - chunk->count) * Kp, all = KDA_CHUNK * Kp;
+    float *memory = scratch;
+    struct rows rows = {.k = memory, .q = memory + all, .decay = memory + 2 * all, .to_here = memory + 3 * all};
     for (int64_t t = 0; t < chunk->count; t++) {
         if (!chain->prepares_next) /* where threads take turns, this one's next chunk is about two on */
             prefetch_keys(p, chain, chunk->first + 2 * KDA_CHUNK + t, 1);
@@ -204,6 +223,8 @@ static void prepare(const struct kda_prefill *p, const struct kda_chain *chain, 
     load_decay(p, chain, Kp, chunk, rows.decay);
     load_beta(p, chain, chunk, rows.beta);
     memcpy(chunk->beta, rows.beta, sizeof rows.beta);
+    if (chain->bounds_growth)
+        chunk->growth = log_growth(&rows, Kp, chunk->count);
     store_operands(&rows, Kp, chunk);
     for (int block = 0; block < KDA_CHUNK; block += BLOCK) {
         earlier_pairs(&rows, Kp, block, chunk);

@@ -2,11 +2,13 @@
 /* The oracle's decode: the token recurrence in fp64, one head after the other, a few columns of its state at a time. */
 #include "api/backend.h"
 #include "api/convolution.h"
+#include "api/status.h"
 #include "reference/recurrence.h"
 
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 enum { COLUMNS = 32 };
 
@@ -73,6 +75,7 @@ struct chain {
     int64_t n, head;
     struct kda_sequence s;
     double mean_square[FLASH_KDA_MAX_DECODE_TOKENS]; /* of each token's outputs */
+    double *S;                                       /* [K][COLUMNS] */
 };
 
 /* Takes columns of the state through the tokens; only adds up mean squares, or writes. */
@@ -80,7 +83,7 @@ static void run_columns(const struct kda_decode *d, struct chain *chain, struct 
                         bool writes) {
     const struct kda_prefill *p = &d->tokens;
     const struct kda_sequence *s = &chain->s;
-    double S[KDA_REFERENCE_MAX_K * COLUMNS], u[COLUMNS];
+    double *S = chain->S, u[COLUMNS];
     kda_load_state(p, kda_state_at(p, &d->state, s->slot, chain->head), columns, S);
     for (int64_t t = 0; t < s->length; t++) {
         const struct kda_token x = load_token(d, s, t, chain->head);
@@ -108,16 +111,21 @@ static void run_head(const struct kda_decode *d, struct chain *chain, bool write
 }
 
 flash_kda_status kda_reference_decode(const struct kda_decode *d) {
+    size_t bytes = (size_t)d->tokens.key_dim * COLUMNS * sizeof(double);
+    double *S = malloc(bytes);
+    if (!S)
+        return kda_fail(FLASH_KDA_ERROR_OUT_OF_MEMORY, "decode could not allocate %zu bytes of scratch", bytes);
     for (int64_t n = 0; n < d->tokens.sequences; n++) {
         const struct kda_sequence s = kda_decode_sequence(d, n);
         for (int64_t head = 0; head < d->tokens.value_heads && s.slot >= 0; head++) {
-            struct chain chain = {.n = n, .head = head, .s = s};
+            struct chain chain = {.n = n, .head = head, .s = s, .S = S};
             if (d->norm_weight.data)
                 run_head(d, &chain, false);
             run_head(d, &chain, true);
         }
         advance_convolutions(d, n);
     }
+    free(S);
     return FLASH_KDA_OK;
 }
 

@@ -33,6 +33,8 @@ static void test_status_names(void **state) {
     assert_string_equal(flash_kda_status_name(FLASH_KDA_ERROR_UNSUPPORTED), "FLASH_KDA_ERROR_UNSUPPORTED");
     assert_string_equal(flash_kda_status_name(FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL),
                         "FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL");
+    assert_string_equal(flash_kda_status_name(FLASH_KDA_ERROR_CUDA), "FLASH_KDA_ERROR_CUDA");
+    assert_string_equal(flash_kda_status_name(FLASH_KDA_ERROR_OUT_OF_MEMORY), "FLASH_KDA_ERROR_OUT_OF_MEMORY");
     assert_non_null(flash_kda_status_name((flash_kda_status)1000));
 }
 

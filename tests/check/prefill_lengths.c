@@ -146,18 +146,19 @@ static void segments(struct check *check) {
 static void uneven_segments(struct check *check) {
     struct prefill_case c = prefill_case_plain();
     c.H = 1;
-    c.K = c.V = 64;
+    c.K = 128;
+    c.V = 32;
     c.threads = 16;
     c.fill = fill_remembering;
     c.packing = PACKING_INT32;
     c.sequences = 5;
-    const int64_t lengths[] = {3, 1500, 0, 257, 1500};
+    const int64_t lengths[] = {3, 2500, 0, 257, 2500};
     for (int n = 0; n < c.sequences; n++)
         c.lengths[n] = lengths[n];
     c.pool = true;
     c.final = STORAGE_IN_PLACE;
     c.checkpoints = CHECKPOINTS_OFFSETS_3;
-    snprintf(c.name, sizeof c.name, "packed lengths 3 1500 0 257 1500 on 16 threads, pool in place");
+    snprintf(c.name, sizeof c.name, "packed lengths 3 2500 0 257 2500 on 16 threads, pool in place");
     prefill_compare(check, &c);
 }
 

@@ -269,6 +269,58 @@ static void collinear(struct check *check) {
     both_types(check, &c, "equal keys, beta near 2, slow decay, 65 tokens");
 }
 
+/* ---- Keys that are not normalised ---------------------------------------------------------------- */
+
+/* Where beta |k|^2 is above 2 a token makes what lies along its key larger. Behind keys of length `parameter` and values of 0
+ * come some tokens with values, as behind left padding: the answer is 0 up to there, but what a segment does to a state
+ * overflows. */
+static void fill_growing(struct prefill_problem *p, struct random *r) {
+    enum { LAST = 20 };
+    fill_ordinary(p, r);
+    tensor_fill(&p->g, -0.01);
+    tensor_fill(&p->beta, 1);
+    for (int64_t t = 0; t < p->T; t++)
+        for (int64_t h = 0; h < p->HV; h++) {
+            double squares = 0;
+            int64_t k = prefill_row(p, &p->k, 0, t, h) * p->c.K, v = prefill_row(p, &p->v, 0, t, h) * p->c.V;
+            for (int64_t c = 0; c < p->c.K; c++)
+                squares += tensor_get(&p->k, k + c) * tensor_get(&p->k, k + c);
+            double length = t < p->T - LAST ? p->c.parameter : 1;
+            for (int64_t c = 0; c < p->c.K; c++)
+                tensor_set(&p->k, k + c, tensor_get(&p->k, k + c) * length / sqrt(squares));
+            for (int64_t j = 0; t < p->T - LAST && j < p->c.V; j++)
+                tensor_set(&p->v, v + j, 0);
+        }
+}
+
+/* What keys of length 1.45 make grow, decay makes small again: outputs are ordinary numbers all the way, and must be as right
+ * as they are without segments. */
+static void fill_growing_and_decaying(struct prefill_problem *p, struct random *r) {
+    fill_growing(p, r);
+    tensor_fill(&p->g, -0.2);
+    fill_normal(&p->v, r, 0, 1);
+}
+
+static void growing(struct check *check) {
+    static const double lengths[] = {1.6, 3, 8};
+    for (size_t i = 0; i <= sizeof lengths / sizeof *lengths; i++) {
+        bool last = i == sizeof lengths / sizeof *lengths;
+        struct prefill_case c = trap(FLASH_KDA_GATE_NONE, last ? fill_growing_and_decaying : fill_growing);
+        char name[80];
+        c.H = 1;
+        c.K = c.V = 64;
+        c.lengths[0] = 4096;
+        c.threads = 16;
+        c.qk_norm = false;
+        c.beta_mode = FLASH_KDA_BETA_GIVEN;
+        c.initial = STORAGE_NONE;
+        c.parameter = last ? 1.45 : lengths[i];
+        snprintf(name, sizeof name, "keys of length %g, %s, in segments", c.parameter,
+                 last ? "decay against them" : "values 0 but for the last 20");
+        both_types(check, &c, name);
+    }
+}
+
 void prefill_traps(struct check *check) {
     constant_decays(check);
     saturated_sigmoid(check);
@@ -281,4 +333,5 @@ void prefill_traps(struct check *check) {
     key_scales(check);
     denormal_keys(check);
     collinear(check);
+    growing(check);
 }

@@ -6,4 +6,4 @@
 
 #include "cpu/level.h"
 
-void kda_avx512_decode(const struct kda_decode *d, const struct kda_part *part) { decode_part(d, part); }
+const struct kda_decode_kernels kda_avx512_decode = KDA_DECODE_KERNELS;

@@ -6,4 +6,4 @@
 
 #include "cpu/level.h"
 
-void kda_generic_decode(const struct kda_decode *d, const struct kda_part *part) { decode_part(d, part); }
+const struct kda_decode_kernels kda_generic_decode = KDA_DECODE_KERNELS;

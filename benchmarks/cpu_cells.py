@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+"""Single cells of the program's timings, for drivers that repeat them under some condition. Standard library alone."""
+
+import json
+import pathlib
+import re
+import statistics
+import subprocess
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+
+# The arguments of `flashkda`, and which of its results.
+CELLS = {
+    "prefill T4096 H8": (["bench", "--tokens=4096", "--heads=8"], "T4096-H8-softplus-slow"),
+    "prefill T65536 H1": (["bench", "--tokens=65536", "--heads=1"], "T65536-H1-softplus-slow"),
+    "prefill data/small_softplus": (["run", str(ROOT / "data" / "small_softplus.safetensors"), "--repeat=41"], None),
+    "decode B4 H32 fp32": (["bench", "--decode"], "H32-B4-T1-fp32"),
+    "decode B4 H32 bf16": (["bench", "--decode"], "H32-B4-T1-bf16"),
+    "decode B16 H32 fp32": (["bench", "--decode"], "H32-B16-T1-fp32"),
+}
+
+
+def measure(binary, names, threads):
+    """Milliseconds of the cells' medians of one run, by name; threads None: the default."""
+    groups = {}
+    for name in names:
+        arguments, result = CELLS[name]
+        groups.setdefault(tuple(arguments), {})[name] = result
+    times = {}
+    for arguments, wanted in groups.items():
+        command = [binary, *arguments, "--json", *([f"--threads={threads}"] if threads else [])]
+        printed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found = {r["name"]: r for r in printed.get("results", [])}
+        for name, result in wanted.items():
+            times[name] = (found[result] if result else printed)["seconds"]["median"] * 1e3
+    return times
+
+
+def summary(rounds):
+    """Of the medians of several rounds, in milliseconds."""
+    return {"best_ms": round(min(rounds), 5), "middle_ms": round(statistics.median(rounds), 5),
+            "rounds_ms": [round(t, 5) for t in rounds]}
+
+
+def machine(binary):
+    info = json.loads(subprocess.run([binary, "info", "--json"], check=True, capture_output=True, text=True).stdout)
+    return {key: info.get(key) for key in ("cpu", "architecture", "features", "processors", "threads", "level")}
+
+
+def record(measured, suffix):
+    """Writes what was measured, under this machine's name; says where."""
+    of = measured["machine"]
+    name = re.sub(r"[^a-z0-9]+", "-", f"{of['cpu']} {of['threads']} threads".lower())
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}-{suffix}.json"
+    path.write_text(json.dumps(measured, indent=2) + "\n")
+    print(f"\nwrote {path}")
+

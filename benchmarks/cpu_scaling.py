@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""How the CPU backend's time falls with more threads. Python's standard library and a built program are enough.
+
+usage: cpu_scaling.py [--binary build/flashkda] [--threads 1,2,4,8,16] [--rounds 5] [--commit NAME] [--only TEXT]
+
+Runs every cell on every number of threads, round after round, so that what changes on the machine meets all of them;
+writes results/cpu/CPU-scaling.json. With --only, cells whose name holds TEXT, and nothing is written.
+"""
+
+import argparse
+import os
+
+import cpu_cells
+import device
+
+NAMES = ["prefill T4096 H8", "prefill T65536 H1", "decode B16 H32 fp32", "decode B4 H32 bf16"]
+
+
+def counts(text):
+    if text:
+        return [int(count) for count in text.split(",")]
+    processors = len(os.sched_getaffinity(0))
+    return [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= processors]
+
+
+def main():
+    parser = argparse.ArgumentParser(usage=__doc__.split("\n")[2])
+    parser.add_argument("--binary", default=str(cpu_cells.ROOT / "build" / "flashkda"))
+    parser.add_argument("--threads")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--commit")
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    threads = counts(options.threads)
+    names = [name for name in NAMES if options.only in name]
+    rounds = {(name, count): [] for name in names for count in threads}
+    for _ in range(options.rounds):
+        for count in threads:
+            for name, time in cpu_cells.measure(options.binary, names, count).items():
+                rounds[name, count].append(time)
+    cells = []
+    for name in names:
+        single = min(rounds[name, threads[0]])
+        print(name)
+        for count in threads:
+            result = cpu_cells.summary(rounds[name, count])
+            result["times_as_fast"] = round(single / result["best_ms"], 2)
+            print(f"  {count:3d} threads {result['best_ms']:10.3f} ms best, {result['middle_ms']:10.3f} middle,"
+                  f" {result['times_as_fast']:6.2f} times as fast")
+            cells.append({"name": name, "threads": count, **result})
+    if not options.only:
+        cpu_cells.record({"commit": device.commit(options.commit), "machine": cpu_cells.machine(options.binary),
+                          "cells": cells}, "scaling")
+
+
+if __name__ == "__main__":
+    main()
