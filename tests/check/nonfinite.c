@@ -68,7 +68,7 @@ static void report(struct check *check, const char *level, const char *name, con
 
 /* ---- What is put where ------------------------------------------------------------------------- */
 
-/* A value, and whether the recurrence makes NaN of it or a hard reset, which is finite: those are traps of their own. */
+/* A gate that is infinite is a hard reset, a trap of its own. */
 struct bad {
     const char *name;
     double value;
@@ -160,31 +160,36 @@ static void prefill_all(struct check *check, struct prefill_case c) {
     prefill_one(check, c, "dt_bias", &nan_or_inf[0]);
 }
 
+/* Short sequences, and some that are cut into segments where there are threads or multiprocessors enough. */
 void prefill_nonfinite(struct check *check) {
-    static const int64_t shapes[][2] = {{150, 2},
-                                        {700, 1}}; /* T, H: whole, and cut where there are threads enough */
+    static const struct {
+        bool bf16, cut;
+        int64_t T, H, K, V;
+    } shapes[] = {{false, false, 150, 2, 40, 40},
+                  {true, false, 150, 2, 128, 128},
+                  {false, true, 2100, 1, 128, 32},
+                  {true, true, 700, 1, 128, 128}};
+    enum { SHAPES = sizeof shapes / sizeof *shapes };
     if (only_reference(check))
         return;
     for (int gate = 0; gate < 3; gate++)
-        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
-            for (int bf16 = 0; bf16 < 2; bf16++) {
-                struct prefill_case c = prefill_case_plain();
-                if (check->quick && (i || bf16))
-                    continue;
-                prefill_case_set_gate(&c, (flash_kda_gate)gate);
-                c.sequences = 2;
-                c.lengths[0] = c.lengths[1] = shapes[i][0];
-                c.H = shapes[i][1];
-                c.group = 2;
-                c.K = c.V = bf16 ? 128 : 40;
-                c.qk_norm = true;
-                c.threads = i ? 16 : 2;
-                c.beta_mode = i ? FLASH_KDA_BETA_SIGMOID : FLASH_KDA_BETA_GIVEN;
-                c.fill = i ? fill_remembering : fill_ordinary;
-                if (bf16)
-                    c.q_type = c.k_type = c.v_type = c.g_type = c.beta_type = c.out_type = TYPE_BF16;
-                prefill_all(check, c);
-            }
+        for (int i = 0; i < (check->quick ? 1 : SHAPES); i++) {
+            struct prefill_case c = prefill_case_plain();
+            prefill_case_set_gate(&c, (flash_kda_gate)gate);
+            c.sequences = 2;
+            c.lengths[0] = c.lengths[1] = shapes[i].T;
+            c.H = shapes[i].H;
+            c.group = 2;
+            c.K = shapes[i].K;
+            c.V = shapes[i].V;
+            c.qk_norm = true;
+            c.threads = shapes[i].cut ? 16 : 2;
+            c.beta_mode = shapes[i].cut ? FLASH_KDA_BETA_SIGMOID : FLASH_KDA_BETA_GIVEN;
+            c.fill = shapes[i].cut ? fill_remembering : fill_ordinary;
+            if (shapes[i].bf16)
+                c.q_type = c.k_type = c.v_type = c.g_type = c.beta_type = c.out_type = TYPE_BF16;
+            prefill_all(check, c);
+        }
 }
 
 /* ---- Decode ------------------------------------------------------------------------------------ */

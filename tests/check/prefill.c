@@ -13,7 +13,6 @@ static void run(struct check *check) {
     prefill_traps(check);
     prefill_nonfinite(check);
     prefill_properties(check);
-    prefill_nan(check);
 #ifdef CHECK_CUDA
     prefill_cuda(check);
 #endif

@@ -10,7 +10,6 @@ void prefill_pairwise(struct check *check);   /* all options together */
 void prefill_traps(struct check *check);      /* numerical traps of a few hundred tokens */
 void prefill_nonfinite(struct check *check);  /* one NaN or infinity, in every tensor */
 void prefill_properties(struct check *check); /* batch invariance, carried state */
-void prefill_nan(struct check *check);        /* what NaN in one token reaches */
 void prefill_cuda(struct check *check);       /* graphs, wild indices, devices: the CUDA backend alone */
 void prefill_long(struct check *check);       /* accuracy table, traps of thousands of tokens, speed */
 

@@ -301,6 +301,35 @@ static void fill_growing_and_decaying(struct prefill_problem *p, struct random *
     fill_normal(&p->v, r, 0, 1);
 }
 
+/* Keys of length 1, and instead a beta that is not between 0 and 2. */
+static void fill_given_beta(struct prefill_problem *p, struct random *r) {
+    enum { LAST = 20 };
+    fill_ordinary(p, r);
+    tensor_fill(&p->g, -9);
+    for (int64_t i = 0; i < (p->T - LAST) * p->HV; i++)
+        tensor_set(&p->beta, i, p->c.parameter);
+    for (int64_t i = 0; i < (p->T - LAST) * p->HV * p->c.V; i++)
+        tensor_set(&p->v, i, 0);
+}
+
+static void given_beta(struct check *check) {
+    static const double betas[] = {2.5, -0.5};
+    for (size_t i = 0; i < sizeof betas / sizeof *betas; i++) {
+        struct prefill_case c = trap(FLASH_KDA_GATE_SIGMOID, fill_given_beta);
+        char name[80];
+        c.H = 1;
+        c.lengths[0] = 4096;
+        c.threads = 16;
+        c.qk_norm = true;
+        c.A_log = c.dt_bias = false;
+        c.beta_mode = FLASH_KDA_BETA_GIVEN;
+        c.initial = STORAGE_NONE;
+        c.parameter = betas[i];
+        snprintf(name, sizeof name, "a given beta of %g, values 0 but for the last 20, in segments", betas[i]);
+        both_types(check, &c, name);
+    }
+}
+
 static void growing(struct check *check) {
     static const double lengths[] = {1.6, 3, 8};
     for (size_t i = 0; i <= sizeof lengths / sizeof *lengths; i++) {
@@ -334,4 +363,5 @@ void prefill_traps(struct check *check) {
     denormal_keys(check);
     collinear(check);
     growing(check);
+    given_beta(check);
 }
