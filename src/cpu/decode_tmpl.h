@@ -3,11 +3,9 @@
  * The kernel of decode, written once for all levels. A level's decode.c includes its simd.h and then this file.
  *
  * The state is read and written once, however many tokens there are: a few of its rows or columns stay in the core's own
- * cache while all tokens pass. With S decayed, u = beta (v - S^T k) and o = S^T q + u (k . q), so that both sums over S come
- * from one pass.
- *
- * A state in fp32 is decayed once more when it is written, together with what is added: two roundings a token would drift, for
- * that of a slow decay goes the same way for thousands of tokens. In 16 bits storing it costs more than either.
+ * cache while all tokens pass. With D = diag(exp(a)), u = beta (v - S^T D k) and o = S^T D q + u (k . q), so that both sums over S
+ * come from one pass. The next one makes it S + ((D - 1) S + k u^T): rounded once a token, as that of a slow decay goes the same
+ * way for thousands of tokens. A state that comes in 16 bits, whose own rounding is larger, is decayed in the first pass.
  */
 #include "api/convolution.h"
 #include "cpu/decode.h"
@@ -27,9 +25,9 @@ enum {
 /* The tokens of one head. Kp is K padded with zeros to whole vectors. */
 struct tokens {
     int64_t Kp;
-    float *k;     /* normalised */
-    float *q;     /* normalised, times scale */
-    float *decay; /* exp(a) - 1: close to 1 it would lose digits, at every token the same way */
+    float *k;       /* normalised */
+    float *decay;   /* exp(a) - 1, which keeps its digits where decay is slow */
+    float *dk, *dq; /* k, and q normalised and times scale, decayed */
     float beta[TOKENS] ALIGNED;
     float kq[TOKENS]; /* k . q */
 };
@@ -38,12 +36,12 @@ struct tokens {
 
 /* What a part needs besides its tokens. */
 struct scratch {
-    int64_t Kp, Vp;                 /* padded to whole vectors */
-    int64_t width;                  /* of a row of values */
-    int64_t channels;               /* of a row of a convolution's inputs */
-    float *k, *q, *decay, *dt_bias; /* [tokens][Kp] each, and [Kp] */
-    float *S;                       /* a block of the state */
-    float *values;                  /* [tokens][width] */
+    int64_t Kp, Vp;                       /* padded to whole vectors */
+    int64_t width;                        /* of a row of values */
+    int64_t channels;                     /* of a row of a convolution's inputs */
+    float *k, *dk, *dq, *decay, *dt_bias; /* [tokens][Kp] each, and [Kp] */
+    float *S;                             /* a block of the state */
+    float *values;                        /* [tokens][width] */
     float *inputs, *weights,
         *bias; /* with a convolution: [KDA_CONV_PAST + tokens], [KDA_CONV_WIDTH] and one [channels] */
     float *outputs, *gate, *weight; /* with a norm: [tokens][Vp], and one [Vp] each */
@@ -69,7 +67,8 @@ static struct scratch lay_out(const struct kda_decode *d, char *memory) {
                         .width = v_first ? (int64_t)VALUES : (int64_t)COLUMNS};
     s.channels = s.Kp > s.width ? s.Kp : s.width;
     s.k = take(&s, memory, T * s.Kp);
-    s.q = take(&s, memory, T * s.Kp);
+    s.dk = take(&s, memory, T * s.Kp);
+    s.dq = take(&s, memory, T * s.Kp);
     s.decay = take(&s, memory, T * s.Kp);
     s.dt_bias = take(&s, memory, s.Kp);
     s.S = take(&s, memory, v_first ? ROWS * s.Kp : p->key_dim * COLUMNS);
@@ -190,13 +189,19 @@ static inline void load_tokens(const struct kda_decode *d, const struct kda_part
     const struct kda_sequence *s = &part->tokens;
     int64_t Kp = x->Kp = scratch->Kp;
     x->k = scratch->k;
-    x->q = scratch->q;
+    x->dk = scratch->dk;
+    x->dq = scratch->dq;
     x->decay = scratch->decay;
     load_decay(p, part, scratch);
     load_keys(p, &p->k, &d->k_conv, part, 1, scratch, x->k);
-    load_keys(p, &p->q, &d->q_conv, part, p->scale, scratch, x->q);
+    load_keys(p, &p->q, &d->q_conv, part, p->scale, scratch, x->dq);
     for (int64_t t = 0; t < s->length; t++)
-        x->kq[t] = dot(x->k + t * Kp, x->q + t * Kp, Kp);
+        x->kq[t] = dot(x->k + t * Kp, x->dq + t * Kp, Kp);
+    for (int64_t i = 0; i < s->length * Kp; i += LANES) {
+        vf decay = vf_load(x->decay + i), k = vf_load(x->k + i), q = vf_load(x->dq + i);
+        vf_store(x->dk + i, vf_fma(k, decay, k));
+        vf_store(x->dq + i, vf_fma(q, decay, q));
+    }
     for (int64_t t = 0; t < TOKENS; t++)
         x->beta[t] = t < s->length
                          ? kda_load(kda_row(&p->beta, s->batch, s->first + t, part->head), p->beta.dtype, 0)
@@ -316,22 +321,21 @@ static inline void copy_out(const float *S, int64_t row, struct rows to, int64_t
 
 /* ---- V first: a row of S^T [V][K] a value --------------------------------------------------------- */
 
-/* With `from` decayed, sums[2 r] = S_r . k, sums[2 r + 1] = S_r . q; unless `once`, S keeps it. Row after row, as they lie in
- * memory: read side by side they took nearly twice the time where states are in no cache. */
-INLINE void sum_rows(const struct tokens *x, int64_t t, struct rows from, float *S, float *sums, bool once,
+/* sums[2 r] = from_r . D k, sums[2 r + 1] = from_r . D q; from 16 bits, S_r = D from_r. Row after row, as they lie in memory: read
+ * side by side they took nearly twice the time where states are in no cache. */
+INLINE void sum_rows(const struct tokens *x, int64_t t, struct rows from, float *S, float *sums,
                      enum kda_dtype dtype) {
     const int64_t Kp = x->Kp; /* which the stores might change otherwise */
-    const float *k = x->k + t * Kp, *q = x->q + t * Kp, *decay = x->decay + t * Kp;
+    const float *dk = x->dk + t * Kp, *dq = x->dq + t * Kp, *decay = x->decay + t * Kp;
     vf all[2 * ROWS];
     for (int r = 0; r < ROWS; r++) {
         vf Sk = vf_set1(0), Sq = vf_set1(0);
         for (int64_t c = 0; c < Kp; c += LANES) {
             vf s = load_lanes(from.data + r * from.stride, dtype, c);
-            s = vf_fma(s, vf_load(decay + c), s);
-            if (!once)
-                vf_store(S + r * Kp + c, s);
-            Sk = vf_fma(s, vf_load(k + c), Sk);
-            Sq = vf_fma(s, vf_load(q + c), Sq);
+            if (dtype != KDA_F32)
+                vf_store(S + r * Kp + c, vf_fma(s, vf_load(decay + c), s));
+            Sk = vf_fma(s, vf_load(dk + c), Sk);
+            Sq = vf_fma(s, vf_load(dq + c), Sq);
         }
         all[2 * r] = Sk;
         all[2 * r + 1] = Sq;
@@ -339,16 +343,17 @@ INLINE void sum_rows(const struct tokens *x, int64_t t, struct rows from, float 
     vf_sums(all, sums);
 }
 
-/* to_r = S_r + u_r k, S in fp32; `once`: S_r decayed + u_r k, rounded once where decay is slow. */
+/* to_r = S_r + ((D - 1) S_r + u_r k), S in fp32; without D if it is decayed. */
 INLINE void write_rows(const struct tokens *x, int64_t t, const float *u, struct rows S, struct rows to,
-                       bool once, enum kda_dtype dtype) {
+                       bool decayed, enum kda_dtype dtype) {
     const int64_t Kp = x->Kp; /* which the stores might change otherwise */
     const float *k = x->k + t * Kp, *decay = x->decay + t * Kp;
     for (int r = 0; r < ROWS; r++) {
         vf ur = vf_set1(u[r]);
         for (int64_t c = 0; c < Kp; c += LANES) {
-            vf s = load_lanes(S.data + r * S.stride, KDA_F32, c), kc = vf_load(k + c);
-            s = once ? vf_add(s, vf_fma(ur, kc, vf_mul(s, vf_load(decay + c)))) : vf_fma(ur, kc, s);
+            vf s = load_lanes(S.data + r * S.stride, KDA_F32, c);
+            s = decayed ? vf_fma(ur, vf_load(k + c), s)
+                        : vf_add(s, vf_fma(ur, vf_load(k + c), vf_mul(s, vf_load(decay + c))));
             store_lanes(to.data + r * to.stride, dtype, c, s);
         }
     }
@@ -360,7 +365,6 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
     const struct kda_prefill *p = &d->tokens;
     float *S = scratch->S, *values = scratch->values, u[ROWS], o[VALUES] ALIGNED, sums[2 * ROWS];
     const struct rows in_S = rows_of(S, x->Kp);
-    bool once = d->state.dtype == KDA_F32;
     bool whole = count == ROWS && x->Kp == p->key_dim; /* whole vectors pass between memory and registers */
     const struct kda_state state = kda_state_at(p, &d->state, part->tokens.slot, part->head);
     struct rows from = rows_at(state, first, 0);
@@ -371,10 +375,10 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
     }
     load_inputs(&p->v, &d->v_conv, part, part->head, first, count, VALUES, scratch, values);
     for (int64_t t = 0; t < part->tokens.length; t++, from = in_S) {
-        if (once)
-            sum_rows(x, t, from, S, sums, true, KDA_F32);
-        else
-            BY_DTYPE(sum_rows, from.dtype, x, t, from, S, sums, false);
+        BY_DTYPE(sum_rows, from.dtype, x, t, from, S, sums);
+        bool decayed = from.dtype != KDA_F32;
+        if (decayed)
+            from = in_S;
         for (int r = 0; r < ROWS; r++) {
             u[r] = x->beta[t] * (values[t * VALUES + r] - sums[2 * r]);
             o[r] = sums[2 * r + 1] + u[r] * x->kq[t];
@@ -385,12 +389,11 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
         struct rows to = in_S;
         if (slot >= 0)
             to = rows_at(kda_state_at(p, &d->state, slot, part->head), first, 0);
-        if (once)
-            write_rows(x, t, u, from, last && whole ? to : in_S, true, KDA_F32);
-        else if (last && whole)
-            BY_DTYPE(write_rows, to.dtype, x, t, u, in_S, to, false);
+        struct rows next = last && whole ? to : in_S;
+        if (decayed)
+            BY_DTYPE(write_rows, next.dtype, x, t, u, from, next, true);
         else
-            write_rows(x, t, u, in_S, in_S, false, KDA_F32);
+            BY_DTYPE(write_rows, next.dtype, x, t, u, from, next, false);
         if (last && whole)
             continue;
         if (slot >= 0)
@@ -400,20 +403,19 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
 
 /* ---- K first: a column of S [K][V] a value -------------------------------------------------------- */
 
-/* With `from` decayed, u = beta (v - S^T k), o = S^T q + u (k . q); unless `once`, S keeps it. */
+/* u = beta (v - from^T D k), o = from^T D q + u (k . q); from 16 bits, S = D from. */
 INLINE void sum_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t, struct rows from,
-                        const float *v, float *S, vf *u, float *o, bool once, enum kda_dtype dtype) {
+                        const float *v, float *S, vf *u, float *o, enum kda_dtype dtype) {
     const int64_t K = p->key_dim;
-    const float *k = x->k + t * x->Kp, *q = x->q + t * x->Kp, *decay = x->decay + t * x->Kp;
+    const float *dk = x->dk + t * x->Kp, *dq = x->dq + t * x->Kp, *decay = x->decay + t * x->Kp;
     vf Sk[COLUMN_VECTORS], Sq[COLUMN_VECTORS];
     UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) Sk[j] = Sq[j] = vf_set1(0);
     for (int64_t c = 0; c < K; c++) {
-        vf kc = vf_set1(k[c]), qc = vf_set1(q[c]), dc = vf_set1(decay[c]);
+        vf kc = vf_set1(dk[c]), qc = vf_set1(dq[c]);
         UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) {
             vf s = load_lanes(from.data + c * from.stride, dtype, j * LANES);
-            s = vf_fma(s, dc, s);
-            if (!once)
-                vf_store(S + c * COLUMNS + j * LANES, s);
+            if (dtype != KDA_F32)
+                vf_store(S + c * COLUMNS + j * LANES, vf_fma(s, vf_set1(decay[c]), s));
             Sk[j] = vf_fma(s, kc, Sk[j]);
             Sq[j] = vf_fma(s, qc, Sq[j]);
         }
@@ -424,16 +426,16 @@ INLINE void sum_columns(const struct kda_prefill *p, const struct tokens *x, int
     }
 }
 
-/* to = S + k u^T, S in fp32; `once` as above. */
+/* to = S + ((D - 1) S + k u^T), S in fp32; without D if it is decayed. */
 INLINE void write_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t, const vf *u,
-                          struct rows S, struct rows to, bool once, enum kda_dtype dtype) {
+                          struct rows S, struct rows to, bool decayed, enum kda_dtype dtype) {
     const int64_t K = p->key_dim;
     const float *k = x->k + t * x->Kp, *decay = x->decay + t * x->Kp;
     for (int64_t c = 0; c < K; c++) {
         vf kc = vf_set1(k[c]), dc = vf_set1(decay[c]);
         UNROLL for (int j = 0; j < COLUMN_VECTORS; j++) {
             vf s = load_lanes(S.data + c * S.stride, KDA_F32, j * LANES);
-            s = once ? vf_add(s, vf_fma(kc, u[j], vf_mul(s, dc))) : vf_fma(kc, u[j], s);
+            s = decayed ? vf_fma(kc, u[j], s) : vf_add(s, vf_fma(kc, u[j], vf_mul(s, dc)));
             store_lanes(to.data + c * to.stride, dtype, j * LANES, s);
         }
     }
@@ -446,7 +448,7 @@ static void run_columns(const struct kda_decode *d, const struct kda_part *part,
     float *S = scratch->S, *values = scratch->values, o[COLUMNS] ALIGNED;
     const struct rows in_S = rows_of(S, COLUMNS);
     vf u[COLUMN_VECTORS];
-    bool once = d->state.dtype == KDA_F32, whole = count == COLUMNS;
+    bool whole = count == COLUMNS;
     struct rows from = rows_at(kda_state_at(p, &d->state, part->tokens.slot, part->head), 0, first);
     if (!whole) {
         copy_in(S, COLUMNS, from, p->key_dim, count);
@@ -454,22 +456,21 @@ static void run_columns(const struct kda_decode *d, const struct kda_part *part,
     }
     load_inputs(&p->v, &d->v_conv, part, part->head, first, count, COLUMNS, scratch, values);
     for (int64_t t = 0; t < part->tokens.length; t++, from = in_S) {
-        if (once)
-            sum_columns(p, x, t, from, values + t * COLUMNS, S, u, o, true, KDA_F32);
-        else
-            BY_DTYPE(sum_columns, from.dtype, p, x, t, from, values + t * COLUMNS, S, u, o, false);
+        BY_DTYPE(sum_columns, from.dtype, p, x, t, from, values + t * COLUMNS, S, u, o);
+        bool decayed = from.dtype != KDA_F32;
+        if (decayed)
+            from = in_S;
         store_outputs(d, part, t, first, count, o, scratch);
         bool last = t + 1 == part->tokens.length;
         int64_t slot = kda_decode_written_slot(d, part->sequence, &part->tokens, t);
         struct rows to = in_S;
         if (slot >= 0)
             to = rows_at(kda_state_at(p, &d->state, slot, part->head), 0, first);
-        if (once)
-            write_columns(p, x, t, u, from, last && whole ? to : in_S, true, KDA_F32);
-        else if (last && whole)
-            BY_DTYPE(write_columns, to.dtype, p, x, t, u, in_S, to, false);
+        struct rows next = last && whole ? to : in_S;
+        if (decayed)
+            BY_DTYPE(write_columns, next.dtype, p, x, t, u, from, next, true);
         else
-            write_columns(p, x, t, u, in_S, in_S, false, KDA_F32);
+            BY_DTYPE(write_columns, next.dtype, p, x, t, u, from, next, false);
         if (last && whole)
             continue;
         if (slot >= 0)
