@@ -63,8 +63,9 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH, kind>())
     }
     if (BATCH == 1)
         s.length = 1;
+    bool large = false;
     for (int begin = 0;;) {
-        inputs.prepare(d, min(BATCH, s.length - begin), tokens + begin);
+        large |= inputs.prepare(d, min(BATCH, s.length - begin), tokens + begin);
         begin += BATCH;
         if (begin >= s.length)
             break;
@@ -80,9 +81,9 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH, kind>())
     char *out = nullptr;
     if (d.out.data)
         out = find_row_of<kind>(d.out, s, 0, head) + times(column, size_of(d.out.dtype));
-    __syncthreads();
-    if (d.qk_norm)
+    if (__builtin_expect(__syncthreads_or(large), 0))
         normalise_large<Tile::THREADS>(tokens, s.length);
+    decay_keys<Tile>(tokens, s.length);
     tile.unpack(d);
 #pragma unroll 1
     for (int t = 0; t < s.length; t++) {

@@ -10,8 +10,9 @@
  * and q as given. Their norms are sums over the channels, which are not waited for: with rk = 1 / |k| and rq = scale / |q|,
  *     S <- diag(exp(a)) S     u = rk beta (v - rk S^T k)     o = rq (S^T q + (k . q) u)     S <- S + k u^T
  *
- * A state in fp32 is decayed and written in one step, S + (S (exp(a) - 1) + k u^T): two roundings a token would drift, as that
- * of a slow decay goes the same way for thousands of tokens. In 16 bits storing it costs more than either.
+ * A state in fp32 becomes S + ((D - 1) S + k u^T) with D = diag(exp(a)), rounded once: two roundings a token would drift, as that
+ * of a slow decay goes the same way for thousands of tokens. For that k and q are decayed instead, S^T D k. In 16 bits storing
+ * a state costs more than either.
  */
 #ifndef KDA_CUDA_SM80_DECODE_CUH
 #define KDA_CUDA_SM80_DECODE_CUH
@@ -214,11 +215,14 @@ struct Products {
     __device__ void add(float k, float q) { kk = fmaf(k, k, kk), qq = fmaf(q, q, qq), kq = fmaf(k, q, kq); }
 };
 
-/* What a token brings, in shared memory. k and q are as given; channels that do not exist are 0. */
-template <int KP, int COLUMNS, int PARTS> struct Token {
+/* What a token brings, in shared memory. k and q are as given; channels that do not exist are 0. once: those two decayed are
+ * wanted, too. */
+template <int KP, int COLUMNS, int PARTS, bool once> struct Token {
     alignas(16) float decay[KP]; /* exp(a) - 1: decay close to 1 would lose its digits otherwise */
     alignas(16) float k[KP];
     alignas(16) float q[KP];
+    alignas(16) float dk[once ? KP : 4]; /* by decay_keys */
+    alignas(16) float dq[once ? KP : 4];
     alignas(16) float v[COLUMNS];
     float4 products[PARTS]; /* a warp's part of the Products */
     float beta;
@@ -242,16 +246,18 @@ struct Factors {
           q(d.qk_norm ? rsqrtf(sums.qq + EPSILON) * d.scale : d.scale) {}
 };
 
-/* Squares from which on a row is made smaller before it is normalised, as its squares or its products with S could leave fp32;
- * and by how much. */
-constexpr float LARGE_SQUARE = 0x1p100f, SMALLER = 0x1p-96f;
+/* Rows of q and k that have an element from LARGE on, or one that is not finite, are normalised beforehand, brought near 1 by
+ * SMALLER at first: their squares, or products with S, could leave fp32. */
+constexpr float LARGE_ELEMENT = 0x1p46f, LARGE_SQUARE = 0x1p92f, SMALLER = 0x1p-96f;
 
-/* All of a CTA's threads, behind a barrier: normalises rows of q and k that are so large, or not finite, here and now. */
-template <int THREADS, int KP, int COLUMNS, int PARTS>
-__device__ __noinline__ void normalise_large(Token<KP, COLUMNS, PARTS> *tokens, int count) {
+inline __device__ bool is_large(float x) { return !(fabsf(x) < LARGE_ELEMENT); }
+
+/* All of a CTA's threads, behind a barrier. */
+template <int THREADS, class Token> __device__ __noinline__ void normalise_large(Token *tokens, int count) {
+    constexpr int KP = sizeof Token::k / sizeof(float), PARTS = sizeof Token::products / sizeof(float4);
 #pragma unroll 1
     for (int t = 0; t < count; t++) {
-        auto &token = tokens[t];
+        Token &token = tokens[t];
         Products given = token.all_products();
         bool large_k = !(given.kk < LARGE_SQUARE), large_q = !(given.qq < LARGE_SQUARE);
         if (!large_k && !large_q)
@@ -269,6 +275,20 @@ __device__ __noinline__ void normalise_large(Token<KP, COLUMNS, PARTS> *tokens, 
             token.products[i] = i ? make_float4(0, 0, 0, 0)
                                   : make_float4(large_k ? 1 - EPSILON : given.kk,
                                                 large_q ? 1 - EPSILON : given.qq, sums.kq * rk * rq, 0);
+        __syncthreads();
+    }
+}
+
+/* Likewise, when it is known of all elements whether one is_large: keys and queries as S is to meet them. */
+template <class Tile> __device__ void decay_keys(typename Tile::Token *tokens, int count) {
+    if constexpr (Tile::ONCE) {
+        for (int i = threadIdx.x; i < count * Tile::KP; i += Tile::THREADS) {
+            typename Tile::Token &token = tokens[i / Tile::KP];
+            int c = i % Tile::KP;
+            float decay = token.decay[c];
+            token.dk[c] = fmaf(token.k[c], decay, token.k[c]);
+            token.dq[c] = fmaf(token.q[c], decay, token.q[c]);
+        }
         __syncthreads();
     }
 }
@@ -353,7 +373,7 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
     static constexpr int CHAINS =
         ROWS < 4 ? 4 / ROWS : 1;           /* sums of a row, so that an addition need not wait for the last */
     static constexpr bool ONCE = VEC == 4; /* fp32, decayed and written in one step */
-    using Token = decode::Token<KP, COLUMNS, PARTS>;
+    using Token = decode::Token<KP, COLUMNS, PARTS, ONCE>;
     struct Scratch {};
     float S[ROWS][ACROSS][VEC];
 
@@ -406,19 +426,23 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
         step_columns(SharedChannels{token}, sums, Factors(d, sums), token.beta, token.v, out, dtype, columns);
     }
 
-    /* A thread's channels of a token, from shared memory each time they are wanted. */
+    /* A thread's channels of a token, four at a time, from shared memory each time they are wanted. */
     struct SharedChannels {
         const Token &token;
 
-        __device__ void operator()(int j, int part, float (&decay)[4], float (&k)[4], float (&q)[4]) const {
+        __device__ void load(int j, int part, float (&decay)[4], float (&k)[4], float (&q)[4]) const {
             load_channels(token, j, part, decay, k, q);
         }
-        __device__ void load_decay(int j, int part, float (&decay)[4]) const {
+        __device__ void load_decayed(int j, int part, float (&dk)[4], float (&dq)[4]) const {
+            load_shared(&token.dk[place(channel(j) + part)], dk);
+            load_shared(&token.dq[place(channel(j) + part)], dq);
+        }
+        __device__ void load_change(int j, int part, float (&decay)[4], float (&k)[4]) const {
             load_shared(&token.decay[place(channel(j) + part)], decay);
+            load_shared(&token.k[place(channel(j) + part)], k);
         }
     };
 
-    /* Four of a thread's channels of any token. */
     template <class AnyToken>
     __device__ static void load_channels(const AnyToken &token, int j, int part, float (&decay)[4],
                                          float (&k)[4], float (&q)[4]) {
@@ -428,8 +452,7 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
         load_shared(&token.q[at], q);
     }
 
-    /* A step, of which channels(j, part, decay, k, q) tells what load_channels does, and channels.load_decay a part of it; v: of
-     * the tile's columns. */
+    /* A step, with channels as above; v: of the tile's columns. */
     template <class Channels>
     __device__ __forceinline__ void step_columns(const Channels &channels, const Products &sums,
                                                  const Factors &factor, float beta, const float *v, char *out,
@@ -442,16 +465,18 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
             for (int part = 0; part < VEC; part += 4) {
                 int chain = (j * VEC + part) / 4 % CHAINS;
                 float decay[4], keys[4], q[4];
-                channels(j, part, decay, keys, q);
+                if constexpr (ONCE)
+                    channels.load_decayed(j, part, keys, q);
+                else
+                    channels.load(j, part, decay, keys, q);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     k[j][part + e] = keys[e];
 #pragma unroll
                     for (int i = 0; i < ROWS; i++) {
-                        float s = S[i][j][part + e];
-                        s = fmaf(s, decay[e], s);
+                        float &s = S[i][j][part + e];
                         if constexpr (!ONCE)
-                            S[i][j][part + e] = s;
+                            s = fmaf(s, decay[e], s);
                         w[i][chain] = fmaf(s, keys[e], w[i][chain]);
                         y[chain][i] = fmaf(s, q[e], y[chain][i]);
                     }
@@ -480,16 +505,16 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
         for (int j = 0; j < ACROSS; j++)
 #pragma unroll
             for (int part = 0; part < VEC; part += 4) {
-                float decay[4];
+                float decay[4], keys[4];
                 if constexpr (ONCE)
-                    channels.load_decay(j, part, decay);
+                    channels.load_change(j, part, decay, keys);
 #pragma unroll
                 for (int e = 0; e < 4; e++)
 #pragma unroll
                     for (int i = 0; i < ROWS; i++) {
                         float &s = S[i][j][part + e];
                         if constexpr (ONCE)
-                            s += fmaf(k[j][part + e], u[i], s * decay[e]);
+                            s += fmaf(keys[e], u[i], s * decay[e]);
                         else
                             s = fmaf(k[j][part + e], u[i], s);
                     }
@@ -507,7 +532,7 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
     static constexpr int LINE = KP / PIECES * LANES; /* threads that share the columns of a line */
     static constexpr int WARPS = LINE / 32, COLUMNS = THREADS / LINE * LANES * VEC;
     static constexpr bool ONCE = VEC == 4; /* as above */
-    using Token = decode::Token<KP, COLUMNS, PARTS>;
+    using Token = decode::Token<KP, COLUMNS, PARTS, ONCE>;
     /* Sums over a warp's channels, of the WARPS that share a line. Every other token has its own, so that a step waits only once. */
     struct Scratch {
         alignas(16) float sums[2][2][WARPS][COLUMNS]; /* S^T k, then S^T q */
@@ -546,16 +571,15 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
                          kda_dtype dtype, int columns) {
         float decay[PIECES], k[PIECES], q[PIECES], sums[2 * VEC] = {};
         load_shared(&token.decay[channel(0)], decay);
-        load_shared(&token.k[channel(0)], k);
-        load_shared(&token.q[channel(0)], q);
+        load_shared(ONCE ? &token.dk[channel(0)] : &token.k[channel(0)], k);
+        load_shared(ONCE ? &token.dq[channel(0)] : &token.q[channel(0)], q);
 #pragma unroll
         for (int i = 0; i < PIECES; i++)
 #pragma unroll
             for (int e = 0; e < VEC; e++) {
-                float s = S[i][e];
-                s = fmaf(s, decay[i], s);
+                float &s = S[i][e];
                 if constexpr (!ONCE)
-                    S[i][e] = s;
+                    s = fmaf(s, decay[i], s);
                 sums[e] = fmaf(s, k[i], sums[e]);
                 sums[VEC + e] = fmaf(s, q[i], sums[VEC + e]);
             }
@@ -579,6 +603,8 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
             for (int e = 0; e < VEC; e++)
                 w[e] += more[e];
         }
+        if constexpr (ONCE)
+            load_shared(&token.k[channel(0)], k);
 #pragma unroll
         for (int e = 0; e < VEC; e++) {
             float u = factor.k * token.beta * (v[e] - factor.k * w[e]);

@@ -124,8 +124,9 @@ __device__ void prepare_keys(const Fused &d, const Sequence &s, int key_head, ty
     });
 }
 
-/* Behind a barrier: all of q and k is there. */
-template <class Tile> __device__ void multiply_keys(const Sequence &s, typename Tile::Token *tokens) {
+/* Behind a barrier: all of q and k is there. Returns whether the thread has seen an element that is large. */
+template <class Tile> __device__ bool multiply_keys(const Sequence &s, typename Tile::Token *tokens) {
+    bool large = false;
     constexpr int WARPS = Tile::THREADS / 32;
     static_assert(Tile::PARTS * 32 == Tile::KP);
     for (int i = threadIdx.x / 32; i < s.length * Tile::PARTS; i += WARPS) {
@@ -133,8 +134,10 @@ template <class Tile> __device__ void multiply_keys(const Sequence &s, typename 
         int part = i % Tile::PARTS, at = part * 32 + threadIdx.x % 32;
         Products own[1] = {};
         own[0].add(token.k[at], token.q[at]);
+        large = large || is_large(token.k[at]) || is_large(token.q[at]);
         store_products(own, part, 1, &token);
     }
+    return large;
 }
 
 /* Decays and steps of a value head. */
@@ -245,12 +248,10 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile>()) run(const __g
                 prepare_gates<Tile>(d, s, head, tokens);
             prepare_values<Tile>(d, s, head, column, tokens);
             __syncthreads();
-            if (i == 0 && column == 0) {
-                multiply_keys<Tile>(s, tokens);
-                __syncthreads();
-                if (d.qk_norm)
-                    normalise_large<Tile::THREADS>(tokens, s.length);
-            }
+            if (i == 0 && column == 0 && __syncthreads_or(multiply_keys<Tile>(s, tokens) && d.qk_norm))
+                normalise_large<Tile::THREADS>(tokens, s.length);
+            if (column == 0)
+                decay_keys<Tile>(tokens, s.length);
             tile.unpack(d);
 #pragma unroll 1
             for (int t = 0; t < s.length; t++) {

@@ -171,14 +171,14 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
         beta[0] = load_now(find_row_of<kind>(d.beta, s, token, head), d.beta.dtype, 0);
     }
 
-    /* Writes what has arrived to shared memory; each thread what it has loaded. */
-    __device__ void prepare(const Decode &d, int count, typename Tile::Token *tokens) {
+    /* Writes what has arrived to shared memory; each thread what it has loaded. Returns whether rows that it has a part of are
+     * to be normalised beforehand. */
+    __device__ bool prepare(const Decode &d, int count, typename Tile::Token *tokens) {
         if (has_gates())
             prepare_gates(d, count, tokens);
         if (threadIdx.x < Tile::COLUMNS)
             prepare_values(d, count, tokens);
-        if (has_keys())
-            prepare_keys(d, count, tokens);
+        return has_keys() && prepare_keys(d, count, tokens);
     }
 
     __device__ void prepare_gates(const Decode &d, int count, typename Tile::Token *tokens) {
@@ -204,8 +204,9 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
         for_each_token(count, [&](int t) { tokens[t].v[threadIdx.x] = values[t]; });
     }
 
-    __device__ void prepare_keys(const Decode &d, int count, typename Tile::Token *tokens) {
+    __device__ bool prepare_keys(const Decode &d, int count, typename Tile::Token *tokens) {
         Products products[BATCH] = {};
+        bool large = false;
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) {
             int c = channel(i);
@@ -218,10 +219,12 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
             for (int t = 0; t < BATCH; t++) {
                 x[t] = real ? x[t] : 0.f, keys[t] = real ? keys[t] : 0.f;
                 products[t].add(keys[t], x[t]);
+                large = large || is_large(keys[t]) || is_large(x[t]);
             }
             for_each_token(count, [&](int t) { tokens[t].q[at] = x[t], tokens[t].k[at] = keys[t]; });
         }
         store_products(products, threadIdx.x / 32, count, tokens);
+        return large && d.qk_norm;
     }
 
     template <class F> __device__ static void for_each_token(int count, F f) {

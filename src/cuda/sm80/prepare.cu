@@ -184,7 +184,7 @@ __device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all
     bool large = p.qk_norm && !(squares < LARGE); /* or NaN */
     float up = 1;                                 /* what brings a product of such rows back, twice */
     if (__any_sync(~0u, large || (p.qk_norm && !(others < LARGE)))) { /* of all warps or of none */
-        bool large_row = large || __shfl_xor_sync(~0u, large, BLOCK);
+        bool other = __shfl_xor_sync(~0u, large, BLOCK), large_row = large || other;
         __syncthreads(); /* all have read them */
         float small_squares = sum_squares(k, q, SMALLER), small_products = sum_products(k, q, SMALLER);
         if (large)

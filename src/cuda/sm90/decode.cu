@@ -29,7 +29,7 @@ template <kda_dtype DTYPE, int COLUMNS_, bool AHEAD_> struct Staged {
     static constexpr int KP = DIM, THREADS = 2 * DIM, COLUMNS = COLUMNS_;
     using Tile = TileVFirst<Aligned<DTYPE>, DIM, THREADS, SMALL>;
     static constexpr int BLOCKS = COLUMNS / Tile::COLUMNS, ROW = DIM * (DTYPE == KDA_F32 ? 4 : 2); /* bytes */
-    using Token = decode::Token<KP, COLUMNS, Tile::PARTS>;
+    using Token = decode::Token<KP, COLUMNS, Tile::PARTS, false>; /* Channels decay it */
     __device__ static unsigned place(unsigned channel) { return Tile::place(channel); }
 };
 
@@ -110,30 +110,43 @@ template <class S> __device__ void take(const Shared<S> &shared, int block, type
                         reinterpret_cast<float(&)[4]>(tile.S[i][j]));
 }
 
-/* A thread's channels of a token, in registers for all blocks. */
+/* A thread's channels of a token, in registers for all blocks; as Tile::SharedChannels. */
 template <class Tile> struct Channels {
-    float decay[Tile::ACROSS][Tile::VEC], k[Tile::ACROSS][Tile::VEC], q[Tile::ACROSS][Tile::VEC];
+    using Registers = float[Tile::ACROSS][Tile::VEC];
+    Registers decay, k, q, dk; /* Tile::ONCE: q is decayed, too */
 
     template <class Token> __device__ explicit Channels(const Token &token) {
 #pragma unroll
         for (int j = 0; j < Tile::ACROSS; j++)
 #pragma unroll
             for (int part = 0; part < Tile::VEC; part += 4)
-                Tile::load_channels(token, j, part, reinterpret_cast<float(&)[4]>(decay[j][part]),
-                                    reinterpret_cast<float(&)[4]>(k[j][part]),
-                                    reinterpret_cast<float(&)[4]>(q[j][part]));
+                Tile::load_channels(token, j, part, four(decay, j, part), four(k, j, part), four(q, j, part));
+        if constexpr (Tile::ONCE)
+#pragma unroll
+            for (int j = 0; j < Tile::ACROSS; j++)
+#pragma unroll
+                for (int e = 0; e < Tile::VEC; e++) {
+                    dk[j][e] = fmaf(k[j][e], decay[j][e], k[j][e]);
+                    q[j][e] = fmaf(q[j][e], decay[j][e], q[j][e]);
+                }
     }
 
-    __device__ void operator()(int j, int part, float (&its_decay)[4], float (&its_k)[4],
-                               float (&its_q)[4]) const {
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            its_decay[e] = decay[j][part + e], its_k[e] = k[j][part + e], its_q[e] = q[j][part + e];
+    __device__ static float (&four(Registers &x, int j, int part))[4] {
+        return reinterpret_cast<float(&)[4]>(x[j][part]);
     }
-    __device__ void load_decay(int j, int part, float (&its_decay)[4]) const {
+    __device__ static void copy(const Registers &from, int j, int part, float (&to)[4]) {
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            its_decay[e] = decay[j][part + e];
+            to[e] = from[j][part + e];
+    }
+    __device__ void load(int j, int part, float (&its_decay)[4], float (&its_k)[4], float (&its_q)[4]) const {
+        copy(decay, j, part, its_decay), copy(k, j, part, its_k), copy(q, j, part, its_q);
+    }
+    __device__ void load_decayed(int j, int part, float (&its_dk)[4], float (&its_dq)[4]) const {
+        copy(dk, j, part, its_dk), copy(q, j, part, its_dq);
+    }
+    __device__ void load_change(int j, int part, float (&its_decay)[4], float (&its_k)[4]) const {
+        copy(decay, j, part, its_decay), copy(k, j, part, its_k);
     }
 };
 
@@ -168,10 +181,9 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __
     int index = find_read_index(d, n);
     if (threadIdx.x == 0)
         bring(shared, hint, from);
-    inputs.prepare(d, 1, &shared.token);
+    bool large = inputs.prepare(d, 1, &shared.token);
     s.slot = in_pool(d, index);
-    __syncthreads();
-    if (d.qk_norm)
+    if (__builtin_expect(__syncthreads_or(large), 0))
         normalise_large<S::THREADS>(&shared.token, 1);
     const Channels<Tile> channels(shared.token);
     Products sums = shared.token.all_products();
