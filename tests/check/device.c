@@ -2,6 +2,8 @@
 /* The CUDA backend on tensors of host memory: copies there, a call, copies back. */
 #include "device.h"
 
+#include "decode_case.h"
+
 #include <cuda_runtime_api.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -333,6 +335,15 @@ const char *device_prefill_described(const flash_kda_prefill_args *args, char *t
 
 const char *device_decode(const flash_kda_decode_args *args, enum device_memory memory) {
     return run(decode_arguments(args), 0, memory);
+}
+
+const char *device_decode_in_steps(const flash_kda_decode_args *args, int64_t count) {
+    struct arguments arguments = decode_arguments(args);
+    struct call c;
+    bool ran = call_make(&c, &arguments, 0, DEVICE_MEMORY);
+    if (ran && decode_in_steps(&c.args.decode, count))
+        ran = fail(&c, flash_kda_last_error());
+    return finish(&c, ran && wait(&c));
 }
 
 /* ---- Graphs ------------------------------------------------------------------------------------ */

@@ -27,6 +27,7 @@ const char *device_prefill_time(const flash_kda_prefill_args *args, double *seco
 
 /* The same of decode. */
 const char *device_decode(const flash_kda_decode_args *args, enum device_memory memory);
+const char *device_decode_in_steps(const flash_kda_decode_args *args, int64_t count); /* as decode_in_steps() */
 const char *device_decode_replayed(const flash_kda_decode_args *captured, const flash_kda_decode_args *changed);
 const char *device_decode_time(const flash_kda_decode_args *args, double *seconds);
 

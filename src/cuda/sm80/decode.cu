@@ -81,9 +81,11 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH, kind>())
     char *out = nullptr;
     if (d.out.data)
         out = find_row_of<kind>(d.out, s, 0, head) + times(column, size_of(d.out.dtype));
-    if (__builtin_expect(__syncthreads_or(large), 0))
+    large = __syncthreads_or(large);
+    if (__builtin_expect(large, 0))
         normalise_large<Tile::THREADS>(tokens, s.length);
-    decay_keys<Tile>(tokens, s.length);
+    if (large || !inputs.DECAYS_KEYS)
+        decay_keys<Tile>(tokens, s.length);
     tile.unpack(d);
 #pragma unroll 1
     for (int t = 0; t < s.length; t++) {

@@ -246,11 +246,12 @@ struct Factors {
           q(d.qk_norm ? rsqrtf(sums.qq + EPSILON) * d.scale : d.scale) {}
 };
 
-/* Rows of q and k that have an element from LARGE on, or one that is not finite, are normalised beforehand, brought near 1 by
- * SMALLER at first: their squares, or products with S, could leave fp32. */
-constexpr float LARGE_ELEMENT = 0x1p46f, LARGE_SQUARE = 0x1p92f, SMALLER = 0x1p-96f;
+/* Rows of q and k whose square is at least so much, or not finite, are normalised beforehand, brought near 1 by SMALLER at first:
+ * the square, or products with S, could leave fp32. */
+constexpr float LARGE_SQUARE = 0x1p92f, SMALLER = 0x1p-96f;
 
-inline __device__ bool is_large(float x) { return !(fabsf(x) < LARGE_ELEMENT); }
+/* Has one of 256 parts of such a row as much of it? */
+inline __device__ bool are_large(const Products &part) { return !(part.kk + part.qq < LARGE_SQUARE / 256); }
 
 /* All of a CTA's threads, behind a barrier. */
 template <int THREADS, class Token> __device__ __noinline__ void normalise_large(Token *tokens, int count) {
@@ -279,7 +280,7 @@ template <int THREADS, class Token> __device__ __noinline__ void normalise_large
     }
 }
 
-/* Likewise, when it is known of all elements whether one is_large: keys and queries as S is to meet them. */
+/* Likewise: keys and queries as S is to meet them. */
 template <class Tile> __device__ void decay_keys(typename Tile::Token *tokens, int count) {
     if constexpr (Tile::ONCE) {
         for (int i = threadIdx.x; i < count * Tile::KP; i += Tile::THREADS) {

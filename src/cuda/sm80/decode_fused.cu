@@ -124,7 +124,7 @@ __device__ void prepare_keys(const Fused &d, const Sequence &s, int key_head, ty
     });
 }
 
-/* Behind a barrier: all of q and k is there. Returns whether the thread has seen an element that is large. */
+/* Behind a barrier: all of q and k is there. Returns whether rows are to be normalised beforehand, by what the thread has seen. */
 template <class Tile> __device__ bool multiply_keys(const Sequence &s, typename Tile::Token *tokens) {
     bool large = false;
     constexpr int WARPS = Tile::THREADS / 32;
@@ -134,7 +134,7 @@ template <class Tile> __device__ bool multiply_keys(const Sequence &s, typename 
         int part = i % Tile::PARTS, at = part * 32 + threadIdx.x % 32;
         Products own[1] = {};
         own[0].add(token.k[at], token.q[at]);
-        large = large || is_large(token.k[at]) || is_large(token.q[at]);
+        large = large || are_large(own[0]);
         store_products(own, part, 1, &token);
     }
     return large;

@@ -79,6 +79,7 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
     static constexpr int GATES = SHARED_OUT ? Tile::KP : 0; /* first thread that has channels of g */
     static constexpr int VALUES =
         Tile::COLUMNS > Tile::KP ? Tile::COLUMNS : 0; /* threads that have v, if they do not have q */
+    static constexpr bool DECAYS_KEYS = Tile::ONCE && !SHARED_OUT; /* as a thread has both */
     static_assert(Tile::COLUMNS <= Tile::THREADS && BATCH <= Tile::COLUMNS);
     uint32_t q[CHANNELS][BATCH], k[CHANNELS][BATCH], g[CHANNELS][BATCH], v[BATCH];
     uint32_t bias[CHANNELS], beta[1], A_log[1];
@@ -206,7 +207,6 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
 
     __device__ bool prepare_keys(const Decode &d, int count, typename Tile::Token *tokens) {
         Products products[BATCH] = {};
-        bool large = false;
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) {
             int c = channel(i);
@@ -219,10 +219,20 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
             for (int t = 0; t < BATCH; t++) {
                 x[t] = real ? x[t] : 0.f, keys[t] = real ? keys[t] : 0.f;
                 products[t].add(keys[t], x[t]);
-                large = large || is_large(keys[t]) || is_large(x[t]);
             }
-            for_each_token(count, [&](int t) { tokens[t].q[at] = x[t], tokens[t].k[at] = keys[t]; });
+            for_each_token(count, [&](int t) {
+                tokens[t].q[at] = x[t], tokens[t].k[at] = keys[t];
+                if constexpr (DECAYS_KEYS) {
+                    float decay = tokens[t].decay[at];
+                    tokens[t].dq[at] = fmaf(x[t], decay, x[t]),
+                    tokens[t].dk[at] = fmaf(keys[t], decay, keys[t]);
+                }
+            });
         }
+        bool large = false;
+#pragma unroll
+        for (int t = 0; t < BATCH; t++)
+            large = large || are_large(products[t]);
         store_products(products, threadIdx.x / 32, count, tokens);
         return large && d.qk_norm;
     }

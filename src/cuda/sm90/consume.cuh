@@ -85,22 +85,15 @@ template <int TILES> __device__ float largest_of_tiles(const float (&d)[TILES][4
     return largest;
 }
 
-/* Of the warp's elements, and of those that are finite: an infinite one, which is of one column, may not take the others out of
- * what a unit can hold. Twice a number that is not finite is small, as bits go. */
-template <int TILES> __device__ float find_largest(const float (&d)[TILES][4]) {
-    constexpr uint32_t SIGNLESS = 0x7fffffff, TWICE = 0x00800000;
-    uint32_t largest = 0;
-#pragma unroll
-    for (int c = 0; c < TILES; c++)
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-            largest = max(largest, ((__float_as_uint(d[c][n]) & SIGNLESS) + TWICE) & SIGNLESS);
-    return largest_of_warp(largest > TWICE ? __uint_as_float(largest) * 0.5f : 0.f);
+/* Of the warp. A thread that has an infinite one is left out: it is of a column whose neighbours may not be taken out of what a
+ * unit can hold. */
+inline __device__ float largest_that_counts(float of_thread) {
+    return largest_of_warp(of_thread < INFINITY ? of_thread : 0.f);
 }
 
 /* Goes over to a unit in which S is near 1. */
 template <int TILES> __device__ void measure_unit(float (&S)[TILES][4], int &unit) {
-    float largest = find_largest(S);
+    float largest = largest_that_counts(largest_of_tiles(S));
     if (largest >= 0.25f && largest <= power_of_two(EDGE))
         return;
     int next = min(max(unit_of(largest) + unit, LEAST_UNIT), GREATEST_UNIT);
@@ -128,18 +121,6 @@ inline __device__ uint32_t largest_value(const Values &v) {
         for (int n = 0; n < 4; n++)
             largest = __vmaxu2(largest, v[t][n] & 0x7fff7fff);
     return max(largest & 0xffff, largest >> 16);
-}
-
-/* The exponent of the warp's largest finite one, as a unit. Twice a value that is not finite is small, as bits go. */
-inline __device__ int unit_of_values(const Values &v) {
-    uint32_t largest = 0;
-#pragma unroll
-    for (int t = 0; t < CHUNK / 16; t++)
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-            largest = __vmaxu2(largest, ((v[t][n] & 0x7fff7fff) + 0x00800080) & 0x7fff7fff);
-    largest = __reduce_max_sync(~0u, max(largest & 0xffff, largest >> 16));
-    return unit_of(__uint_as_float(largest << 16)) - 1;
 }
 
 /* bf16 values by a power of two. */
@@ -192,7 +173,9 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
     wgmma_wait<0>();
     pin(wy);
     if (__builtin_expect(__any_sync(~0u, largest >= (uint32_t)(127 + unit + EDGE) << 7), 0)) {
-        int next = max(unit_of_values(v), unit);
+        constexpr uint32_t NOT_FINITE = 0x7f80; /* and all above, of which a unit does not follow: see above */
+        largest = __reduce_max_sync(~0u, largest < NOT_FINITE ? largest : 0);
+        int next = max(unit_of(__uint_as_float(largest << 16)), unit);
         scale_tiles(S, power_of_two(unit - next));
         scale_tiles(wy, power_of_two(unit - next));
         unit = next;

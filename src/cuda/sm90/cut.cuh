@@ -20,6 +20,7 @@ constexpr int STATE_ROW = KDA_SM90_CUT_DIM * sizeof(float); /* bytes from column
 inline __device__ bool grows(const kda_sm90_cut &cut, int64_t chain) {
     bool found = false;
     if (cut.grown)
+#pragma unroll 1
         for (int s = 1 + threadIdx.x % 32; s < cut.segments; s += 32)
             found |= __ldcg(&cut.grown[chain * cut.segments + s]) != 0;
     return __any_sync(~0u, found);

@@ -29,7 +29,8 @@ template <kda_dtype DTYPE, int COLUMNS_, bool AHEAD_> struct Staged {
     static constexpr int KP = DIM, THREADS = 2 * DIM, COLUMNS = COLUMNS_;
     using Tile = TileVFirst<Aligned<DTYPE>, DIM, THREADS, SMALL>;
     static constexpr int BLOCKS = COLUMNS / Tile::COLUMNS, ROW = DIM * (DTYPE == KDA_F32 ? 4 : 2); /* bytes */
-    using Token = decode::Token<KP, COLUMNS, Tile::PARTS, false>; /* Channels decay it */
+    static constexpr bool ONCE = false; /* tokens need no decayed keys, as Channels have them */
+    using Token = decode::Token<KP, COLUMNS, Tile::PARTS, ONCE>;
     __device__ static unsigned place(unsigned channel) { return Tile::place(channel); }
 };
 

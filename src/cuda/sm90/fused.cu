@@ -333,26 +333,18 @@ __device__ void consume_chains(const kda_prefill &p, const kda_sm90_maps &maps, 
         });
 }
 
-/* Is an element of the warp's columns not finite? */
-__device__ bool is_broken(const float (&S)[DIM / 8][4]) {
-    float zero = 0;
+/* log2 of a number between the largest element of the warp's columns that counts and its double; EXACT_ZERO if it is 0. broken:
+ * is one not finite? */
+__device__ int16_t size_of_state(const float (&S)[DIM / 8][4], int unit, bool &broken) {
+    float largest = 0;
 #pragma unroll
     for (int c = 0; c < DIM / 8; c++)
 #pragma unroll
         for (int n = 0; n < 4; n++)
-            zero = fmaf(S[c][n], 0.f, zero);
-    return __any_sync(~0u, zero != 0);
-}
-
-/* log2 of a number between the largest finite element of the warp's columns and its double; EXACT_ZERO if it is 0. */
-__device__ int16_t size_of_state(const float (&S)[DIM / 8][4], int unit) {
-    float largest = find_largest(S);
+            largest = max_or_nan(largest, fabsf(S[c][n]));
+    broken = __any_sync(~0u, !(largest < INFINITY));
+    largest = largest_that_counts(largest);
     return (int16_t)(largest == 0 ? EXACT_ZERO : unit + max((int)(__float_as_uint(largest) >> 23), 1) - 126);
-}
-
-/* The same of what must be small for the past to be forgotten: NEVER_SMALL if an element is not finite. */
-__device__ int16_t size_of_past(const float (&S)[DIM / 8][4], int unit) {
-    return is_broken(S) ? (int16_t)NEVER_SMALL : size_of_state(S, unit);
 }
 
 /* Stores a state that kernel join will read, in 16 bytes of each thread at a time. */
@@ -402,11 +394,13 @@ __device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Sh
             if (task.flags & REHEARSAL)
                 return true;
             int warp = (int)thread() / 32, lane = (int)thread() % 32;
+            bool broken;
+            int16_t size = size_of_state(S, unit, broken);
             if (!shared.identity[warp]) {
-                shared.kept[warp] = size_of_state(S, unit);
+                shared.kept[warp] = size;
                 return false;
             }
-            spread.proofs[blockIdx.x].A[warp] = size_of_past(S, unit);
+            spread.proofs[blockIdx.x].A[warp] = broken ? NEVER_SMALL : size;
             __syncwarp();
             uint16_t *to =
                 spread.outputs + ((int64_t)blockIdx.x * CHUNK + lane) * DIM + warp * KDA_SM90_UNIT_COLUMNS;
@@ -422,10 +416,14 @@ __device__ void consume_part(const kda_prefill &p, const kda_sm90_maps &maps, Sh
         },
         [&](const Task &task, float(&S)[DIM / 8][4], int unit) {
             int warp = (int)thread() / 32;
-            if (task.flags & FROM_CUT)
-                spread.proofs[blockIdx.x].kept[warp] = min(size_of_state(S, unit), shared.kept[warp]);
-            if (task.flags & CUT_BEHIND)
-                spread.proofs[blockIdx.x + 1].before[warp] = size_of_past(S, unit);
+            if (task.flags & (CUT_BEHIND | FROM_CUT)) {
+                bool broken;
+                int16_t size = size_of_state(S, unit, broken);
+                if (task.flags & FROM_CUT)
+                    spread.proofs[blockIdx.x].kept[warp] = min(size, shared.kept[warp]);
+                if (task.flags & CUT_BEHIND)
+                    spread.proofs[blockIdx.x + 1].before[warp] = broken ? NEVER_SMALL : size;
+            }
             if (task.flags & CUT_BEHIND)
                 store_pieces(state_pieces(spread, blockIdx.x + 1, thread()), S, unit);
             else if (task.flags & FROM_CUT)

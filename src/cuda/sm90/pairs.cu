@@ -354,7 +354,7 @@ __device__ int fit_half(float (&o)[CHUNK / 8][4], int unit) {
     float largest = largest_of_tiles(o);
     if (__builtin_expect(__any_sync(~0u, largest >= LEAST) && !__any_sync(~0u, largest >= GREATEST), 1))
         return unit;
-    int further = unit_of(find_largest(o));
+    int further = unit_of(largest_that_counts(largest));
     scale_tiles(o, power_of_two(-further));
     return unit + further;
 }

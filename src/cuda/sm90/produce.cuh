@@ -199,11 +199,15 @@ __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, floa
     bool ordinary = square >= SMALL && square <= LARGE;
     uint32_t others = __ballot_sync(~0u, !ordinary && square > 0);
     if (__builtin_expect(others, 0)) {
-        float size = size_of_row(square);
+        bool endless = square == INFINITY;
+        float size = size_of_row(square), again = divide_rows<DIM>(tile, others, size);
         norm *= ordinary || square == 0 ? 1.f : size;
-        float again = divide_rows<DIM>(tile, others, size), more = size_of_row(again);
-        norm = square == INFINITY ? rsqrtf(again) * more * scale : norm;
-        divide_rows<DIM>(tile, __ballot_sync(~0u, square == INFINITY), more);
+        others = __ballot_sync(~0u, endless);
+        if (others) {
+            size = size_of_row(again);
+            divide_rows<DIM>(tile, others, size);
+            norm = endless ? rsqrtf(again) * size * scale : norm;
+        }
     }
     scales[token_place(lane)] = norm;
     if (plain)

@@ -16,8 +16,8 @@ enum Verdict { NOTHING, CUT_CHAINS, ALL_CHAINS };
 
 constexpr int DIM = KDA_SM90_CUT_DIM;
 
-/* In a proof: below the sum of any others; and above. */
-constexpr int EXACT_ZERO = -20000, NEVER_SMALL = 20000;
+/* In a proof: below the sum of any others; and above, where it may never pass for small. */
+constexpr int16_t EXACT_ZERO = -20000, NEVER_SMALL = 20000;
 
 /* Behind kernel join: is there no chain still to be worked? To be asked first: code that is never reached need not be fetched. */
 inline __device__ bool nothing_is_left(const kda_sm90_spread &spread) {
