@@ -149,7 +149,7 @@ static void prefill_all(struct check *check, struct prefill_case c) {
     static const char *const inputs[] = {"q", "k", "v", "beta", "initial_state"};
     for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
         for (int n = 0; n < 2; n++)
-            if (strcmp(inputs[i], "beta") || c.beta_mode == FLASH_KDA_BETA_GIVEN || n == 0)
+            if (strcmp(inputs[i], "beta") != 0 || c.beta_mode == FLASH_KDA_BETA_GIVEN || n == 0)
                 prefill_one(check, c, inputs[i], &nan_or_inf[n]);
     prefill_one(check, c, "g", &nan_or_inf[0]);
     if (c.gate == FLASH_KDA_GATE_NONE) {
