@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* What only the CUDA backend promises: graphs that are replayed with other contents, indices in device memory that
- * are out of range, managed memory, and errors that name a device. */
+ * are out of range, managed memory, and errors that name a device; and what it takes Hopper to do. */
+#include "cluster_copy.h"
 #include "device.h"
 #include "prefill_compare.h"
 #include "prefill_families.h"
@@ -358,6 +359,25 @@ static void devices(struct check *check) {
     prefill_problem_free(&p);
 }
 
+/* ---- Hopper -------------------------------------------------------------------------------------- */
+
+#ifdef CHECK_SM90
+/* Without the wait words must be lost, or this check sees nothing. */
+static void cluster_copies(struct check *check) {
+    static const char name[] = "copies between shared memories of a cluster are waited for";
+    if (!cluster_copy_can_run() || !check_wanted(check, name))
+        return;
+    double waited = cluster_copy_overwritten(true), at_once = cluster_copy_overwritten(false);
+    char text[160];
+    if (waited < 0 || at_once < 0)
+        snprintf(text, sizeof text, "CUDA could not run it");
+    else
+        snprintf(text, sizeof text,
+                 "%.2g of the words overwritten before they were read; without the wait %.2g", waited, at_once);
+    check_report(check, waited == 0 && at_once > 0, "cuda", name, text);
+}
+#endif
+
 void prefill_cuda(struct check *check) {
     if (!prefill_tests_cuda(check))
         return;
@@ -366,4 +386,7 @@ void prefill_cuda(struct check *check) {
     parts(check);
     managed_memory(check);
     devices(check);
+#ifdef CHECK_SM90
+    cluster_copies(check);
+#endif
 }

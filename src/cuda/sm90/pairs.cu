@@ -237,6 +237,8 @@ template <bool cut, bool bounded, bool keeps> struct Producer {
                                    &shared.tiles[s], (uint32_t)sizeof(Tiles<DIM>), full);
                 ptx::cp_async_bulk(ptx::space_cluster, ptx::space_shared, of_other(&shared.factors[s], rank),
                                    &shared.factors[s], (uint32_t)FACTORS, full);
+                /* PTX speaks of bulk groups for copies to global memory only. On Hopper they hold for these too, which
+                 * tests/check/cluster_copy.cu keeps checking. */
                 ptx::cp_async_bulk_commit_group();
                 ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
             }
