@@ -87,10 +87,13 @@ static int least_quota(const char *root, const char *tree, char *group) {
 
 static bool has_word(const char *list, const char *word) {
     size_t length = strlen(word);
-    for (const char *at = list; at; at = strchr(at, ','), at += at != NULL)
+    for (const char *at = list;; at++) {
         if (!strncmp(at, word, length) && (at[length] == ',' || !at[length]))
             return true;
-    return false;
+        at = strchr(at, ',');
+        if (!at)
+            return false;
+    }
 }
 
 int kda_cgroup_quota(const char *membership, const char *root) {
