@@ -21,8 +21,9 @@ CELLS = {
 }
 
 
-def measure(binary, names, threads):
-    """Milliseconds of the cells' medians of one run, by name; threads None: the default."""
+def measure(binary, names, threads, copies=1):
+    """Milliseconds of the cells' medians of one run, by name; threads None: the default. copies: programs side by side, of
+    which it is the middle one's."""
     groups = {}
     for name in names:
         arguments, result = CELLS[name]
@@ -30,11 +31,18 @@ def measure(binary, names, threads):
     times = {}
     for arguments, wanted in groups.items():
         command = [binary, *arguments, "--json", *([f"--threads={threads}"] if threads else [])]
-        printed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        found = {r["name"]: r for r in printed.get("results", [])}
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(copies)]
+        texts = [program.communicate()[0] for program in running]
+        if any(program.returncode for program in running):
+            raise SystemExit(f"{' '.join(command)} failed")
         for name, result in wanted.items():
-            times[name] = (found[result] if result else printed)["seconds"]["median"] * 1e3
+            times[name] = statistics.median(seconds_of(json.loads(text), result) for text in texts) * 1e3
     return times
+
+
+def seconds_of(printed, result):
+    found = {r["name"]: r for r in printed.get("results", [])}
+    return (found[result] if result else printed)["seconds"]["median"]
 
 
 def summary(rounds):

@@ -3,8 +3,9 @@
 
 usage: cpu_scaling.py [--binary build/flashkda] [--threads 1,2,4,8,16] [--rounds 5] [--commit NAME] [--only TEXT]
 
-Runs every cell on every number of threads, round after round, so that what changes on the machine meets all of them;
-writes results/cpu/CPU-scaling.json. With --only, cells whose name holds TEXT, and nothing is written.
+Runs every cell on every number of threads, round after round, so that what changes on the machine meets all of them; and
+as many programs of one thread side by side, which share nothing: what cores, clock and memory have to give. Writes
+results/cpu/CPU-scaling.json. With --only, cells whose name holds TEXT, and nothing is written.
 """
 
 import argparse
@@ -34,10 +35,13 @@ def main():
     threads = counts(options.threads)
     names = [name for name in NAMES if options.only in name]
     rounds = {(name, count): [] for name in names for count in threads}
+    apart = {key: [] for key in rounds}
     for _ in range(options.rounds):
         for count in threads:
             for name, time in cpu_cells.measure(options.binary, names, count).items():
                 rounds[name, count].append(time)
+            for name, time in cpu_cells.measure(options.binary, names, 1, copies=count).items():
+                apart[name, count].append(time / count)
     cells = []
     for name in names:
         single = min(rounds[name, threads[0]])
@@ -45,8 +49,9 @@ def main():
         for count in threads:
             result = cpu_cells.summary(rounds[name, count])
             result["times_as_fast"] = round(single / result["best_ms"], 2)
+            result["times_as_fast_apart"] = round(single / min(apart[name, count]), 2)
             print(f"  {count:3d} threads {result['best_ms']:10.3f} ms best, {result['middle_ms']:10.3f} middle,"
-                  f" {result['times_as_fast']:6.2f} times as fast")
+                  f" {result['times_as_fast']:6.2f} times as fast, {result['times_as_fast_apart']:6.2f} apart")
             cells.append({"name": name, "threads": count, **result})
     if not options.only:
         cpu_cells.record({"commit": device.commit(options.commit), "machine": cpu_cells.machine(options.binary),

@@ -144,6 +144,10 @@ typedef enum flash_kda_flags {
  * bf16. Ask for an fp32 out to have fp32 arithmetic there too. On CUDA they always take bf16 operands, and tf32 for the
  * inverse. Numbers below 2^-126 count as 0.
  *
+ * NaN and infinity: they go where the recurrence takes them and no further. Those of one sequence or head reach no other;
+ * those in a column of v only that column, those in a row of q only that row of out. On CUDA what they reach may begin up to
+ * 31 tokens before them. Norms of q and k and of decode's outputs are right for rows of any length.
+ *
  * Strides: free and not negative (a stride of 0 on an input repeats it), but the last dimension of q, k,
  * v, g, out, dt_bias and of every state must be contiguous. A strides pointer of NULL means compact.
  *
