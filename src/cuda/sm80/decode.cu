@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH, kind>())
     char *out = nullptr;
     if (d.out.data)
         out = find_row_of<kind>(d.out, s, 0, head) + times(column, size_of(d.out.dtype));
-    large = __syncthreads_or(large);
+    large = any_of_cta(large);
     if (__builtin_expect(large, 0))
         normalise_large<Tile::THREADS>(tokens, s.length);
     if (large || !inputs.DECAYS_KEYS)

@@ -253,6 +253,9 @@ constexpr float LARGE_SQUARE = 0x1p92f, SMALLER = 0x1p-96f;
 /* Has one of 256 parts of such a row as much of it? */
 inline __device__ bool are_large(const Products &part) { return !(part.kk + part.qq < LARGE_SQUARE / 256); }
 
+/* Is it so for any thread of the CTA? A barrier; the vote tells the compiler that all of a warp agree. */
+inline __device__ bool any_of_cta(bool x) { return __any_sync(~0u, __syncthreads_or(x)); }
+
 /* All of a CTA's threads, behind a barrier. */
 template <int THREADS, class Token> __device__ __noinline__ void normalise_large(Token *tokens, int count) {
     constexpr int KP = sizeof Token::k / sizeof(float), PARTS = sizeof Token::products / sizeof(float4);

@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile>()) run(const __g
                 prepare_gates<Tile>(d, s, head, tokens);
             prepare_values<Tile>(d, s, head, column, tokens);
             __syncthreads();
-            if (i == 0 && column == 0 && __syncthreads_or(multiply_keys<Tile>(s, tokens) && d.qk_norm))
+            if (i == 0 && column == 0 && any_of_cta(multiply_keys<Tile>(s, tokens) && d.qk_norm))
                 normalise_large<Tile::THREADS>(tokens, s.length);
             if (column == 0)
                 decay_keys<Tile>(tokens, s.length);

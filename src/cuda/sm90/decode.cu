@@ -184,7 +184,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __
         bring(shared, hint, from);
     bool large = inputs.prepare(d, 1, &shared.token);
     s.slot = in_pool(d, index);
-    if (__builtin_expect(__syncthreads_or(large), 0))
+    if (__builtin_expect(any_of_cta(large), 0))
         normalise_large<S::THREADS>(&shared.token, 1);
     const Channels<Tile> channels(shared.token);
     Products sums = shared.token.all_products();
