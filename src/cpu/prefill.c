@@ -25,6 +25,7 @@
 enum {
     BATCH_APART = 1,     /* chunks prepared at a time: few, so that they stay in a core's own cache */
     BATCH_TOGETHER = 32, /* many, so that threads seldom wait for each other */
+    BATCH_SEGMENTS = 64, /* steps are shorter there, for more threads share them */
     PLANNED = 3,         /* batches of a run that are planned, prepared and applied side by side */
     MIN_SEGMENT = 256,   /* tokens */
     MAX_SEGMENTS = 64,
@@ -138,15 +139,16 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
 
     int64_t columns = max64(plan->chains * plan->tiles, 1),
             most = kda_min64(p->tokens / MIN_SEGMENT, MAX_SEGMENTS);
-    int64_t segments = kda_min64(plan->threads / columns, most);
-    if (segments >= 3 && !p->batch_invariant) {
+    /* More than one a thread: with just as many, those who only prepare chunks wait for the others in every step. */
+    int64_t fill = plan->threads / columns, segments = kda_min64(fill * 3 / 2, most);
+    if (fill >= 3 && segments >= 3 && !p->batch_invariant) {
         plan->segments = (int)segments;
         plan->identity_tiles = kda_tiles(p->key_dim);
         plan->grows = !p->qk_norm || p->beta_mode == FLASH_KDA_BETA_GIVEN || p->gate == FLASH_KDA_GATE_NONE;
     }
     bool even = !p->cu_seqlens.data && plan->chains % plan->threads == 0;
     plan->together = plan->threads > 1 && (plan->segments > 1 || (plan->chains < 4 * plan->threads && !even));
-    plan->batch = plan->together ? BATCH_TOGETHER : BATCH_APART;
+    plan->batch = plan->segments > 1 ? BATCH_SEGMENTS : plan->together ? BATCH_TOGETHER : BATCH_APART;
     plan->group = plan->together ? choose_group(plan) : plan->tiles;
     return FLASH_KDA_OK;
 }
