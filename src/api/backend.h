@@ -5,6 +5,7 @@
 
 #include "api/decode_problem.h"
 #include "api/problem.h"
+#include "api/workspace.h"
 
 #include <stddef.h>
 
@@ -20,8 +21,6 @@ struct kda_backend {
     flash_kda_status (*decode)(const struct kda_decode *d);
     flash_kda_status (*decode_describe)(const struct kda_decode *d, char *text, size_t size);
 };
-
-enum { KDA_WORKSPACE_ALIGNMENT = 64 };
 
 /* The backend that runs tensors on this device. */
 flash_kda_status kda_backend_for(flash_kda_backend backend, DLDevice device, const struct kda_backend **out);

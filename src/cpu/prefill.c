@@ -12,6 +12,7 @@
  */
 #include "api/backend.h"
 #include "api/status.h"
+#include "api/workspace.h"
 #include "cpu/denormals.h"
 #include "cpu/level.h"
 #include "cpu/pool.h"
@@ -160,57 +161,44 @@ static int64_t plan_runs(const struct plan *plan) {
 
 /* ---- Workspace: the one place where its layout is written ---------------------------------------- */
 
-/* Hands out memory from `next`, or only counts if that is NULL. */
-struct arena {
-    char *next;
-    size_t used;
-};
-
-static void *take(struct arena *arena, size_t count, size_t size) {
-    size_t bytes =
-        (count * size + KDA_WORKSPACE_ALIGNMENT - 1) / KDA_WORKSPACE_ALIGNMENT * KDA_WORKSPACE_ALIGNMENT;
-    void *memory = arena->next ? arena->next + arena->used : NULL;
-    arena->used += bytes;
-    return memory;
-}
-
-static void lay_out_chunk(const struct plan *plan, size_t Kp, struct arena *arena, struct kda_chunk *chunk) {
+static void lay_out_chunk(const struct plan *plan, size_t Kp, struct kda_arena *arena,
+                          struct kda_chunk *chunk) {
     struct kda_chunk laid = {
-        .carry = take(arena, Kp, sizeof(float)),
-        .beta = take(arena, KDA_CHUNK, sizeof(float)),
-        .L = take(arena, (size_t)KDA_CHUNK * KDA_CHUNK, sizeof(float)),
-        .M = take(arena, (size_t)KDA_CHUNK * KDA_CHUNK, sizeof(float)),
-        .queries_keys = take(arena, 2 * KDA_CHUNK * Kp, plan->kernels->operand_size),
-        .keys_to_end = take(arena, KDA_CHUNK * Kp, plan->kernels->operand_size),
+        .carry = kda_take(arena, Kp, sizeof(float)),
+        .beta = kda_take(arena, KDA_CHUNK, sizeof(float)),
+        .L = kda_take(arena, (size_t)KDA_CHUNK * KDA_CHUNK, sizeof(float)),
+        .M = kda_take(arena, (size_t)KDA_CHUNK * KDA_CHUNK, sizeof(float)),
+        .queries_keys = kda_take(arena, 2 * KDA_CHUNK * Kp, plan->kernels->operand_size),
+        .keys_to_end = kda_take(arena, KDA_CHUNK * Kp, plan->kernels->operand_size),
     };
     if (chunk)
         *chunk = laid;
 }
 
-static void lay_out_tile(const struct plan *plan, size_t Kp, struct arena *arena, struct kda_tile *tile) {
-    struct kda_tile laid = {.S = take(arena, Kp * KDA_TILE, sizeof(float)), .products = NULL};
+static void lay_out_tile(const struct plan *plan, size_t Kp, struct kda_arena *arena, struct kda_tile *tile) {
+    struct kda_tile laid = {.S = kda_take(arena, Kp * KDA_TILE, sizeof(float)), .products = NULL};
     if (plan->kernels->products_size)
-        laid.products = take(arena, Kp * KDA_TILE, plan->kernels->products_size);
+        laid.products = kda_take(arena, Kp * KDA_TILE, plan->kernels->products_size);
     if (tile)
         *tile = laid;
 }
 
 /* All memory of a call; NULL while counting. */
-static void lay_out(const struct kda_prefill *p, const struct plan *plan, struct arena *arena,
+static void lay_out(const struct kda_prefill *p, const struct plan *plan, struct kda_arena *arena,
                     struct call *call) {
     size_t Kp = (size_t)kda_padded_key_dim(p), tiles = (size_t)(plan->tiles + plan->identity_tiles);
     int64_t count = plan_runs(plan);
-    struct run *runs = take(arena, (size_t)count, sizeof *runs);
+    struct run *runs = kda_take(arena, (size_t)count, sizeof *runs);
     call->runs = runs;
-    call->shares = take(arena, (size_t)plan->threads + 1, sizeof *call->shares);
-    call->groups = take(arena, (size_t)(count * groups_of_run(plan)), sizeof *call->groups);
-    call->working = take(arena, (size_t)count, sizeof *call->working);
-    call->scratch = take(arena, (size_t)plan->threads, kda_prepare_scratch(p));
+    call->shares = kda_take(arena, (size_t)plan->threads + 1, sizeof *call->shares);
+    call->groups = kda_take(arena, (size_t)(count * groups_of_run(plan)), sizeof *call->groups);
+    call->working = kda_take(arena, (size_t)count, sizeof *call->working);
+    call->scratch = kda_take(arena, (size_t)plan->threads, kda_prepare_scratch(p));
     for (int64_t i = 0; i < count; i++) {
-        struct run run = {.operands = take(arena, 2 * (size_t)plan->batch, sizeof(struct kda_chunk)),
-                          .tiles = take(arena, tiles, sizeof(struct kda_tile))};
+        struct run run = {.operands = kda_take(arena, 2 * (size_t)plan->batch, sizeof(struct kda_chunk)),
+                          .tiles = kda_take(arena, tiles, sizeof(struct kda_tile))};
         for (int n = 0; n < PLANNED; n++)
-            run.batches[n].chunks = take(arena, (size_t)plan->batch, sizeof(struct kda_chunk));
+            run.batches[n].chunks = kda_take(arena, (size_t)plan->batch, sizeof(struct kda_chunk));
         for (int n = 0; n < 2 * plan->batch; n++)
             lay_out_chunk(plan, Kp, arena, runs ? &run.operands[n] : NULL);
         for (size_t n = 0; n < tiles; n++)
@@ -225,7 +213,7 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, size_t *byte
     flash_kda_status status = make_plan(p, &plan);
     if (status)
         return status;
-    struct arena counter = {NULL, 0};
+    struct kda_arena counter = {NULL, 0};
     struct call unused;
     lay_out(p, &plan, &counter, &unused);
     *bytes = counter.used;
@@ -596,7 +584,7 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
     flash_kda_status status = make_plan(p, &plan);
     if (status)
         return status;
-    struct arena arena = {workspace, 0};
+    struct kda_arena arena = {workspace, 0};
     struct call call = {.p = p, .plan = &plan, .stage = APART};
     lay_out(p, &plan, &arena, &call);
     if (plan.together)

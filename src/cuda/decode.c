@@ -1,19 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /* The CUDA backend's decode: one kernel a call, by the rules of prefill.c. */
 #include "api/backend.h"
-#include "api/status.h"
-#include "cuda/call.h"
-#include "cuda/sm80/kernels.h"
-#include "cuda/sm90/kernels.h"
+#include "cuda/level.h"
 
 #include <inttypes.h>
 #include <limits.h>
 #include <stdio.h>
-
-#ifndef KDA_WITH_SM90
-#define kda_sm90_decode_takes(d, n) false
-#define kda_sm90_decode(d, n)       cudaErrorNotSupported
-#endif
 
 /* Can the state be read in pieces of 16 bytes, each within a row? */
 static bool aligned(const struct kda_decode *d) {
@@ -22,10 +14,6 @@ static bool aligned(const struct kda_decode *d) {
     for (int i = 0; i < 3; i++)
         all |= t->shape[i] > 1 ? (uint64_t)t->stride[i] : 0;
     return all % 16 == 0;
-}
-
-static bool fused(const struct kda_decode *d) {
-    return d->q_conv.weight.data || d->k_conv.weight.data || d->v_conv.weight.data || d->norm_weight.data;
 }
 
 static flash_kda_status check_size(const struct kda_decode *d) {
@@ -37,70 +25,47 @@ static flash_kda_status check_size(const struct kda_decode *d) {
     return kda_cuda_check_heads(p);
 }
 
-/* The kernels that run a call: the portable level's, alone or with what stands before and after; or Hopper's. */
-enum way { PORTABLE, PORTABLE_FUSED, STAGED };
-
-struct plan {
-    enum way way;
-    int processors;
-};
-
-static flash_kda_status make_plan(const struct kda_decode *d, struct plan *plan) {
+static flash_kda_status make_plan(const struct kda_decode *d, const struct kda_cuda_level **level,
+                                  struct kda_decode_plan *plan) {
     struct kda_cuda_device device;
     flash_kda_status status = check_size(d);
     if (!status)
-        status = kda_cuda_look_at(d->tokens.device, "decode, device", &device);
+        status = kda_cuda_query(d->tokens.device, "decode, device", &device);
     if (status)
         return status;
-    plan->processors = device.processors;
-    plan->way = fused(d) ? PORTABLE_FUSED : PORTABLE;
-    if (plan->way == PORTABLE && device.sm90 && aligned(d) && kda_sm90_decode_takes(d, device.processors))
-        plan->way = STAGED;
+    *plan = (struct kda_decode_plan){.multiprocessors = device.multiprocessors, .aligned = aligned(d)};
+    const struct kda_cuda_level *const *candidate = kda_cuda_levels;
+    while (!kda_level_allowed(*candidate, &device) || !(*candidate)->decode_plan(d, plan))
+        candidate++;
+    *level = *candidate;
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status launch(const struct kda_decode *d, const struct plan *plan) {
-    switch (plan->way) {
-    case STAGED:
-        return kda_cuda_status(kda_sm90_decode(d, plan->processors), "decode, kernel decode of Hopper's level");
-    case PORTABLE_FUSED:
-        return kda_cuda_status(kda_sm80_decode_fused(d, aligned(d)), "decode, kernel decode_fused");
-    case PORTABLE:
-        break;
-    }
-    return kda_cuda_status(kda_sm80_decode(d, aligned(d)), "decode, kernel decode");
-}
-
 flash_kda_status kda_cuda_decode(const struct kda_decode *d) {
-    struct plan plan;
+    const struct kda_cuda_level *level;
+    struct kda_decode_plan plan;
+    char what[64];
     int previous = 0;
-    flash_kda_status status = make_plan(d, &plan);
+    flash_kda_status status = make_plan(d, &level, &plan);
     if (!status)
         status = kda_cuda_enter(d->tokens.device, &previous);
     if (status)
         return status;
-    status = launch(d, &plan);
+    snprintf(what, sizeof what, "decode, kernel %s", plan.kernel);
+    status = kda_cuda_status(level->decode(d, &plan), what);
     kda_cuda_leave(d->tokens.device, previous);
     return status;
 }
 
-/* How the states are read. */
-static const char *reading(const struct kda_decode *d, const struct plan *plan) {
-    if (plan->way == STAGED)
-        return "by the copy engine";
-    return aligned(d) ? "16 bytes at a time" : "by elements (16 bytes at a time need their alignment)";
-}
-
 flash_kda_status kda_cuda_decode_describe(const struct kda_decode *d, char *text, size_t size) {
-    struct plan plan;
-    flash_kda_status status = make_plan(d, &plan);
+    const struct kda_cuda_level *level;
+    struct kda_decode_plan plan;
+    flash_kda_status status = make_plan(d, &level, &plan);
     if (!status)
         snprintf(text, size,
-                 "cuda: level %s, one kernel%s, fp32 arithmetic, %" PRId64 " chains of up to %" PRId64
-                 " token%s, states read %s",
-                 plan.way == STAGED ? "sm90" : "sm80",
-                 plan.way == PORTABLE_FUSED ? " with what stands before and after" : "",
-                 d->tokens.sequences * d->tokens.value_heads, d->max_tokens, d->max_tokens == 1 ? "" : "s",
-                 reading(d, &plan));
+                 "cuda: level %s, fp32 arithmetic, %" PRId64 " chains of up to %" PRId64
+                 " token%s, one kernel, %s: %s",
+                 level->name, d->tokens.sequences * d->tokens.value_heads, d->max_tokens,
+                 d->max_tokens == 1 ? "" : "s", plan.kernel, plan.does);
     return status;
 }

@@ -29,10 +29,9 @@ import device  # noqa: E402
 # With their own options. The check program makes wrong calls on purpose and looks at every status itself.
 TOOL_OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "initcheck": [], "synccheck": []}
 TOOLS = list(TOOL_OPTIONS)
-# Values of FLASH_KDA_CUDA, of prefill: the portable level; Hopper's with every sequence in five segments; all that fits in one kernel, by
-# one multiprocessor to a chain, by two, and by two to each of three segments.
-FORCED = {"-sm80": "sm80", "-segments": "sm90/5", "-fused": "sm90/fused", "-pairs": "sm90/pairs/1",
-          "-cut": "sm90/pairs/3", "-spread": "sm90/spread"}
+# Values of FLASH_KDA_CUDA for prefill: the portable level, then Hopper's schedules.
+FORCED = {"-sm80": "sm80", "-general": "sm90/general/5", "-persistent": "sm90/persistent", "-cluster": "sm90/cluster/1",
+          "-split": "sm90/cluster/3", "-stream_k": "sm90/stream_k"}
 DECODE = "-decode"
 DECODE_FORCED = {DECODE + "-sm80": "sm80"}
 JOBS = [name + what for name in ("short", "long", "captured", *TOOLS) for what in ("", *FORCED, DECODE, *DECODE_FORCED)]

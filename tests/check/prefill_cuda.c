@@ -191,15 +191,18 @@ static const char *parts_leave(const flash_kda_prefill_args *args, int32_t expec
     *hopper = strstr(text, "level sm90");
     if (wrong || !*hopper)
         return wrong;
-    setenv("FLASH_KDA_CUDA", "sm90/spread", 1);
+    setenv("FLASH_KDA_CUDA", "sm90/stream_k", 1);
     wrong = device_prefill_described(args, text, sizeof text, &left);
     snprintf(other, sizeof other, "left %d to other kernels, expected %d", left, expected);
-    return wrong ? wrong : !strstr(text, " parts ") ? "has no parts" : left != expected ? other : NULL;
+    return wrong                       ? wrong
+           : !strstr(text, "stream_k") ? "was not run by stream-K"
+           : left != expected          ? other
+                                       : NULL;
 }
 
 static void parts(struct check *check) {
     const char *forced = getenv("FLASH_KDA_CUDA");
-    if (forced && strcmp(forced, "sm90/spread") != 0)
+    if (forced && strcmp(forced, "sm90/stream_k") != 0)
         return;
     for (size_t i = 0; i < sizeof gates / sizeof *gates; i++) {
         struct prefill_case c = prefill_case_plain();

@@ -9,13 +9,16 @@
  *     S^T <- S^T diag(1 + carry) + U^T KR
  */
 #include "cuda/chain.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/sm80/kernels.h"
+#include "cuda/sm80/plan.h"
 
 namespace kda {
 namespace {
 
 constexpr int WARPS = 4, THREADS = WARPS * 32;
 constexpr int COLUMNS = WARPS * 16; /* of V, of one CTA */
+static_assert(COLUMNS == KDA_SM80_COLUMNS, "what the plan makes grids for");
 constexpr int STAGES = 3;
 
 template <int KP> struct Stage {
@@ -222,25 +225,17 @@ __global__ void __launch_bounds__(THREADS)
 } // namespace kda
 
 template <int KP>
-static cudaError_t launch(const kda_prefill *p, int64_t chunks, const void *operands, cudaStream_t stream) {
+static cudaError_t launch_padded(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                                 const void *operands) {
     using namespace kda;
     int bytes = STAGES * stage_bytes<KP>(p->v.dtype == KDA_F32 ? 4 : 2);
-    cudaError_t error = cudaFuncSetAttribute(run<KP>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error)
-        return error;
-    dim3 grid((unsigned)(p->sequences * p->value_heads), (unsigned)((p->value_dim + COLUMNS - 1) / COLUMNS));
-    run<KP><<<grid, THREADS, bytes, stream>>>(*p, static_cast<const Operands<KP> *>(operands), chunks);
-    return cudaGetLastError();
+    return launch_kernel(run<KP>, *launch, THREADS, bytes, p->stream, *p,
+                         static_cast<const Operands<KP> *>(operands), plan->chunks);
 }
 
-cudaError_t kda_sm80_chain(const kda_prefill *p, int64_t chunks, const void *operands, cudaStream_t stream) {
-    return p->key_dim <= 64    ? launch<64>(p, chunks, operands, stream)
-           : p->key_dim <= 128 ? launch<128>(p, chunks, operands, stream)
-                               : launch<256>(p, chunks, operands, stream);
-}
-
-size_t kda_sm80_operands_size(int64_t key_dim) {
-    return key_dim <= 64    ? sizeof(kda::Operands<64>)
-           : key_dim <= 128 ? sizeof(kda::Operands<128>)
-                            : sizeof(kda::Operands<256>);
+cudaError_t kda_sm80_general(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                             void *operands) {
+    return p->key_dim <= 64    ? launch_padded<64>(p, plan, launch, operands)
+           : p->key_dim <= 128 ? launch_padded<128>(p, plan, launch, operands)
+                               : launch_padded<256>(p, plan, launch, operands);
 }

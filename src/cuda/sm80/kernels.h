@@ -4,6 +4,7 @@
 #define KDA_CUDA_SM80_KERNELS_H
 
 #include "api/decode_problem.h"
+#include "cuda/plan.h"
 
 #include <cuda_runtime_api.h>
 
@@ -11,15 +12,15 @@
 extern "C" {
 #endif
 
-/* Bytes of the operands of one chunk of one value head. */
-size_t kda_sm80_operands_size(int64_t key_dim);
+/* The kernels of prefill. operands: [HV][chunks] (operands.cuh), as numbered in chunks.h. */
+typedef cudaError_t kda_sm80_launcher(const struct kda_prefill *p, const struct kda_plan *plan,
+                                      const struct kda_launch *launch, void *operands);
 
-/* Writes the operands of `chunks` chunks (operands.cuh) of every value head: [HV][chunks]. */
-cudaError_t kda_sm80_prepare(const struct kda_prefill *p, int64_t chunks, void *operands, cudaStream_t stream);
+/* Writes the operands of all chunks of every value head. */
+kda_sm80_launcher kda_sm80_prepare;
 
 /* Takes every state through its chunks: writes out, final_state and checkpoints at whole chunks. */
-cudaError_t kda_sm80_chain(const struct kda_prefill *p, int64_t chunks, const void *operands,
-                           cudaStream_t stream);
+kda_sm80_launcher kda_sm80_general;
 
 /* Takes every state through its sequence's tokens. aligned: every row of the states is whole pieces of 16 bytes. */
 cudaError_t kda_sm80_decode(const struct kda_decode *d, bool aligned);

@@ -10,9 +10,11 @@
  * the true sum, so that a hard reset clears.
  */
 #include "cuda/floats.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/operands.cuh"
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/sm80/kernels.h"
+#include "cuda/sm80/plan.h"
 
 namespace kda {
 namespace {
@@ -513,28 +515,17 @@ __global__ void __launch_bounds__(Shared<KP>::THREADS, 512 / Shared<KP>::THREADS
 } // namespace
 } // namespace kda
 
-template <int KP, bool all_bf16>
-static cudaError_t launch(const kda_prefill *p, int64_t chunks, void *operands, cudaStream_t stream) {
-    using namespace kda;
-    int bytes = sizeof(Shared<KP>);
-    cudaError_t error =
-        cudaFuncSetAttribute(prepare<KP, all_bf16>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error)
-        return error;
-    dim3 grid((unsigned)chunks, (unsigned)p->value_heads);
-    prepare<KP, all_bf16><<<grid, Shared<KP>::THREADS, bytes, stream>>>(*p, operands);
-    return cudaGetLastError();
-}
-
 template <int KP>
-static cudaError_t launch(const kda_prefill *p, int64_t chunks, void *operands, cudaStream_t stream) {
+static cudaError_t launch_padded(const kda_prefill *p, const kda_launch *launch, void *operands) {
+    using namespace kda;
+    static_assert(sizeof(Operands<KP>) == KDA_SM80_OPERANDS(KP), "what the plan makes room for");
     bool all_bf16 = p->q.dtype == KDA_BF16 && p->k.dtype == KDA_BF16 && p->g.dtype == KDA_BF16;
-    return all_bf16 ? launch<KP, true>(p, chunks, operands, stream)
-                    : launch<KP, false>(p, chunks, operands, stream);
+    return launch_kernel(all_bf16 ? prepare<KP, true> : prepare<KP, false>, *launch, Shared<KP>::THREADS,
+                         sizeof(Shared<KP>), p->stream, *p, operands);
 }
 
-cudaError_t kda_sm80_prepare(const kda_prefill *p, int64_t chunks, void *operands, cudaStream_t stream) {
-    return p->key_dim <= 64    ? launch<64>(p, chunks, operands, stream)
-           : p->key_dim <= 128 ? launch<128>(p, chunks, operands, stream)
-                               : launch<256>(p, chunks, operands, stream);
+cudaError_t kda_sm80_prepare(const kda_prefill *p, const kda_plan *, const kda_launch *launch, void *operands) {
+    return p->key_dim <= 64    ? launch_padded<64>(p, launch, operands)
+           : p->key_dim <= 128 ? launch_padded<128>(p, launch, operands)
+                               : launch_padded<256>(p, launch, operands);
 }

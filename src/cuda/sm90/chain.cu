@@ -8,6 +8,7 @@
  *     [W | Y]^T = S^T [KT; QT]^T    X^T = V^T - W^T    U^T = X^T INV^T    O^T = Y^T + U^T M^T
  *     S^T <- S^T diag(1 + carry) + U^T KR
  */
+#include "cuda/launch.cuh"
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/parts.cuh"
 
@@ -236,58 +237,33 @@ __global__ void __launch_bounds__((GROUPS + 1) * GROUP, 3 - GROUPS)
     }
 }
 
-template <int KP, int GROUPS, Pass pass>
-cudaError_t launch(const kda_prefill *p, int64_t chunks, const void *operands, kda_sm90_segments segments,
-                   cudaStream_t stream) {
-    int bytes = sizeof(Shared<KP, GROUPS>);
-    cudaError_t error =
-        cudaFuncSetAttribute(run<KP, GROUPS, pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error)
-        return error;
-    int parts = (int)(p->value_dim / (GROUP_COLUMNS * GROUPS));
-    if (pass == SUMMARISE)
-        parts += kda_sm90_parts(p->key_dim);
-    dim3 grid((unsigned)(p->sequences * p->value_heads * segments.count), (unsigned)parts);
-    run<KP, GROUPS, pass><<<grid, (GROUPS + 1) * GROUP, bytes, stream>>>(
-        *p, static_cast<const Operands<KP> *>(operands), chunks, segments);
-    return cudaGetLastError();
-}
-
 template <int GROUPS, Pass pass>
-cudaError_t launch(const kda_prefill *p, int64_t chunks, const void *operands, kda_sm90_segments segments,
-                   cudaStream_t stream) {
-    return p->key_dim <= 64 ? launch<64, GROUPS, pass>(p, chunks, operands, segments, stream)
-                            : launch<128, GROUPS, pass>(p, chunks, operands, segments, stream);
+cudaError_t launch_pass(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                        const kda_sm90_memory *memory) {
+    constexpr int THREADS = (GROUPS + 1) * GROUP;
+    if (p->key_dim <= 64)
+        return launch_kernel(run<64, GROUPS, pass>, *launch, THREADS, sizeof(Shared<64, GROUPS>), p->stream, *p,
+                             static_cast<const Operands<64> *>(memory->operands), plan->chunks,
+                             memory->segments);
+    return launch_kernel(run<128, GROUPS, pass>, *launch, THREADS, sizeof(Shared<128, GROUPS>), p->stream, *p,
+                         static_cast<const Operands<128> *>(memory->operands), plan->chunks, memory->segments);
 }
 
 } // namespace
 } // namespace kda
 
-bool kda_sm90_takes(const kda_prefill *p) {
-    bool aligned = true;
-    for (int i = 0; i < 3; i++)
-        aligned = aligned && p->v.stride[i] % 16 == 0;
-    return p->key_dim <= 128 && p->value_dim % kda::GROUP_COLUMNS == 0 && p->v.dtype == KDA_BF16 && aligned &&
-           reinterpret_cast<uintptr_t>(p->v.data) % 16 == 0;
+cudaError_t kda_sm90_general(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                             const kda_sm90_memory *memory) {
+    return (launch->config == 2 ? kda::launch_pass<2, kda::WHOLE>
+                                : kda::launch_pass<1, kda::WHOLE>)(p, plan, launch, memory);
 }
 
-int kda_sm90_parts(int64_t columns) { return (int)((columns + kda::GROUP_COLUMNS - 1) / kda::GROUP_COLUMNS); }
-
-cudaError_t kda_sm90_chain(const kda_prefill *p, int64_t chunks, const void *operands, int processors,
-                           cudaStream_t stream) {
-    int64_t parts = p->sequences * p->value_heads * kda_sm90_parts(p->value_dim);
-    bool pairs = parts > processors && p->value_dim % (2 * kda::GROUP_COLUMNS) == 0;
-    kda_sm90_segments whole = {1, nullptr, nullptr};
-    return pairs ? kda::launch<2, kda::WHOLE>(p, chunks, operands, whole, stream)
-                 : kda::launch<1, kda::WHOLE>(p, chunks, operands, whole, stream);
+cudaError_t kda_sm90_general_local(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                                   const kda_sm90_memory *memory) {
+    return kda::launch_pass<1, kda::SUMMARISE>(p, plan, launch, memory);
 }
 
-cudaError_t kda_sm90_summarise(const kda_prefill *p, int64_t chunks, const void *operands,
-                               kda_sm90_segments segments, cudaStream_t stream) {
-    return kda::launch<1, kda::SUMMARISE>(p, chunks, operands, segments, stream);
-}
-
-cudaError_t kda_sm90_resume(const kda_prefill *p, int64_t chunks, const void *operands,
-                            kda_sm90_segments segments, cudaStream_t stream) {
-    return kda::launch<1, kda::RESUME>(p, chunks, operands, segments, stream);
+cudaError_t kda_sm90_general_resume(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                                    const kda_sm90_memory *memory) {
+    return kda::launch_pass<1, kda::RESUME>(p, plan, launch, memory);
 }

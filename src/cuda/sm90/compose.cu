@@ -8,11 +8,10 @@
  * have a unit of their own, so that no warp waits to know the others'; their products are weighed as they are summed.
  * Four other warps write the states, which are first terms, and one brings A and B some segments ahead.
  */
-#include "cuda/segments.h"
+#include "cuda/launch.cuh"
 #include "cuda/sm90/consume.cuh"
 #include "cuda/sm90/cut.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/launch.cuh"
 #include "cuda/sm90/spread.cuh"
 #include "cuda/sm90/warpgroup.cuh"
 
@@ -21,7 +20,7 @@ namespace {
 
 constexpr int BLOCKS = DIM / KDA_SM90_UNIT_COLUMNS; /* of channels, each made by a warp */
 constexpr int MAKERS = BLOCKS * 32, WRITERS = 4 * 32, THREADS = MAKERS + WRITERS + 32;
-constexpr int ROWS = 8; /* columns of V in a first operand, each in two terms */
+constexpr int ROWS = KDA_SM90_CLUSTER_SCAN_COLUMNS; /* columns of V in a first operand, each in two terms */
 constexpr int TOP = 14; /* log2: of elements in units, the largest is below 2^(TOP + 1) */
 /* Of A and B: segments on their way or in use, as many as there is room for. */
 template <int TILES> constexpr int STAGES = TILES < 4 ? 4 : 3;
@@ -40,7 +39,7 @@ template <int TILES> struct Shared {
     uint4 state[2][TILES][BLOCKS][32]; /* as first operands */
     Rows units[2][TILES];              /* their units, as powers of two */
     Rows factors[2][TILES];            /* of their products with A */
-    int16_t units_of_A[KDA_CUDA_MAX_SEGMENTS][BLOCKS];
+    int16_t units_of_A[KDA_MAX_SEGMENTS][BLOCKS];
     uint64_t arrived[STAGES<TILES>];
 };
 
@@ -334,26 +333,18 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 template <int TILES>
-cudaError_t launch_compose(const kda_prefill *p, const kda_sm90_spread &spread, const kda_sm90_cut &cut,
-                           cudaStream_t stream) {
-    int bytes = sizeof(Shared<TILES>);
-    cudaError_t error =
-        cudaFuncSetAttribute(compose<TILES>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error)
-        return error;
-    dim3 grid((unsigned)(p->sequences * p->value_heads), DIM / (TILES * ROWS));
-    return launch_behind(compose<TILES>, grid, THREADS, bytes, stream, *p, spread, cut);
+cudaError_t launch_compose(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
+    return launch_kernel(compose<TILES>, *launch, THREADS, sizeof(Shared<TILES>), p->stream, *p, memory->spread,
+                         memory->cut);
 }
 
 } // namespace
 } // namespace kda
 
-cudaError_t kda_sm90_compose(const kda_prefill *p, kda_sm90_spread spread, kda_sm90_cut cut,
-                             cudaStream_t stream) {
-    /* As few columns each as let all CTAs of an H200 run at once. */
-    int64_t chains = p->sequences * p->value_heads;
-    auto launch = chains <= 8    ? kda::launch_compose<1>
-                  : chains <= 16 ? kda::launch_compose<2>
-                                 : kda::launch_compose<4>;
-    return launch(p, spread, cut, stream);
+cudaError_t kda_sm90_cluster_scan(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
+                                  const kda_sm90_memory *memory) {
+    auto launch_columns = launch->config == 1   ? kda::launch_compose<1>
+                          : launch->config == 2 ? kda::launch_compose<2>
+                                                : kda::launch_compose<4>;
+    return launch_columns(p, launch, memory);
 }

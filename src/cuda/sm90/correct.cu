@@ -7,21 +7,21 @@
  * which row or column of a product is chosen so that a lane's pieces of 16 bytes of O_A are its first operands, and its
  * sums a piece of 16 bytes of the outputs: everything goes from memory to registers and back.
  */
+#include "cuda/launch.cuh"
 #include "cuda/ptx/stream.cuh"
 #include "cuda/sm90/consume.cuh"
 #include "cuda/sm90/cut.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/launch.cuh"
 #include "cuda/sm90/spread.cuh"
 
 namespace kda {
 namespace {
 
-constexpr int WARPS = 8, CTAS = 2; /* of a CTA; of a multiprocessor */
-constexpr int SPAN = 32;           /* channels or columns, of which four lanes have a piece each */
+constexpr int WARPS = KDA_SM90_HISTORY_WARPS, CTAS = KDA_SM90_HISTORY_CTAS; /* of a CTA; of a multiprocessor */
+constexpr int SPAN = 32; /* channels or columns, of which four lanes have a piece each */
 constexpr int SPANS = DIM / SPAN, TILES = SPAN / 8;
-constexpr int STRIP = 16;         /* tokens */
-constexpr int TOKENS = STRIP / 8; /* of a lane: 8 m + lane / 4 */
+constexpr int STRIP = KDA_SM90_HISTORY_TOKENS; /* tokens */
+constexpr int TOKENS = STRIP / 8;              /* of a lane: 8 m + lane / 4 */
 constexpr int STRIPS = CHUNK / STRIP;
 constexpr int PIECE = 16;                              /* bytes */
 constexpr int UNITS = 2 * DIM / KDA_SM90_UNIT_COLUMNS; /* of a chunk: of O_A, then of O_B */
@@ -235,12 +235,9 @@ __global__ void __launch_bounds__(WARPS * 32, CTAS)
 } // namespace
 } // namespace kda
 
-cudaError_t kda_sm90_correct(const kda_prefill *p, kda_sm90_spread spread, int64_t chunks, kda_sm90_cut cut,
-                             int processors, cudaStream_t stream) {
+cudaError_t kda_sm90_add_history(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                                 const kda_sm90_memory *memory) {
     using namespace kda;
-    int64_t states = p->sequences * p->value_heads * (cut.segments - 1);
-    int64_t each = chunks / (p->sequences * cut.segments) + 1; /* about */
-    int64_t pieces = kda_clamp(CTAS * processors / states, 1, (each * STRIPS + WARPS - 1) / WARPS);
-    return launch_behind(correct, dim3((unsigned)(states * pieces)), WARPS * 32, 0, stream, *p, spread, chunks,
-                         cut, (int)pieces);
+    return launch_kernel(correct, *launch, WARPS * 32, 0, p->stream, *p, memory->spread, plan->chunks,
+                         memory->cut, launch->config);
 }

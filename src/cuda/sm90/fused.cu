@@ -11,9 +11,9 @@
  * another those of q, and the scout finds the chunk after that, describes it to all others and has the copy engine bring
  * it.
  */
+#include "cuda/launch.cuh"
 #include "cuda/sm90/consume.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/launch.cuh"
 #include "cuda/sm90/spread.cuh"
 #include "cuda/sm90/tensor_maps.h"
 #include "cuda/sm90/unbounded.cuh"
@@ -479,52 +479,35 @@ __global__ void __maxnreg__(Form::REGISTERS)
 }
 
 template <class Form, bool parts, bool bounded, bool keeps>
-cudaError_t launch(const kda_prefill *p, const Work &work, int ctas, cudaStream_t stream) {
-    int bytes = sizeof(Shared<Form>);
+cudaError_t launch_form(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
+    const Work work = {parts ? 0 : (int)(p->sequences * p->value_heads), memory->spread};
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(p, &maps);
-    if (!error)
-        error = cudaFuncSetAttribute(fused<Form, parts, bounded, keeps>,
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error)
-        return error;
-    return launch_behind_if(work.spread.all.parts, fused<Form, parts, bounded, keeps>, dim3((unsigned)ctas),
-                            Form::THREADS, bytes, stream, *p, maps, work);
+    return error ? error
+                 : launch_kernel(fused<Form, parts, bounded, keeps>, *launch, Form::THREADS,
+                                 sizeof(Shared<Form>), p->stream, *p, maps, work);
 }
 
-/* All chains, in as many CTAs as the device holds at once. */
-template <class Form, bool bounded, bool keeps>
-cudaError_t launch_chains(const kda_prefill *p, const kda_sm90_spread &spread, int processors,
-                          cudaStream_t stream) {
-    int items = (int)(p->sequences * p->value_heads), most = processors * Form::CTAS;
-    return launch<Form, false, bounded, keeps>(p, {items, spread}, items < most ? items : most, stream);
+template <class Form, bool bounded>
+cudaError_t launch_chains(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
+    return (p->checkpoints.data ? launch_form<Form, false, bounded, true>
+                                : launch_form<Form, false, bounded, false>)(p, launch, memory);
 }
 
 } // namespace
 } // namespace kda
 
-bool kda_sm90_has_tiles(const kda_prefill *p) {
-    bool dims = p->key_dim == 128 || (p->key_dim == 64 && kda::is_bounded(p));
-    return dims && p->value_dim == p->key_dim && p->qk_norm && p->gate != FLASH_KDA_GATE_NONE &&
-           p->tokens > 0 && p->tokens <= INT32_MAX && kda_sm90_can_map(p);
-}
-
-cudaError_t kda_sm90_fused(const kda_prefill *p, kda_sm90_spread spread, int processors, cudaStream_t stream) {
+cudaError_t kda_sm90_persistent(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
+                                const kda_sm90_memory *memory) {
     using namespace kda;
-    bool keeps = p->checkpoints.data;
-    /* Which kernel it is may not depend on the batch if bits may not. */
-    bool few = !p->batch_invariant && p->sequences * p->value_heads <= processors;
-    auto of_64 = keeps ? launch_chains<Of64, true, true> : launch_chains<Of64, true, false>;
-    auto few_of_64 = keeps ? launch_chains<FewOf64, true, true> : launch_chains<FewOf64, true, false>;
-    auto bounded = keeps ? launch_chains<Of128, true, true> : launch_chains<Of128, true, false>;
-    auto unbounded = keeps ? launch_chains<Of128, false, true> : launch_chains<Of128, false, false>;
-    auto of_128 = is_bounded(p) ? bounded : unbounded;
-    return (p->key_dim == 128 ? of_128 : few ? few_of_64 : of_64)(p, spread, processors, stream);
+    auto of_64 = launch->config == Of64::CTAS ? launch_chains<Of64, true> : launch_chains<FewOf64, true>;
+    auto of_128 = is_bounded(p) ? launch_chains<Of128, true> : launch_chains<Of128, false>;
+    return (p->key_dim == 128 ? of_128 : of_64)(p, launch, memory);
 }
 
-cudaError_t kda_sm90_fused_parts(const kda_prefill *p, kda_sm90_spread spread, cudaStream_t stream) {
-    using kda::Of128;
-    return (kda::is_bounded(p)
-                ? kda::launch<Of128, true, true, true>
-                : kda::launch<Of128, true, false, true>)(p, {0, spread}, spread.all.parts, stream);
+cudaError_t kda_sm90_ranges(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
+                            const kda_sm90_memory *memory) {
+    using namespace kda;
+    return (is_bounded(p) ? launch_form<Of128, true, true, true>
+                          : launch_form<Of128, true, false, true>)(p, launch, memory);
 }

@@ -4,8 +4,9 @@
  * the first chunk, O_B + O_A S, with S as the part before left it, and states behind chains, which must not be overwritten
  * before all is known.
  */
+#include "cuda/launch.cuh"
 #include "cuda/sm90/consume.cuh"
-#include "cuda/sm90/launch.cuh"
+#include "cuda/sm90/kernels.h"
 #include "cuda/sm90/spread.cuh"
 
 namespace kda {
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 } // namespace
 } // namespace kda
 
-cudaError_t kda_sm90_join(const kda_prefill *p, kda_sm90_spread spread, cudaStream_t stream) {
-    return kda::launch_behind(kda::join, dim3((unsigned)spread.all.parts, 2), kda::THREADS, 0, stream, *p,
-                              spread);
+cudaError_t kda_sm90_fixup(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
+                           const kda_sm90_memory *memory) {
+    return kda::launch_kernel(kda::join, *launch, kda::THREADS, 0, p->stream, *p, memory->spread);
 }

@@ -4,7 +4,8 @@
  *
  * What it sees decides only which kernels work: that a past was forgotten is measured by those that drop it.
  */
-#include "cuda/sm90/launch.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/sm90/kernels.h"
 #include "cuda/sm90/produce.cuh"
 #include "cuda/sm90/spread.cuh"
 
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(THREADS)
 } // namespace
 } // namespace kda
 
-cudaError_t kda_sm90_look(const kda_prefill *p, kda_sm90_spread spread, cudaStream_t stream) {
-    kda::look<<<(unsigned)spread.all.parts, kda::THREADS, 0, stream>>>(*p, spread);
-    return cudaGetLastError();
+cudaError_t kda_sm90_probe(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
+                           const kda_sm90_memory *memory) {
+    return kda::launch_kernel(kda::look, *launch, kda::THREADS, 0, p->stream, *p, memory->spread);
 }

@@ -8,10 +8,10 @@
  * through a segment from zero, and the other the identity: compose.cu and correct.cu make of that what it is from the
  * true state.
  */
+#include "cuda/launch.cuh"
 #include "cuda/sm90/consume.cuh"
 #include "cuda/sm90/cut.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/launch.cuh"
 #include "cuda/sm90/spread.cuh"
 #include "cuda/sm90/tensor_maps.h"
 #include "cuda/sm90/unbounded.cuh"
@@ -494,42 +494,46 @@ __global__ void __cluster_dims__(PAIR) __maxnreg__(REGISTERS<cut>)
 }
 
 template <bool cut, bool bounded, bool keeps>
-cudaError_t launch(const kda_prefill *p, const kda_sm90_spread &spread, int64_t chunks,
-                   const kda_sm90_cut &memory, const Other &other, cudaStream_t stream) {
-    int bytes = sizeof(Shared<cut>);
+cudaError_t launch_pairs(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                         const kda_sm90_spread &spread, const kda_sm90_cut &memory, const Other &other) {
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(p, &maps);
-    if (!error)
-        error = cudaFuncSetAttribute(pairs<cut, bounded, keeps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     bytes);
-    if (error)
-        return error;
-    unsigned ctas = (unsigned)(p->sequences * p->value_heads * segments_of(memory) * PAIR);
-    /* Closely behind another kernel a cluster takes what is free just then, often no neighbours: steps are 2% slower, for a
-     * microsecond that is gained in the beginning. */
-    constexpr int SHORT = 1024; /* tokens of a segment */
-    int64_t tokens = p->tokens / (p->cu_seqlens.data ? p->sequences : 1) / memory.segments;
-    bool closely = memory.again || (spread.all.parts && tokens < SHORT);
-    return launch_behind_if(closely, pairs<cut, bounded, keeps>, dim3(ctas), THREADS<cut>, bytes, stream, *p,
-                            maps, spread, memory, other, chunks);
+    return error ? error
+                 : launch_kernel(pairs<cut, bounded, keeps>, *launch, THREADS<cut>, sizeof(Shared<cut>),
+                                 p->stream, *p, maps, spread, memory, other, cut ? plan->chunks : 0);
+}
+
+template <bool bounded>
+cudaError_t launch_true(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                        const kda_sm90_spread &spread, const kda_sm90_cut &memory) {
+    return (p->checkpoints.data ? launch_pairs<false, bounded, true>
+                                : launch_pairs<false, bounded, false>)(p, plan, launch, spread, memory, {});
 }
 
 } // namespace
 } // namespace kda
 
-cudaError_t kda_sm90_pairs(const kda_prefill *p, kda_sm90_spread spread, kda_sm90_cut cut,
-                           cudaStream_t stream) {
+cudaError_t kda_sm90_cluster(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                             const kda_sm90_memory *memory) {
     using namespace kda;
-    bool keeps = p->checkpoints.data;
-    auto bounded = keeps ? launch<false, true, true> : launch<false, true, false>;
-    auto unbounded = keeps ? launch<false, false, true> : launch<false, false, false>;
-    return (is_bounded(p) ? bounded : unbounded)(p, spread, 0, cut, {}, stream);
+    return (is_bounded(p) ? launch_true<true> : launch_true<false>)(p, plan, launch, memory->spread,
+                                                                    memory->cut);
 }
 
-cudaError_t kda_sm90_pairs_cut(const kda_prefill *p, kda_sm90_spread spread, int64_t chunks, kda_sm90_cut cut,
-                               cudaStream_t stream) {
-    kda::Other other = {};
-    struct kda_prefill of_B = *p, of_A = *p;
+cudaError_t kda_sm90_cluster_again(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                                   const kda_sm90_memory *memory) {
+    using namespace kda;
+    kda_sm90_cut cut = memory->cut;
+    cut.again = true;
+    return (is_bounded(p) ? launch_true<true> : launch_true<false>)(p, plan, launch, memory->spread, cut);
+}
+
+cudaError_t kda_sm90_cluster_local(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                                   const kda_sm90_memory *memory) {
+    using namespace kda;
+    const kda_sm90_cut &cut = memory->cut;
+    Other other = {};
+    kda_prefill of_B = *p, of_A = *p;
     of_B.checkpoints.data = NULL; /* the second pass stores them */
     of_A.out.dtype = KDA_F16;
     for (int i = 3; i >= 0; i--)
@@ -542,6 +546,6 @@ cudaError_t kda_sm90_pairs_cut(const kda_prefill *p, kda_sm90_spread spread, int
     if (error)
         return error;
     other.out = of_A.out, other.map = maps.out;
-    return (kda::is_bounded(p) ? kda::launch<true, true, false>
-                               : kda::launch<true, false, false>)(&of_B, spread, chunks, cut, other, stream);
+    return (is_bounded(p) ? launch_pairs<true, true, false>
+                          : launch_pairs<true, false, false>)(&of_B, plan, launch, memory->spread, cut, other);
 }

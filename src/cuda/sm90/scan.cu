@@ -5,15 +5,15 @@
  * A CTA works ROWS columns of V, for which nothing else is needed; a thread has two channels of all of them and a quarter
  * of the sum. The next A comes while one is used.
  */
+#include "cuda/launch.cuh"
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/launch.cuh"
 #include "cuda/sm90/summaries.cuh"
 
 namespace kda {
 namespace {
 
-constexpr int ROWS = 8, QUARTERS = 4, MAX_K = 128;
+constexpr int ROWS = KDA_SM90_GENERAL_SCAN_COLUMNS, QUARTERS = 4, MAX_K = 128;
 
 struct Shared {
     float A[2][MAX_K * MAX_K]; /* A^T: row j is column j of A */
@@ -89,11 +89,9 @@ __global__ void __launch_bounds__(QUARTERS *MAX_K / 2)
 } // namespace
 } // namespace kda
 
-cudaError_t kda_sm90_scan(const kda_prefill *p, kda_sm90_segments segments, cudaStream_t stream) {
+cudaError_t kda_sm90_general_scan(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
+                                  const kda_sm90_memory *memory) {
     using namespace kda;
-    cudaError_t error = cudaFuncSetAttribute(scan, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-    if (error)
-        return error;
-    dim3 grid((unsigned)(p->sequences * p->value_heads), (unsigned)(p->value_dim / ROWS));
-    return launch_behind(scan, grid, QUARTERS * (unsigned)p->key_dim / 2, sizeof(Shared), stream, *p, segments);
+    return launch_kernel(scan, *launch, QUARTERS * (int)p->key_dim / 2, sizeof(Shared), p->stream, *p,
+                         memory->segments);
 }

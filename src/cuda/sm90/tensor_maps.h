@@ -19,10 +19,10 @@ struct kda_sm90_maps {
     CUtensorMap q, k, v, g, out;
 };
 
-/* Can they be mapped? q, k, v and g must be bf16, out bf16 or fp16, addresses and strides multiples of 16 bytes. */
-bool kda_sm90_can_map(const struct kda_prefill *p);
+/* Has the driver what makes them? */
+bool kda_sm90_can_make_maps(void);
 
-/* No access to the device. */
+/* Of a problem that the level plans with them. No access to the device. */
 cudaError_t kda_sm90_map(const struct kda_prefill *p, struct kda_sm90_maps *maps);
 
 #ifdef __cplusplus

@@ -5,6 +5,7 @@
 
 #include "cuda/chain.cuh"
 #include "cuda/ptx/sm90.cuh"
+#include "cuda/sm90/plan.h"
 
 #include <cuda/ptx>
 
@@ -13,7 +14,7 @@ namespace kda {
 namespace ptx = cuda::ptx;
 
 constexpr int GROUP = 128;        /* threads of a warpgroup */
-constexpr int GROUP_COLUMNS = 64; /* of V, of one warpgroup */
+constexpr int GROUP_COLUMNS = KDA_SM90_GENERAL_COLUMNS; /* of V, of one warpgroup */
 
 /* threadIdx.x, read anew: what follows from it is computed where it is used, not kept in registers through all of a
  * chunk. */

@@ -1,12 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /* Into how many segments sequences are cut so that few chains use many multiprocessors (docs/maths.md). */
-#ifndef KDA_CUDA_SEGMENTS_H
-#define KDA_CUDA_SEGMENTS_H
+#ifndef KDA_CUDA_SM90_COST_H
+#define KDA_CUDA_SM90_COST_H
 
-#include <stdbool.h>
-#include <stdint.h>
-
-enum { KDA_CUDA_MAX_SEGMENTS = 64 };
+#include "cuda/plan.h"
 
 /* What the choice depends on. */
 struct kda_segment_problem {

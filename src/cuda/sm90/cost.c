@@ -6,8 +6,7 @@
  * beside those of V, a scan gives every segment its true state, and a second pass writes the outputs. Before either,
  * every multiprocessor prepares operands. The fused kernel needs none of this, but its steps take longer.
  */
-#include "cuda/segments.h"
-#include "cuda/spread.h"
+#include "cuda/sm90/cost.h"
 
 /* A step of every CTA: with one warpgroup of consumers to a multiprocessor, and with two. */
 struct step {
@@ -53,7 +52,7 @@ static double cost(const struct kda_segment_problem *p, int segments) {
 
 int kda_segments(const struct kda_segment_problem *problem) {
     int best = 1;
-    for (int n = 3; problem->may_cut && n <= KDA_CUDA_MAX_SEGMENTS && problem->chunks / n >= MIN_CHUNKS; n++)
+    for (int n = 3; problem->may_cut && n <= KDA_MAX_SEGMENTS && problem->chunks / n >= MIN_CHUNKS; n++)
         if (cost(problem, n) < cost(problem, best))
             best = n;
     return best;
@@ -74,7 +73,7 @@ static double cost_of_pairs(const struct kda_segment_problem *p, int segments) {
 int kda_pairs(const struct kda_segment_problem *problem, double *microseconds) {
     int best = 1;
     *microseconds = cost_of_pairs(problem, 1);
-    for (int n = 2; problem->may_cut && n <= KDA_CUDA_MAX_SEGMENTS && n <= problem->chunks; n++)
+    for (int n = 2; problem->may_cut && n <= KDA_MAX_SEGMENTS && n <= problem->chunks; n++)
         if (cost_of_pairs(problem, n) < *microseconds) {
             best = n;
             *microseconds = cost_of_pairs(problem, n);

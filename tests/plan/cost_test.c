@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* When are sequences cut into segments, and into how many? On a device of 132 multiprocessors, K = V = 128. */
 #include "cuda/chunks.h"
-#include "cuda/segments.h"
+#include "cuda/sm90/cost.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -59,9 +59,9 @@ static void test_a_long_chain_uses_the_device(void **state) {
     (void)state;
     double time;
     int count = segments(1, 4096);
-    assert_true(count >= 16 && count <= KDA_CUDA_MAX_SEGMENTS);
+    assert_true(count >= 16 && count <= KDA_MAX_SEGMENTS);
     count = pairs(1, 4096, &time);
-    assert_true(count >= 32 && count <= KDA_CUDA_MAX_SEGMENTS);
+    assert_true(count >= 32 && count <= KDA_MAX_SEGMENTS);
     assert_true(time < 4096 / 10.0); /* uncut, a step takes more than a microsecond */
 }
 
@@ -85,7 +85,7 @@ static void test_longer_is_never_expected_faster(void **state) {
     }
 }
 
-/* Calls with FLASH_KDA_CUDA=sm90/pairs/SEGMENTS on an H200, slow gates, in microseconds. */
+/* Calls with FLASH_KDA_CUDA=sm90/cluster/SEGMENTS on an H200, slow gates, in microseconds. */
 static const struct measured {
     int64_t chains, chunks;
     int segments;
@@ -173,7 +173,7 @@ static void test_fused_where_there_are_many_chains(void **state) {
 static void test_segments_meet(void **state) {
     (void)state;
     for (int chunks = 1; chunks < 300; chunks++)
-        for (int count = 1; count <= KDA_CUDA_MAX_SEGMENTS; count++) {
+        for (int count = 1; count <= KDA_MAX_SEGMENTS; count++) {
             int first = kda_begin_of_segment(chunks, count, 1);
             assert_int_equal(kda_begin_of_segment(chunks, count, 0), 0);
             assert_true(kda_begin_of_segment(chunks, count, count) >= chunks);

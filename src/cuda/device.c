@@ -1,15 +1,10 @@
 /* SPDX-License-Identifier: MIT */
-#include "cuda/call.h"
+#include "cuda/device.h"
 
-#include "api/status.h"
+#include "cuda/level.h"
 
 #include <stdlib.h>
-
-#ifdef KDA_WITH_SM90
-enum { HAS_SM90 = true };
-#else
-enum { HAS_SM90 = false };
-#endif
+#include <string.h>
 
 /* What a grid can hold in its second dimension. */
 enum { MAX_GRID_Y = 65535 };
@@ -22,25 +17,28 @@ flash_kda_status kda_cuda_status(cudaError_t error, const char *what) {
                     cudaGetErrorString(error));
 }
 
-flash_kda_status kda_cuda_look_at(int device, const char *what, struct kda_cuda_device *found) {
-    const char *forced = getenv(KDA_CUDA_VARIABLE);
-    int major = 0;
-    flash_kda_status status = kda_cuda_read_wish(&found->wish, forced);
-    if (!status)
-        status =
-            kda_cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), what);
+/* Can the level that the environment names run? */
+static flash_kda_status check_override(const struct kda_cuda_device *device, const char *value) {
+    const struct kda_cuda_level *const *level = kda_cuda_levels;
+    while (*level && strcmp((*level)->name, device->override.level) != 0)
+        level++;
+    if (*level && (*level)->runs_on(device))
+        return FLASH_KDA_OK;
+    return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
+                    "the environment variable " KDA_CUDA_VARIABLE " is %.40s, which %s; expected sm80", value,
+                    *level ? "this device cannot run" : "this build lacks");
+}
+
+flash_kda_status kda_cuda_query(int device, const char *what, struct kda_cuda_device *found) {
+    const char *value = getenv(KDA_CUDA_VARIABLE);
+    flash_kda_status status = kda_read_override(&found->override, value);
     if (!status)
         status = kda_cuda_status(
-            cudaDeviceGetAttribute(&found->processors, cudaDevAttrMultiProcessorCount, device), what);
-    if (status)
-        return status;
-    bool runs = HAS_SM90 && major == 9;
-    if (found->wish.sm90 && !runs)
-        return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
-                        "the environment variable " KDA_CUDA_VARIABLE " is %.40s, which %s; expected sm80",
-                        forced, HAS_SM90 ? "this device cannot run" : "this build lacks");
-    found->sm90 = runs && !found->wish.sm80;
-    return FLASH_KDA_OK;
+            cudaDeviceGetAttribute(&found->major, cudaDevAttrComputeCapabilityMajor, device), what);
+    if (!status)
+        status = kda_cuda_status(
+            cudaDeviceGetAttribute(&found->multiprocessors, cudaDevAttrMultiProcessorCount, device), what);
+    return status || !found->override.level ? status : check_override(found, value);
 }
 
 flash_kda_status kda_cuda_check_heads(const struct kda_prefill *p) {

@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: MIT */
+/* How a kernel of a plan is launched. Kernels that overlap follow each other closely: the next one's CTAs begin as soon as
+ * there is room beside the last ones of the kernel before. Each calls let_next_begin() at once, and wait_for_kernel_before()
+ * before it reads what that kernel wrote. */
+#ifndef KDA_CUDA_LAUNCH_CUH
+#define KDA_CUDA_LAUNCH_CUH
+
+#include "cuda/plan.h"
+
+#include <cuda_runtime.h>
+
+namespace kda {
+
+inline __device__ void let_next_begin() { cudaTriggerProgrammaticLaunchCompletion(); }
+inline __device__ void wait_for_kernel_before() { cudaGridDependencySynchronize(); }
+
+/* bytes: of dynamic shared memory of a CTA. */
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), const kda_launch &launch, int threads, size_t bytes,
+                          void *stream, const Arguments &...arguments) {
+    cudaError_t error =
+        bytes ? cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes)
+              : cudaSuccess;
+    if (error)
+        return error;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(launch.grid[0], launch.grid[1]), config.blockDim = dim3((unsigned)threads),
+    config.dynamicSmemBytes = bytes, config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute, config.numAttrs = launch.overlaps;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+} // namespace kda
+
+#endif

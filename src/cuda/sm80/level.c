@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: MIT */
+/* The portable level: every problem, every GPU from sm_80 on. */
+#include "cuda/level.h"
+#include "cuda/sm80/kernels.h"
+#include "cuda/sm80/plan.h"
+
+static bool runs_on(const struct kda_cuda_device *device) {
+    (void)device;
+    return true;
+}
+
+static cudaError_t launch(const struct kda_prefill *p, const struct kda_plan *plan, int i, void *workspace) {
+    const struct kda_launch *launch = &plan->launches[i];
+    return (launch->kernel == KDA_KERNEL_PREPARE ? kda_sm80_prepare : kda_sm80_general)(p, plan, launch,
+                                                                                        workspace);
+}
+
+static bool fused(const struct kda_decode *d) {
+    return d->q_conv.weight.data || d->k_conv.weight.data || d->v_conv.weight.data || d->norm_weight.data;
+}
+
+static bool decode_plan(const struct kda_decode *d, struct kda_decode_plan *plan) {
+    plan->kernel = fused(d) ? "decode_fused, with convolutions and norm" : "decode";
+    plan->does = plan->aligned ? "states read 16 bytes at a time"
+                               : "states read by elements (16 bytes at a time need their alignment)";
+    return true;
+}
+
+static cudaError_t decode(const struct kda_decode *d, const struct kda_decode_plan *plan) {
+    return (fused(d) ? kda_sm80_decode_fused : kda_sm80_decode)(d, plan->aligned);
+}
+
+const struct kda_cuda_level kda_sm80_level = {.name = "sm80",
+                                              .runs_on = runs_on,
+                                              .takes = kda_sm80_takes,
+                                              .plan = kda_sm80_plan,
+                                              .launch = launch,
+                                              .decode_plan = decode_plan,
+                                              .decode = decode};

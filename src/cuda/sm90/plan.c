@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: MIT */
+#include "cuda/sm90/plan.h"
+
+#include "cuda/sm80/plan.h"
+#include "cuda/sm90/cost.h"
+
+enum { ALIGNMENT = 16, PANEL = 64, CLUSTER = 2 /* CTAs */ };
+
+static int64_t chains_of(const struct kda_prefill *p) { return p->sequences * p->value_heads; }
+
+/* ---- What the level takes ------------------------------------------------------------------------ */
+
+bool kda_sm90_takes(const struct kda_prefill *p) {
+    bool aligned = (uintptr_t)p->v.data % ALIGNMENT == 0;
+    for (int i = 0; i < 3; i++)
+        aligned = aligned && p->v.stride[i] % ALIGNMENT == 0;
+    return p->key_dim <= 128 && p->value_dim % KDA_SM90_GENERAL_COLUMNS == 0 && p->v.dtype == KDA_BF16 &&
+           aligned;
+}
+
+/* Can the copy engine move its rows? */
+static bool can_map(const struct kda_tensor *t) {
+    const int64_t longest_stride = INT64_C(1) << 40, longest_dimension = INT64_C(1) << 31;
+    bool good = (uintptr_t)t->data % ALIGNMENT == 0;
+    for (int i = 0; i < 3; i++) {
+        bool used = t->shape[i] > 1;
+        good = good && t->shape[i] <= longest_dimension &&
+               (!used || (t->stride[i] > 0 && t->stride[i] < longest_stride && t->stride[i] % ALIGNMENT == 0));
+    }
+    return good && t->shape[3] % PANEL == 0;
+}
+
+/* Can operands have the form of three tiles, as all schedules but the general one want? K = V = 64 or 128, q, k, v and g in
+ * bf16 with rows that start at multiples of 16 bytes, outputs of 2 bytes likewise, normalised q and k, the sigmoid gate or,
+ * for 128, the softplus gate. */
+static bool has_tiles(const struct kda_prefill *p) {
+    const struct kda_tensor *brought[] = {&p->q, &p->k, &p->v, &p->g};
+    bool dims = p->key_dim == 128 || (p->key_dim == 64 && p->gate == FLASH_KDA_GATE_SIGMOID);
+    bool good = dims && p->value_dim == p->key_dim && p->qk_norm && p->gate != FLASH_KDA_GATE_NONE &&
+                p->tokens > 0 && p->tokens <= INT32_MAX && p->out.dtype != KDA_F32 && can_map(&p->out);
+    for (int i = 0; i < 4; i++)
+        good = good && brought[i]->dtype == KDA_BF16 && can_map(brought[i]);
+    return good;
+}
+
+/* Sequences are not split where a sequence's bits must not depend on the others, nor at checkpoints that fall between
+ * whole chunks. */
+static bool may_split(const struct kda_prefill *p) {
+    return !p->batch_invariant && p->tokens && p->sequences && !kda_cut_every(p) && !kda_cuts(p) &&
+           p->key_dim % 4 == 0; /* the scan copies 16 bytes at a time */
+}
+
+/* ---- The schedule -------------------------------------------------------------------------------- */
+
+static int general_ctas(int64_t columns) {
+    return (int)((columns + KDA_SM90_GENERAL_COLUMNS - 1) / KDA_SM90_GENERAL_COLUMNS);
+}
+
+static void choose(const struct kda_prefill *p, int multiprocessors, const struct kda_override *override,
+                   struct kda_plan *plan) {
+    bool packed = p->cu_seqlens.data;
+    int64_t tokens = packed && p->sequences ? p->tokens / p->sequences : p->tokens;
+    struct kda_segment_problem problem = {.chains = chains_of(p),
+                                          .chunks = kda_chunks_of(tokens),
+                                          .packed = packed,
+                                          .may_cut = may_split(p),
+                                          .checkpoints = p->checkpoints.data,
+                                          .value_parts = general_ctas(p->value_dim),
+                                          .identity_parts = general_ctas(p->key_dim),
+                                          .processors = multiprocessors};
+    enum kda_schedule asked = override->schedule;
+    double cost;
+    if (!has_tiles(p) || asked == KDA_SCHEDULE_GENERAL) {
+        plan->schedule = KDA_SCHEDULE_GENERAL;
+        plan->segments = kda_segments(&problem);
+    } else if (p->key_dim != KDA_SM90_CUT_DIM) {
+        /* A rule, not a model: where nothing would be split, or enough of the device is used. */
+        plan->segments = kda_segments(&problem);
+        bool many = plan->segments == 1 || problem.chains >= multiprocessors / 3;
+        plan->schedule =
+            asked == KDA_SCHEDULE_PERSISTENT || many ? KDA_SCHEDULE_PERSISTENT : KDA_SCHEDULE_GENERAL;
+    } else {
+        double persistent = kda_fused_cost(&problem);
+        plan->segments = kda_pairs(&problem, &cost);
+        /* What is in the batch beside a sequence may not decide. */
+        plan->schedule = asked                                     ? asked
+                         : p->batch_invariant || persistent < cost ? KDA_SCHEDULE_PERSISTENT
+                                                                   : KDA_SCHEDULE_CLUSTER;
+        bool may_stream = problem.may_cut && kda_can_spread(p) && (!asked || override->stream_k);
+        int parts = may_stream ? kda_parts(&problem) : 0;
+        double otherwise = plan->schedule == KDA_SCHEDULE_PERSISTENT ? persistent : cost;
+        if (parts && (override->stream_k || kda_spread_pays(&problem, parts, otherwise)))
+            plan->stream = kda_spread(p, parts);
+    }
+    if (override->segments)
+        plan->segments = problem.may_cut ? override->segments : 1;
+    if (plan->schedule == KDA_SCHEDULE_PERSISTENT)
+        plan->segments = 1;
+}
+
+/* ---- Its kernels --------------------------------------------------------------------------------- */
+
+static void plan_general(const struct kda_prefill *p, int multiprocessors, struct kda_plan *plan) {
+    unsigned chains = (unsigned)chains_of(p), value_ctas = (unsigned)general_ctas(p->value_dim),
+             segments = chains * (unsigned)plan->segments;
+    kda_sm80_plan_prepare(p, plan);
+    if (plan->segments == 1) {
+        /* Two warpgroups of consumers share what a CTA fetches, where that leaves no multiprocessor without one. */
+        bool two = (int64_t)chains * value_ctas > multiprocessors && value_ctas % 2 == 0;
+        kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_GENERAL,
+                                                 .config = two ? 2 : 1,
+                                                 .grid = {chains, two ? value_ctas / 2 : value_ctas}});
+        return;
+    }
+    unsigned identity_ctas = (unsigned)general_ctas(p->key_dim);
+    kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_GENERAL_LOCAL,
+                                             .config = 1,
+                                             .grid = {segments, value_ctas + identity_ctas}});
+    kda_add_launch(
+        plan, (struct kda_launch){.kernel = KDA_KERNEL_GENERAL_SCAN,
+                                  .grid = {chains, (unsigned)(p->value_dim / KDA_SM90_GENERAL_SCAN_COLUMNS)},
+                                  .overlaps = true});
+    kda_add_launch(plan, (struct kda_launch){
+                             .kernel = KDA_KERNEL_GENERAL_RESUME, .config = 1, .grid = {segments, value_ctas}});
+}
+
+static void plan_stream(struct kda_plan *plan) {
+    unsigned parts = (unsigned)plan->stream.parts;
+    kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_PROBE, .grid = {parts, 1}});
+    kda_add_launch(plan,
+                   (struct kda_launch){.kernel = KDA_KERNEL_RANGES, .grid = {parts, 1}, .overlaps = true});
+    kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_FIXUP, .grid = {parts, 2}, .overlaps = true});
+}
+
+static void plan_persistent(const struct kda_prefill *p, int multiprocessors, struct kda_plan *plan) {
+    int64_t chains = chains_of(p);
+    /* Two CTAs on a multiprocessor where K = V = 64, but one with twice the producers where there is one for every chain.
+     * Which kernel it is may not depend on the batch if bits may not. */
+    bool few = !p->batch_invariant && chains <= multiprocessors;
+    int config = p->key_dim == 128 || few ? 1 : 2;
+    kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_PERSISTENT,
+                                             .config = config,
+                                             .grid = {(unsigned)kda_min64(chains, multiprocessors * config), 1},
+                                             .overlaps = plan->stream.parts > 0});
+}
+
+/* Columns of V that a CTA scans, in eights: as few as let all CTAs of an H200 run at once. */
+static int scan_columns(int64_t chains) { return chains <= 8 ? 1 : chains <= 16 ? 2 : 4; }
+
+static void plan_history(const struct kda_prefill *p, int multiprocessors, struct kda_plan *plan) {
+    int64_t states = chains_of(p) * (plan->segments - 1);
+    int64_t each = plan->chunks / (p->sequences * plan->segments) + 1; /* chunks, about */
+    int64_t strips = each * (KDA_CUDA_CHUNK / KDA_SM90_HISTORY_TOKENS);
+    int64_t pieces = kda_clamp(KDA_SM90_HISTORY_CTAS * multiprocessors / states, 1,
+                               (strips + KDA_SM90_HISTORY_WARPS - 1) / KDA_SM90_HISTORY_WARPS);
+    kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_ADD_HISTORY,
+                                             .config = (int)pieces,
+                                             .grid = {(unsigned)(states * pieces), 1},
+                                             .overlaps = true});
+}
+
+static void plan_cluster(const struct kda_prefill *p, int multiprocessors, struct kda_plan *plan) {
+    enum { SHORT = 1024 /* tokens of a segment */ };
+    int64_t chains = chains_of(p);
+    int64_t tokens = p->tokens / (p->cu_seqlens.data ? p->sequences : 1) / plan->segments;
+    /* A cluster that overlaps the kernel before takes what is free just then, often no neighbours: steps are 2% slower,
+     * for a microsecond that is gained in the beginning. */
+    const struct kda_launch cluster = {.kernel = KDA_KERNEL_CLUSTER,
+                                       .grid = {(unsigned)(chains * plan->segments * CLUSTER), 1},
+                                       .overlaps = plan->stream.parts && tokens < SHORT};
+    if (plan->segments == 1) {
+        kda_add_launch(plan, cluster);
+        return;
+    }
+    struct kda_launch local = cluster, again = cluster;
+    local.kernel = KDA_KERNEL_CLUSTER_LOCAL;
+    kda_add_launch(plan, local);
+    int columns = scan_columns(chains);
+    kda_add_launch(plan,
+                   (struct kda_launch){.kernel = KDA_KERNEL_CLUSTER_SCAN,
+                                       .config = columns,
+                                       .grid = {(unsigned)chains, (unsigned)(KDA_SM90_CUT_DIM / columns /
+                                                                             KDA_SM90_CLUSTER_SCAN_COLUMNS)},
+                                       .overlaps = true});
+    if (p->checkpoints.data) { /* which take true states all the way */
+        kda_add_launch(plan, cluster);
+        return;
+    }
+    plan_history(p, multiprocessors, plan);
+    if (p->beta_mode != FLASH_KDA_BETA_GIVEN)
+        return; /* it is between 0 and 2, and no segment grows a state */
+    again.kernel = KDA_KERNEL_CLUSTER_AGAIN;
+    again.grid[0] = (unsigned)(chains * CLUSTER);
+    again.overlaps = true;
+    kda_add_launch(plan, again);
+}
+
+void kda_sm90_plan(const struct kda_prefill *p, int multiprocessors, const struct kda_override *override,
+                   struct kda_plan *plan) {
+    struct kda_sm90_memory memory;
+    choose(p, multiprocessors, override, plan);
+    plan->workspace = kda_sm90_lay_out(p, plan, NULL, &memory);
+    if (plan->stream.parts)
+        plan_stream(plan);
+    if (plan->schedule == KDA_SCHEDULE_PERSISTENT)
+        plan_persistent(p, multiprocessors, plan);
+    else if (plan->schedule == KDA_SCHEDULE_CLUSTER)
+        plan_cluster(p, multiprocessors, plan);
+    else
+        plan_general(p, multiprocessors, plan);
+}
+
+/* ---- Its memory ---------------------------------------------------------------------------------- */
+
+static void lay_out_general(const struct kda_prefill *p, const struct kda_plan *plan, struct kda_arena *arena,
+                            struct kda_sm90_memory *memory) {
+    size_t segments = (size_t)(chains_of(p) * plan->segments), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
+    memory->operands = kda_take(arena, kda_sm80_operands(p), 1);
+    memory->segments.count = plan->segments;
+    if (plan->segments == 1)
+        return;
+    memory->segments.summaries = kda_take(arena, segments * (V + K) * K, sizeof *memory->segments.summaries);
+    memory->segments.growth = kda_take(arena, segments, sizeof *memory->segments.growth);
+}
+
+/* What the kernels after stream-K's read. */
+static void lay_out_verdict(const struct kda_prefill *p, struct kda_arena *arena,
+                            struct kda_sm90_spread *spread) {
+    spread->verdict = kda_take(arena, 1, sizeof *spread->verdict);
+    spread->left = kda_take(arena, (size_t)chains_of(p), sizeof *spread->left);
+}
+
+static void lay_out_ranges(const struct kda_prefill *p, struct kda_arena *arena,
+                           struct kda_sm90_spread *spread) {
+    size_t parts = (size_t)spread->all.parts, K = (size_t)p->key_dim, V = (size_t)p->value_dim;
+    size_t finals = kda_states_by_chain(p, spread->all.parts) ? (size_t)chains_of(p) : parts;
+    spread->looks = kda_take(arena, parts, sizeof *spread->looks);
+    spread->firsts = kda_take(arena, parts, sizeof *spread->firsts);
+    spread->proofs = kda_take(arena, parts, sizeof *spread->proofs);
+    spread->states = kda_take(arena, parts * V * K, sizeof *spread->states);
+    spread->outputs = kda_take(arena, parts * KDA_CUDA_CHUNK * K, sizeof *spread->outputs);
+    spread->finals = kda_take(arena, finals * V * K, sizeof *spread->finals);
+}
+
+/* Tokens of every sequence's first segment, where all have as many; else 0. */
+static int64_t tokens_of_first(const struct kda_prefill *p, int segments) {
+    if (p->cu_seqlens.data)
+        return 0;
+    int64_t chunks = kda_begin_of_segment((int)kda_chunks_of(p->tokens), segments, 1);
+    return kda_min64(chunks * KDA_CUDA_CHUNK, p->tokens - 1);
+}
+
+static void lay_out_cluster(const struct kda_prefill *p, const struct kda_plan *plan, struct kda_arena *arena,
+                            struct kda_sm90_cut *cut) {
+    cut->segments = plan->segments;
+    if (plan->segments == 1)
+        return;
+    cut->skipped = tokens_of_first(p, plan->segments);
+    size_t chains = (size_t)chains_of(p), segments = chains * (size_t)plan->segments;
+    size_t others = segments - chains; /* than first segments */
+    size_t chunks = (size_t)(plan->chunks * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
+    size_t rows = (size_t)(p->batches * (p->tokens - cut->skipped) * p->value_heads);
+    cut->B = kda_take(arena, segments * V * K, sizeof *cut->B);
+    cut->A = kda_take(arena, others * K * K, sizeof *cut->A);
+    cut->A_units = kda_take(arena, others * K / KDA_SM90_UNIT_COLUMNS, sizeof *cut->A_units);
+    cut->outputs = kda_take(arena, rows * K, sizeof *cut->outputs);
+    cut->output_units = kda_take(arena, chunks * (K + V) / KDA_SM90_UNIT_COLUMNS, sizeof *cut->output_units);
+    cut->state_units = kda_take(arena, segments * V, sizeof *cut->state_units);
+    if (p->beta_mode == FLASH_KDA_BETA_GIVEN) /* else it is between 0 and 2 */
+        cut->grown = kda_take(arena, segments, sizeof *cut->grown);
+}
+
+size_t kda_sm90_lay_out(const struct kda_prefill *p, const struct kda_plan *plan, char *workspace,
+                        struct kda_sm90_memory *memory) {
+    struct kda_arena arena = {workspace, 0};
+    *memory = (struct kda_sm90_memory){.spread.all = plan->stream, .cut.segments = 1};
+    if (plan->stream.parts)
+        lay_out_verdict(p, &arena, &memory->spread);
+    struct kda_arena ranges = arena; /* done before the schedule's kernels begin, which use the same memory */
+    if (plan->stream.parts)
+        lay_out_ranges(p, &ranges, &memory->spread);
+    if (plan->schedule == KDA_SCHEDULE_GENERAL)
+        lay_out_general(p, plan, &arena, memory);
+    else if (plan->schedule == KDA_SCHEDULE_CLUSTER)
+        lay_out_cluster(p, plan, &arena, &memory->cut);
+    return arena.used > ranges.used ? arena.used : ranges.used;
+}
