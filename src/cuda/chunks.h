@@ -14,28 +14,28 @@
 enum { KDA_CUDA_CHUNK = 32 };
 
 struct kda_span {
-    int64_t first, count; /* tokens within the sequence; count 0: behind its end */
+    int64_t first, count; /* tokens within the sequence; count 0: after its end */
 };
 
 KDA_INLINE int64_t kda_chunks_of(int64_t tokens) { return (tokens + KDA_CUDA_CHUNK - 1) / KDA_CUDA_CHUNK; }
 
 /* Does cutting at every checkpoint_every tokens move chunks off their usual places? */
-KDA_INLINE bool kda_cut_every(const struct kda_prefill *p) {
+KDA_INLINE bool kda_splits_chunks(const struct kda_prefill *p) {
     return p->checkpoints.data && p->checkpoint_every > 0 && p->checkpoint_every % KDA_CUDA_CHUNK != 0;
 }
 
 /* Cuts of one sequence at explicit offsets, at most. */
-KDA_INLINE int64_t kda_cuts(const struct kda_prefill *p) {
+KDA_INLINE int64_t kda_checkpoint_splits(const struct kda_prefill *p) {
     return p->checkpoints.data && p->checkpoint_offsets.data ? kda_checkpoint_count(p, 0) : 0;
 }
 
 /* Number of the first chunk of sequence n, which starts at token `first` of a packed batch. For n = N and first = T:
  * the number of chunks. */
 KDA_INLINE int64_t kda_first_chunk(const struct kda_prefill *p, int64_t first, int64_t n) {
-    int64_t every = kda_cut_every(p) ? p->checkpoint_every : 0;
+    int64_t every = kda_splits_chunks(p) ? p->checkpoint_every : 0;
     if (p->cu_seqlens.data)
-        return first / KDA_CUDA_CHUNK + (every ? first / every : 0) + n * (kda_cuts(p) + 2);
-    int64_t each = kda_chunks_of(p->tokens) + kda_cuts(p) + (every ? p->tokens / every : 0);
+        return first / KDA_CUDA_CHUNK + (every ? first / every : 0) + n * (kda_checkpoint_splits(p) + 2);
+    int64_t each = kda_chunks_of(p->tokens) + kda_checkpoint_splits(p) + (every ? p->tokens / every : 0);
     return n * each;
 }
 
@@ -49,13 +49,13 @@ KDA_INLINE struct kda_span kda_chunk_span(const struct kda_prefill *p, int64_t n
             span.count = kda_min64(length - span.first, KDA_CUDA_CHUNK);
         return span;
     }
-    if (kda_cut_every(p)) {
+    if (kda_splits_chunks(p)) {
         int64_t each = kda_chunks_of(p->checkpoint_every);
         begin = chunk / each * p->checkpoint_every;
         end = kda_min64(length, begin + p->checkpoint_every);
         chunk %= each;
     }
-    while (kda_cuts(p)) {
+    while (kda_checkpoint_splits(p)) {
         end = kda_min64(length, kda_next_checkpoint(p, n, begin));
         int64_t chunks = kda_chunks_of(end - begin);
         if (chunk < chunks || end >= length)
@@ -69,7 +69,7 @@ KDA_INLINE struct kda_span kda_chunk_span(const struct kda_prefill *p, int64_t n
     return span;
 }
 
-/* The chunk that a segment of a sequence of `chunks` begins with, which may be behind the last one. The first segment takes
+/* The chunk that a segment of a sequence of `chunks` begins with, which may be after the last one. The first segment takes
  * no identity along and needs a sixteenth less time for a chunk, so it is longer; the others have as many each, but for the
  * last ones, which have what is left. */
 KDA_INLINE int kda_begin_of_segment(int chunks, int segments, int segment) {
@@ -81,10 +81,10 @@ KDA_INLINE int kda_begin_of_segment(int chunks, int segments, int segment) {
 /* Chunks of sequence n, at least 1: the state of a sequence without tokens is passed on, too. */
 KDA_INLINE int64_t kda_chunk_count(const struct kda_prefill *p, int64_t n, int64_t length) {
     int64_t chunks = 0;
-    if (kda_cuts(p))
+    if (kda_checkpoint_splits(p))
         while (kda_chunk_span(p, n, length, chunks).count)
             chunks++;
-    else if (kda_cut_every(p))
+    else if (kda_splits_chunks(p))
         chunks = length / p->checkpoint_every * kda_chunks_of(p->checkpoint_every) +
                  kda_chunks_of(length % p->checkpoint_every);
     else

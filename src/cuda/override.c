@@ -15,7 +15,7 @@ static const struct name {
 } names[] = {{"general", KDA_SCHEDULE_GENERAL, true},
              {"persistent", KDA_SCHEDULE_PERSISTENT, false},
              {"cluster", KDA_SCHEDULE_CLUSTER, true},
-             /* As they were called in version 0.1; sm90/N was general/N, spread was stream_k. */
+             /* As they were called in version 0.1; sm90/N was general/N, spread stream_k. */
              {"fused", KDA_SCHEDULE_PERSISTENT, false},
              {"pairs", KDA_SCHEDULE_CLUSTER, true}};
 enum { NAMES = sizeof names / sizeof *names };
@@ -90,7 +90,8 @@ void kda_plan_name(const struct kda_plan *plan, char *text, size_t size) {
     const struct name *name = names;
     while (name->schedule != plan->schedule)
         name++;
-    int used = snprintf(text, size, "%s/%s%s", plan->level, plan->stream.parts ? "stream_k+" : "", name->name);
+    int used =
+        snprintf(text, size, "%s/%s%s", plan->level, plan->stream_k.ranges ? "stream_k+" : "", name->name);
     if (name->splits && used > 0 && (size_t)used < size)
         snprintf(text + used, size - (size_t)used, "/%d", plan->segments);
 }

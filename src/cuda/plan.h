@@ -6,7 +6,7 @@
 #ifndef KDA_CUDA_PLAN_H
 #define KDA_CUDA_PLAN_H
 
-#include "cuda/spread.h"
+#include "cuda/stream_k.h"
 
 #include <stddef.h>
 
@@ -24,7 +24,7 @@ enum kda_kernel {
     KDA_KERNEL_GENERAL_LOCAL, /* what segments make of a state, the scan, and their outputs from the true states */
     KDA_KERNEL_GENERAL_SCAN,
     KDA_KERNEL_GENERAL_RESUME,
-    KDA_KERNEL_PROBE, /* stream-K: looks whether gates are strong where chains are split, works ranges, verifies */
+    KDA_KERNEL_PROBE, /* stream-K: probes whether gates are strong where chains are split, works ranges, verifies */
     KDA_KERNEL_RANGES,
     KDA_KERNEL_FIXUP,
     KDA_KERNEL_PERSISTENT,
@@ -48,9 +48,9 @@ enum { KDA_MAX_LAUNCHES = 8, KDA_MAX_SEGMENTS = 64 };
 struct kda_plan {
     const char *level;
     enum kda_schedule schedule;
-    int segments;             /* of every sequence; 1: not split */
-    struct kda_spread stream; /* stream-K, tried before the schedule; without parts it is not */
-    int64_t chunks;           /* of all sequences, of one head, as chunks.h numbers them */
+    int segments;                 /* of every sequence; 1: not split */
+    struct kda_stream_k stream_k; /* stream-K, tried before the schedule; without ranges it is not */
+    int64_t chunks;               /* of all sequences, of one head, as chunks.h numbers them */
     int count;
     struct kda_launch launches[KDA_MAX_LAUNCHES];
     size_t workspace; /* bytes */

@@ -12,7 +12,7 @@ extern "C" {
 
 bool cluster_copy_can_run(void);
 
-/* Copies a stage to the other CTA again and again, and overwrites its source behind the wait, or at once. Returns which
+/* Copies a stage to the other CTA again and again, and overwrites its source after the wait, or at once. Returns which
  * share of the words was overwritten before it had been read; negative: CUDA failed. */
 double cluster_copy_overwritten(bool waits);
 

@@ -19,7 +19,7 @@ void device_bare(void) { bare = true; }
 /* ---- Memory between guards --------------------------------------------------------------------- */
 
 struct block {
-    char *data; /* behind the guard */
+    char *data; /* after the guard */
     size_t bytes;
 };
 
@@ -57,7 +57,7 @@ static bool block_intact(const struct block *b) {
 
 /* ---- Tensors ----------------------------------------------------------------------------------- */
 
-/* One tensor's bytes, from its first to behind its last element, on both sides. */
+/* One tensor's bytes, from its first to after its last element, on both sides. */
 struct copy {
     const char *name;
     DLTensor dl; /* on the device */
@@ -269,7 +269,7 @@ static bool nothing_else_written(struct call *c) {
     for (int i = 0; i < c->count; i++) {
         const struct copy *copy = &c->copies[i];
         char text[100];
-        snprintf(text, sizeof text, "wrote before or behind %s", copy->name);
+        snprintf(text, sizeof text, "wrote before or after %s", copy->name);
         if (copy->block.data && !block_intact(&copy->block))
             return fail(c, text);
         if (i >= c->written && !input_unchanged(c, copy))

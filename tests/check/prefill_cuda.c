@@ -172,7 +172,7 @@ static void fill_strong(struct prefill_problem *p, struct random *r) {
     tensor_fill(&p->g, 100);
 }
 
-/* What parts leave to the kernels behind them is the first word of their workspace, Hopper's enum Verdict. Results are right
+/* What parts leave to the kernels after them is the first word of their workspace, Hopper's enum Outcome. Results are right
  * in any case: only this tells who made them. */
 static const struct {
     void (*fill)(struct prefill_problem *, struct random *);

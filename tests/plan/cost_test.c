@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* When are sequences cut into segments, and into how many? On a device of 132 multiprocessors, K = V = 128. */
+/* When are sequences split into segments, and into how many? On a device of 132 multiprocessors, K = V = 128. */
 #include "cuda/chunks.h"
 #include "cuda/sm90/cost.h"
 
@@ -14,20 +14,20 @@ enum { PROCESSORS = 132, PARTS = 2 };
 static struct kda_segment_problem problem_of(int64_t chains, int64_t chunks) {
     return (struct kda_segment_problem){.chains = chains,
                                         .chunks = chunks,
-                                        .may_cut = true,
-                                        .value_parts = PARTS,
-                                        .identity_parts = PARTS,
+                                        .may_split = true,
+                                        .ctas_per_chain = PARTS,
+                                        .ctas_per_identity = PARTS,
                                         .processors = PROCESSORS};
 }
 
 static int segments(int64_t chains, int64_t chunks) {
     struct kda_segment_problem problem = problem_of(chains, chunks);
-    return kda_segments(&problem);
+    return kda_general_segments(&problem);
 }
 
 static int pairs(int64_t chains, int64_t chunks, double *microseconds) {
     struct kda_segment_problem problem = problem_of(chains, chunks);
-    return kda_pairs(&problem, microseconds);
+    return kda_cluster_segments(&problem, microseconds);
 }
 
 static void test_many_chains_stay_whole(void **state) {
@@ -40,9 +40,9 @@ static void test_many_chains_stay_whole(void **state) {
         if (chains == PROCESSORS / PARTS) /* a pair each */
             assert_int_equal(count, 1);
         else if (chains <= PROCESSORS) /* the fused kernel is taken, which cuts nothing */
-            assert_true(kda_fused_cost(&problem) < time);
+            assert_true(kda_persistent_cost(&problem) < time);
         else /* in whole rounds of either kernel pairs are at best as fast, as measured */
-            assert_true(kda_fused_cost(&problem) < time * 1.02);
+            assert_true(kda_persistent_cost(&problem) < time * 1.02);
     }
 }
 
@@ -62,7 +62,7 @@ static void test_a_long_chain_uses_the_device(void **state) {
     assert_true(count >= 16 && count <= KDA_MAX_SEGMENTS);
     count = pairs(1, 4096, &time);
     assert_true(count >= 32 && count <= KDA_MAX_SEGMENTS);
-    assert_true(time < 4096 / 10.0); /* uncut, a step takes more than a microsecond */
+    assert_true(time < 4096 / 10.0); /* not split, a step takes more than a microsecond */
 }
 
 /* Two segments of prepared operands need no A and gain nothing: the second waits for the first. */
@@ -134,9 +134,9 @@ static void test_not_where_it_may_not_cut(void **state) {
     (void)state;
     double time;
     struct kda_segment_problem problem = problem_of(1, 4096);
-    problem.may_cut = false;
-    assert_int_equal(kda_segments(&problem), 1);
-    assert_int_equal(kda_pairs(&problem, &time), 1);
+    problem.may_split = false;
+    assert_int_equal(kda_general_segments(&problem), 1);
+    assert_int_equal(kda_cluster_segments(&problem, &time), 1);
 }
 
 /* States within segments need a second pass. */
@@ -144,9 +144,9 @@ static void test_checkpoints_cost(void **state) {
     (void)state;
     double without, with;
     struct kda_segment_problem problem = problem_of(8, 256);
-    kda_pairs(&problem, &without);
+    kda_cluster_segments(&problem, &without);
     problem.checkpoints = true;
-    kda_pairs(&problem, &with);
+    kda_cluster_segments(&problem, &with);
     assert_true(with > without * 1.2);
 }
 
@@ -164,12 +164,12 @@ static void test_fused_where_there_are_many_chains(void **state) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct kda_segment_problem problem = problem_of(cases[i].chains, cases[i].chunks);
         problem.packed = cases[i].packed;
-        kda_pairs(&problem, &otherwise);
-        assert_int_equal(kda_fused_cost(&problem) < otherwise, cases[i].wins);
+        kda_cluster_segments(&problem, &otherwise);
+        assert_int_equal(kda_persistent_cost(&problem) < otherwise, cases[i].wins);
     }
 }
 
-/* Segments of pairs: one behind the other, all of a sequence, and the first one the longest. */
+/* Segments of pairs: one after the other, all of a sequence, and the first one the longest. */
 static void test_segments_meet(void **state) {
     (void)state;
     for (int chunks = 1; chunks < 300; chunks++)
@@ -186,7 +186,7 @@ static void test_segments_meet(void **state) {
     assert_int_equal(kda_begin_of_segment(256, 2, 2), 256);
 }
 
-/* Where parts gain more with strong gates than looking costs with slow ones, as measured on an H200. */
+/* Where ranges gain more with strong gates than looking costs with slow ones, as measured on an H200. */
 static void test_parts_where_they_pay(void **state) {
     (void)state;
     const struct {
@@ -200,12 +200,12 @@ static void test_parts_where_they_pay(void **state) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct kda_segment_problem problem = problem_of(cases[i].chains, cases[i].chunks);
         problem.packed = cases[i].packed;
-        double paired, fused = kda_fused_cost(&problem);
-        kda_pairs(&problem, &paired);
-        int parts = kda_parts(&problem);
-        assert_in_range(parts, 2, PROCESSORS);
-        assert_int_equal(kda_spread_pays(&problem, parts, fused < paired ? fused : paired), cases[i].pay);
-        assert_false(kda_spread_pays(&problem, 0, 1e9));
+        double paired, fused = kda_persistent_cost(&problem);
+        kda_cluster_segments(&problem, &paired);
+        int ranges = kda_stream_k_ranges(&problem);
+        assert_in_range(ranges, 2, PROCESSORS);
+        assert_int_equal(kda_stream_k_pays(&problem, ranges, fused < paired ? fused : paired), cases[i].pay);
+        assert_false(kda_stream_k_pays(&problem, 0, 1e9));
     }
 }
 

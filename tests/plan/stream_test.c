@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* Parts of all chains end to end: is every chunk in one of them, and does everybody see the same cuts? */
-#include "cuda/spread.h"
+/* Ranges of all chains end to end: is every chunk in one of them, and does everybody see the same cuts? */
+#include "cuda/stream_k.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -27,20 +27,20 @@ static struct kda_tensor indices(int64_t *data, int64_t count) {
         .data = (char *)data, .dtype = KDA_I64, .rank = 1, .shape = {count}, .stride = {sizeof *data}};
 }
 
-/* Walks all parts; every chunk that is to be worked is met once, in order, and cuts fit. */
-static void check(const struct kda_prefill *p, int parts) {
+/* Walks all ranges; every chunk that is to be worked is met once, in order, and cuts fit. */
+static void check(const struct kda_prefill *p, int ranges) {
     static int met[SEQUENCES][HEADS];
-    static bool cut[SEQUENCES][HEADS];
-    struct kda_spread spread = kda_spread(p, parts);
+    static bool split[SEQUENCES][HEADS];
+    struct kda_stream_k stream_k = kda_split_evenly(p, ranges);
     for (int n = 0; n < p->sequences; n++)
         for (int h = 0; h < HEADS; h++)
-            met[n][h] = 0, cut[n][h] = false;
-    assert_in_range(spread.parts, 1, parts);
-    assert_int_equal(kda_spread(p, spread.parts).parts, spread.parts); /* asked for again */
-    for (int part = 0; part < spread.parts; part++) {
-        struct kda_stretch s = {.n = 0};
-        kda_first_stretch(p, &spread, part, &s);
-        for (bool first = true; first || kda_next_stretch(p, &spread, part, &s); first = false) {
+            met[n][h] = 0, split[n][h] = false;
+    assert_in_range(stream_k.ranges, 1, ranges);
+    assert_int_equal(kda_split_evenly(p, stream_k.ranges).ranges, stream_k.ranges); /* asked for again */
+    for (int range = 0; range < stream_k.ranges; range++) {
+        struct kda_slice s = {.n = 0};
+        kda_first_slice(p, &stream_k, range, &s);
+        for (bool first = true; first || kda_next_slice(p, &stream_k, range, &s); first = false) {
             assert_in_range(s.n, 0, p->sequences - 1);
             assert_in_range(s.head, 0, HEADS - 1);
             if (s.begin == s.end)
@@ -48,10 +48,10 @@ static void check(const struct kda_prefill *p, int parts) {
             assert_int_equal(met[s.n][s.head], s.begin);
             assert_true(s.begin < s.end && s.end <= s.chunks);
             assert_true(s.end == s.chunks || s.end < s.chunks - 1); /* the last one is never alone */
-            assert_true(kda_cut_before(&s) == (s.begin > 0) && (first || !kda_cut_before(&s)));
-            assert_true(s.begin == 0 || cut[s.n][s.head]); /* said by the chain's first stretch */
+            assert_true(kda_split_before(&s) == (s.begin > 0) && (first || !kda_split_before(&s)));
+            assert_true(s.begin == 0 || split[s.n][s.head]); /* said by the chain's first slice */
             met[s.n][s.head] = s.end;
-            cut[s.n][s.head] = cut[s.n][s.head] || kda_cut_behind(&s);
+            split[s.n][s.head] = split[s.n][s.head] || kda_split_after(&s);
         }
     }
     for (int n = 0; n < p->sequences; n++)
@@ -63,9 +63,9 @@ static void check(const struct kda_prefill *p, int parts) {
 }
 
 static void check_parts(const struct kda_prefill *p) {
-    int length = kda_spread(p, 1).length;
-    for (int parts = 1; parts <= length / 2 && parts <= 132; parts++)
-        check(p, parts);
+    int length = kda_split_evenly(p, 1).length;
+    for (int ranges = 1; ranges <= length / 2 && ranges <= 132; ranges++)
+        check(p, ranges);
 }
 
 static void test_batches(void **state) {
@@ -78,12 +78,12 @@ static void test_batches(void **state) {
         }
 }
 
-/* Where it makes parts hardly longer, a part has chunks of one chain alone. */
+/* Where it makes ranges hardly longer, a range has chunks of one chain alone. */
 static void test_chains_begin_with_parts(void **state) {
     (void)state;
     const struct {
         int64_t heads, tokens;
-        int parts, longest;
+        int ranges, longest;
         bool alone;
     } cases[] = {{8, 4096, 128, 8, true},    {12, 2048, 132, 6, true},  {16, 2048, 128, 8, true},
                  {10, 3072, 120, 8, true},   {32, 8192, 128, 64, true}, {24, 8192, 132, 48, false},
@@ -91,18 +91,18 @@ static void test_chains_begin_with_parts(void **state) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct kda_prefill p = whole(1, cases[i].tokens);
         p.heads = p.value_heads = cases[i].heads;
-        struct kda_spread spread = kda_spread(&p, 132);
-        assert_int_equal(spread.parts, cases[i].parts);
+        struct kda_stream_k stream_k = kda_split_evenly(&p, 132);
+        assert_int_equal(stream_k.ranges, cases[i].ranges);
         int shared = 0;
-        for (int part = 0; part < spread.parts; part++) {
-            struct kda_stretch s = {.n = 0};
-            int chunks = 0, stretches = 0;
-            kda_first_stretch(&p, &spread, part, &s);
+        for (int range = 0; range < stream_k.ranges; range++) {
+            struct kda_slice s = {.n = 0};
+            int chunks = 0, slices = 0;
+            kda_first_slice(&p, &stream_k, range, &s);
             do
-                chunks += s.end - s.begin, stretches += s.end > s.begin;
-            while (kda_next_stretch(&p, &spread, part, &s));
+                chunks += s.end - s.begin, slices += s.end > s.begin;
+            while (kda_next_slice(&p, &stream_k, range, &s));
             assert_in_range(chunks, 1, cases[i].longest);
-            shared += stretches > 1;
+            shared += slices > 1;
         }
         assert_int_equal(shared == 0, cases[i].alone);
     }

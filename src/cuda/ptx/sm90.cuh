@@ -108,7 +108,7 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-/* Arrives at a barrier of the cluster's CTA `rank`, which lies there as `barrier` does here, behind what has been read: no write
+/* Arrives at a barrier of the cluster's CTA `rank`, which lies there as `barrier` does here, after what has been read: no write
  * is made visible there. cuda::ptx knows this with a release to the cluster only, which waits for all memory. */
 __device__ __forceinline__ void arrive_at(uint64_t &barrier, int rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"

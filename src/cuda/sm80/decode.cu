@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH, kind>())
     if (HINT) {
         index = find_read_index(d, n);
     } else {
-        /* The warp has asked for all that when it looks at the index: a mere look, at no other lanes', would be moved up. */
+        /* The warp has asked for all that when it probes at the index: a mere look, at no other lanes', would be moved up. */
         __syncwarp();
         s.slot = in_pool(d, __reduce_max_sync(~0u, index));
         if (s.slot < 0 || s.length < 1)

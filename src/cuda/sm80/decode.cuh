@@ -74,7 +74,7 @@ struct Sequence {
     int length, slot;
 };
 
-/* What state_indices say, which has yet to be looked at by in_pool: who looks waits for it. */
+/* What state_indices say, which has yet to be looked at by in_pool: who probes waits for it. */
 inline __device__ int find_index(const Decode &d, int n, int column) {
     if (!d.state_indices)
         return n;
@@ -154,7 +154,7 @@ template <kda_dtype DTYPE> struct Aligned {
     static constexpr int VEC = DTYPE == KDA_F32 ? 4 : 8;
 
     __device__ static int bytes(kda_dtype) { return 16; }
-    /* Elements i .. i + VEC - 1, at `at`, of a row of `end` elements; 0 behind its end. */
+    /* Elements i .. i + VEC - 1, at `at`, of a row of `end` elements; 0 after its end. */
     __device__ static void load(const char *at, int i, int end, kda_dtype, float (&x)[VEC]) {
         x[0] = x[1] = x[2] = x[3] = 0;
         load_streaming(x[0], x[1], x[2], x[3], at, i < end);
@@ -256,7 +256,7 @@ inline __device__ bool are_large(const Products &part) { return !(part.kk + part
 /* Is it so for any thread of the CTA? A barrier; the vote tells the compiler that all of a warp agree. */
 inline __device__ bool any_of_cta(bool x) { return __any_sync(~0u, __syncthreads_or(x)); }
 
-/* All of a CTA's threads, behind a barrier. */
+/* All of a CTA's threads, after a barrier. */
 template <int THREADS, class Token> __device__ __noinline__ void normalise_large(Token *tokens, int count) {
     constexpr int KP = sizeof Token::k / sizeof(float), PARTS = sizeof Token::products / sizeof(float4);
 #pragma unroll 1

@@ -66,7 +66,7 @@ template <class F> __device__ void each_token(const Rows &rows, const Sequence &
     }
 }
 
-/* The same behind the convolution and SiLU, if it has a convolution, whose state goes on with the tokens. */
+/* The same after the convolution and SiLU, if it has a convolution, whose state goes on with the tokens. */
 template <class F>
 __device__ void each_input(const Decode &d, const Convolution &conv, const Rows &rows, int dim,
                            const Sequence &s, int head, int c, F f) {
@@ -124,7 +124,7 @@ __device__ void prepare_keys(const Fused &d, const Sequence &s, int key_head, ty
     });
 }
 
-/* Behind a barrier: all of q and k is there. Returns whether rows are to be normalised beforehand, by what the thread has seen. */
+/* After a barrier: all of q and k is there. Returns whether rows are to be normalised beforehand, by what the thread has seen. */
 template <class Tile> __device__ bool multiply_keys(const Sequence &s, typename Tile::Token *tokens) {
     bool large = false;
     constexpr int WARPS = Tile::THREADS / 32;

@@ -24,25 +24,24 @@ constexpr int BLOCK = 16, BLOCKS = CHUNK / BLOCK,
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float STRONGEST = -10 * LOG2E; /* decay of a token in a pair, log2 */
 
-/* Decay of one channel of a block, log2: through all of it, and the part before and behind its middle; these two with
+/* Decay of one channel of a block, log2: through all of it, and the part before and after its middle; these two with
  * every token's decay at most STRONGEST. */
 struct Decay {
-    float2 through, before, behind;
+    float2 through, before, after;
 };
 
 template <int KP> struct Shared {
     static constexpr int PAIRS = KP / 2, THREADS = BLOCKS * PAIRS, WARPS = THREADS / 32;
-    __nv_bfloat16 rows[2][CHUNK * KP]; /* unit rows of k, then q, decayed from the middle of their block */
-    __nv_bfloat16 columns[CHUNK * KP]; /* unit rows of k grown back to the middle of their block */
+    __nv_bfloat16 rows[2][CHUNK * KP]; /* exponent rows of k, then q, decayed from the middle of their block */
+    __nv_bfloat16 columns[CHUNK * KP]; /* exponent rows of k grown back to the middle of their block */
     __nv_bfloat16 across[BLOCK * KP];  /* those of block 0, decayed to the middle of block 1 */
     Decay decay[BLOCKS][PAIRS];
     float diagonal[CHUNK];           /* of M */
     float products[WARPS][BLOCK];    /* of a warp's channels of q and k of one token */
     float squares[WARPS][2 * BLOCK]; /* of a warp's channels of k, then q */
-    alignas(
-        16) float factor[2][WARPS]
-                        [2 * BLOCK]; /* of a row of KT or QT, and of a unit row; each warp has its own copy */
-    float undo[2][CHUNK];            /* |row| / |unit row| of k, then q, where rows are not normalised */
+    alignas(16) float factor
+        [2][WARPS][2 * BLOCK]; /* of a row of KT or QT, and of a exponent row; each warp has its own copy */
+    float undo[2][CHUNK];      /* |row| / |exponent row| of k, then q, where rows are not normalised */
     float beta[CHUNK];
     float key_square[CHUNK]; /* |k|^2 as it is used */
     float growth[BLOCKS];    /* log2, of the channel that grows most: 0 if every log decay is below it */
@@ -199,14 +198,14 @@ __device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all
         for (int w = 0; w < PER_BLOCK; w++)
             squares += shared.squares[first + w][lane];
     }
-    float scale = lane < BLOCK ? 1.f : p.scale, unit = unit_factor(squares);
+    float scale = lane < BLOCK ? 1.f : p.scale, exponent = unit_factor(squares);
     if (p.qk_norm)
-        unit = large ? rsqrtf(squares) * SMALLER : rsqrtf(squares + 1e-6f);
+        exponent = large ? rsqrtf(squares) * SMALLER : rsqrtf(squares + 1e-6f);
     bool exists = lane % BLOCK < at.count;
-    shared.factor[0][warp][lane] = exists ? (p.qk_norm ? unit * scale : scale) : 0.f;
-    shared.factor[1][warp][lane] = exists ? unit * (p.qk_norm ? scale : 1.f) : 0.f;
+    shared.factor[0][warp][lane] = exists ? (p.qk_norm ? exponent * scale : scale) : 0.f;
+    shared.factor[1][warp][lane] = exists ? exponent * (p.qk_norm ? scale : 1.f) : 0.f;
     if (warp % PER_BLOCK == 0)
-        shared.undo[lane / BLOCK][at.block * BLOCK + lane % BLOCK] = scale / unit;
+        shared.undo[lane / BLOCK][at.block * BLOCK + lane % BLOCK] = scale / exponent;
     __syncwarp();
     if (warp % PER_BLOCK == 0 && lane < BLOCK) {
         float product = 0;
@@ -261,7 +260,7 @@ __device__ void find_decays(const kda_prefill &p, const Place &at, const Pair<al
         sum.x += x[t].x, sum.y += x[t].y;
         x[t] = sum;
     }
-    decay.behind = sum;
+    decay.after = sum;
     sum = make_float2(0, 0);
 #pragma unroll
     for (int t = MIDDLE - 1; t >= 0; t--) {
@@ -271,7 +270,7 @@ __device__ void find_decays(const kda_prefill &p, const Place &at, const Pair<al
     }
     decay.before = sum;
     if (gate == FLASH_KDA_GATE_SIGMOID)
-        decay.through = make_float2(decay.before.x + decay.behind.x, decay.before.y + decay.behind.y);
+        decay.through = make_float2(decay.before.x + decay.after.x, decay.before.y + decay.after.y);
 }
 
 __device__ float2 exp2_pair(float x, float y) { return make_float2(exp2_approximate(x), exp2_approximate(y)); }
@@ -289,9 +288,9 @@ struct Ways {
 template <int KP> __device__ Ways find_ways(const Shared<KP> &shared, const Place &at, Operands<KP> &out) {
     const Decay &first = shared.decay[0][at.c / 2], &second = shared.decay[1][at.c / 2];
     Ways ways;
-    ways.behind_0 = exp2_pair(first.behind.x, first.behind.y);
+    ways.behind_0 = exp2_pair(first.after.x, first.after.y);
     ways.before_1 = exp2_pair(second.before.x, second.before.y);
-    ways.behind_1 = exp2_pair(second.behind.x, second.behind.y);
+    ways.behind_1 = exp2_pair(second.after.x, second.after.y);
     if (at.block == 0) {
         ways.from_start = exp2_pair(first.before.x, first.before.y);
         *reinterpret_cast<float2 *>(&out.carry[at.c]) =
@@ -299,7 +298,7 @@ template <int KP> __device__ Ways find_ways(const Shared<KP> &shared, const Plac
                         expm1f((first.through.y + second.through.y) * LN2));
     } else
         ways.from_start =
-            times(exp2_pair(first.before.x + first.behind.x, first.before.y + first.behind.y), ways.before_1);
+            times(exp2_pair(first.before.x + first.after.x, first.before.y + first.after.y), ways.before_1);
     return ways;
 }
 
@@ -308,10 +307,10 @@ __device__ void store_tiles(const Place &at, const Pair<all_bf16> (&k)[BLOCK], c
                             const float2 (&x)[BLOCK], Shared<KP> &shared, Operands<KP> &out) {
     Ways ways = find_ways<KP>(shared, at, out);
     const float *row_factor = shared.factor[0][threadIdx.x / 32];
-    float unit[2 * BLOCK];
+    float exponent[2 * BLOCK];
 #pragma unroll
     for (int t = 0; t < 2 * BLOCK; t += 4)
-        *reinterpret_cast<float4 *>(&unit[t]) =
+        *reinterpret_cast<float4 *>(&exponent[t]) =
             *reinterpret_cast<const float4 *>(&shared.factor[1][threadIdx.x / 32][t]);
     auto put = [](__nv_bfloat16 *tile, int i, float2 pair) {
         *reinterpret_cast<uint32_t *>(&tile[i]) = pack(pair);
@@ -321,9 +320,9 @@ __device__ void store_tiles(const Place &at, const Pair<all_bf16> (&k)[BLOCK], c
         int row = at.block * BLOCK + t;
         int i = swizzled<CHUNK, KP>(row, at.c), j = swizzled<2 * CHUNK, KP>(row, at.c);
         float2 decayed = exp2_pair(x[t].x, x[t].y), grown = exp2_pair(-x[t].x, -x[t].y);
-        float2 key_row = times(times(k[t].get(), unit[t]), decayed);
-        float2 query_row = times(times(q[t].get(), unit[BLOCK + t]), decayed);
-        float2 column = times(times(k[t].get(), unit[t]), grown);
+        float2 key_row = times(times(k[t].get(), exponent[t]), decayed);
+        float2 query_row = times(times(q[t].get(), exponent[BLOCK + t]), decayed);
+        float2 column = times(times(k[t].get(), exponent[t]), grown);
         put(shared.rows[0], i, key_row);
         put(shared.rows[1], i, query_row);
         put(shared.columns, i, column);

@@ -38,7 +38,7 @@ kda_sm90_launcher kda_sm90_cluster_local, kda_sm90_cluster_scan, kda_sm90_add_hi
 
 /* Is kda_sm90_decode made for this problem, whose states' rows are whole pieces of 16 bytes? Of every sequence one token, no index
  * tensor but state_indices, bits that may depend on the batch; K = 128 and V a multiple of it; states V first, columns
- * one behind another, and few if in fp32; q, k, v, g, beta and out in bf16, A_log and dt_bias in fp32. */
+ * one after another, and few if in fp32; q, k, v, g, beta and out in bf16, A_log and dt_bias in fp32. */
 bool kda_sm90_decode_takes(const struct kda_decode *d, int processors);
 
 /* As kda_sm80_decode. */

@@ -46,8 +46,8 @@ static bool has_tiles(const struct kda_prefill *p) {
 /* Sequences are not split where a sequence's bits must not depend on the others, nor at checkpoints that fall between
  * whole chunks. */
 static bool may_split(const struct kda_prefill *p) {
-    return !p->batch_invariant && p->tokens && p->sequences && !kda_cut_every(p) && !kda_cuts(p) &&
-           p->key_dim % 4 == 0; /* the scan copies 16 bytes at a time */
+    return !p->batch_invariant && p->tokens && p->sequences && !kda_splits_chunks(p) &&
+           !kda_checkpoint_splits(p) && p->key_dim % 4 == 0; /* the scan copies 16 bytes at a time */
 }
 
 /* ---- The schedule -------------------------------------------------------------------------------- */
@@ -63,37 +63,37 @@ static void choose(const struct kda_prefill *p, int multiprocessors, const struc
     struct kda_segment_problem problem = {.chains = chains_of(p),
                                           .chunks = kda_chunks_of(tokens),
                                           .packed = packed,
-                                          .may_cut = may_split(p),
+                                          .may_split = may_split(p),
                                           .checkpoints = p->checkpoints.data,
-                                          .value_parts = general_ctas(p->value_dim),
-                                          .identity_parts = general_ctas(p->key_dim),
+                                          .ctas_per_chain = general_ctas(p->value_dim),
+                                          .ctas_per_identity = general_ctas(p->key_dim),
                                           .processors = multiprocessors};
     enum kda_schedule asked = override->schedule;
     double cost;
     if (!has_tiles(p) || asked == KDA_SCHEDULE_GENERAL) {
         plan->schedule = KDA_SCHEDULE_GENERAL;
-        plan->segments = kda_segments(&problem);
-    } else if (p->key_dim != KDA_SM90_CUT_DIM) {
+        plan->segments = kda_general_segments(&problem);
+    } else if (p->key_dim != KDA_SM90_DIM) {
         /* A rule, not a model: where nothing would be split, or enough of the device is used. */
-        plan->segments = kda_segments(&problem);
+        plan->segments = kda_general_segments(&problem);
         bool many = plan->segments == 1 || problem.chains >= multiprocessors / 3;
         plan->schedule =
             asked == KDA_SCHEDULE_PERSISTENT || many ? KDA_SCHEDULE_PERSISTENT : KDA_SCHEDULE_GENERAL;
     } else {
-        double persistent = kda_fused_cost(&problem);
-        plan->segments = kda_pairs(&problem, &cost);
+        double persistent = kda_persistent_cost(&problem);
+        plan->segments = kda_cluster_segments(&problem, &cost);
         /* What is in the batch beside a sequence may not decide. */
         plan->schedule = asked                                     ? asked
                          : p->batch_invariant || persistent < cost ? KDA_SCHEDULE_PERSISTENT
                                                                    : KDA_SCHEDULE_CLUSTER;
-        bool may_stream = problem.may_cut && kda_can_spread(p) && (!asked || override->stream_k);
-        int parts = may_stream ? kda_parts(&problem) : 0;
+        bool may_stream_k = problem.may_split && kda_can_stream_k(p) && (!asked || override->stream_k);
+        int ranges = may_stream_k ? kda_stream_k_ranges(&problem) : 0;
         double otherwise = plan->schedule == KDA_SCHEDULE_PERSISTENT ? persistent : cost;
-        if (parts && (override->stream_k || kda_spread_pays(&problem, parts, otherwise)))
-            plan->stream = kda_spread(p, parts);
+        if (ranges && (override->stream_k || kda_stream_k_pays(&problem, ranges, otherwise)))
+            plan->stream_k = kda_split_evenly(p, ranges);
     }
     if (override->segments)
-        plan->segments = problem.may_cut ? override->segments : 1;
+        plan->segments = problem.may_split ? override->segments : 1;
     if (plan->schedule == KDA_SCHEDULE_PERSISTENT)
         plan->segments = 1;
 }
@@ -124,12 +124,13 @@ static void plan_general(const struct kda_prefill *p, int multiprocessors, struc
                              .kernel = KDA_KERNEL_GENERAL_RESUME, .config = 1, .grid = {segments, value_ctas}});
 }
 
-static void plan_stream(struct kda_plan *plan) {
-    unsigned parts = (unsigned)plan->stream.parts;
-    kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_PROBE, .grid = {parts, 1}});
+static void plan_stream_k(struct kda_plan *plan) {
+    unsigned ranges = (unsigned)plan->stream_k.ranges;
+    kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_PROBE, .grid = {ranges, 1}});
     kda_add_launch(plan,
-                   (struct kda_launch){.kernel = KDA_KERNEL_RANGES, .grid = {parts, 1}, .overlaps = true});
-    kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_FIXUP, .grid = {parts, 2}, .overlaps = true});
+                   (struct kda_launch){.kernel = KDA_KERNEL_RANGES, .grid = {ranges, 1}, .overlaps = true});
+    kda_add_launch(plan,
+                   (struct kda_launch){.kernel = KDA_KERNEL_FIXUP, .grid = {ranges, 2}, .overlaps = true});
 }
 
 static void plan_persistent(const struct kda_prefill *p, int multiprocessors, struct kda_plan *plan) {
@@ -141,7 +142,7 @@ static void plan_persistent(const struct kda_prefill *p, int multiprocessors, st
     kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_PERSISTENT,
                                              .config = config,
                                              .grid = {(unsigned)kda_min64(chains, multiprocessors * config), 1},
-                                             .overlaps = plan->stream.parts > 0});
+                                             .overlaps = plan->stream_k.ranges > 0});
 }
 
 /* Columns of V that a CTA scans, in eights: as few as let all CTAs of an H200 run at once. */
@@ -167,7 +168,7 @@ static void plan_cluster(const struct kda_prefill *p, int multiprocessors, struc
      * for a microsecond that is gained in the beginning. */
     const struct kda_launch cluster = {.kernel = KDA_KERNEL_CLUSTER,
                                        .grid = {(unsigned)(chains * plan->segments * CLUSTER), 1},
-                                       .overlaps = plan->stream.parts && tokens < SHORT};
+                                       .overlaps = plan->stream_k.ranges && tokens < SHORT};
     if (plan->segments == 1) {
         kda_add_launch(plan, cluster);
         return;
@@ -176,12 +177,12 @@ static void plan_cluster(const struct kda_prefill *p, int multiprocessors, struc
     local.kernel = KDA_KERNEL_CLUSTER_LOCAL;
     kda_add_launch(plan, local);
     int columns = scan_columns(chains);
-    kda_add_launch(plan,
-                   (struct kda_launch){.kernel = KDA_KERNEL_CLUSTER_SCAN,
-                                       .config = columns,
-                                       .grid = {(unsigned)chains, (unsigned)(KDA_SM90_CUT_DIM / columns /
-                                                                             KDA_SM90_CLUSTER_SCAN_COLUMNS)},
-                                       .overlaps = true});
+    kda_add_launch(
+        plan, (struct kda_launch){.kernel = KDA_KERNEL_CLUSTER_SCAN,
+                                  .config = columns,
+                                  .grid = {(unsigned)chains,
+                                           (unsigned)(KDA_SM90_DIM / columns / KDA_SM90_CLUSTER_SCAN_COLUMNS)},
+                                  .overlaps = true});
     if (p->checkpoints.data) { /* which take true states all the way */
         kda_add_launch(plan, cluster);
         return;
@@ -200,8 +201,8 @@ void kda_sm90_plan(const struct kda_prefill *p, int multiprocessors, const struc
     struct kda_sm90_memory memory;
     choose(p, multiprocessors, override, plan);
     plan->workspace = kda_sm90_lay_out(p, plan, NULL, &memory);
-    if (plan->stream.parts)
-        plan_stream(plan);
+    if (plan->stream_k.ranges)
+        plan_stream_k(plan);
     if (plan->schedule == KDA_SCHEDULE_PERSISTENT)
         plan_persistent(p, multiprocessors, plan);
     else if (plan->schedule == KDA_SCHEDULE_CLUSTER)
@@ -216,30 +217,30 @@ static void lay_out_general(const struct kda_prefill *p, const struct kda_plan *
                             struct kda_sm90_memory *memory) {
     size_t segments = (size_t)(chains_of(p) * plan->segments), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
     memory->operands = kda_take(arena, kda_sm80_operands(p), 1);
-    memory->segments.count = plan->segments;
+    memory->general.count = plan->segments;
     if (plan->segments == 1)
         return;
-    memory->segments.summaries = kda_take(arena, segments * (V + K) * K, sizeof *memory->segments.summaries);
-    memory->segments.growth = kda_take(arena, segments, sizeof *memory->segments.growth);
+    memory->general.summaries = kda_take(arena, segments * (V + K) * K, sizeof *memory->general.summaries);
+    memory->general.growth = kda_take(arena, segments, sizeof *memory->general.growth);
 }
 
 /* What the kernels after stream-K's read. */
 static void lay_out_verdict(const struct kda_prefill *p, struct kda_arena *arena,
-                            struct kda_sm90_spread *spread) {
-    spread->verdict = kda_take(arena, 1, sizeof *spread->verdict);
-    spread->left = kda_take(arena, (size_t)chains_of(p), sizeof *spread->left);
+                            struct kda_sm90_stream_k *stream_k) {
+    stream_k->outcome = kda_take(arena, 1, sizeof *stream_k->outcome);
+    stream_k->pending = kda_take(arena, (size_t)chains_of(p), sizeof *stream_k->pending);
 }
 
 static void lay_out_ranges(const struct kda_prefill *p, struct kda_arena *arena,
-                           struct kda_sm90_spread *spread) {
-    size_t parts = (size_t)spread->all.parts, K = (size_t)p->key_dim, V = (size_t)p->value_dim;
-    size_t finals = kda_states_by_chain(p, spread->all.parts) ? (size_t)chains_of(p) : parts;
-    spread->looks = kda_take(arena, parts, sizeof *spread->looks);
-    spread->firsts = kda_take(arena, parts, sizeof *spread->firsts);
-    spread->proofs = kda_take(arena, parts, sizeof *spread->proofs);
-    spread->states = kda_take(arena, parts * V * K, sizeof *spread->states);
-    spread->outputs = kda_take(arena, parts * KDA_CUDA_CHUNK * K, sizeof *spread->outputs);
-    spread->finals = kda_take(arena, finals * V * K, sizeof *spread->finals);
+                           struct kda_sm90_stream_k *stream_k) {
+    size_t ranges = (size_t)stream_k->split.ranges, K = (size_t)p->key_dim, V = (size_t)p->value_dim;
+    size_t finals = kda_states_by_chain(p, stream_k->split.ranges) ? (size_t)chains_of(p) : ranges;
+    stream_k->probes = kda_take(arena, ranges, sizeof *stream_k->probes);
+    stream_k->firsts = kda_take(arena, ranges, sizeof *stream_k->firsts);
+    stream_k->proofs = kda_take(arena, ranges, sizeof *stream_k->proofs);
+    stream_k->states = kda_take(arena, ranges * V * K, sizeof *stream_k->states);
+    stream_k->outputs = kda_take(arena, ranges * KDA_CUDA_CHUNK * K, sizeof *stream_k->outputs);
+    stream_k->finals = kda_take(arena, finals * V * K, sizeof *stream_k->finals);
 }
 
 /* Tokens of every sequence's first segment, where all have as many; else 0. */
@@ -251,37 +252,39 @@ static int64_t tokens_of_first(const struct kda_prefill *p, int segments) {
 }
 
 static void lay_out_cluster(const struct kda_prefill *p, const struct kda_plan *plan, struct kda_arena *arena,
-                            struct kda_sm90_cut *cut) {
-    cut->segments = plan->segments;
+                            struct kda_sm90_cluster_memory *cluster) {
+    cluster->segments = plan->segments;
     if (plan->segments == 1)
         return;
-    cut->skipped = tokens_of_first(p, plan->segments);
+    cluster->skipped = tokens_of_first(p, plan->segments);
     size_t chains = (size_t)chains_of(p), segments = chains * (size_t)plan->segments;
     size_t others = segments - chains; /* than first segments */
     size_t chunks = (size_t)(plan->chunks * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
-    size_t rows = (size_t)(p->batches * (p->tokens - cut->skipped) * p->value_heads);
-    cut->B = kda_take(arena, segments * V * K, sizeof *cut->B);
-    cut->A = kda_take(arena, others * K * K, sizeof *cut->A);
-    cut->A_units = kda_take(arena, others * K / KDA_SM90_UNIT_COLUMNS, sizeof *cut->A_units);
-    cut->outputs = kda_take(arena, rows * K, sizeof *cut->outputs);
-    cut->output_units = kda_take(arena, chunks * (K + V) / KDA_SM90_UNIT_COLUMNS, sizeof *cut->output_units);
-    cut->state_units = kda_take(arena, segments * V, sizeof *cut->state_units);
+    size_t rows = (size_t)(p->batches * (p->tokens - cluster->skipped) * p->value_heads);
+    cluster->local_states = kda_take(arena, segments * V * K, sizeof *cluster->local_states);
+    cluster->transitions = kda_take(arena, others * K * K, sizeof *cluster->transitions);
+    cluster->transition_exponents =
+        kda_take(arena, others * K / KDA_SM90_EXPONENT_COLUMNS, sizeof *cluster->transition_exponents);
+    cluster->outputs = kda_take(arena, rows * K, sizeof *cluster->outputs);
+    cluster->output_exponents =
+        kda_take(arena, chunks * (K + V) / KDA_SM90_EXPONENT_COLUMNS, sizeof *cluster->output_exponents);
+    cluster->state_exponents = kda_take(arena, segments * V, sizeof *cluster->state_exponents);
     if (p->beta_mode == FLASH_KDA_BETA_GIVEN) /* else it is between 0 and 2 */
-        cut->grown = kda_take(arena, segments, sizeof *cut->grown);
+        cluster->grown = kda_take(arena, segments, sizeof *cluster->grown);
 }
 
 size_t kda_sm90_lay_out(const struct kda_prefill *p, const struct kda_plan *plan, char *workspace,
                         struct kda_sm90_memory *memory) {
     struct kda_arena arena = {workspace, 0};
-    *memory = (struct kda_sm90_memory){.spread.all = plan->stream, .cut.segments = 1};
-    if (plan->stream.parts)
-        lay_out_verdict(p, &arena, &memory->spread);
+    *memory = (struct kda_sm90_memory){.stream_k.split = plan->stream_k, .cluster.segments = 1};
+    if (plan->stream_k.ranges)
+        lay_out_verdict(p, &arena, &memory->stream_k);
     struct kda_arena ranges = arena; /* done before the schedule's kernels begin, which use the same memory */
-    if (plan->stream.parts)
-        lay_out_ranges(p, &ranges, &memory->spread);
+    if (plan->stream_k.ranges)
+        lay_out_ranges(p, &ranges, &memory->stream_k);
     if (plan->schedule == KDA_SCHEDULE_GENERAL)
         lay_out_general(p, plan, &arena, memory);
     else if (plan->schedule == KDA_SCHEDULE_CLUSTER)
-        lay_out_cluster(p, plan, &arena, &memory->cut);
+        lay_out_cluster(p, plan, &arena, &memory->cluster);
     return arena.used > ranges.used ? arena.used : ranges.used;
 }

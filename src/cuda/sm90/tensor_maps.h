@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 /* Of tensors [B, T, heads, dim] with elements of 2 bytes. A copy brings [32 tokens][64 channels], swizzled by 128
- * bytes, with zeros for tokens behind T, or takes [32 tokens][16 channels] of out away, swizzled by 32. Coordinates:
+ * bytes, with zeros for tokens after T, or takes [32 tokens][16 channels] of out away, swizzled by 32. Coordinates:
  * channel, head, token, batch. */
 struct kda_sm90_maps {
     CUtensorMap q, k, v, g, out;

@@ -7,8 +7,8 @@
  */
 #include "cuda/launch.cuh"
 #include "cuda/ptx/sm80.cuh"
+#include "cuda/sm90/general/summaries.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/summaries.cuh"
 
 namespace kda {
 namespace {
@@ -52,7 +52,7 @@ __device__ void multiply(const float *A, const float *S, int K, float *sums) {
 }
 
 __global__ void __launch_bounds__(QUARTERS *MAX_K / 2)
-    scan(const __grid_constant__ kda_prefill p, kda_sm90_segments segments) {
+    scan(const __grid_constant__ kda_prefill p, kda_sm90_general_memory segments) {
     let_next_begin();
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
@@ -93,5 +93,5 @@ cudaError_t kda_sm90_general_scan(const kda_prefill *p, const kda_plan *, const 
                                   const kda_sm90_memory *memory) {
     using namespace kda;
     return launch_kernel(scan, *launch, QUARTERS * (int)p->key_dim / 2, sizeof(Shared), p->stream, *p,
-                         memory->segments);
+                         memory->general);
 }

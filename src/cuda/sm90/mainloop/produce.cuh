@@ -11,9 +11,9 @@
 #define KDA_CUDA_SM90_PRODUCE_CUH
 
 #include "cuda/floats.cuh"
+#include "cuda/sm90/mainloop/tiles.cuh"
+#include "cuda/sm90/mainloop/warpgroup.cuh"
 #include "cuda/sm90/tensor_maps.h"
-#include "cuda/sm90/tiles.cuh"
-#include "cuda/sm90/warpgroup.cuh"
 
 namespace kda {
 
@@ -140,7 +140,7 @@ template <int DIM> __device__ float find_square(const __nv_bfloat16 *tile) {
     return square;
 }
 
-/* The same sooner: no product waits for another one, as each queues behind the consumers'. */
+/* The same sooner: no product waits for another one, as each queues after the consumers'. */
 template <int DIM> __device__ float find_square_soon(const __nv_bfloat16 *tile) {
     RowSquares rows(tile);
     float square = 0;
@@ -310,7 +310,7 @@ inline __device__ float find_beta(const kda_prefill &p, int count, uint32_t raw)
 template <int DIM> constexpr int SCOUT = IN_ONE_WARP<DIM> ? 0 : 3;
 template <int DIM> constexpr int KEYS = 3 - SCOUT<DIM>;
 
-/* What can be done by each of them as soon as a chunk is there: norms of k and of q. Behind a sequence's end k, q and v become
+/* What can be done by each of them as soon as a chunk is there: norms of k and of q. After a sequence's end k, q and v become
  * 0 and nothing decays. */
 template <int VALUE_PANELS, bool is_waited_for, int DIM>
 __device__ void receive_chunk(const kda_prefill &p, Tiles<DIM> &tiles, Factors<DIM> &factors,

@@ -9,8 +9,8 @@
  *     S^T <- S^T diag(1 + carry) + U^T KR
  */
 #include "cuda/launch.cuh"
+#include "cuda/sm90/general/segments.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/parts.cuh"
 
 namespace kda {
 namespace {
@@ -31,17 +31,17 @@ template <int KP, int GROUPS> struct Shared {
 };
 
 template <int KP, int GROUPS>
-__device__ void load(const kda_prefill &p, const Part &part, const Operands<KP> *all,
+__device__ void load(const kda_prefill &p, const WorkTile &work, const Operands<KP> *all,
                      Shared<KP, GROUPS> &shared) {
-    const Chain &chain = part.chain;
+    const Chain &chain = work.chain;
     constexpr int COLUMNS = GROUP_COLUMNS * GROUPS, PIECES = COLUMNS / 8;
     int lane = threadIdx.x % 32;
-    Turn<STAGES<GROUPS>> turn;
-    for (int64_t chunk = part.begin; chunk < part.end; chunk++, turn.next()) {
+    PipelineState<STAGES<GROUPS>> turn;
+    for (int64_t chunk = work.begin; chunk < work.end; chunk++, turn.next()) {
         struct kda_span span = kda_chunk_span(&p, chain.n, chain.sequence.length, chunk);
         if (!span.count)
             return;
-        int64_t rows_given = part.identity ? 0 : span.count;
+        int64_t rows_given = work.identity ? 0 : span.count;
         Stage<KP, GROUPS> &stage = shared.stages[turn.stage];
         uint64_t &full = shared.full[turn.stage];
         wait(shared.empty[turn.stage], turn.parity ^ 1);
@@ -86,17 +86,17 @@ __device__ void advance(const Stage<KP, GROUPS> &stage, float (&S)[KP / 8][4], f
         wgmma<false, true>(wy, a[c], advanced(queries_keys, c / 4 * (2 * CHUNK * ROW) + c % 4 * 32));
     wgmma_commit();
 
-    if (pass != SUMMARISE)
+    if (pass != LOCAL)
         meanwhile();
     uint32_t v[CHUNK / 16][4];
     MatrixRow<CHUNK, GROUP_COLUMNS * GROUPS> values(stage.values, false);
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
         ldmatrix_transposed(v[t], values.at(t * 16, threadIdx.x / 32 * 16));
-    int part = threadIdx.x % 4 * 2;
+    int work = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int c = 0; c < KP / 8; c++) {
-        float2 carry = *reinterpret_cast<const float2 *>(&operands.carry[c * 8 + part]);
+        float2 carry = *reinterpret_cast<const float2 *>(&operands.carry[c * 8 + work]);
         S[c][0] = fmaf(S[c][0], carry.x, S[c][0]), S[c][1] = fmaf(S[c][1], carry.y, S[c][1]);
         S[c][2] = fmaf(S[c][2], carry.x, S[c][2]), S[c][3] = fmaf(S[c][3], carry.y, S[c][3]);
     }
@@ -136,7 +136,7 @@ __device__ void advance(const Stage<KP, GROUPS> &stage, float (&S)[KP / 8][4], f
         wgmma<true, true>(S, u[t].rounded, advanced(keys_to_end, t * 16 * ROW));
         wgmma<true, true>(S, u[t].rest, advanced(keys_to_end, t * 16 * ROW));
     }
-    if constexpr (pass != SUMMARISE) {
+    if constexpr (pass != LOCAL) {
         wgmma<false, false>(o, u[0].rounded, M);
         wgmma<false, true>(o, u[1].rounded, advanced(M, 32));
         wgmma<false, true>(o, u[0].rest, M);
@@ -154,40 +154,40 @@ __device__ void advance(const Stage<KP, GROUPS> &stage, float (&S)[KP / 8][4], f
 }
 
 template <int KP, Pass pass>
-__device__ void begin_state(const kda_prefill &p, const Part &part, const kda_sm90_segments &segments,
+__device__ void begin_state(const kda_prefill &p, const WorkTile &work, const kda_sm90_general_memory &segments,
                             float (&S)[KP / 8][4]) {
-    const Chain &chain = part.chain;
-    load_state<KP>(p, chain, state_before<pass>(p, part, segments), S);
-    if (part.identity)
+    const Chain &chain = work.chain;
+    load_state<KP>(p, chain, state_before<pass>(p, work, segments), S);
+    if (work.identity)
         each_element<KP>(p, chain, S,
                          [](float &s, int channel, int column) { s = channel == column ? 1.f : 0.f; });
-    if (pass == SUMMARISE && part.segment == 0)
-        store_state<KP>(p, chain, summary_state(p, segments, part, segments.count - 1), S);
-    if (pass != SUMMARISE && part.segment == 0)
+    if (pass == LOCAL && work.segment == 0)
+        store_state<KP>(p, chain, summary_state(p, segments, work, segments.count - 1), S);
+    if (pass != LOCAL && work.segment == 0)
         store_checkpoints<KP>(p, chain, 0, S);
 }
 
 template <int KP, int GROUPS, Pass pass>
-__device__ void consume(const kda_prefill &p, const Part &part, const kda_sm90_segments &segments,
+__device__ void consume(const kda_prefill &p, const WorkTile &work, const kda_sm90_general_memory &segments,
                         Shared<KP, GROUPS> &shared) {
-    const Chain &chain = part.chain;
+    const Chain &chain = work.chain;
     float S[KP / 8][4], o[CHUNK / 8][4];
-    begin_state<KP, pass>(p, part, segments, S);
+    begin_state<KP, pass>(p, work, segments, S);
     __nv_bfloat16 *rows = shared.rows[threadIdx.x / 32];
     bool pieces = in_pieces(p.out);
     Outputs outputs; /* of the chunk before */
     float growth = 0;
-    Turn<STAGES<GROUPS>> turn;
-    for (int64_t chunk = part.begin; chunk < part.end; chunk++, turn.next()) {
+    PipelineState<STAGES<GROUPS>> turn;
+    for (int64_t chunk = work.begin; chunk < work.end; chunk++, turn.next()) {
         struct kda_span span = kda_chunk_span(&p, chain.n, chain.sequence.length, chunk);
         if (!span.count)
             break;
         wait(shared.full[turn.stage], turn.parity);
         advance<KP, GROUPS, pass>(shared.stages[turn.stage], S, o, [&] { store_pieces(outputs, rows); });
-        if (pass == SUMMARISE)
+        if (pass == LOCAL)
             growth += shared.stages[turn.stage].operands.growth;
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
-        if (pass == SUMMARISE)
+        if (pass == LOCAL)
             continue;
         if (pieces) {
 #pragma unroll
@@ -201,11 +201,11 @@ __device__ void consume(const kda_prefill &p, const Part &part, const kda_sm90_s
             store_outputs<GROUP_COLUMNS * GROUPS>(p, chain, span, o);
         store_checkpoints<KP>(p, chain, span.first + span.count, S);
     }
-    if (pass != SUMMARISE)
+    if (pass != LOCAL)
         store_pieces(outputs, rows);
-    if (pass == SUMMARISE && !part.identity && chain.column == 0 && threadIdx.x == 0)
-        growth_of(segments, p, chain, part.segment) = growth;
-    kda_state to = state_after<pass>(p, part, segments);
+    if (pass == LOCAL && !work.identity && chain.column == 0 && threadIdx.x == 0)
+        growth_of(segments, p, chain, work.segment) = growth;
+    kda_state to = state_after<pass>(p, work, segments);
     if (to.data)
         store_state<KP>(p, chain, to, S);
 }
@@ -213,11 +213,11 @@ __device__ void consume(const kda_prefill &p, const Part &part, const kda_sm90_s
 template <int KP, int GROUPS, Pass pass>
 __global__ void __launch_bounds__((GROUPS + 1) * GROUP, 3 - GROUPS)
     run(const __grid_constant__ kda_prefill p, const Operands<KP> *operands, int64_t chunks,
-        kda_sm90_segments segments) {
+        kda_sm90_general_memory segments) {
     extern __shared__ __align__(1024) char memory[];
     Shared<KP, GROUPS> &shared = *reinterpret_cast<Shared<KP, GROUPS> *>(memory);
-    Part part = find_part<GROUP_COLUMNS * GROUPS, pass>(p, chunks, segments);
-    if (part.chain.sequence.slot < 0 || (pass == SUMMARISE && left_out(part)))
+    WorkTile work = find_work<GROUP_COLUMNS * GROUPS, pass>(p, chunks, segments);
+    if (work.chain.sequence.slot < 0 || (pass == LOCAL && left_out(work)))
         return;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES<GROUPS>; i++) {
@@ -230,10 +230,10 @@ __global__ void __launch_bounds__((GROUPS + 1) * GROUP, 3 - GROUPS)
     if (threadIdx.x >= GROUPS * GROUP) {
         give_registers<40>();
         if (threadIdx.x < GROUPS * GROUP + 32)
-            load<KP, GROUPS>(p, part, operands, shared);
+            load<KP, GROUPS>(p, work, operands, shared);
     } else {
         take_registers<GROUPS == 2 ? 232 : 208>();
-        consume<KP, GROUPS, pass>(p, part, segments, shared);
+        consume<KP, GROUPS, pass>(p, work, segments, shared);
     }
 }
 
@@ -244,9 +244,9 @@ cudaError_t launch_pass(const kda_prefill *p, const kda_plan *plan, const kda_la
     if (p->key_dim <= 64)
         return launch_kernel(run<64, GROUPS, pass>, *launch, THREADS, sizeof(Shared<64, GROUPS>), p->stream, *p,
                              static_cast<const Operands<64> *>(memory->operands), plan->chunks,
-                             memory->segments);
+                             memory->general);
     return launch_kernel(run<128, GROUPS, pass>, *launch, THREADS, sizeof(Shared<128, GROUPS>), p->stream, *p,
-                         static_cast<const Operands<128> *>(memory->operands), plan->chunks, memory->segments);
+                         static_cast<const Operands<128> *>(memory->operands), plan->chunks, memory->general);
 }
 
 } // namespace
@@ -260,7 +260,7 @@ cudaError_t kda_sm90_general(const kda_prefill *p, const kda_plan *plan, const k
 
 cudaError_t kda_sm90_general_local(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
                                    const kda_sm90_memory *memory) {
-    return kda::launch_pass<1, kda::SUMMARISE>(p, plan, launch, memory);
+    return kda::launch_pass<1, kda::LOCAL>(p, plan, launch, memory);
 }
 
 cudaError_t kda_sm90_general_resume(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,

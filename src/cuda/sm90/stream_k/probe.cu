@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Looks whether gates are strong where parts of all chains begin (spread.cuh).
+ * Looks whether gates are strong where ranges of all chains begin (stream_k/ranges.cuh).
  *
  * What it sees decides only which kernels work: that a past was forgotten is measured by those that drop it.
  */
 #include "cuda/launch.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/produce.cuh"
-#include "cuda/sm90/spread.cuh"
+#include "cuda/sm90/mainloop/produce.cuh"
+#include "cuda/sm90/stream_k/ranges.cuh"
 
 namespace kda {
 namespace {
@@ -20,18 +20,18 @@ constexpr int TOKENS = CHUNK / RUNS;
 constexpr float ENOUGH = -40;
 
 /* log2 decay of the thread's channels over its tokens of the chunk. */
-template <bool bounded> __device__ float2 decay(const kda_prefill &p, const kda_stretch &stretch) {
-    struct kda_sequence sequence = kda_sequence(&p, stretch.n);
-    struct kda_span span = kda_chunk_span(&p, stretch.n, sequence.length, stretch.begin);
+template <bool bounded> __device__ float2 decay(const kda_prefill &p, const kda_slice &slice) {
+    struct kda_sequence sequence = kda_sequence(&p, slice.n);
+    struct kda_span span = kda_chunk_span(&p, slice.n, sequence.length, slice.begin);
     int channel = threadIdx.x % PAIRS * 2, run = threadIdx.x / PAIRS * TOKENS;
     const char *rows =
-        kda_row(&p.g, sequence.batch, sequence.first + span.first + run, stretch.head) + channel * 2;
+        kda_row(&p.g, sequence.batch, sequence.first + span.first + run, slice.head) + channel * 2;
     uint32_t raw[TOKENS];
 #pragma unroll
     for (int i = 0; i < TOKENS; i++)
         raw[i] =
             run + i < span.count ? *reinterpret_cast<const uint32_t *>(rows + i * p.g.stride[1]) : NO_DECAY;
-    Gate gate = find_gate<bounded>(p, stretch.head, channel);
+    Gate gate = find_gate<bounded>(p, slice.head, channel);
     float2 sum = make_float2(0, 0);
 #pragma unroll
     for (int i = 0; i < TOKENS; i++) {
@@ -43,17 +43,17 @@ template <bool bounded> __device__ float2 decay(const kda_prefill &p, const kda_
 }
 
 __global__ void __launch_bounds__(THREADS)
-    look(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_spread spread) {
+    probe(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_stream_k stream_k) {
     let_next_begin();
-    __shared__ kda_stretch first;
+    __shared__ kda_slice first;
     __shared__ float2 runs[RUNS][PAIRS];
     if (threadIdx.x == 0) {
-        kda_first_stretch(&p, &spread.all, blockIdx.x, &first);
-        spread.firsts[blockIdx.x] = first;
+        kda_first_slice(&p, &stream_k.split, blockIdx.x, &first);
+        stream_k.firsts[blockIdx.x] = first;
     }
     __syncthreads();
-    int seen = UNCUT;
-    if (kda_cut_before(&first)) {
+    int seen = UNSPLIT;
+    if (kda_split_before(&first)) {
         float2 &own = runs[threadIdx.x / PAIRS][threadIdx.x % PAIRS];
         own = is_bounded(&p) ? decay<true>(p, first) : decay<false>(p, first);
         __syncthreads();
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(THREADS)
         seen = __syncthreads_and(fmaxf(sum.x, sum.y) <= ENOUGH) ? FAST : SLOW;
     }
     if (threadIdx.x == 0)
-        spread.looks[blockIdx.x] = seen;
+        stream_k.probes[blockIdx.x] = seen;
 }
 
 } // namespace
@@ -74,5 +74,5 @@ __global__ void __launch_bounds__(THREADS)
 
 cudaError_t kda_sm90_probe(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
                            const kda_sm90_memory *memory) {
-    return kda::launch_kernel(kda::look, *launch, kda::THREADS, 0, p->stream, *p, memory->spread);
+    return kda::launch_kernel(kda::probe, *launch, kda::THREADS, 0, p->stream, *p, memory->stream_k);
 }

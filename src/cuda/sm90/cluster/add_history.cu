@@ -9,10 +9,10 @@
  */
 #include "cuda/launch.cuh"
 #include "cuda/ptx/stream.cuh"
-#include "cuda/sm90/consume.cuh"
-#include "cuda/sm90/cut.cuh"
+#include "cuda/sm90/cluster/segments.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/spread.cuh"
+#include "cuda/sm90/mainloop/consume.cuh"
+#include "cuda/sm90/stream_k/ranges.cuh"
 
 namespace kda {
 namespace {
@@ -23,8 +23,8 @@ constexpr int SPANS = DIM / SPAN, TILES = SPAN / 8;
 constexpr int STRIP = KDA_SM90_HISTORY_TOKENS; /* tokens */
 constexpr int TOKENS = STRIP / 8;              /* of a lane: 8 m + lane / 4 */
 constexpr int STRIPS = CHUNK / STRIP;
-constexpr int PIECE = 16;                              /* bytes */
-constexpr int UNITS = 2 * DIM / KDA_SM90_UNIT_COLUMNS; /* of a chunk: of O_A, then of O_B */
+constexpr int PIECE = 16;                                      /* bytes */
+constexpr int EXPONENTS = 2 * DIM / KDA_SM90_EXPONENT_COLUMNS; /* of a chunk: of O_A, then of O_B */
 
 struct Shared {
     uint4 state[SPANS][TILES][SPANS][32]; /* second operands, of columns, then of channels */
@@ -32,44 +32,45 @@ struct Shared {
 };
 
 /* What a CTA works on, some strips of a segment, and where its sequence begins. */
-struct Part {
+struct WorkTile {
     int64_t state;        /* chain * segments + segment */
     int64_t length;       /* of the sequence, in tokens */
     int begin, end, step; /* strips of the sequence; of those from begin to end every step-th is a warp's */
     const char *of_A;     /* the lane's first piece */
     char *out;
-    const int16_t *units;
+    const int16_t *exponents;
 };
 
 __device__ int64_t row_of_A(const kda_prefill &p) { return p.value_heads * DIM * (int64_t)sizeof(uint16_t); }
 
-__device__ Part find_part(const kda_prefill &p, const kda_sm90_spread &spread, int64_t chunks,
-                          const kda_sm90_cut &cut, int pieces) {
-    Part part;
-    int others = cut.segments - 1, piece = blockIdx.x % pieces, rest = blockIdx.x / pieces;
+__device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &stream_k, int64_t chunks,
+                              const kda_sm90_cluster_memory &memory, int pieces) {
+    WorkTile work;
+    int others = memory.segments - 1, piece = blockIdx.x % pieces, rest = blockIdx.x / pieces;
     int segment = 1 + rest % others, chain = rest / others, lane = threadIdx.x % 32;
     int n = chain / (int)p.value_heads, head = chain % (int)p.value_heads;
     struct kda_sequence sequence = kda_sequence(&p, n);
-    part.state = (int64_t)chain * cut.segments + segment;
-    part.length = sequence.length;
+    work.state = (int64_t)chain * memory.segments + segment;
+    work.length = sequence.length;
     int all = (int)kda_chunks_of(sequence.length);
-    int end = min(kda_begin_of_segment(all, cut.segments, segment + 1), all);
-    part.begin = kda_begin_of_segment(all, cut.segments, segment) * STRIPS + piece * WARPS;
-    bool left = sequence.slot >= 0 && is_left(p, spread, n, head) && !grows(cut, chain);
-    part.end = left ? end * STRIPS : 0;
-    part.step = pieces * WARPS;
+    int end = min(kda_begin_of_segment(all, memory.segments, segment + 1), all);
+    work.begin = kda_begin_of_segment(all, memory.segments, segment) * STRIPS + piece * WARPS;
+    bool wanted = sequence.slot >= 0 && is_pending(p, stream_k, n, head) && !grows(memory, chain);
+    work.end = wanted ? end * STRIPS : 0;
+    work.step = pieces * WARPS;
     int64_t token = sequence.first + lane / 4;
-    part.of_A = reinterpret_cast<const char *>(cut.outputs) +
-                (sequence.batch * (p.tokens - cut.skipped) + token - cut.skipped) * row_of_A(p) +
+    work.of_A = reinterpret_cast<const char *>(memory.outputs) +
+                (sequence.batch * (p.tokens - memory.skipped) + token - memory.skipped) * row_of_A(p) +
                 head * DIM * (int)sizeof(uint16_t) + lane % 4 * PIECE;
-    part.out = kda_row(&p.out, sequence.batch, sequence.first, head);
-    part.units = cut.output_units + (head * chunks + kda_first_chunk(&p, sequence.first, n)) * UNITS;
-    return part;
+    work.out = kda_row(&p.out, sequence.batch, sequence.first, head);
+    work.exponents =
+        memory.output_exponents + (head * chunks + kda_first_chunk(&p, sequence.first, n)) * EXPONENTS;
+    return work;
 }
 
 /* Column 8 i + 2 t + b of a span, where accumulators of tile t have it: in lane i of four, b = 0, 1. */
-__device__ void load_state(const kda_sm90_cut &cut, int64_t state, Shared &shared) {
-    const uint4 *rows = reinterpret_cast<const uint4 *>(state_before(cut, state, 0));
+__device__ void load_state(const kda_sm90_cluster_memory &memory, int64_t state, Shared &shared) {
+    const uint4 *rows = reinterpret_cast<const uint4 *>(state_before(memory, state, 0));
     int lane = threadIdx.x % 32, row = lane / 4;
     for (int i = threadIdx.x / 32; i < SPANS * TILES * SPANS; i += WARPS) {
         int channels = i % SPANS, tile = i / SPANS % TILES, columns = i / SPANS / TILES;
@@ -79,38 +80,39 @@ __device__ void load_state(const kda_sm90_cut &cut, int64_t state, Shared &share
     }
     copy_async_commit();
     for (int i = threadIdx.x; i < DIM; i += WARPS * 32)
-        shared.factors[i] = power_of_two(cut.state_units[state * DIM + i]);
+        shared.factors[i] = power_of_two(memory.state_exponents[state * DIM + i]);
 }
 
-/* A lane's pieces of a strip of O_A, and their units. */
+/* A lane's pieces of a strip of O_A, and their exponents. */
 struct Strip {
     uint4 pieces[SPANS][TOKENS];
-    uint4 units;
+    uint4 exponents;
 };
 
 /* Is there token t of a strip? */
-__device__ bool has_token(const Part &part, int number, int t) {
-    return number * (int64_t)STRIP + t < part.length;
+__device__ bool has_token(const WorkTile &work, int number, int t) {
+    return number * (int64_t)STRIP + t < work.length;
 }
 
 /* Brings a strip's outputs near: a lane half a row. */
-__device__ void prefetch_outputs(const kda_prefill &p, const Part &part, int number) {
+__device__ void prefetch_outputs(const kda_prefill &p, const WorkTile &work, int number) {
     int token = threadIdx.x % 32 / 2;
-    if (has_token(part, number, token))
-        prefetch_line(part.out + (number * (int64_t)STRIP + token) * p.out.stride[1] + threadIdx.x % 2 * DIM);
+    if (has_token(work, number, token))
+        prefetch_line(work.out + (number * (int64_t)STRIP + token) * p.out.stride[1] + threadIdx.x % 2 * DIM);
 }
 
-__device__ void load_strip(const kda_prefill &p, const Part &part, int number, Strip &strip) {
+__device__ void load_strip(const kda_prefill &p, const WorkTile &work, int number, Strip &strip) {
     int lane = threadIdx.x % 32;
-    prefetch_outputs(p, part, number);
-    const char *rows = part.of_A + number * (STRIP * row_of_A(p));
-    strip.units = __ldcg(reinterpret_cast<const uint4 *>(part.units + number / STRIPS * (int64_t)UNITS));
+    prefetch_outputs(p, work, number);
+    const char *rows = work.of_A + number * (STRIP * row_of_A(p));
+    strip.exponents =
+        __ldcg(reinterpret_cast<const uint4 *>(work.exponents + number / STRIPS * (int64_t)EXPONENTS));
 #pragma unroll
     for (int m = 0; m < TOKENS; m++)
 #pragma unroll
         for (int i = 0; i < SPANS; i++)
             strip.pieces[i][m] =
-                has_token(part, number, lane / 4 + m * 8)
+                has_token(work, number, lane / 4 + m * 8)
                     ? __ldcs(reinterpret_cast<const uint4 *>(rows + m * (8 * row_of_A(p)) + i * 4 * PIECE))
                     : make_uint4(0, 0, 0, 0);
 }
@@ -125,16 +127,16 @@ __device__ void multiply_pairs(uint4 &piece, __half2 factor) {
         pairs[i] = __hmul2(pairs[i], factor);
 }
 
-/* Brings all channels of a strip to the largest unit, which it returns. */
+/* Brings all channels of a strip to the largest exponent, which it returns. */
 __device__ int level(Strip &strip) {
-    uint4 units = strip.units;
-    uint32_t most = __vmaxs2(__vmaxs2(units.x, units.y), __vmaxs2(units.z, units.w));
+    uint4 exponents = strip.exponents;
+    uint32_t most = __vmaxs2(__vmaxs2(exponents.x, exponents.y), __vmaxs2(exponents.z, exponents.w));
     int largest = max(low(most), high(most));
-    const uint32_t of_span[SPANS] = {units.x, units.y, units.z, units.w};
+    const uint32_t of_span[SPANS] = {exponents.x, exponents.y, exponents.z, exponents.w};
 #pragma unroll
     for (int i = 0; i < SPANS; i++) {
-        int unit = threadIdx.x % 4 < 2 ? low(of_span[i]) : high(of_span[i]);
-        __half2 factor = __float2half2_rn(power_of_two(unit - largest));
+        int exponent = threadIdx.x % 4 < 2 ? low(of_span[i]) : high(of_span[i]);
+        __half2 factor = __float2half2_rn(power_of_two(exponent - largest));
 #pragma unroll
         for (int m = 0; m < TOKENS; m++)
             multiply_pairs(strip.pieces[i][m], factor);
@@ -160,7 +162,7 @@ __device__ void multiply(const Strip &strip, const uint4 (&state)[TILES][SPANS][
         }
 }
 
-/* Of 8 columns of a token: O_B in its unit and the sums in theirs. */
+/* Of 8 columns of a token: O_B in its exponent and the sums in theirs. */
 __device__ uint4 finish(kda_dtype dtype, uint4 piece, float factor, const float (&sums)[TILES][4], int lower,
                         float factor_of_sums, const float2 (&of_columns)[TILES]) {
     const uint32_t pairs[TILES] = {piece.x, piece.y, piece.z, piece.w};
@@ -176,21 +178,22 @@ __device__ uint4 finish(kda_dtype dtype, uint4 piece, float factor, const float 
     return make_uint4(results[0], results[1], results[2], results[3]);
 }
 
-__device__ void correct_strip(const kda_prefill &p, const Part &part, int number, Strip &strip,
-                              const Shared &shared) {
+__device__ void add_to_strip(const kda_prefill &p, const WorkTile &work, int number, Strip &strip,
+                             const Shared &shared) {
     int lane = threadIdx.x % 32;
     float factor_of_sums = power_of_two(max(level(strip), -126));
-    char *rows = part.out + (number * (int64_t)STRIP + lane / 4) * p.out.stride[1] + lane % 4 * PIECE;
-    const int16_t *units = part.units + number / STRIPS * (int64_t)UNITS + UNITS / 2 + lane % 4 / 2;
+    char *rows = work.out + (number * (int64_t)STRIP + lane / 4) * p.out.stride[1] + lane % 4 * PIECE;
+    const int16_t *exponents =
+        work.exponents + number / STRIPS * (int64_t)EXPONENTS + EXPONENTS / 2 + lane % 4 / 2;
 #pragma unroll 1
     for (int columns = 0; columns < SPANS;
-         columns++, rows += 4 * PIECE, units += SPAN / KDA_SM90_UNIT_COLUMNS) {
+         columns++, rows += 4 * PIECE, exponents += SPAN / KDA_SM90_EXPONENT_COLUMNS) {
         uint4 pieces[TOKENS];
 #pragma unroll
         for (int m = 0; m < TOKENS; m++)
-            if (has_token(part, number, lane / 4 + m * 8))
+            if (has_token(work, number, lane / 4 + m * 8))
                 pieces[m] = __ldcs(reinterpret_cast<const uint4 *>(rows + m * 8 * p.out.stride[1]));
-        float factor = power_of_two(*units);
+        float factor = power_of_two(*exponents);
         float sums[TILES][4];
         multiply(strip, shared.state[columns], sums);
         float2 of_columns[TILES];
@@ -200,35 +203,35 @@ __device__ void correct_strip(const kda_prefill &p, const Part &part, int number
                 *reinterpret_cast<const float2 *>(&shared.factors[columns * SPAN + lane % 4 * 8 + tile * 2]);
 #pragma unroll
         for (int m = 0; m < TOKENS; m++)
-            if (has_token(part, number, lane / 4 + m * 8))
+            if (has_token(work, number, lane / 4 + m * 8))
                 __stcs(reinterpret_cast<uint4 *>(rows + m * 8 * p.out.stride[1]),
                        finish(p.out.dtype, pieces[m], factor, sums, m, factor_of_sums, of_columns));
     }
 }
 
 __global__ void __launch_bounds__(WARPS * 32, CTAS)
-    correct(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_spread spread,
-            int64_t chunks, const __grid_constant__ kda_sm90_cut cut, int pieces) {
+    add_history(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_stream_k stream_k,
+                int64_t chunks, const __grid_constant__ kda_sm90_cluster_memory memory, int pieces) {
     let_next_begin();
     __shared__ Shared shared;
     wait_for_kernel_before();
-    if (nothing_is_left(spread))
+    if (nothing_pending(stream_k))
         return;
-    Part part = find_part(p, spread, chunks, cut, pieces);
-    if (part.begin >= part.end)
+    WorkTile work = find_work(p, stream_k, chunks, memory, pieces);
+    if (work.begin >= work.end)
         return;
-    load_state(cut, part.state, shared);
-    int number = part.begin + threadIdx.x / 32;
+    load_state(memory, work.state, shared);
+    int number = work.begin + threadIdx.x / 32;
     Strip strip;
-    if (number < part.end)
-        load_strip(p, part, number, strip);
+    if (number < work.end)
+        load_strip(p, work, number, strip);
     copy_async_wait<0>();
     __syncthreads();
-    while (number < part.end) {
-        correct_strip(p, part, number, strip, shared);
-        number += part.step;
-        if (number < part.end)
-            load_strip(p, part, number, strip);
+    while (number < work.end) {
+        add_to_strip(p, work, number, strip, shared);
+        number += work.step;
+        if (number < work.end)
+            load_strip(p, work, number, strip);
     }
 }
 
@@ -238,6 +241,6 @@ __global__ void __launch_bounds__(WARPS * 32, CTAS)
 cudaError_t kda_sm90_add_history(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
                                  const kda_sm90_memory *memory) {
     using namespace kda;
-    return launch_kernel(correct, *launch, WARPS * 32, 0, p->stream, *p, memory->spread, plan->chunks,
-                         memory->cut, launch->config);
+    return launch_kernel(add_history, *launch, WARPS * 32, 0, p->stream, *p, memory->stream_k, plan->chunks,
+                         memory->cluster, launch->config);
 }

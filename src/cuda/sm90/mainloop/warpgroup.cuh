@@ -13,7 +13,7 @@ namespace kda {
 
 namespace ptx = cuda::ptx;
 
-constexpr int GROUP = 128;        /* threads of a warpgroup */
+constexpr int GROUP = 128;                              /* threads of a warpgroup */
 constexpr int GROUP_COLUMNS = KDA_SM90_GENERAL_COLUMNS; /* of V, of one warpgroup */
 
 /* threadIdx.x, read anew: what follows from it is computed where it is used, not kept in registers through all of a
@@ -25,11 +25,11 @@ inline __device__ uint32_t thread() {
 }
 
 /* Which stage a chunk uses, and the parity of the barriers' phase in which it does. */
-template <int STAGES> struct Turn {
+template <int STAGES> struct PipelineState {
     int stage = 0;
     uint32_t parity = 0;
     /* Place in a ring twice as long: what lies there is kept while the stage is used again. */
-    __device__ int task() const { return stage + (int)parity * STAGES; }
+    __device__ int info() const { return stage + (int)parity * STAGES; }
     __device__ void next(int chunks = 1) {
         stage += chunks;
         if (stage >= STAGES)
@@ -38,8 +38,8 @@ template <int STAGES> struct Turn {
 };
 
 /* The turn before the first one: whoever waits for it does not wait. */
-template <int STAGES> __device__ Turn<STAGES> before_first() {
-    Turn<STAGES> turn;
+template <int STAGES> __device__ PipelineState<STAGES> before_first() {
+    PipelineState<STAGES> turn;
     turn.stage = STAGES - 1, turn.parity = 1;
     return turn;
 }

@@ -4,7 +4,7 @@
  *
  * Factors from the chunk's middle to its ends would be too large. Each half has a middle of its own instead, which no token is
  * more than 8 away from, and within a chunk a token decays by no more than 2^DEEPEST: of what is before it, so much is seen
- * behind it in the same chunk, which is less than 5e-5. The state decays by all of it. With D from the first middle to the
+ * after it in the same chunk, which is less than 5e-5. The state decays by all of it. With D from the first middle to the
  * second,
  *     keys     RK, of the second half times D       (queries likewise)
  *     gates    CK, of the first half times D
@@ -14,17 +14,17 @@
 #ifndef KDA_CUDA_SM90_UNBOUNDED_CUH
 #define KDA_CUDA_SM90_UNBOUNDED_CUH
 
-#include "cuda/sm90/produce.cuh"
+#include "cuda/sm90/mainloop/produce.cuh"
 
 namespace kda {
 
 constexpr float DEEPEST = -14.4f;
 constexpr int QUARTER = HALF / 2;
 
-/* log2 decays of a half of a chunk, two channels: what its tokens have of it within the chunk, before and behind the half's
+/* log2 decays of a half of a chunk, two channels: what its tokens have of it within the chunk, before and after the half's
  * middle, and what they are short of the whole. */
 struct HalfDecay {
-    float2 before, behind, rest;
+    float2 before, after, rest;
 };
 
 /* k, q and g of the thread's two channels and half of the chunk become RK, RQ and CK around the half's own middle. Works
@@ -36,13 +36,13 @@ inline __device__ HalfDecay make_half(const Panel &panel, bool later, const Gate
     float2 sum = make_float2(0, 0), all = sum, before = sum;
 #pragma unroll 1
     for (int n = 0; n < HALF / TOGETHER; n++) {
-        bool behind = n >= QUARTER / TOGETHER;
+        bool after = n >= QUARTER / TOGETHER;
         if (n == QUARTER / TOGETHER)
             before = sum, sum = make_float2(0, 0);
         /* A token's 16-byte pieces are permuted by token % 8. */
-        int step = behind ? ROW : -ROW, further = n * TOGETHER % QUARTER;
+        int step = after ? ROW : -ROW, further = n * TOGETHER % QUARTER;
         uint32_t first =
-            (middle + (lane * 4 ^ (behind ? 0 : 7 << 4)) - (behind ? 0 : ROW) + further * step) ^ further << 4;
+            (middle + (lane * 4 ^ (after ? 0 : 7 << 4)) - (after ? 0 : ROW) + further * step) ^ further << 4;
         uint32_t k[TOGETHER], q[TOGETHER], g[TOGETHER];
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
@@ -57,7 +57,7 @@ inline __device__ HalfDecay make_half(const Panel &panel, bool later, const Gate
                                        log2_decay<false>(gate, raw.y, gate.offset.y));
             all.x += decay.x, all.y += decay.y;
             sum.x += max_or_nan(decay.x, DEEPEST), sum.y += max_or_nan(decay.y, DEEPEST);
-            float2 x = behind ? sum : make_float2(-last.x, -last.y);
+            float2 x = after ? sum : make_float2(-last.x, -last.y);
             float2 decayed = make_float2(exp2_approximate(x.x), exp2_approximate(x.y));
             float2 grown = make_float2(exp2_approximate(-x.x), exp2_approximate(-x.y));
             float2 k_pair = unpack_bf16(k[j]), q_pair = unpack_bf16(q[j]);
@@ -81,7 +81,7 @@ inline __device__ void multiply_rows(const __nv_bfloat16 *tile, int first, int c
     }
 }
 
-/* Tiles, decays and [L0; M0], with which the warpgroup goes on as behind multiply_pairs(). */
+/* Tiles, decays and [L0; M0], with which the warpgroup goes on as after multiply_pairs(). */
 template <int DIM>
 __device__ void make_unbounded(Tiles<DIM> &tiles, Factors<DIM> &factors, Blocks &blocks, int barrier,
                                const Gate &gate, float (&d)[CHUNK / 8][4]) {
@@ -89,7 +89,7 @@ __device__ void make_unbounded(Tiles<DIM> &tiles, Factors<DIM> &factors, Blocks 
     int t = (int)thread() % GROUP, panel = t / 32 % 2;
     bool later = t >= GROUP / 2;
     HalfDecay own = make_half(tiles.panels[panel], later, gate);
-    float2 outer = later ? own.behind : own.before, inner = later ? own.before : own.behind;
+    float2 outer = later ? own.after : own.before, inner = later ? own.before : own.after;
     int channel = channel_place(panel * PANEL + t % 32 * 2);
     *reinterpret_cast<float2 *>(&(later ? factors.to_end : factors.to_middle)[channel]) =
         make_float2(exp2_approximate(outer.x), exp2_approximate(outer.y));

@@ -5,23 +5,23 @@
  * A CTA takes some columns of V through all segments, for which nothing else is needed. A step's length is what counts:
  * eight warps do nothing but multiply, each makes 16 channels, with which all multiply in the next step. For that S is
  * split into two terms of fp16, as good as fp32, that lie as rows of one first operand. Every 16 channels of a column
- * have a unit of their own, so that no warp waits to know the others'; their products are weighed as they are summed.
+ * have a exponent of their own, so that no warp waits to know the others'; their products are weighed as they are summed.
  * Four other warps write the states, which are first terms, and one brings A and B some segments ahead.
  */
 #include "cuda/launch.cuh"
-#include "cuda/sm90/consume.cuh"
-#include "cuda/sm90/cut.cuh"
+#include "cuda/sm90/cluster/segments.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/spread.cuh"
-#include "cuda/sm90/warpgroup.cuh"
+#include "cuda/sm90/mainloop/consume.cuh"
+#include "cuda/sm90/mainloop/warpgroup.cuh"
+#include "cuda/sm90/stream_k/ranges.cuh"
 
 namespace kda {
 namespace {
 
-constexpr int BLOCKS = DIM / KDA_SM90_UNIT_COLUMNS; /* of channels, each made by a warp */
+constexpr int BLOCKS = DIM / KDA_SM90_EXPONENT_COLUMNS; /* of channels, each made by a warp */
 constexpr int MAKERS = BLOCKS * 32, WRITERS = 4 * 32, THREADS = MAKERS + WRITERS + 32;
 constexpr int ROWS = KDA_SM90_CLUSTER_SCAN_COLUMNS; /* columns of V in a first operand, each in two terms */
-constexpr int TOP = 14; /* log2: of elements in units, the largest is below 2^(TOP + 1) */
+constexpr int TOP = 14; /* log2: of elements in exponents, the largest is below 2^(TOP + 1) */
 /* Of A and B: segments on their way or in use, as many as there is room for. */
 template <int TILES> constexpr int STAGES = TILES < 4 ? 4 : 3;
 
@@ -37,7 +37,7 @@ template <int TILES> struct Shared {
     Stage<TILES> stages[STAGES<TILES>];
     /* Of S: before the next barrier the next step writes to the other one of two. */
     uint4 state[2][TILES][BLOCKS][32]; /* as first operands */
-    Rows units[2][TILES];              /* their units, as powers of two */
+    Rows exponents[2][TILES];          /* their exponents, as powers of two */
     Rows factors[2][TILES];            /* of their products with A */
     int16_t units_of_A[KDA_MAX_SEGMENTS][BLOCKS];
     uint64_t arrived[STAGES<TILES>];
@@ -79,8 +79,8 @@ __device__ void load_A(uint32_t row, int j, Operands_of_A &A) {
     ldmatrix_transposed(A[j], row + j * 16 * PANEL * sizeof(__half));
 }
 
-/* The unit in which elements are below 2^(TOP + 1); its powers stay within fp32. */
-__device__ int unit_below(float largest) {
+/* The exponent in which elements are below 2^(TOP + 1); its powers stay within fp32. */
+__device__ int exponent_below(float largest) {
     return max((int)(__float_as_uint(largest) >> 23) - 127 - TOP, -126);
 }
 
@@ -108,13 +108,13 @@ template <int TILES> __device__ void share_state(const Elements<TILES> &S, int s
     float unit_of_A = power_of_two(shared.units_of_A[segment][warp]);
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
-        int unit = unit_below(largest_of_block(S[i]));
+        int exponent = exponent_below(largest_of_block(S[i]));
         uint4 operand;
-        split(S[i][0], power_of_two(-unit), operand.x, operand.y);
-        split(S[i][1], power_of_two(-unit), operand.z, operand.w);
+        split(S[i][0], power_of_two(-exponent), operand.x, operand.y);
+        split(S[i][1], power_of_two(-exponent), operand.z, operand.w);
         shared.state[turn][i][warp][lane] = operand;
-        float power = power_of_two(unit); /* the same in the four lanes of a row */
-        of_block(shared.units[turn][i], lane / 4, warp) = power;
+        float power = power_of_two(exponent); /* the same in the four lanes of a row */
+        of_block(shared.exponents[turn][i], lane / 4, warp) = power;
         of_block(shared.factors[turn][i], lane / 4, warp) = fminf(power * unit_of_A, 0x1p127f);
     }
 }
@@ -202,28 +202,29 @@ __device__ uint4 turn_over_halves(const uint32_t (&low)[2], const uint32_t (&hig
     return upper ? make_uint4(others.x, others.y, own.x, own.y) : make_uint4(own.x, own.y, others.x, others.y);
 }
 
-/* The first terms to states, where a column has one unit; a warp two blocks. */
+/* The first terms to states, where a column has one exponent; a warp two blocks. */
 template <int TILES>
-__device__ void store_states(const kda_sm90_cut &cut, const Place &place, int segment, Shared<TILES> &shared) {
+__device__ void store_states(const kda_sm90_cluster_memory &memory, const Place &place, int segment,
+                             Shared<TILES> &shared) {
     int turn = segment % 2, lane = threadIdx.x % 32, warp = (threadIdx.x - MAKERS) / 32;
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
-        Rows &units = shared.units[turn][i];
-        float most = fmaxf(largest_of(units[0][lane / 4]), largest_of(units[1][lane / 4]));
-        int unit = (int)(__float_as_uint(most) >> 23) - 127;
+        Rows &exponents = shared.exponents[turn][i];
+        float most = fmaxf(largest_of(exponents[0][lane / 4]), largest_of(exponents[1][lane / 4]));
+        int exponent = (int)(__float_as_uint(most) >> 23) - 127;
         uint32_t low[2], high[2];
 #pragma unroll
         for (int b = 0; b < 2; b++) {
             int block = warp * 2 + b;
-            __half2 factor = __float2half2_rn(of_block(units, lane / 4, block) * power_of_two(-unit));
+            __half2 factor = __float2half2_rn(of_block(exponents, lane / 4, block) * power_of_two(-exponent));
             uint4 terms = shared.state[turn][i][block][lane];
             low[b] = scale_halves(terms.x, factor), high[b] = scale_halves(terms.z, factor);
         }
         int column = place.first_column + i * ROWS + lane / 4;
-        uint16_t *row = state_before(cut, place.first + segment, column);
+        uint16_t *row = state_before(memory, place.first + segment, column);
         *reinterpret_cast<uint4 *>(&row[warp * 32 + lane % 4 * 8]) = turn_over_halves(low, high);
         if (warp == 0 && lane % 4 == 0)
-            cut.state_units[(place.first + segment) * DIM + column] = (int16_t)unit;
+            memory.state_exponents[(place.first + segment) * DIM + column] = (int16_t)exponent;
     }
 }
 
@@ -232,8 +233,9 @@ __device__ void store_states(const kda_sm90_cut &cut, const Place &place, int se
 /* A thread starts to bring what takes S through a segment, if there is one. B in rows that lie in different banks would
  * need as many copies, which costs more. */
 template <int TILES>
-__device__ void fetch(const kda_sm90_cut &cut, const Place &place, int segment, Shared<TILES> &shared) {
-    if (segment >= cut.segments)
+__device__ void fetch(const kda_sm90_cluster_memory &memory, const Place &place, int segment,
+                      Shared<TILES> &shared) {
+    if (segment >= memory.segments)
         return;
     Stage<TILES> &stage = shared.stages[stage_of<TILES>(segment)];
     uint64_t &arrived = shared.arrived[stage_of<TILES>(segment)];
@@ -241,9 +243,9 @@ __device__ void fetch(const kda_sm90_cut &cut, const Place &place, int segment, 
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &arrived,
                                    sizeof stage.A + sizeof stage.B);
     ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, stage.A,
-                       cut.A + (place.matrices + segment) * DIM * DIM, sizeof stage.A, &arrived);
+                       memory.transitions + (place.matrices + segment) * DIM * DIM, sizeof stage.A, &arrived);
     ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, stage.B,
-                       cut.B + (part * DIM + place.first_column) * DIM, sizeof stage.B, &arrived);
+                       memory.local_states + (part * DIM + place.first_column) * DIM, sizeof stage.B, &arrived);
 }
 
 template <int TILES> __device__ void wait_for_segment(Shared<TILES> &shared, int segment) {
@@ -255,22 +257,23 @@ template <int TILES> __device__ void wait_for_segment(Shared<TILES> &shared, int
 enum class Role { MAKER, WRITER, FETCHER };
 
 /* All steps. Between two barriers a maker takes S through a segment and shares it, writers write what it was, and the fetcher
- * looks that the next segment is there. */
+ * probes that the next segment is there. */
 template <int TILES>
-__device__ void step_through(const kda_sm90_cut &cut, const Place &place, Role role, const kda_state &to,
-                             Shared<TILES> &shared) {
+__device__ void step_through(const kda_sm90_cluster_memory &memory, const Place &place, Role role,
+                             const kda_state &to, Shared<TILES> &shared) {
     Elements<TILES> S;
     Operands_of_A A[2];
     if (role == Role::MAKER) {
         each_pair(S, place, [&](float2 &x, int column, int channel) {
-            x = __ldcg(reinterpret_cast<const float2 *>(&cut.B[(place.first * DIM + column) * DIM + channel]));
+            x = __ldcg(reinterpret_cast<const float2 *>(
+                &memory.local_states[(place.first * DIM + column) * DIM + channel]));
         });
         uint32_t row = row_of_A(shared, 1);
 #pragma unroll
         for (int j = 0; j < BLOCKS; j++)
             load_A(row, j, A[0]);
     }
-    int last = cut.segments - 1;
+    int last = memory.segments - 1;
     for (int first = 1; first <= last; first += 2)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -284,9 +287,9 @@ __device__ void step_through(const kda_sm90_cut &cut, const Place &place, Role r
             /* S and the next segment are there for all, the one before is no longer read */
             __syncthreads();
             if (role == Role::WRITER)
-                store_states(cut, place, s, shared);
+                store_states(memory, place, s, shared);
             else if (role == Role::FETCHER && threadIdx.x % 32 == 0)
-                fetch(cut, place, s + STAGES<TILES> - 1, shared);
+                fetch(memory, place, s + STAGES<TILES> - 1, shared);
             else if (role == Role::MAKER && (s < last || to.data))
                 take_through(shared, place, s, next, A[i], A[1 - i], S);
         }
@@ -296,14 +299,14 @@ __device__ void step_through(const kda_sm90_cut &cut, const Place &place, Role r
 
 template <int TILES>
 __global__ void __launch_bounds__(THREADS, 1)
-    compose(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_spread spread,
-            const __grid_constant__ kda_sm90_cut cut) {
+    scan(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_stream_k stream_k,
+         const __grid_constant__ kda_sm90_cluster_memory memory) {
     let_next_begin();
     wait_for_kernel_before();
-    if (nothing_is_left(spread))
+    if (nothing_pending(stream_k))
         return;
-    extern __shared__ __align__(1024) char memory[];
-    Shared<TILES> &shared = *reinterpret_cast<Shared<TILES> *>(memory);
+    extern __shared__ __align__(1024) char all[];
+    Shared<TILES> &shared = *reinterpret_cast<Shared<TILES> *>(all);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES<TILES>; i++)
             ptx::mbarrier_init(&shared.arrived[i], 1);
@@ -311,31 +314,31 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
     int64_t chain = blockIdx.x, n = chain / p.value_heads, slot = kda_sequence(&p, n).slot;
-    if (slot < 0 /* padding */ || !is_left(p, spread, (int)n, (int)(chain % p.value_heads)) ||
-        grows(cut, chain))
+    if (slot < 0 /* padding */ || !is_pending(p, stream_k, (int)n, (int)(chain % p.value_heads)) ||
+        grows(memory, chain))
         return;
     int lane = threadIdx.x % 32, first_column = (int)blockIdx.y * TILES * ROWS;
-    Place place = {chain * cut.segments, before_matrices(cut, chain), first_column, first_column + lane / 4,
-                   (int)threadIdx.x / 32 * 16 + lane % 4 * 2};
+    Place place = {chain * memory.segments, before_matrices(memory, chain), first_column,
+                   first_column + lane / 4, (int)threadIdx.x / 32 * 16 + lane % 4 * 2};
     Role role = threadIdx.x < MAKERS             ? Role::MAKER
                 : threadIdx.x < MAKERS + WRITERS ? Role::WRITER
                                                  : Role::FETCHER;
     if (role == Role::FETCHER && lane == 0)
         for (int s = 1; s < STAGES<TILES>; s++)
-            fetch(cut, place, s, shared);
-    if (threadIdx.x > 0 && threadIdx.x < cut.segments)
-        *reinterpret_cast<uint4 *>(shared.units_of_A[threadIdx.x]) =
-            __ldcg(reinterpret_cast<const uint4 *>(&cut.A_units[(place.matrices + threadIdx.x) * BLOCKS]));
+            fetch(memory, place, s, shared);
+    if (threadIdx.x > 0 && threadIdx.x < memory.segments)
+        *reinterpret_cast<uint4 *>(shared.units_of_A[threadIdx.x]) = __ldcg(reinterpret_cast<const uint4 *>(
+            &memory.transition_exponents[(place.matrices + threadIdx.x) * BLOCKS]));
     if (role == Role::FETCHER)
         wait_for_segment(shared, 1);
     __syncthreads();
-    step_through(cut, place, role, kda_state_at(&p, &p.final_state, slot, chain % p.value_heads), shared);
+    step_through(memory, place, role, kda_state_at(&p, &p.final_state, slot, chain % p.value_heads), shared);
 }
 
 template <int TILES>
 cudaError_t launch_compose(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
-    return launch_kernel(compose<TILES>, *launch, THREADS, sizeof(Shared<TILES>), p->stream, *p, memory->spread,
-                         memory->cut);
+    return launch_kernel(scan<TILES>, *launch, THREADS, sizeof(Shared<TILES>), p->stream, *p, memory->stream_k,
+                         memory->cluster);
 }
 
 } // namespace

@@ -10,13 +10,13 @@
 #ifndef KDA_CUDA_SM90_CONSUME_CUH
 #define KDA_CUDA_SM90_CONSUME_CUH
 
+#include "cuda/sm90/mainloop/tiles.cuh"
+#include "cuda/sm90/mainloop/warpgroup.cuh"
 #include "cuda/sm90/tensor_maps.h"
-#include "cuda/sm90/tiles.cuh"
-#include "cuda/sm90/warpgroup.cuh"
 
 namespace kda {
 
-constexpr int EDGE = 4; /* log2: v and S stay below 2^EDGE of the warp's unit */
+constexpr int EDGE = 4; /* log2: v and S stay below 2^EDGE of the warp's exponent */
 
 /* to_middle or to_end of the thread's channels. */
 template <int COUNT> __device__ void load_factors(const float *factors, float4 (&own)[COUNT]) {
@@ -43,20 +43,20 @@ inline __device__ void load_scales(const float *scales, float (&own)[CHUNK / 4])
 }
 
 /*
- * A warp keeps S and v in a unit of its own, 2^unit, in which the largest element is near 1: in the middle of a chunk
- * S is up to 2^115 times smaller, and what is added to it up to 2^115 times larger, than in the end. The unit is raised
+ * A warp keeps S and v in a exponent of its own, 2^exponent, in which the largest element is near 1: in the middle of a chunk
+ * S is up to 2^115 times smaller, and what is added to it up to 2^115 times larger, than in the end. The exponent is raised
  * at once when v needs it, and is measured again, by S, every MEASURED tokens.
  */
-constexpr int MEASURED = 512, LEAST_UNIT = -120, GREATEST_UNIT = 120;
+constexpr int MEASURED = 512, LEAST_EXPONENT = -120, GREATEST_EXPONENT = 120;
 
 /* 0 where fp32 has none so small. */
 inline __device__ float power_of_two(int exponent) {
     return exponent < -126 ? 0.f : __int_as_float((exponent + 127) << 23);
 }
 
-inline __device__ int unit_of(float largest) {
+inline __device__ int exponent_of(float largest) {
     int exponent = (int)(__float_as_uint(largest) >> 23) - 127;
-    return min(max(exponent, LEAST_UNIT), GREATEST_UNIT);
+    return min(max(exponent, LEAST_EXPONENT), GREATEST_EXPONENT);
 }
 
 inline __device__ float largest_of_warp(float x) {
@@ -86,27 +86,27 @@ template <int TILES> __device__ float largest_of_tiles(const float (&d)[TILES][4
 }
 
 /* Of the warp. A thread that has an infinite one is left out: it is of a column whose neighbours may not be taken out of what a
- * unit can hold. */
+ * exponent can hold. */
 inline __device__ float largest_that_counts(float of_thread) {
     return largest_of_warp(of_thread < INFINITY ? of_thread : 0.f);
 }
 
-/* Goes over to a unit in which S is near 1. */
-template <int TILES> __device__ void measure_unit(float (&S)[TILES][4], int &unit) {
+/* Goes over to a exponent in which S is near 1. */
+template <int TILES> __device__ void measure_exponent(float (&S)[TILES][4], int &exponent) {
     float largest = largest_that_counts(largest_of_tiles(S));
     if (largest >= 0.25f && largest <= power_of_two(EDGE))
         return;
-    int next = min(max(unit_of(largest) + unit, LEAST_UNIT), GREATEST_UNIT);
-    next = max(next, unit - 120); /* a factor that fp32 holds */
-    scale_tiles(S, power_of_two(unit - next));
-    unit = next;
+    int next = min(max(exponent_of(largest) + exponent, LEAST_EXPONENT), GREATEST_EXPONENT);
+    next = max(next, exponent - 120); /* a factor that fp32 holds */
+    scale_tiles(S, power_of_two(exponent - next));
+    exponent = next;
 }
 
-/* The unit of a state that is in none yet. */
+/* The exponent of a state that is in none yet. */
 template <int TILES> __device__ int measured(float (&S)[TILES][4]) {
-    int unit = 0;
-    measure_unit(S, unit);
-    return unit;
+    int exponent = 0;
+    measure_exponent(S, exponent);
+    return exponent;
 }
 
 /* V^T of a chunk, 16 tokens and the warp's 16 columns at a time, as first operands. */
@@ -138,11 +138,11 @@ template <int COLUMNS> __device__ void load_values(const __nv_bfloat16 *rows, Va
         ldmatrix_transposed(v[t], values.at(t * 16, threadIdx.x / 32 * 16));
 }
 
-/* One chunk: S goes on, in the warp's unit. Something is done while each of the products runs: load(v) loads the chunk's
- * values, send() sends what the chunk before has left, leave(o) takes the chunk's outputs, in that unit. */
+/* One chunk: S goes on, in the warp's exponent. Something is done while each of the products runs: load(v) loads the chunk's
+ * values, send() sends what the chunk before has left, leave(o) takes the chunk's outputs, in that exponent. */
 template <bool outputs, bool bounded, int DIM, class F, class G, class H>
-__device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, float (&S)[DIM / 8][4], int &unit,
-                        F load, G send, H leave) {
+__device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, float (&S)[DIM / 8][4],
+                        int &exponent, F load, G send, H leave) {
     const Panel(&panels)[DIM / PANEL] = tiles.panels;
     uint64_t rows = wgmma_operand(panels[0].keys, 0, 8 * ROW, SWIZZLE_128);
     uint64_t columns = wgmma_operand(panels[0].gates, sizeof(Panel), 8 * ROW, SWIZZLE_128);
@@ -172,15 +172,16 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
     uint32_t largest = largest_value(v);
     wgmma_wait<0>();
     pin(wy);
-    if (__builtin_expect(__any_sync(~0u, largest >= (uint32_t)(127 + unit + EDGE) << 7), 0)) {
-        constexpr uint32_t NOT_FINITE = 0x7f80; /* and all above, of which a unit does not follow: see above */
+    if (__builtin_expect(__any_sync(~0u, largest >= (uint32_t)(127 + exponent + EDGE) << 7), 0)) {
+        constexpr uint32_t NOT_FINITE =
+            0x7f80; /* and all above, of which a exponent does not follow: see above */
         largest = __reduce_max_sync(~0u, largest < NOT_FINITE ? largest : 0);
-        int next = max(unit_of(__uint_as_float(largest << 16)), unit);
-        scale_tiles(S, power_of_two(unit - next));
-        scale_tiles(wy, power_of_two(unit - next));
-        unit = next;
+        int next = max(exponent_of(__uint_as_float(largest << 16)), exponent);
+        scale_tiles(S, power_of_two(exponent - next));
+        scale_tiles(wy, power_of_two(exponent - next));
+        exponent = next;
     }
-    uint32_t in_units = (uint32_t)(127 - unit) * 0x800080; /* a pair of bf16 */
+    uint32_t in_exponents = (uint32_t)(127 - exponent) * 0x800080; /* a pair of bf16 */
     float U[CHUNK / 8][4];
     uint32_t x[CHUNK / 8][4];
 #pragma unroll
@@ -188,7 +189,7 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
         float tile[4];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            float2 pair = unpack_bf16(scale_pair(v[i / 2][i % 2 * 2 + n], in_units));
+            float2 pair = unpack_bf16(scale_pair(v[i / 2][i % 2 * 2 + n], in_exponents));
             tile[2 * n] = fmaf(-rk[2 * i], wy[i][2 * n], pair.x);
             tile[2 * n + 1] = fmaf(-rk[2 * i + 1], wy[i][2 * n + 1], pair.y);
         }
@@ -337,9 +338,9 @@ __device__ void load_whole(const kda_state &state, float (&S)[TILES][4], uint32_
 }
 
 template <int TILES>
-__device__ void store_whole(const kda_state &state, const float (&S)[TILES][4], int unit,
+__device__ void store_whole(const kda_state &state, const float (&S)[TILES][4], int exponent,
                             uint32_t thread = threadIdx.x) {
-    float factor = power_of_two(unit);
+    float factor = power_of_two(exponent);
     if (!state.data)
         return;
     if (!as_pairs(state))
@@ -362,8 +363,8 @@ __device__ void store_whole(const kda_state &state, const float (&S)[TILES][4], 
 
 /* Stores a state in bf16, 16 bytes at a time: of four tiles' pairs, each of four lanes gets those that make one tile's row. */
 template <int TILES>
-__device__ void store_in_pieces(const kda_state &state, const float (&S)[TILES][4], int unit) {
-    float factor = power_of_two(unit);
+__device__ void store_in_pieces(const kda_state &state, const float (&S)[TILES][4], int exponent) {
+    float factor = power_of_two(exponent);
     int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4;
     bool odd = lane % 2, upper = lane % 4 / 2;
 #pragma unroll
@@ -390,17 +391,17 @@ __device__ void store_in_pieces(const kda_state &state, const float (&S)[TILES][
     }
 }
 
-/* Checkpoints at a position: at 0 the state that the chain starts from, else the one behind that token. In few registers, for
+/* Checkpoints at a position: at 0 the state that the chain starts from, else the one after that token. In few registers, for
  * loops that are short of them: see store_checkpoints. */
 template <int TILES>
 __device__ void store_whole_checkpoints(const kda_prefill &p, int n, int head, int column, int position,
-                                        float (&S)[TILES][4], int unit, uint32_t thread = threadIdx.x) {
+                                        float (&S)[TILES][4], int exponent, uint32_t thread = threadIdx.x) {
     int64_t cursor = 0;
     while (p.checkpoints.data) {
         struct kda_state state = kda_checkpoint_at(&p, n, position, head, &cursor);
         if (!state.data)
             return;
-        store_whole(from_column(state, column), S, unit, thread);
+        store_whole(from_column(state, column), S, exponent, thread);
         pin(S);
     }
 }
@@ -411,24 +412,24 @@ enum : uint32_t {
     BEGINS = 2,  /* the first that the CTA works of its sequence */
     EMPTY = 4,   /* of a sequence without tokens */
     PARTIAL = 8, /* fewer tokens than a chunk's */
-    MEASURE = 16 /* S, behind it */,
-    CHECKPOINT = 32, /* there may be one behind it */
+    MEASURE = 16 /* S, after it */,
+    CHECKPOINT = 32, /* there may be one after it */
     LAST = 64,       /* that the CTA works of its sequence */
-    /* Of parts (spread.cuh): */
-    CUT = 128, /* the chain is cut in front of it */
-    CUT_BEHIND = 256,
-    FROM_CUT = 512,  /* LAST, and the chain was cut where the CTA began */
-    REHEARSAL = 1024 /* with CUT and BEGINS: no chunk at all */
+    /* Of parts (stream_k/ranges.cuh): */
+    SPLIT = 128, /* the chain is cut in front of it */
+    SPLIT_AFTER = 256,
+    FROM_SPLIT = 512, /* LAST, and the chain was cut where the CTA began */
+    REHEARSAL = 1024  /* with SPLIT and BEGINS: no chunk at all */
 };
 
 /* What a loader says of a chunk. */
-struct Task {
+struct ChunkInfo {
     int n, head;      /* of its chain */
     int batch, token; /* where it begins in the tensors */
     int position;     /* where it ends in its sequence */
     union {
         int slot; /* of its state */
-        int row;  /* in kernel pairs, which knows that: of the checkpoint behind the chunk, or -1 */
+        int row;  /* in kernel pairs, which knows that: of the checkpoint after the chunk, or -1 */
     };
     int column; /* first of the CTA's columns of V */
     int count;  /* tokens; -1: see ENDS */
@@ -436,29 +437,29 @@ struct Task {
 };
 
 /* `keeps`: checkpoints are asked for. */
-inline __device__ uint32_t find_flags(const Task &task, bool first, bool last, bool keeps) {
-    if (task.count < 0)
+inline __device__ uint32_t find_flags(const ChunkInfo &info, bool first, bool last, bool keeps) {
+    if (info.count < 0)
         return ENDS;
-    return (first ? BEGINS : 0) | (task.count == 0 ? EMPTY : 0) | (task.count < CHUNK ? PARTIAL : 0) |
-           (task.position % MEASURED < CHUNK ? MEASURE : 0) | (keeps ? CHECKPOINT : 0) | (last ? LAST : 0);
+    return (first ? BEGINS : 0) | (info.count == 0 ? EMPTY : 0) | (info.count < CHUNK ? PARTIAL : 0) |
+           (info.position % MEASURED < CHUNK ? MEASURE : 0) | (keeps ? CHECKPOINT : 0) | (last ? LAST : 0);
 }
 
-/* Checkpoints behind a chunk, faster: the one of `row`, if that is known, or all that are there. */
+/* Checkpoints after a chunk, faster: the one of `row`, if that is known, or all that are there. */
 template <int TILES>
-__device__ void store_checkpoints(const kda_prefill &p, const Task &task, int row, float (&S)[TILES][4],
-                                  int unit) {
+__device__ void store_checkpoints(const kda_prefill &p, const ChunkInfo &info, int row, float (&S)[TILES][4],
+                                  int exponent) {
     int64_t cursor = 0;
     do {
-        struct kda_state state = row >= 0 ? kda_checkpoint_row(&p, task.n, row, task.head)
-                                          : kda_checkpoint_at(&p, task.n, task.position, task.head, &cursor);
+        struct kda_state state = row >= 0 ? kda_checkpoint_row(&p, info.n, row, info.head)
+                                          : kda_checkpoint_at(&p, info.n, info.position, info.head, &cursor);
         if (!state.data)
             return;
-        state = from_column(state, task.column);
+        state = from_column(state, info.column);
         bool pieces = (reinterpret_cast<uintptr_t>(state.data) | state.stride) % sizeof(uint4) == 0;
         if (state.dtype == KDA_BF16 && state.v_first && pieces)
-            store_in_pieces(state, S, unit);
+            store_in_pieces(state, S, exponent);
         else
-            store_whole(state, S, unit);
+            store_whole(state, S, exponent);
         pin(S);
     } while (row < 0);
 }
@@ -484,68 +485,69 @@ __device__ void place_outputs(kda_dtype dtype, const float (&o)[CHUNK / 8][4], _
 }
 
 /* And from there to memory. */
-inline __device__ void send_outputs(const kda_tensor &out, const CUtensorMap &map, const Task &task,
+inline __device__ void send_outputs(const kda_tensor &out, const CUtensorMap &map, const ChunkInfo &info,
                                     const __nv_bfloat16 *rows) {
-    int lane = threadIdx.x % 32, column = task.column + threadIdx.x / 32 * 16;
+    int lane = threadIdx.x % 32, column = info.column + threadIdx.x / 32 * 16;
     fence_shared();
     __syncwarp();
-    if (!(task.flags & PARTIAL)) {
+    if (!(info.flags & PARTIAL)) {
         if (elected()) {
-            const int32_t at[4] = {column, task.head, task.token, task.batch};
+            const int32_t at[4] = {column, info.head, info.token, info.batch};
             ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, at, rows);
             ptx::cp_async_bulk_commit_group();
         }
-    } else if (lane < task.count) { /* what lies behind is another sequence's */
-        store_row(rows, kda_row(&out, task.batch, task.token + lane, task.head) + column * 2);
+    } else if (lane < info.count) { /* what lies after is another sequence's */
+        store_row(rows, kda_row(&out, info.batch, info.token + lane, info.head) + column * 2);
     }
 }
 
-/* Outputs in the warp's unit become what they are. */
-inline __device__ void leave_unit(float (&o)[CHUNK / 8][4], int unit) {
-    if (__builtin_expect(unit != 0, 0))
-        scale_tiles(o, power_of_two(unit));
+/* Outputs in the warp's exponent become what they are. */
+inline __device__ void leave_unit(float (&o)[CHUNK / 8][4], int exponent) {
+    if (__builtin_expect(exponent != 0, 0))
+        scale_tiles(o, power_of_two(exponent));
 }
 
 /* The kernel cuts no chain. */
 struct NeverAgain {
-    template <int TILES> __device__ bool operator()(const Task &, float (&)[TILES][4], int) const {
+    template <int TILES> __device__ bool operator()(const ChunkInfo &, float (&)[TILES][4], int) const {
         return false;
     }
 };
 
 /* A consumer warpgroup's work: all chunks that a loader sends through `shared`, from `turn` on, their outputs to `out`,
- * which `map` maps. before(task, S) makes S what it is before a first chunk, and returns its unit; load(turn, flags, v) loads
- * a chunk's values; finish(task, o, unit) makes outputs what is to be stored, and returns as which dtype; again(task, S, unit)
- * is called behind a chunk in front of which the chain is cut, and says whether it is to be worked once more, for which it
- * takes the outputs itself; keep(task, S, unit) stores checkpoints behind a chunk, after(task, S, unit) what is behind a last
+ * which `map` maps. before(info, S) makes S what it is before a first chunk, and returns its exponent; load(turn, flags, v) loads
+ * a chunk's values; finish(info, o, exponent) makes outputs what is to be stored, and returns as which dtype; again(info, S, exponent)
+ * is called after a chunk in front of which the chain is cut, and says whether it is to be worked once more, for which it
+ * takes the outputs itself; keep(info, S, exponent) stores checkpoints after a chunk, after(info, S, exponent) what is after a last
  * one.
  *
  * A rehearsal is a turn before the first one, on whatever lies in its stage: while the first chunk is on its way, the code
  * is, too. */
-template <int DIM, bool outputs, bool bounded, class Shared, class Turn, class Before, class Load, class Again,
-          class Finish, class Keep, class After>
+template <int DIM, bool outputs, bool bounded, class Shared, class PipelineState, class Before, class Load,
+          class Again, class Finish, class Keep, class After>
 __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUtensorMap &map, Shared &shared,
-                        Turn turn, Before before, Load load, Again again, Finish finish, Keep keep,
+                        PipelineState turn, Before before, Load load, Again again, Finish finish, Keep keep,
                         After after) {
     float S[DIM / 8][4];
-    int unit = 0;
+    int exponent = 0;
     constexpr int PLACES =
         sizeof shared.outputs / sizeof shared.outputs[0]; /* for a chunk's outputs, in turn */
     int place = 0;
     auto rows = [&] { return shared.outputs[place][threadIdx.x / 32]; };
-    const Task *leaving = nullptr; /* whose outputs are in rows: they leave while the next first product runs */
+    const ChunkInfo *leaving =
+        nullptr; /* whose outputs are in rows: they leave while the next first product runs */
     for (;;) {
         wait(shared.full[turn.stage], turn.parity);
-        const Task &task = shared.tasks[turn.task()];
-        uint32_t flags = task.flags;
+        const ChunkInfo &info = shared.infos[turn.info()];
+        uint32_t flags = info.flags;
         if (__builtin_expect(flags & (ENDS | BEGINS), 0)) {
             if (flags & ENDS)
                 break;
-            unit = before(task, S);
+            exponent = before(info, S);
         }
         if (__builtin_expect(!(flags & EMPTY), 1))
             advance<outputs, bounded>(
-                shared.tiles[turn.stage], shared.factors[turn.stage], S, unit,
+                shared.tiles[turn.stage], shared.factors[turn.stage], S, exponent,
                 [&](Values &v) { load(turn, flags, v); },
                 [&] {
                     if (outputs && leaving) {
@@ -554,11 +556,11 @@ __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUten
                     }
                 },
                 [&](float(&o)[CHUNK / 8][4]) {
-                    kda_dtype dtype = finish(task, o, unit);
+                    kda_dtype dtype = finish(info, o, exponent);
                     place_outputs<PLACES - 1>(dtype, o, rows());
-                    leaving = &task;
+                    leaving = &info;
                 });
-        if (__builtin_expect(flags & CUT, 0) && again(task, S, unit)) {
+        if (__builtin_expect(flags & SPLIT, 0) && again(info, S, exponent)) {
             leaving = nullptr;
             if (flags & REHEARSAL) {
                 ptx::mbarrier_arrive(&shared.empty[turn.stage]);
@@ -569,11 +571,11 @@ __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUten
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
         if (__builtin_expect(flags & (MEASURE | CHECKPOINT | LAST), 0)) {
             if (outputs && flags & CHECKPOINT && !(flags & EMPTY))
-                keep(task, S, unit);
+                keep(info, S, exponent);
             if (flags & MEASURE)
-                measure_unit(S, unit);
+                measure_exponent(S, exponent);
             if (flags & LAST)
-                after(task, S, unit);
+                after(info, S, exponent);
         }
         turn.next();
     }

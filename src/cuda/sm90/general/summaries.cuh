@@ -8,7 +8,7 @@
 
 namespace kda {
 
-inline __device__ float *summary(const kda_prefill &p, const kda_sm90_segments &segments, int64_t chain,
+inline __device__ float *summary(const kda_prefill &p, const kda_sm90_general_memory &segments, int64_t chain,
                                  int segment, bool of_A) {
     int64_t rows = p.value_dim + p.key_dim;
     return segments.summaries +

@@ -31,7 +31,7 @@ template <int KP> __host__ __device__ constexpr int stage_bytes(int size) {
     return (int)sizeof(Operands<KP>) + CHUNK * COLUMNS * size;
 }
 
-/* Starts the copies of one chunk's operands and values; nothing behind the end of the sequence. */
+/* Starts the copies of one chunk's operands and values; nothing after the end of the sequence. */
 template <int KP>
 __device__ void fetch(const kda_prefill &p, const Chain &chain, const Operands<KP> *all, int64_t chunk,
                       struct kda_span span, Stage<KP> &stage) {

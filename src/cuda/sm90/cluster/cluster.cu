@@ -1,0 +1,557 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Prefill by cluster of multiprocessors, for few chains (docs/hopper.md): what kernel persistent takes, where chains or their
+ * segments are no more than cluster.
+ *
+ * A cluster of two CTAs works a chain. Both make operands, of every second chunk, and pass them on to the other, so that
+ * each has all of them. Then each takes 64 columns of V through them; or, where sequences are split, one takes all of V
+ * through a segment from zero, and the other the identity: scan.cu and add_history.cu make of that what it is from the
+ * true state.
+ */
+#include "cuda/launch.cuh"
+#include "cuda/sm90/cluster/segments.cuh"
+#include "cuda/sm90/kernels.h"
+#include "cuda/sm90/mainloop/consume.cuh"
+#include "cuda/sm90/mainloop/unbounded.cuh"
+#include "cuda/sm90/stream_k/ranges.cuh"
+#include "cuda/sm90/tensor_maps.h"
+
+namespace kda {
+namespace {
+
+constexpr int CTAS = 2, PRODUCERS = 2;  /* CTAs of a cluster; producer warpgroups of each */
+constexpr int TURNS = CTAS * PRODUCERS; /* chunks from one that a group makes to its next */
+/* The warps of a producer warpgroup that pass operands on, and that open stages to those which the other CTA makes. */
+constexpr int PUSH = 1, HOST = 2;
+
+template <bool split> constexpr int STAGES = split ? 5 : 6;
+constexpr int INFOS = 8; /* for two of each stage there is no room */
+static_assert(CTAS * PRODUCERS == sizeof *kda_sm90_cluster_memory::grown, "each has a byte");
+static_assert(INFOS > STAGES<true> && INFOS > STAGES<false>, "a info is read until the next chunk is done");
+template <bool split> constexpr int CONSUMERS = split ? 2 : 1;
+template <bool split> constexpr int THREADS = (CONSUMERS<split> + PRODUCERS) * GROUP;
+/* Registers of a thread at the start, then of consumers and producers. */
+template <bool split> constexpr int REGISTERS = split ? 128 : 168;
+template <bool split> constexpr int CONSUMER_REGISTERS = split ? 168 : 200;
+template <bool split> constexpr int PRODUCER_REGISTERS = split ? 88 : 152;
+
+/* Named barriers; 0 is __syncthreads. */
+enum {
+    BARRIER_GROUP = 1 /* and the next: of each producer warpgroup */,
+    BARRIER_INVERSE = BARRIER_GROUP + PRODUCERS,
+    BARRIER_MADE = BARRIER_INVERSE + PRODUCERS
+};
+
+/* What a pair works on. */
+struct WorkTile {
+    int n, head, key_head;
+    int batch, first, length, slot; /* of the sequence; -1: there is nothing to do */
+    int segment, begin, chunks;     /* chunks at least 1, the first of which may be empty */
+    int index;                      /* chain, segment */
+    bool to_end;                    /* the state after it is the sequence's */
+    int16_t *exponents;             /* of outputs, from the sequence's first chunk on */
+};
+
+template <bool split> struct alignas(1024) Shared {
+    Tiles<DIM> tiles[STAGES<split>]; /* k, q and g at first, where the CTA makes them */
+    __nv_bfloat16 values[STAGES<split>][CHUNK * GROUP_COLUMNS * CONSUMERS<split>];
+    /* Of each consumer warp, swizzled by 32 bytes; where there is room, beside those that are still on their way. */
+    __nv_bfloat16 outputs[split ? 2 : 1][CONSUMERS<split> * GROUP / 32][CHUNK * 16];
+    Factors<DIM> factors[STAGES<split>];
+    Blocks blocks[PRODUCERS];
+    ChunkInfo infos[INFOS];
+    WorkTile work;
+    uint64_t arrived[PRODUCERS];   /* a producer warpgroup's own chunk: the scout, the bytes of q, k, v and g */
+    uint64_t full[STAGES<split>];  /* the operands: a producer warpgroup, or the scout and the bytes */
+    uint64_t empty[STAGES<split>]; /* all consumers are done, and the operands are passed on */
+    uint64_t granted[STAGES<split>]; /* the other CTA has room for the chunk made here */
+};
+static_assert(sizeof(Shared<true>) <= 227 * 1024 && sizeof(Shared<false>) <= 227 * 1024,
+              "all that a CTA can have");
+
+/* Segments of a chain in this launch. */
+__host__ __device__ int segments_of(const kda_sm90_cluster_memory &memory) {
+    return memory.again ? 1 : memory.segments;
+}
+
+/* whole: the chain grows, and is worked as a first segment. */
+__device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &stream_k,
+                              const kda_sm90_cluster_memory &memory, int64_t all_chunks, bool whole) {
+    int segments = segments_of(memory), chain = blockIdx.x / CTAS / segments;
+    WorkTile work;
+    work.n = chain / (int)p.value_heads, work.head = chain % (int)p.value_heads;
+    work.key_head = work.head / (int)(p.value_heads / p.heads);
+    struct kda_sequence sequence = kda_sequence(&p, work.n);
+    work.batch = (int)sequence.batch, work.first = (int)sequence.first;
+    work.length = (int)sequence.length;
+    work.index = blockIdx.x / CTAS, work.segment = work.index % segments;
+    bool wanted = whole ? work.segment == 0 : !memory.again;
+    work.slot = wanted && is_pending(p, stream_k, work.n, work.head) ? (int)sequence.slot : -1;
+    work.to_end = whole || segments == 1;
+    int chunks = (int)kda_chunk_count(&p, work.n, sequence.length);
+    work.begin = kda_begin_of_segment(chunks, segments, work.segment);
+    int end = whole ? chunks : kda_begin_of_segment(chunks, segments, work.segment + 1);
+    work.chunks = max(min(end, chunks) - work.begin, 1);
+    work.exponents =
+        memory.output_exponents +
+        (work.head * all_chunks + kda_first_chunk(&p, work.first, work.n)) * (2 * KDA_SM90_EXPONENTS);
+    return work;
+}
+
+/* The row of the checkpoint at a position, where they are in equal steps; -1: there is none. For loaders to find, as consumers
+ * are what is waited for. */
+__device__ int find_checkpoint(const kda_prefill &p, int n, int position, int length) {
+    int every = (int)kda_min64(p.checkpoint_every, INT32_MAX), row = (position - 1) / every;
+    bool here = position > 0 && (position - row * every == every || position == length);
+    return here && row < kda_checkpoint_count(&p, n) ? row : -1;
+}
+
+/* Chunk number i of the work, or what says that there is none. */
+template <bool keeps>
+__device__ ChunkInfo find_info(const kda_prefill &p, const WorkTile &work, int column, int i) {
+    ChunkInfo info;
+    info.n = work.n, info.head = work.head, info.batch = work.batch, info.row = -1;
+    info.column = column;
+    info.count = -1;
+    if (i < work.chunks) {
+        struct kda_span span = kda_chunk_span(&p, work.n, work.length, work.begin + i);
+        info.token = work.first + (int)span.first, info.position = (int)(span.first + span.count);
+        info.count = (int)span.count;
+    }
+    info.flags = find_flags(info, i == 0, i + 1 == work.chunks, keeps);
+    if (keeps && i < work.chunks && !p.checkpoint_offsets.data) {
+        info.row = find_checkpoint(p, work.n, info.position, work.length);
+        info.flags &= info.row < 0 ? ~CHECKPOINT : ~0u;
+    }
+    return info;
+}
+
+/* Where a chunk lies in both CTAs, and the parities of the barriers' phases in which it does. */
+template <bool split> struct ClusterPipelineState : PipelineState<STAGES<split>> {
+    int chunk;
+
+    __device__ explicit ClusterPipelineState(int chunk) : chunk(chunk) {
+        this->stage = chunk % STAGES<split>, this->parity = chunk / STAGES<split> & 1;
+    }
+    __device__ int info() const { return chunk % INFOS; }
+    __device__ void next() { chunk++, PipelineState<STAGES<split>>::next(); }
+    /* Of a chunk made here: where the number of stages is odd, only every second one of a stage is. */
+    __device__ uint32_t parity_of_grant() const {
+        constexpr int PERIOD = STAGES<split> % CTAS ? STAGES<split> * CTAS : STAGES<split>;
+        return chunk / PERIOD & 1;
+    }
+};
+
+template <class T> __device__ T *of_other(T *mine, int rank) {
+    return static_cast<T *>(__cluster_map_shared_rank(mine, rank ^ 1));
+}
+
+/* ---- Producers ------------------------------------------------------------------------------------ */
+
+template <bool split, bool bounded, bool keeps> struct Producer {
+    static constexpr int VALUE_PANELS = CONSUMERS<split>;
+    /* Bytes that are passed on of a chunk's factors. */
+    static constexpr size_t FACTORS = bounded ? offsetof(Factors<DIM>, across) : sizeof(Factors<DIM>);
+
+    const kda_prefill &p;
+    const kda_sm90_maps &maps;
+    Shared<split> &shared;
+    int rank, group;
+    uint8_t *grown; /* where to say whether beta makes a transition grow; NULL: it cannot, or nobody asks */
+
+    __device__ bool brings_values() const { return !split || rank == 0; }
+    __device__ int column() const { return split ? 0 : rank * GROUP_COLUMNS; }
+
+    __device__ void bring(void *to, const CUtensorMap &map, int channel, int head, const ChunkInfo &info,
+                          uint64_t *barrier, uint64_t policy) const {
+        const int32_t at[4] = {channel, head, info.token, info.batch};
+        bring_box(to, map, at, *barrier, policy);
+    }
+    /* Says what a chunk is and has it brought: by the scout one whose operands this group makes; by the host its values alone,
+     * as there is room now for what the same group of the other CTA makes. */
+    __device__ void open(int chunk) {
+        bool own = chunk % CTAS == rank;
+        ClusterPipelineState<split> turn(chunk);
+        int s = turn.stage;
+        ChunkInfo info = find_info<keeps>(p, shared.work, column(), chunk);
+        wait(shared.empty[s], turn.parity ^ 1);
+        bool values = info.count > 0 && brings_values();
+        if (values && !own && info.count < CHUNK) {
+            load_tail(info, shared.values[s]);
+            values = false;
+        }
+        uint64_t *barrier = own ? &shared.arrived[group] : &shared.full[s];
+        bool leads = elected();
+        if (!own) /* every lane, as each may have written values; in all as many as arrive of a group that makes it */
+            ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier,
+                                 GROUP / 32u - leads);
+        __syncwarp();
+        if (leads) {
+            size_t bytes = own ? sizeof shared.tiles[s].panels : sizeof(Tiles<DIM>) + FACTORS;
+            shared.infos[turn.info()] = info;
+            if (!own)
+                ptx::mbarrier_arrive(&shared.empty[s]); /* nothing is passed on */
+            ptx::mbarrier_arrive_expect_tx(
+                ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier,
+                info.count > 0 ? (uint32_t)(bytes + (values ? sizeof shared.values[s] : 0)) : 0);
+#pragma unroll 1
+            for (int i = 0; i < VALUE_PANELS && values; i++)
+                bring(&shared.values[s][i * CHUNK * PANEL], maps.v, column() + i * PANEL, info.head, info,
+                      barrier, read_once());
+            if (own && info.count > 0)
+                bring_keys(shared.tiles[s], info, barrier);
+            else if (info.count > 0)
+                arrive_at(shared.granted[s], rank ^ 1);
+        }
+        __syncwarp();
+    }
+
+    __device__ void bring_keys(Tiles<DIM> &tiles, const ChunkInfo &info, uint64_t *barrier) const {
+        uint64_t own = read_once(), shared_by_heads = p.heads < p.value_heads ? read_again() : own;
+#pragma unroll 1
+        for (int i = 0; i < DIM / PANEL; i++) {
+            Panel &panel = tiles.panels[i];
+            bring(panel.keys, maps.k, i * PANEL, shared.work.key_head, info, barrier, shared_by_heads);
+            bring(panel.queries, maps.q, i * PANEL, shared.work.key_head, info, barrier, shared_by_heads);
+            bring(panel.gates, maps.g, i * PANEL, info.head, info, barrier, own);
+        }
+    }
+
+    /* Rows of v, and zeros after the sequence's end. */
+    __device__ void load_tail(const ChunkInfo &info, __nv_bfloat16 *values) const {
+        constexpr int COLUMNS = GROUP_COLUMNS * VALUE_PANELS, PIECES = COLUMNS / 8;
+        const char *rows = kda_row(&p.v, info.batch, info.token, info.head) + info.column * 2;
+        for (int i = threadIdx.x % 32; i < CHUNK * PIECES; i += 32) {
+            int t = i / PIECES, c = i % PIECES * 8;
+            uint4 piece = make_uint4(0, 0, 0, 0);
+            if (t < info.count)
+                piece = *reinterpret_cast<const uint4 *>(rows + t * p.v.stride[1] + c * 2);
+            *reinterpret_cast<uint4 *>(&values[swizzled<CHUNK, COLUMNS>(t, c)]) = piece;
+        }
+    }
+
+    /* Warp PUSH: a chunk's operands are made, and go to the other CTA. */
+    __device__ void pass_on(const ClusterPipelineState<split> &turn, int count) {
+        int s = turn.stage;
+        if (count > 0) {
+            wait(shared.granted[s], turn.parity_of_grant());
+            if (elected()) {
+                uint64_t *full = of_other(&shared.full[s], rank);
+                ptx::cp_async_bulk(ptx::space_cluster, ptx::space_shared, of_other(&shared.tiles[s], rank),
+                                   &shared.tiles[s], (uint32_t)sizeof(Tiles<DIM>), full);
+                ptx::cp_async_bulk(ptx::space_cluster, ptx::space_shared, of_other(&shared.factors[s], rank),
+                                   &shared.factors[s], (uint32_t)FACTORS, full);
+                /* PTX speaks of bulk groups for copies to global memory only. On Hopper they hold for these too, which
+                 * tests/check/cluster_copy.cu keeps checking. */
+                ptx::cp_async_bulk_commit_group();
+                ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+            }
+            __syncwarp();
+        }
+        if (threadIdx.x % 32 == 0)
+            ptx::mbarrier_arrive(&shared.empty[s]);
+    }
+
+    /* Chunks rank and rank + 2 of every four are this CTA's, one for each group. When one is made, the group goes on to the
+     * next: every step stands in the loop once, as code competes for the instruction cache. */
+    __device__ void produce() {
+        int warp = threadIdx.x % GROUP / 32, chunks = shared.work.chunks, slot = 0;
+        Blocks &blocks = shared.blocks[group];
+        uint32_t parity = 0;
+        bool grows = false;
+        Gate gate = find_gate<bounded>(p, shared.work.head, own_channel<DIM>(threadIdx.x));
+#pragma unroll 1
+        for (int next = rank + CTAS * group;; next += TURNS) {
+            const ClusterPipelineState<split> turn(next);
+            const ChunkInfo &info = shared.infos[turn.info()];
+            uint32_t beta = 0;
+            if (warp == SCOUT<DIM> || warp == HOST) {
+                int chunk = warp == HOST ? next - (rank ? 1 : TURNS - 1) : next;
+                if (chunk >= 0 && chunk <= chunks)
+                    open(chunk);
+                if (warp == SCOUT<DIM> && next <= chunks)
+                    beta = load_beta(p, info.batch, info.token, info.head, info.count);
+            }
+            if (next > chunks) {
+                if (split && grown && warp == SCOUT<DIM>)
+                    *grown = __any_sync(~0u, grows);
+                return;
+            }
+            int s = turn.stage;
+            wait(shared.arrived[group], parity);
+            int count = info.count;
+            receive_chunk<VALUE_PANELS, true>(p, shared.tiles[s], shared.factors[s], shared.values[s], blocks,
+                                              slot, count);
+            if (warp == SCOUT<DIM>) {
+                float step = find_beta(p, count, beta);
+                blocks.beta[slot][threadIdx.x % 32] = step;
+                grows = grows || step < 0 || step > 2; /* keys are of length 1: else |1 - beta| is at most 1 */
+            }
+            barrier_wait(BARRIER_GROUP + group, GROUP);
+            if (count > 0)
+                make_operands<bounded>(shared.tiles[s], shared.factors[s], blocks, slot, BARRIER_GROUP + group,
+                                       BARRIER_INVERSE + group, gate);
+            ptx::mbarrier_arrive(&shared.full[s]);
+            slot ^= 1, parity ^= 1;
+            if (warp == PUSH) {
+                barrier_wait(BARRIER_MADE + group, GROUP);
+                pass_on(turn, count);
+            } else {
+                barrier_arrive(BARRIER_MADE + group, GROUP);
+            }
+        }
+    }
+};
+
+/* ---- Consumers ------------------------------------------------------------------------------------ */
+
+/* The state before a segment that is not the first. */
+__device__ void load_composed(const kda_sm90_cluster_memory &memory, int first_column, float (&S)[DIM / 8][4]) {
+    int64_t segment = blockIdx.x / CTAS;
+    const int16_t *exponents = memory.state_exponents + segment * DIM;
+    each_pair(S, [&](float &x, float &y, int channel, int column) {
+        const uint16_t *row = state_before(memory, segment, first_column + column);
+        uint32_t pair = *reinterpret_cast<const uint32_t *>(&row[channel]);
+        float factor = power_of_two(exponents[first_column + column]);
+        float2 of_unit = __half22float2(*reinterpret_cast<__half2 *>(&pair));
+        x = of_unit.x * factor, y = of_unit.y * factor;
+    });
+}
+
+/* 64 columns of V from the true state before the work to the one after it. */
+template <bool bounded, bool keeps>
+__device__ void consume_whole(const kda_prefill &p, const kda_sm90_maps &maps,
+                              const kda_sm90_cluster_memory &memory, Shared<false> &shared) {
+    consume<DIM, true, bounded>(
+        p, p.out, maps.out, shared, ClusterPipelineState<false>(0),
+        [&](const ChunkInfo &info, float(&S)[DIM / 8][4]) {
+            if (shared.work.segment > 0) {
+                load_composed(memory, info.column, S);
+                return measured(S);
+            }
+            kda_state from = kda_state_at(&p, &p.initial_state, shared.work.slot, info.head);
+            load_whole(from_column(from, info.column), S);
+            if constexpr (keeps)
+                store_whole_checkpoints(p, info.n, info.head, info.column, 0, S, 0);
+            return measured(S);
+        },
+        [&](const ClusterPipelineState<false> &turn, uint32_t, Values &v) {
+            load_values<GROUP_COLUMNS>(shared.values[turn.stage], v);
+        },
+        NeverAgain(),
+        [&](const ChunkInfo &, float(&o)[CHUNK / 8][4], int exponent) {
+            leave_unit(o, exponent);
+            return p.out.dtype;
+        },
+        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
+            if constexpr (keeps)
+                store_checkpoints(p, info, info.row, S, exponent);
+        },
+        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
+            kda_state to = kda_state_at(&p, &p.final_state, shared.work.slot, info.head);
+            if (shared.work.to_end) /* else it is there already */
+                store_whole(from_column(to, info.column), S, exponent);
+        });
+}
+
+/* Brings a segment's outputs to where fp16 is exact enough; returns their exponent. */
+__device__ int fit_half(float (&o)[CHUNK / 8][4], int exponent) {
+    constexpr float LEAST = 0x1p-12f, GREATEST = 0x1p15f; /* of the largest one */
+    float largest = largest_of_tiles(o);
+    if (__builtin_expect(__any_sync(~0u, largest >= LEAST) && !__any_sync(~0u, largest >= GREATEST), 1))
+        return exponent;
+    int further = exponent_of(largest_that_counts(largest));
+    scale_tiles(o, power_of_two(-further));
+    return exponent + further;
+}
+
+/* All of V from zero, or in a sequence's first segment from the state before it; or the identity. One version of the
+ * code, because neighbouring multiprocessors share an instruction cache. */
+template <bool bounded>
+__device__ void consume_segment(const kda_prefill &p, const kda_tensor &out, const CUtensorMap &map,
+                                bool identity, const kda_sm90_cluster_memory &memory, Shared<true> &shared) {
+    consume<DIM, true, bounded>(
+        p, out, map, shared, ClusterPipelineState<true>(0),
+        [&](const ChunkInfo &info, float(&S)[DIM / 8][4]) {
+            if (identity) {
+                make_diagonal(S, 1);
+                return 0;
+            }
+            kda_state from = kda_state_at(&p, &p.initial_state, shared.work.slot, info.head);
+            if (shared.work.segment > 0)
+                from.data = nullptr;
+            load_whole(from, S, thread());
+            return measured(S);
+        },
+        [&](const ClusterPipelineState<true> &turn, uint32_t, Values &v) {
+            load_values<DIM>(shared.values[turn.stage], v);
+        },
+        NeverAgain(),
+        [&](const ChunkInfo &info, float(&o)[CHUNK / 8][4], int exponent) {
+            if (shared.work.segment == 0) {
+                leave_unit(o, exponent);
+                return p.out.dtype;
+            }
+            exponent = fit_half(o, exponent);
+            if (threadIdx.x % 32 == 0)
+                shared.work.exponents[(info.position - 1) / CHUNK * (2 * KDA_SM90_EXPONENTS) +
+                                      !identity * KDA_SM90_EXPONENTS + threadIdx.x / 32] = (int16_t)exponent;
+            return KDA_F16;
+        },
+        [](const ChunkInfo &, float(&)[DIM / 8][4], int) {}, /* the states are not the true ones */
+        [&](const ChunkInfo &, float(&S)[DIM / 8][4], int exponent) {
+            int64_t at = shared.work.index;
+            if (!identity) {
+                kda_state to = {reinterpret_cast<char *>(memory.local_states + at * DIM * DIM), KDA_F32,
+                                DIM * 4, true};
+                store_whole(to, S, exponent, thread());
+                return;
+            }
+            measure_exponent(S, exponent);
+            at = before_matrices(memory, shared.work.index / memory.segments) + shared.work.segment;
+            uint16_t *A = memory.transitions + at * DIM * DIM;
+            each_pair(
+                S,
+                [&](float x, float y, int channel, int column) {
+                    *reinterpret_cast<uint32_t *>(&A[swizzled<DIM, DIM>(column, channel)]) = pack_half(x, y);
+                },
+                thread());
+            if (threadIdx.x % 32 == 0)
+                memory.transition_exponents[at * KDA_SM90_EXPONENTS + threadIdx.x / 32] = (int16_t)exponent;
+        });
+}
+
+/* A sequence's first segment needs no identity: its chunks only pass. */
+__device__ void let_pass(Shared<true> &shared) {
+    for (ClusterPipelineState<true> turn(0);; turn.next()) {
+        wait(shared.full[turn.stage], turn.parity);
+        if (shared.infos[turn.info()].flags & ENDS)
+            return;
+        ptx::mbarrier_arrive(&shared.empty[turn.stage]);
+    }
+}
+
+/* ---- The kernel ----------------------------------------------------------------------------------- */
+
+/* O_A as a tensor, and its map. */
+struct Other {
+    kda_tensor out;
+    CUtensorMap map;
+};
+
+/* Without checkpoints, `keeps` false, their code is left out of a loop that competes for the instruction cache. */
+template <bool split, bool bounded, bool keeps>
+__global__ void __cluster_dims__(CTAS) __maxnreg__(REGISTERS<split>)
+    cluster(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
+            const __grid_constant__ kda_sm90_stream_k stream_k,
+            const __grid_constant__ kda_sm90_cluster_memory memory, const __grid_constant__ Other other,
+            int64_t chunks) {
+    let_next_begin();
+    extern __shared__ __align__(1024) char all[];
+    Shared<split> &shared = *reinterpret_cast<Shared<split> *>(all);
+    int rank = blockIdx.x % CTAS, group = threadIdx.x / GROUP;
+    wait_for_kernel_before();
+    if (nothing_pending(stream_k))
+        return;
+    clear_inverses(shared.tiles);
+    bool whole = !split && threadIdx.x < 32 && grows(memory, blockIdx.x / CTAS / segments_of(memory));
+    if (threadIdx.x == 0) {
+        prefetch_maps(maps);
+        shared.work = find_work(p, stream_k, memory, chunks, whole);
+        for (int i = 0; i < PRODUCERS; i++)
+            ptx::mbarrier_init(&shared.arrived[i], 1);
+        for (int i = 0; i < STAGES<split>; i++) {
+            ptx::mbarrier_init(&shared.full[i], GROUP);
+            ptx::mbarrier_init(&shared.empty[i], CONSUMERS<split> * GROUP + 1);
+            ptx::mbarrier_init(&shared.granted[i], 1);
+        }
+        ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+    }
+    if (split && rank == 1) /* the identity has no values */
+        for (uint4 *v = reinterpret_cast<uint4 *>(shared.values) + threadIdx.x;
+             v < reinterpret_cast<uint4 *>(shared.values + STAGES<split>); v += THREADS<split>)
+            *v = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    ptx::barrier_cluster_arrive();
+    ptx::barrier_cluster_wait();
+    if (shared.work.slot < 0)
+        return;
+    if (group >= CONSUMERS<split>) {
+        give_registers<PRODUCER_REGISTERS<split>>();
+        int producer = group - CONSUMERS<split>;
+        uint8_t *grown = nullptr;
+        if (memory.grown)
+            grown = reinterpret_cast<uint8_t *>(&memory.grown[shared.work.index]) + rank * PRODUCERS + producer;
+        Producer<split, bounded, keeps>{p, maps, shared, rank, producer, grown}.produce();
+    } else {
+        take_registers<CONSUMER_REGISTERS<split>>();
+        if constexpr (!split)
+            consume_whole<bounded, keeps>(p, maps, memory, shared);
+        else if (rank == 1 && shared.work.segment == 0)
+            let_pass(shared);
+        else
+            consume_segment<bounded>(p, rank ? other.out : p.out, rank ? other.map : maps.out, rank, memory,
+                                     shared);
+    }
+    ptx::barrier_cluster_arrive(); /* the other one may still write here */
+    ptx::barrier_cluster_wait();
+}
+
+template <bool split, bool bounded, bool keeps>
+cudaError_t launch_cluster(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                           const kda_sm90_stream_k &stream_k, const kda_sm90_cluster_memory &memory,
+                           const Other &other) {
+    kda_sm90_maps maps;
+    cudaError_t error = kda_sm90_map(p, &maps);
+    return error ? error
+                 : launch_kernel(cluster<split, bounded, keeps>, *launch, THREADS<split>, sizeof(Shared<split>),
+                                 p->stream, *p, maps, stream_k, memory, other, split ? plan->chunks : 0);
+}
+
+template <bool bounded>
+cudaError_t launch_true(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                        const kda_sm90_stream_k &stream_k, const kda_sm90_cluster_memory &memory) {
+    return (p->checkpoints.data ? launch_cluster<false, bounded, true>
+                                : launch_cluster<false, bounded, false>)(p, plan, launch, stream_k, memory, {});
+}
+
+} // namespace
+} // namespace kda
+
+cudaError_t kda_sm90_cluster(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                             const kda_sm90_memory *memory) {
+    using namespace kda;
+    return (is_bounded(p) ? launch_true<true> : launch_true<false>)(p, plan, launch, memory->stream_k,
+                                                                    memory->cluster);
+}
+
+cudaError_t kda_sm90_cluster_again(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                                   const kda_sm90_memory *memory) {
+    using namespace kda;
+    kda_sm90_cluster_memory again = memory->cluster;
+    again.again = true;
+    return (is_bounded(p) ? launch_true<true> : launch_true<false>)(p, plan, launch, memory->stream_k, again);
+}
+
+cudaError_t kda_sm90_cluster_local(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                                   const kda_sm90_memory *memory) {
+    using namespace kda;
+    Other other = {};
+    kda_prefill of_B = *p, of_A = *p;
+    of_B.checkpoints.data = NULL; /* the second pass stores them */
+    of_A.out.dtype = KDA_F16;
+    for (int i = 3; i >= 0; i--)
+        of_A.out.stride[i] = i == 3 ? 2 : of_A.out.stride[i + 1] * of_A.out.shape[i + 1];
+    int64_t skipped =
+        memory->cluster.skipped * of_A.out.stride[1]; /* no segment there has the identity's outputs */
+    of_A.out.stride[0] -= skipped;
+    of_A.out.data = reinterpret_cast<char *>(memory->cluster.outputs) - skipped;
+    kda_sm90_maps maps;
+    cudaError_t error = kda_sm90_map(&of_A, &maps);
+    if (error)
+        return error;
+    other.out = of_A.out, other.map = maps.out;
+    return (is_bounded(p) ? launch_cluster<true, true, false>
+                          : launch_cluster<true, false, false>)(&of_B, plan, launch, memory->stream_k,
+                                                                memory->cluster, other);
+}

@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: MIT */
+/* Where the states lie that scan.cu leaves to the kernels after it. */
+#ifndef KDA_CUDA_SM90_CLUSTER_SEGMENTS_CUH
+#define KDA_CUDA_SM90_CLUSTER_SEGMENTS_CUH
+
+#include "cuda/sm90/kernels.h"
+
+#include <cstdint>
+
+namespace kda {
+
+/* S before a segment that is not a sequence's first, of all chains' segments: a column of V, fp16 in its exponent. It takes the
+ * place of the segment before's B, which is used by then: the first half of each row. */
+inline __device__ uint16_t *state_before(const kda_sm90_cluster_memory &memory, int64_t segment, int column) {
+    return reinterpret_cast<uint16_t *>(memory.local_states +
+                                        ((segment - 1) * KDA_SM90_DIM + column) * KDA_SM90_DIM);
+}
+constexpr int STATE_ROW = KDA_SM90_DIM * sizeof(float); /* bytes from column to column */
+
+/* May a segment's A grow a state? Then the chain is worked whole, for what is lost in A would grow likewise. Asked by a warp. */
+inline __device__ bool grows(const kda_sm90_cluster_memory &memory, int64_t chain) {
+    bool found = false;
+    if (memory.grown)
+#pragma unroll 1
+        for (int s = 1 + threadIdx.x % 32; s < memory.segments; s += 32)
+            found |= __ldcg(&memory.grown[chain * memory.segments + s]) != 0;
+    return __any_sync(~0u, found);
+}
+
+/* Where a chain's matrices A begin, less one: first segments have none. */
+inline __device__ int64_t before_matrices(const kda_sm90_cluster_memory &memory, int64_t chain) {
+    return chain * (memory.segments - 1) - 1;
+}
+
+} // namespace kda
+
+#endif

@@ -1,0 +1,519 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Prefill in one kernel, for K = V = 128 or 64, bf16, normalised q and k, the sigmoid gate or, for 128, the softplus gate
+ * (docs/hopper.md).
+ *
+ * A CTA works one chain after another; or a range of all chains end to end (stream_k/ranges.cuh), which begins from zero. There it takes
+ * the identity through the range's first chunk before: it shows whether the past is forgotten by then, and how the chunk's
+ * outputs depend on it. Producer warpgroups take turns at making a chunk's operands, in place of its
+ * q, k and g; consumer warpgroups, with 64 columns of V each, take the state through them in their accumulators.
+ * When a chunk's tiles are made, warps of its group go on to the next one as they get free: one finds the norms of k,
+ * another those of q, and the scout finds the chunk after that, describes it to all others and has the copy engine bring
+ * it.
+ */
+#include "cuda/launch.cuh"
+#include "cuda/sm90/kernels.h"
+#include "cuda/sm90/mainloop/consume.cuh"
+#include "cuda/sm90/mainloop/unbounded.cuh"
+#include "cuda/sm90/stream_k/ranges.cuh"
+#include "cuda/sm90/tensor_maps.h"
+
+namespace kda {
+namespace {
+
+/* The kernel's forms: K = V = dim, with so many CTAs on a multiprocessor. Two where K = V = 64: one chain leaves room for another,
+ * and they need nothing of each other. Where there is a multiprocessor for each, one has twice the producers instead. */
+template <int dim, int ctas> struct ConfigOf {
+    static constexpr int DIM = dim, CTAS = ctas;
+    static constexpr bool FEW = DIM == 64 && CTAS == 1;
+    /* Warpgroups of a CTA. */
+    static constexpr int PRODUCERS = FEW ? 4 : 2, CONSUMERS = DIM / GROUP_COLUMNS;
+    static constexpr int THREADS = (CONSUMERS + PRODUCERS) * GROUP;
+    static constexpr int WARPS = GROUP / 32 * CONSUMERS; /* of consumers */
+    static constexpr int STAGES = DIM == 128 ? 5 : FEW ? 8 : 4;
+    /* Registers of a thread at the start: all of a multiprocessor's, as far as they can be shared out. Consumers then take some of the producers'. */
+    static constexpr int REGISTERS = DIM == 128 ? 128 : FEW ? 96 : 80;
+    static constexpr int CONSUMER_REGISTERS = DIM == 128 ? 168 : FEW ? 128 : 112;
+    static constexpr int PRODUCER_REGISTERS = DIM == 128 || FEW ? 88 : 64;
+    static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
+                          (CONSUMERS + PRODUCERS) * REGISTERS &&
+                      CTAS * THREADS * REGISTERS <= 65536,
+                  "or a consumer waits for registers for ever");
+    /* How many of its group's chunks a scout is ahead of what is received. It goes on while tiles are made, if its warp makes
+     * none; else when the operands are made, too late for the next chunk. */
+    static constexpr int AHEAD = IN_ONE_WARP<DIM> ? 1 : 2;
+    static constexpr int BETA = IN_ONE_WARP<DIM> ? SCOUT<DIM> : 1; /* the warp that has beta */
+    /* Named barriers, each and the next ones, of each producer warpgroup; 0 is __syncthreads. */
+    static constexpr int BARRIER_GROUP = 1, BARRIER_INVERSE = BARRIER_GROUP + PRODUCERS;
+};
+using Config128 = ConfigOf<128, 1>; /* also that of ranges */
+using Config64 = ConfigOf<64, 2>;
+using FewConfig64 = ConfigOf<64, 1>;
+
+constexpr int SORTED = 256; /* sequences at most, more are worked in their own order */
+
+/* Where a scout is: at a chunk of the CTA's chain before number `round`. */
+struct Scout {
+    int round, chunk, chunks;
+    int n, head, key_head, batch, first, length, slot;
+    int count;       /* tokens of the chunk; -1 after the last one */
+    kda_slice slice; /* of ranges: what of the chain is in the CTA's */
+};
+
+/* A producer warpgroup's own. */
+struct Scratch {
+    Blocks blocks;
+    Scout scout;
+};
+
+template <class Config> struct alignas(1024) Shared {
+    Tiles<Config::DIM> tiles[Config::STAGES]; /* k, q and g at first */
+    __nv_bfloat16 values[Config::STAGES][CHUNK * Config::DIM];
+    __nv_bfloat16 outputs[1][Config::WARPS][CHUNK * 16]; /* of each consumer warp, swizzled by 32 bytes */
+    Factors<Config::DIM> factors[Config::STAGES];
+    uint8_t order[SORTED]; /* sequences, the longest first */
+    Scratch scratch[Config::PRODUCERS];
+    ChunkInfo infos[2 * Config::STAGES];
+    bool identity[Config::WARPS];     /* is what a consumer warp takes through the first chunk of a range */
+    int16_t kept[Config::WARPS];      /* the size of its state after that chunk */
+    uint64_t arrived[Config::STAGES]; /* q, k, v, g and the info: the scout and the bytes */
+    uint64_t full[Config::STAGES];    /* the operands: a producer warpgroup */
+    uint64_t empty[Config::STAGES];   /* the consumers are done */
+};
+
+static_assert(sizeof(Shared<Config128>) == 216 * 1024, "docs/hopper.md says what lies where");
+static_assert(sizeof(Shared<Config64>) == 105 * 1024,
+              "likewise; two leave room for what the hardware keeps of 228 KiB");
+static_assert(sizeof(Shared<FewConfig64>) <= 227 * 1024, "all that a CTA can have");
+
+/* ---- Scouts --------------------------------------------------------------------------------------- */
+
+__device__ bool sorts(const kda_prefill &p) { return p.cu_seqlens.data && p.sequences <= SORTED; }
+
+/* Finds the order in which packed sequences are worked: the longest first, so that the CTAs end together. */
+template <class Config> __device__ void sort_sequences(const kda_prefill &p, Shared<Config> &shared) {
+    int *lengths = reinterpret_cast<int *>(shared.scratch); /* not in use yet */
+    int count = (int)p.sequences, n = threadIdx.x;
+    if (n < count)
+        lengths[n] = (int)kda_sequence(&p, n).length;
+    __syncthreads();
+    if (n < count) {
+        int rank = 0;
+        for (int m = 0; m < count; m++)
+            rank += lengths[m] > lengths[n] || (lengths[m] == lengths[n] && m < n);
+        shared.order[rank] = (uint8_t)n;
+    }
+    __syncthreads();
+}
+
+/* The (sequence, head) that the CTA works in a round: forwards and backwards in turn, so that who began with a long
+ * one goes on with a short one. */
+__device__ int find_item(int round) {
+    int across = gridDim.x, place = blockIdx.x;
+    return round * across + (round % 2 ? across - 1 - place : place);
+}
+
+/* What a launch works: chains one by one, or ranges. */
+struct Work {
+    int items; /* chains */
+    kda_sm90_stream_k stream_k;
+};
+
+/* The scout's chain becomes that of n and head. Returns its chunks: none where it is not to be worked. */
+__device__ int enter_chain(const kda_prefill &p, int n, int head, Scout &scout) {
+    struct kda_sequence sequence = kda_sequence(&p, n);
+    scout.n = n, scout.head = head;
+    scout.key_head = head / (int)(p.value_heads / p.heads);
+    scout.batch = (int)sequence.batch, scout.slot = (int)sequence.slot;
+    scout.first = (int)sequence.first, scout.length = (int)sequence.length;
+    return sequence.slot < 0 ? 0 : (int)kda_chunk_count(&p, n, sequence.length);
+}
+
+/* Enters the CTA's next chain, if there is one. */
+template <class Config>
+__device__ bool next_chain(const kda_prefill &p, Shared<Config> &shared, const Work &work, Scout &scout) {
+    if (scout.round * (int)gridDim.x >= work.items)
+        return false;
+    int item = find_item(scout.round++);
+    scout.chunks = 0;
+    if (item < work.items) {
+        int n = item / (int)p.value_heads, head = item % (int)p.value_heads;
+        if (sorts(p))
+            n = shared.order[n];
+        if (is_pending(p, work.stream_k, n, head))
+            scout.chunks = enter_chain(p, n, head, scout);
+    }
+    return true;
+}
+
+/* Enters what of the next chain is in the CTA's range. */
+__device__ bool next_of_range(const kda_prefill &p, const kda_sm90_stream_k &stream_k, Scout &scout) {
+    if (scout.round++ == 0)
+        scout.slice = stream_k.firsts[blockIdx.x];
+    else if (!kda_next_slice(&p, &stream_k.split, blockIdx.x, &scout.slice))
+        return false;
+    enter_chain(p, scout.slice.n, scout.slice.head, scout);
+    scout.chunks = scout.slice.end - scout.slice.begin;
+    return true;
+}
+
+/* Goes some chunks on, through the chains of the CTA. */
+template <bool ranges, class Config>
+__device__ void find_next(const kda_prefill &p, Shared<Config> &shared, const Work &work, Scout &scout,
+                          int chunks) {
+    int chunk = scout.chunk + chunks;
+    while (chunk >= scout.chunks) {
+        chunk -= scout.chunks;
+        if (!(ranges ? next_of_range(p, work.stream_k, scout) : next_chain(p, shared, work, scout))) {
+            scout.count = -1;
+            return;
+        }
+    }
+    scout.chunk = chunk;
+}
+
+/* Sends the scout's chunk to all: what it is, and by the copy engine its tensors. */
+template <bool ranges, bool keeps, class Config>
+__device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Config> &shared, Scout &scout,
+                     const PipelineState<Config::STAGES> &turn) {
+    int s = turn.stage, chunk = scout.chunk;
+    uint64_t *arrived = &shared.arrived[s];
+    ChunkInfo info;
+    info.n = scout.n, info.head = scout.head, info.batch = scout.batch, info.slot = scout.slot;
+    info.column = 0;
+    info.count = scout.count;
+    if (info.count >= 0) {
+        struct kda_span span =
+            kda_chunk_span(&p, info.n, scout.length, (ranges ? scout.slice.begin : 0) + chunk);
+        info.token = scout.first + (int)span.first, info.position = (int)(span.first + span.count);
+        info.count = (int)span.count;
+    }
+    bool first = chunk == 0, last = chunk + 1 == scout.chunks;
+    info.flags = find_flags(info, first, last, keeps && (!ranges || p.checkpoints.data));
+    if (ranges && info.count >= 0)
+        info.flags |= (first && scout.slice.begin ? SPLIT : 0) | (last && scout.slice.begin ? FROM_SPLIT : 0) |
+                      (last && kda_split_after(&scout.slice) ? SPLIT_AFTER : 0);
+    wait(shared.empty[s],
+         turn.parity ^ !(ranges && s == Config::STAGES - 1)); /* the last one is rehearsed in */
+    shared.infos[turn.info()] = info;
+    scout.count = info.count;
+    if (info.count <= 0) {
+        ptx::mbarrier_arrive(arrived);
+        return;
+    }
+    ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, arrived,
+                                   (uint32_t)(sizeof shared.tiles[s].panels + sizeof shared.values[s]));
+    int key_head = scout.key_head;
+    auto bring = [&](void *to, const CUtensorMap &map, int panel, int head, uint64_t policy) {
+        const int32_t at[4] = {panel * PANEL, head, info.token, info.batch};
+        bring_box(to, map, at, *arrived, policy);
+    };
+    uint64_t own = read_once(), shared_by_heads = p.heads < p.value_heads ? read_again() : own;
+#pragma unroll
+    for (int i = 0; i < Config::DIM / PANEL; i++) {
+        Panel &panel = shared.tiles[s].panels[i];
+        bring(panel.keys, maps.k, i, key_head, shared_by_heads);
+        bring(panel.queries, maps.q, i, key_head, shared_by_heads);
+        bring(panel.gates, maps.g, i, info.head, own);
+        bring(&shared.values[s][i * CHUNK * PANEL], maps.v, i, info.head, own);
+    }
+}
+
+/* ---- Producers ------------------------------------------------------------------------------------ */
+
+template <bool ranges, bool bounded, bool keeps, class Config>
+__device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Config> &shared,
+                        const Work &work, int group) {
+    constexpr int DIM = Config::DIM;
+    int warp = threadIdx.x % GROUP / 32;
+    Scratch &scratch = shared.scratch[group];
+    PipelineState<Config::STAGES> turn, ahead;
+    turn.next(group), ahead.next(group);
+    auto go_on = [&](int chunks) {
+        Scout &scout = scratch.scout;
+        __syncwarp(); /* all lanes have read what is overwritten now */
+        if (elected() && scout.count >= 0) {
+            find_next<ranges>(p, shared, work, scout, chunks);
+            send<ranges, keeps>(p, maps, shared, scout, ahead);
+        }
+        __syncwarp();
+        ahead.next(Config::PRODUCERS);
+    };
+    int slot = 0;
+    auto load = [&](const ChunkInfo &info) {
+        return load_beta(p, info.batch, info.token, info.head, info.count);
+    };
+    auto receive = [&](uint32_t beta, bool is_loaded) {
+        int s = turn.stage;
+        wait(shared.arrived[s], turn.parity);
+        const ChunkInfo &info = shared.infos[turn.info()];
+        if (warp == Config::BETA) {
+            if (!is_loaded)
+                beta = load(info);
+            scratch.blocks.beta[slot][threadIdx.x % 32] = find_beta(p, info.count, beta);
+        }
+        receive_chunk<DIM / PANEL, false>(p, shared.tiles[s], shared.factors[s], shared.values[s],
+                                          scratch.blocks, slot, info.count);
+    };
+    if (warp == SCOUT<DIM> && threadIdx.x % 32 == 0)
+        scratch.scout = {};
+    Gate gate;
+    bool rehearses = ranges && group == Config::PRODUCERS - 1;
+    int count = rehearses ? CHUNK : 0;
+    /* Every step stands once, also those before the first chunk is made: code competes for the instruction cache, and takes
+     * time to be fetched. In ranges one group fetches it while the other's scout works, by making operands of what lies in
+     * its first stage. */
+    for (int round = -Config::AHEAD - rehearses;; round++) {
+        const ChunkInfo &info = shared.infos[turn.info()];
+        if (round >= 0) {
+            barrier_wait(Config::BARRIER_GROUP + group, GROUP);
+            count = info.count;
+        }
+        auto scout = [&] { go_on(round == -Config::AHEAD ? group : Config::PRODUCERS); };
+        if (Config::AHEAD == 1 && warp == SCOUT<DIM>)
+            scout();
+        bool next_is_known = count >= 0 && round >= Config::AHEAD - 2;
+        uint32_t beta = 0; /* of the next chunk, on its way */
+        if (warp == Config::BETA && next_is_known) {
+            PipelineState<Config::STAGES> next = turn;
+            if (round >= 0)
+                next.next(Config::PRODUCERS);
+            beta = load(shared.infos[next.info()]);
+        }
+        if (count > 0) {
+            if (info.head != gate.head)
+                gate = find_gate<bounded>(p, info.head, own_channel<DIM>(threadIdx.x));
+            make_operands<bounded>(shared.tiles[turn.stage], shared.factors[turn.stage], scratch.blocks, slot,
+                                   Config::BARRIER_GROUP + group, Config::BARRIER_INVERSE + group, gate);
+        }
+        if (ranges && __builtin_expect(round < -Config::AHEAD, 0)) {
+            barrier_wait(Config::BARRIER_GROUP + group, GROUP); /* before the stage is filled */
+            count = 0;
+            continue;
+        }
+        if (round >= 0) {
+            ptx::mbarrier_arrive(&shared.full[turn.stage]);
+            if (count < 0)
+                return;
+            turn.next(Config::PRODUCERS);
+            slot ^= 1;
+        }
+        if (Config::AHEAD == 2 && warp == SCOUT<DIM>)
+            scout();
+        if (round >= -1)
+            receive(beta, Config::AHEAD == 1 || next_is_known);
+    }
+}
+
+/* ---- Consumers ------------------------------------------------------------------------------------ */
+
+/* Chains from the state before them to the one after. */
+template <bool bounded, bool keeps, class Config>
+__device__ void consume_chains(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Config> &shared) {
+    constexpr int DIM = Config::DIM;
+    consume<DIM, true, bounded>(
+        p, p.out, maps.out, shared, PipelineState<Config::STAGES>(),
+        [&](const ChunkInfo &info, float(&S)[DIM / 8][4]) {
+            load_whole(kda_state_at(&p, &p.initial_state, info.slot, info.head), S);
+            if constexpr (keeps)
+                store_whole_checkpoints(p, info.n, info.head, 0, 0, S, 0);
+            return measured(S);
+        },
+        [&](const PipelineState<Config::STAGES> &turn, uint32_t, Values &v) {
+            load_values<DIM>(shared.values[turn.stage], v);
+        },
+        NeverAgain(),
+        [&](const ChunkInfo &, float(&o)[CHUNK / 8][4], int exponent) {
+            leave_unit(o, exponent);
+            return p.out.dtype;
+        },
+        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
+            if constexpr (keeps)
+                store_checkpoints(p, info, -1, S, exponent);
+        },
+        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
+            store_whole(kda_state_at(&p, &p.final_state, info.slot, info.head), S, exponent);
+        });
+}
+
+/* log2 of a number between the largest element of the warp's columns that counts and its double; EXACT_ZERO if it is 0. broken:
+ * is one not finite? */
+__device__ int16_t size_of_state(const float (&S)[DIM / 8][4], int exponent, bool &broken) {
+    float largest = 0;
+#pragma unroll
+    for (int c = 0; c < DIM / 8; c++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            largest = max_or_nan(largest, fabsf(S[c][n]));
+    broken = __any_sync(~0u, !(largest < INFINITY));
+    largest = largest_that_counts(largest);
+    return (int16_t)(largest == 0 ? EXACT_ZERO
+                                  : exponent + max((int)(__float_as_uint(largest) >> 23), 1) - 126);
+}
+
+/* Stores a state that kernel fixup will read, in 16 bytes of each thread at a time. */
+__device__ void store_pieces(uint4 *to, const float (&S)[DIM / 8][4], int exponent) {
+    float factor = power_of_two(exponent);
+#pragma unroll
+    for (int c = 0; c < DIM / 8; c += 2, to += STATE_THREADS)
+        *to = make_uint4(pack_bf16(S[c][0] * factor, S[c][1] * factor),
+                         pack_bf16(S[c][2] * factor, S[c][3] * factor),
+                         pack_bf16(S[c + 1][0] * factor, S[c + 1][1] * factor),
+                         pack_bf16(S[c + 1][2] * factor, S[c + 1][3] * factor));
+}
+__device__ void store_pieces(float4 *to, const float (&S)[DIM / 8][4], int exponent) {
+    float factor = power_of_two(exponent);
+#pragma unroll
+    for (int c = 0; c < DIM / 8; c++, to += STATE_THREADS)
+        *to = make_float4(S[c][0] * factor, S[c][1] * factor, S[c][2] * factor, S[c][3] * factor);
+}
+
+/* The CTA's range, in which only the first chain can be split in front. */
+template <bool bounded>
+__device__ void consume_range(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Config128> &shared,
+                              const kda_sm90_stream_k &stream_k) {
+    consume<DIM, true, bounded>(
+        p, p.out, maps.out, shared, before_first<Config128::STAGES>(),
+        [&](const ChunkInfo &info, float(&S)[DIM / 8][4]) {
+            if (!(info.flags & SPLIT)) {
+                load_whole(kda_state_at(&p, &p.initial_state, info.slot, info.head), S, thread());
+                store_whole_checkpoints(p, info.n, info.head, 0, 0, S, 0, thread());
+                return measured(S);
+            }
+            bool &identity = shared.identity[thread() / 32], now = !(identity || info.flags & REHEARSAL);
+            __syncwarp();
+            identity = now;
+            __syncwarp();
+            make_diagonal(S, now ? 1.f : 0.f);
+            return now ? 0 : LEAST_EXPONENT;
+        },
+        [&](const PipelineState<Config128::STAGES> &turn, uint32_t flags, Values &v) {
+            load_values<DIM>(shared.values[turn.stage], v);
+            if (__builtin_expect(flags & SPLIT, 0) && shared.identity[thread() / 32])
+#pragma unroll
+                for (int t = 0; t < CHUNK / 16; t++)
+                    v[t][0] = v[t][1] = v[t][2] = v[t][3] = 0;
+        },
+        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
+            if (info.flags & REHEARSAL)
+                return true;
+            int warp = (int)thread() / 32, lane = (int)thread() % 32;
+            bool broken;
+            int16_t size = size_of_state(S, exponent, broken);
+            if (!shared.identity[warp]) {
+                shared.kept[warp] = size;
+                return false;
+            }
+            stream_k.proofs[blockIdx.x].A[warp] = broken ? NEVER_SMALL : size;
+            __syncwarp();
+            uint16_t *to = stream_k.outputs + ((int64_t)blockIdx.x * CHUNK + lane) * DIM +
+                           warp * KDA_SM90_EXPONENT_COLUMNS;
+            store_row(shared.outputs[0][warp], reinterpret_cast<char *>(to));
+            return true;
+        },
+        [&](const ChunkInfo &info, float(&o)[CHUNK / 8][4], int exponent) {
+            leave_unit(o, exponent);
+            return info.flags & SPLIT && shared.identity[thread() / 32] ? KDA_BF16 : p.out.dtype;
+        },
+        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
+            store_whole_checkpoints(p, info.n, info.head, 0, info.position, S, exponent, thread());
+        },
+        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
+            int warp = (int)thread() / 32;
+            if (info.flags & (SPLIT_AFTER | FROM_SPLIT)) {
+                bool broken;
+                int16_t size = size_of_state(S, exponent, broken);
+                if (info.flags & FROM_SPLIT)
+                    stream_k.proofs[blockIdx.x].kept[warp] = min(size, shared.kept[warp]);
+                if (info.flags & SPLIT_AFTER)
+                    stream_k.proofs[blockIdx.x + 1].before[warp] = broken ? NEVER_SMALL : size;
+            }
+            if (info.flags & SPLIT_AFTER)
+                store_pieces(state_pieces(stream_k, blockIdx.x + 1, thread()), S, exponent);
+            else if (info.flags & FROM_SPLIT)
+                store_pieces(final_pieces(p, stream_k, info.n, info.head, thread()), S, exponent);
+            else
+                store_whole(kda_state_at(&p, &p.final_state, info.slot, info.head), S, exponent, thread());
+        });
+}
+
+/* Chains without checkpoints, `keeps` false, have the code of these left out of a loop that competes for the instruction cache;
+ * ranges have it in any case. */
+template <class Config, bool ranges, bool bounded, bool keeps>
+__global__ void __maxnreg__(Config::REGISTERS)
+    persistent(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
+               const __grid_constant__ Work work) {
+    extern __shared__ __align__(1024) char memory[];
+    Shared<Config> &shared = *reinterpret_cast<Shared<Config> *>(memory);
+    if (threadIdx.x == 0) {
+        prefetch_maps(maps);
+        for (int i = 0; i < Config::STAGES; i++) {
+            ptx::mbarrier_init(&shared.arrived[i], 1);
+            ptx::mbarrier_init(&shared.full[i], GROUP);
+            ptx::mbarrier_init(&shared.empty[i], Config::CONSUMERS * GROUP);
+        }
+        ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+    }
+    clear_inverses(shared.tiles);
+    if (ranges && threadIdx.x < Config::WARPS)
+        shared.identity[threadIdx.x] = false;
+    if (ranges && threadIdx.x < 2 * Config::STAGES) {
+        ChunkInfo rehearsal = {};
+        rehearsal.flags = REHEARSAL | SPLIT | BEGINS;
+        shared.infos[threadIdx.x] = rehearsal;
+    }
+    if (!ranges && sorts(p))
+        sort_sequences(p, shared);
+    wait_for_kernel_before();
+    let_next_begin(); /* not earlier: fixup reads what probe has left without waiting */
+    bool slow = ranges && threadIdx.x < work.stream_k.split.ranges &&
+                __ldcg(&work.stream_k.probes[threadIdx.x]) == SLOW;
+    if (__syncthreads_or(slow) || (!ranges && nothing_pending(work.stream_k)))
+        return;
+    int group = threadIdx.x / GROUP;
+    if (group < Config::CONSUMERS) {
+        take_registers<Config::CONSUMER_REGISTERS>();
+        if constexpr (ranges)
+            consume_range<bounded>(p, maps, shared, work.stream_k);
+        else
+            consume_chains<bounded, keeps>(p, maps, shared);
+    } else {
+        give_registers<Config::PRODUCER_REGISTERS>();
+        produce<ranges, bounded, keeps>(p, maps, shared, work, group - Config::CONSUMERS);
+    }
+}
+
+template <class Config, bool ranges, bool bounded, bool keeps>
+cudaError_t launch_form(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
+    const Work work = {ranges ? 0 : (int)(p->sequences * p->value_heads), memory->stream_k};
+    kda_sm90_maps maps;
+    cudaError_t error = kda_sm90_map(p, &maps);
+    return error ? error
+                 : launch_kernel(persistent<Config, ranges, bounded, keeps>, *launch, Config::THREADS,
+                                 sizeof(Shared<Config>), p->stream, *p, maps, work);
+}
+
+template <class Config, bool bounded>
+cudaError_t launch_chains(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
+    return (p->checkpoints.data ? launch_form<Config, false, bounded, true>
+                                : launch_form<Config, false, bounded, false>)(p, launch, memory);
+}
+
+} // namespace
+} // namespace kda
+
+cudaError_t kda_sm90_persistent(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
+                                const kda_sm90_memory *memory) {
+    using namespace kda;
+    auto of_64 =
+        launch->config == Config64::CTAS ? launch_chains<Config64, true> : launch_chains<FewConfig64, true>;
+    auto of_128 = is_bounded(p) ? launch_chains<Config128, true> : launch_chains<Config128, false>;
+    return (p->key_dim == 128 ? of_128 : of_64)(p, launch, memory);
+}
+
+cudaError_t kda_sm90_ranges(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
+                            const kda_sm90_memory *memory) {
+    using namespace kda;
+    return (is_bounded(p) ? launch_form<Config128, true, true, true>
+                          : launch_form<Config128, true, false, true>)(p, launch, memory);
+}
