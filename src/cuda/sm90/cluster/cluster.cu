@@ -306,53 +306,55 @@ template <bool split, bool bounded, bool keeps> struct Producer {
 /* ---- Consumers ------------------------------------------------------------------------------------ */
 
 /* The state before a segment that is not the first. */
-__device__ void load_composed(const kda_sm90_cluster_memory &memory, int first_column, float (&S)[DIM / 8][4]) {
+__device__ void load_scanned(const kda_sm90_cluster_memory &memory, int first_column, float (&S)[DIM / 8][4]) {
     int64_t segment = blockIdx.x / CTAS;
     const int16_t *exponents = memory.state_exponents + segment * DIM;
     each_pair(S, [&](float &x, float &y, int channel, int column) {
         const uint16_t *row = state_before(memory, segment, first_column + column);
         uint32_t pair = *reinterpret_cast<const uint32_t *>(&row[channel]);
         float factor = power_of_two(exponents[first_column + column]);
-        float2 of_unit = __half22float2(*reinterpret_cast<__half2 *>(&pair));
-        x = of_unit.x * factor, y = of_unit.y * factor;
+        float2 scaled = __half22float2(*reinterpret_cast<__half2 *>(&pair));
+        x = scaled.x * factor, y = scaled.y * factor;
     });
 }
 
 /* 64 columns of V from the true state before the work to the one after it. */
-template <bool bounded, bool keeps>
-__device__ void consume_whole(const kda_prefill &p, const kda_sm90_maps &maps,
-                              const kda_sm90_cluster_memory &memory, Shared<false> &shared) {
-    consume<DIM, true, bounded>(
-        p, p.out, maps.out, shared, ClusterPipelineState<false>(0),
-        [&](const ChunkInfo &info, float(&S)[DIM / 8][4]) {
-            if (shared.work.segment > 0) {
-                load_composed(memory, info.column, S);
-                return measured(S);
-            }
-            kda_state from = kda_state_at(&p, &p.initial_state, shared.work.slot, info.head);
-            load_whole(from_column(from, info.column), S);
-            if constexpr (keeps)
-                store_whole_checkpoints(p, info.n, info.head, info.column, 0, S, 0);
+template <bool keeps> struct TrueStatePolicy : DefaultPolicy<DIM> {
+    const kda_prefill &p;
+    const kda_sm90_cluster_memory &memory;
+    Shared<false> &shared;
+
+    __device__ TrueStatePolicy(const kda_prefill &p, const kda_sm90_cluster_memory &memory,
+                               Shared<false> &shared)
+        : p(p), memory(memory), shared(shared) {}
+    __device__ int before(const ChunkInfo &info, float (&S)[DIM / 8][4]) const {
+        if (shared.work.segment > 0) {
+            load_scanned(memory, info.column, S);
             return measured(S);
-        },
-        [&](const ClusterPipelineState<false> &turn, uint32_t, Values &v) {
-            load_values<GROUP_COLUMNS>(shared.values[turn.stage], v);
-        },
-        NeverAgain(),
-        [&](const ChunkInfo &, float(&o)[CHUNK / 8][4], int exponent) {
-            leave_unit(o, exponent);
-            return p.out.dtype;
-        },
-        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
-            if constexpr (keeps)
-                store_checkpoints(p, info, info.row, S, exponent);
-        },
-        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
-            kda_state to = kda_state_at(&p, &p.final_state, shared.work.slot, info.head);
-            if (shared.work.to_end) /* else it is there already */
-                store_whole(from_column(to, info.column), S, exponent);
-        });
-}
+        }
+        kda_state from = kda_state_at(&p, &p.initial_state, shared.work.slot, info.head);
+        load_whole(from_column(from, info.column), S);
+        if constexpr (keeps)
+            store_whole_checkpoints(p, info.n, info.head, info.column, 0, S, 0);
+        return measured(S);
+    }
+    __device__ void load(int stage, uint32_t, Values &v) const {
+        load_values<GROUP_COLUMNS>(shared.values[stage], v);
+    }
+    __device__ kda_dtype finish(const ChunkInfo &, float (&o)[CHUNK / 8][4], int exponent) const {
+        leave_exponent(o, exponent);
+        return p.out.dtype;
+    }
+    __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
+        if constexpr (keeps)
+            store_checkpoints(p, info, info.row, S, exponent);
+    }
+    __device__ void after(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
+        kda_state to = kda_state_at(&p, &p.final_state, shared.work.slot, info.head);
+        if (shared.work.to_end) /* else it is there already */
+            store_whole(from_column(to, info.column), S, exponent);
+    }
+};
 
 /* Brings a segment's outputs to where fp16 is exact enough; returns their exponent. */
 __device__ int fit_half(float (&o)[CHUNK / 8][4], int exponent) {
@@ -366,60 +368,60 @@ __device__ int fit_half(float (&o)[CHUNK / 8][4], int exponent) {
 }
 
 /* All of V from zero, or in a sequence's first segment from the state before it; or the identity. One version of the
- * code, because neighbouring multiprocessors share an instruction cache. */
-template <bool bounded>
-__device__ void consume_segment(const kda_prefill &p, const kda_tensor &out, const CUtensorMap &map,
-                                bool identity, const kda_sm90_cluster_memory &memory, Shared<true> &shared) {
-    consume<DIM, true, bounded>(
-        p, out, map, shared, ClusterPipelineState<true>(0),
-        [&](const ChunkInfo &info, float(&S)[DIM / 8][4]) {
-            if (identity) {
-                make_diagonal(S, 1);
-                return 0;
-            }
-            kda_state from = kda_state_at(&p, &p.initial_state, shared.work.slot, info.head);
-            if (shared.work.segment > 0)
-                from.data = nullptr;
-            load_whole(from, S, thread());
-            return measured(S);
-        },
-        [&](const ClusterPipelineState<true> &turn, uint32_t, Values &v) {
-            load_values<DIM>(shared.values[turn.stage], v);
-        },
-        NeverAgain(),
-        [&](const ChunkInfo &info, float(&o)[CHUNK / 8][4], int exponent) {
-            if (shared.work.segment == 0) {
-                leave_unit(o, exponent);
-                return p.out.dtype;
-            }
-            exponent = fit_half(o, exponent);
-            if (threadIdx.x % 32 == 0)
-                shared.work.exponents[(info.position - 1) / CHUNK * (2 * KDA_SM90_EXPONENTS) +
-                                      !identity * KDA_SM90_EXPONENTS + threadIdx.x / 32] = (int16_t)exponent;
-            return KDA_F16;
-        },
-        [](const ChunkInfo &, float(&)[DIM / 8][4], int) {}, /* the states are not the true ones */
-        [&](const ChunkInfo &, float(&S)[DIM / 8][4], int exponent) {
-            int64_t at = shared.work.index;
-            if (!identity) {
-                kda_state to = {reinterpret_cast<char *>(memory.local_states + at * DIM * DIM), KDA_F32,
-                                DIM * 4, true};
-                store_whole(to, S, exponent, thread());
-                return;
-            }
-            measure_exponent(S, exponent);
-            at = before_matrices(memory, shared.work.index / memory.segments) + shared.work.segment;
-            uint16_t *A = memory.transitions + at * DIM * DIM;
-            each_pair(
-                S,
-                [&](float x, float y, int channel, int column) {
-                    *reinterpret_cast<uint32_t *>(&A[swizzled<DIM, DIM>(column, channel)]) = pack_half(x, y);
-                },
-                thread());
-            if (threadIdx.x % 32 == 0)
-                memory.transition_exponents[at * KDA_SM90_EXPONENTS + threadIdx.x / 32] = (int16_t)exponent;
-        });
-}
+ * code, because neighbouring multiprocessors share an instruction cache. The states are not the true ones, so none is kept. */
+struct LocalPolicy : DefaultPolicy<DIM> {
+    const kda_prefill &p;
+    bool identity;
+    const kda_sm90_cluster_memory &memory;
+    Shared<true> &shared;
+
+    __device__ LocalPolicy(const kda_prefill &p, bool identity, const kda_sm90_cluster_memory &memory,
+                           Shared<true> &shared)
+        : p(p), identity(identity), memory(memory), shared(shared) {}
+    __device__ int before(const ChunkInfo &info, float (&S)[DIM / 8][4]) const {
+        if (identity) {
+            make_diagonal(S, 1);
+            return 0;
+        }
+        kda_state from = kda_state_at(&p, &p.initial_state, shared.work.slot, info.head);
+        if (shared.work.segment > 0)
+            from.data = nullptr;
+        load_whole(from, S, thread());
+        return measured(S);
+    }
+    __device__ void load(int stage, uint32_t, Values &v) const { load_values<DIM>(shared.values[stage], v); }
+    __device__ kda_dtype finish(const ChunkInfo &info, float (&o)[CHUNK / 8][4], int exponent) const {
+        if (shared.work.segment == 0) {
+            leave_exponent(o, exponent);
+            return p.out.dtype;
+        }
+        exponent = fit_half(o, exponent);
+        if (threadIdx.x % 32 == 0)
+            shared.work.exponents[(info.position - 1) / CHUNK * (2 * KDA_SM90_EXPONENTS) +
+                                  !identity * KDA_SM90_EXPONENTS + threadIdx.x / 32] = (int16_t)exponent;
+        return KDA_F16;
+    }
+    __device__ void after(const ChunkInfo &, float (&S)[DIM / 8][4], int exponent) const {
+        int64_t at = shared.work.index;
+        if (!identity) {
+            kda_state to = {reinterpret_cast<char *>(memory.local_states + at * DIM * DIM), KDA_F32, DIM * 4,
+                            true};
+            store_whole(to, S, exponent, thread());
+            return;
+        }
+        measure_exponent(S, exponent);
+        at = before_matrices(memory, shared.work.index / memory.segments) + shared.work.segment;
+        uint16_t *A = memory.transitions + at * DIM * DIM;
+        each_pair(
+            S,
+            [&](float x, float y, int channel, int column) {
+                *reinterpret_cast<uint32_t *>(&A[swizzled<DIM, DIM>(column, channel)]) = pack_half(x, y);
+            },
+            thread());
+        if (threadIdx.x % 32 == 0)
+            memory.transition_exponents[at * KDA_SM90_EXPONENTS + threadIdx.x / 32] = (int16_t)exponent;
+    }
+};
 
 /* A sequence's first segment needs no identity: its chunks only pass. */
 __device__ void let_pass(Shared<true> &shared) {
@@ -486,12 +488,13 @@ __global__ void __cluster_dims__(CTAS) __maxnreg__(REGISTERS<split>)
     } else {
         take_registers<CONSUMER_REGISTERS<split>>();
         if constexpr (!split)
-            consume_whole<bounded, keeps>(p, maps, memory, shared);
+            consume<DIM, true, bounded>(p.out, maps.out, shared, ClusterPipelineState<false>(0),
+                                        TrueStatePolicy<keeps>(p, memory, shared));
         else if (rank == 1 && shared.work.segment == 0)
             let_pass(shared);
         else
-            consume_segment<bounded>(p, rank ? other.out : p.out, rank ? other.map : maps.out, rank, memory,
-                                     shared);
+            consume<DIM, true, bounded>(rank ? other.out : p.out, rank ? other.map : maps.out, shared,
+                                        ClusterPipelineState<true>(0), LocalPolicy(p, rank, memory, shared));
     }
     ptx::barrier_cluster_arrive(); /* the other one may still write here */
     ptx::barrier_cluster_wait();

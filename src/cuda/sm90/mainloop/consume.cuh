@@ -502,32 +502,32 @@ inline __device__ void send_outputs(const kda_tensor &out, const CUtensorMap &ma
 }
 
 /* Outputs in the warp's exponent become what they are. */
-inline __device__ void leave_unit(float (&o)[CHUNK / 8][4], int exponent) {
+inline __device__ void leave_exponent(float (&o)[CHUNK / 8][4], int exponent) {
     if (__builtin_expect(exponent != 0, 0))
         scale_tiles(o, power_of_two(exponent));
 }
 
-/* The kernel cuts no chain. */
-struct NeverAgain {
-    template <int TILES> __device__ bool operator()(const ChunkInfo &, float (&)[TILES][4], int) const {
-        return false;
-    }
+/* What a schedule's policy does unless it says otherwise: no chunk is worked twice, no checkpoints are stored. */
+template <int DIM> struct DefaultPolicy {
+    __device__ bool again(const ChunkInfo &, float (&)[DIM / 8][4], int) const { return false; }
+    __device__ void keep(const ChunkInfo &, float (&)[DIM / 8][4], int) const {}
 };
 
 /* A consumer warpgroup's work: all chunks that a loader sends through `shared`, from `turn` on, their outputs to `out`,
- * which `map` maps. before(info, S) makes S what it is before a first chunk, and returns its exponent; load(turn, flags, v) loads
- * a chunk's values; finish(info, o, exponent) makes outputs what is to be stored, and returns as which dtype; again(info, S, exponent)
- * is called after a chunk in front of which the chain is cut, and says whether it is to be worked once more, for which it
- * takes the outputs itself; keep(info, S, exponent) stores checkpoints after a chunk, after(info, S, exponent) what is after a last
- * one.
+ * which `map` maps. The schedule's policy has
+ *   before(info, S)            makes S what it is before a first chunk, and returns its exponent
+ *   load(stage, flags, v)      loads a chunk's values
+ *   again(info, S, exponent)   is called after a chunk in front of which the chain is split: is it to be worked once more, for
+ *                              which the policy takes the outputs itself?
+ *   finish(info, o, exponent)  makes outputs what is to be stored, and returns as which dtype
+ *   keep(info, S, exponent)    stores checkpoints after a chunk
+ *   after(info, S, exponent)   stores what is after a last one.
  *
  * A rehearsal is a turn before the first one, on whatever lies in its stage: while the first chunk is on its way, the code
  * is, too. */
-template <int DIM, bool outputs, bool bounded, class Shared, class PipelineState, class Before, class Load,
-          class Again, class Finish, class Keep, class After>
-__device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUtensorMap &map, Shared &shared,
-                        PipelineState turn, Before before, Load load, Again again, Finish finish, Keep keep,
-                        After after) {
+template <int DIM, bool outputs, bool bounded, class Shared, class PipelineState, class Policy>
+__device__ void consume(const kda_tensor &out, const CUtensorMap &map, Shared &shared, PipelineState turn,
+                        Policy policy) {
     float S[DIM / 8][4];
     int exponent = 0;
     constexpr int PLACES =
@@ -543,12 +543,12 @@ __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUten
         if (__builtin_expect(flags & (ENDS | BEGINS), 0)) {
             if (flags & ENDS)
                 break;
-            exponent = before(info, S);
+            exponent = policy.before(info, S);
         }
         if (__builtin_expect(!(flags & EMPTY), 1))
             advance<outputs, bounded>(
                 shared.tiles[turn.stage], shared.factors[turn.stage], S, exponent,
-                [&](Values &v) { load(turn, flags, v); },
+                [&](Values &v) { policy.load(turn.stage, flags, v); },
                 [&] {
                     if (outputs && leaving) {
                         send_outputs(out, map, *leaving, rows());
@@ -556,11 +556,11 @@ __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUten
                     }
                 },
                 [&](float(&o)[CHUNK / 8][4]) {
-                    kda_dtype dtype = finish(info, o, exponent);
+                    kda_dtype dtype = policy.finish(info, o, exponent);
                     place_outputs<PLACES - 1>(dtype, o, rows());
                     leaving = &info;
                 });
-        if (__builtin_expect(flags & SPLIT, 0) && again(info, S, exponent)) {
+        if (__builtin_expect(flags & SPLIT, 0) && policy.again(info, S, exponent)) {
             leaving = nullptr;
             if (flags & REHEARSAL) {
                 ptx::mbarrier_arrive(&shared.empty[turn.stage]);
@@ -571,11 +571,11 @@ __device__ void consume(const kda_prefill &p, const kda_tensor &out, const CUten
         ptx::mbarrier_arrive(&shared.empty[turn.stage]);
         if (__builtin_expect(flags & (MEASURE | CHECKPOINT | LAST), 0)) {
             if (outputs && flags & CHECKPOINT && !(flags & EMPTY))
-                keep(info, S, exponent);
+                policy.keep(info, S, exponent);
             if (flags & MEASURE)
                 measure_exponent(S, exponent);
             if (flags & LAST)
-                after(info, S, exponent);
+                policy.after(info, S, exponent);
         }
         turn.next();
     }

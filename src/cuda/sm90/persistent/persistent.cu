@@ -308,33 +308,31 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
 /* ---- Consumers ------------------------------------------------------------------------------------ */
 
 /* Chains from the state before them to the one after. */
-template <bool bounded, bool keeps, class Config>
-__device__ void consume_chains(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Config> &shared) {
-    constexpr int DIM = Config::DIM;
-    consume<DIM, true, bounded>(
-        p, p.out, maps.out, shared, PipelineState<Config::STAGES>(),
-        [&](const ChunkInfo &info, float(&S)[DIM / 8][4]) {
-            load_whole(kda_state_at(&p, &p.initial_state, info.slot, info.head), S);
-            if constexpr (keeps)
-                store_whole_checkpoints(p, info.n, info.head, 0, 0, S, 0);
-            return measured(S);
-        },
-        [&](const PipelineState<Config::STAGES> &turn, uint32_t, Values &v) {
-            load_values<DIM>(shared.values[turn.stage], v);
-        },
-        NeverAgain(),
-        [&](const ChunkInfo &, float(&o)[CHUNK / 8][4], int exponent) {
-            leave_unit(o, exponent);
-            return p.out.dtype;
-        },
-        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
-            if constexpr (keeps)
-                store_checkpoints(p, info, -1, S, exponent);
-        },
-        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
-            store_whole(kda_state_at(&p, &p.final_state, info.slot, info.head), S, exponent);
-        });
-}
+template <class Config, bool keeps> struct ChainPolicy : DefaultPolicy<Config::DIM> {
+    static constexpr int DIM = Config::DIM;
+    const kda_prefill &p;
+    Shared<Config> &shared;
+
+    __device__ ChainPolicy(const kda_prefill &p, Shared<Config> &shared) : p(p), shared(shared) {}
+    __device__ int before(const ChunkInfo &info, float (&S)[DIM / 8][4]) const {
+        load_whole(kda_state_at(&p, &p.initial_state, info.slot, info.head), S);
+        if constexpr (keeps)
+            store_whole_checkpoints(p, info.n, info.head, 0, 0, S, 0);
+        return measured(S);
+    }
+    __device__ void load(int stage, uint32_t, Values &v) const { load_values<DIM>(shared.values[stage], v); }
+    __device__ kda_dtype finish(const ChunkInfo &, float (&o)[CHUNK / 8][4], int exponent) const {
+        leave_exponent(o, exponent);
+        return p.out.dtype;
+    }
+    __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
+        if constexpr (keeps)
+            store_checkpoints(p, info, -1, S, exponent);
+    }
+    __device__ void after(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
+        store_whole(kda_state_at(&p, &p.final_state, info.slot, info.head), S, exponent);
+    }
+};
 
 /* log2 of a number between the largest element of the warp's columns that counts and its double; EXACT_ZERO if it is 0. broken:
  * is one not finite? */
@@ -369,73 +367,73 @@ __device__ void store_pieces(float4 *to, const float (&S)[DIM / 8][4], int expon
 }
 
 /* The CTA's range, in which only the first chain can be split in front. */
-template <bool bounded>
-__device__ void consume_range(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Config128> &shared,
-                              const kda_sm90_stream_k &stream_k) {
-    consume<DIM, true, bounded>(
-        p, p.out, maps.out, shared, before_first<Config128::STAGES>(),
-        [&](const ChunkInfo &info, float(&S)[DIM / 8][4]) {
-            if (!(info.flags & SPLIT)) {
-                load_whole(kda_state_at(&p, &p.initial_state, info.slot, info.head), S, thread());
-                store_whole_checkpoints(p, info.n, info.head, 0, 0, S, 0, thread());
-                return measured(S);
-            }
-            bool &identity = shared.identity[thread() / 32], now = !(identity || info.flags & REHEARSAL);
-            __syncwarp();
-            identity = now;
-            __syncwarp();
-            make_diagonal(S, now ? 1.f : 0.f);
-            return now ? 0 : LEAST_EXPONENT;
-        },
-        [&](const PipelineState<Config128::STAGES> &turn, uint32_t flags, Values &v) {
-            load_values<DIM>(shared.values[turn.stage], v);
-            if (__builtin_expect(flags & SPLIT, 0) && shared.identity[thread() / 32])
+struct RangePolicy {
+    const kda_prefill &p;
+    Shared<Config128> &shared;
+    const kda_sm90_stream_k &stream_k;
+
+    __device__ int before(const ChunkInfo &info, float (&S)[DIM / 8][4]) const {
+        if (!(info.flags & SPLIT)) {
+            load_whole(kda_state_at(&p, &p.initial_state, info.slot, info.head), S, thread());
+            store_whole_checkpoints(p, info.n, info.head, 0, 0, S, 0, thread());
+            return measured(S);
+        }
+        bool &identity = shared.identity[thread() / 32], now = !(identity || info.flags & REHEARSAL);
+        __syncwarp();
+        identity = now;
+        __syncwarp();
+        make_diagonal(S, now ? 1.f : 0.f);
+        return now ? 0 : LEAST_EXPONENT;
+    }
+    __device__ void load(int stage, uint32_t flags, Values &v) const {
+        load_values<DIM>(shared.values[stage], v);
+        if (__builtin_expect(flags & SPLIT, 0) && shared.identity[thread() / 32])
 #pragma unroll
-                for (int t = 0; t < CHUNK / 16; t++)
-                    v[t][0] = v[t][1] = v[t][2] = v[t][3] = 0;
-        },
-        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
-            if (info.flags & REHEARSAL)
-                return true;
-            int warp = (int)thread() / 32, lane = (int)thread() % 32;
+            for (int t = 0; t < CHUNK / 16; t++)
+                v[t][0] = v[t][1] = v[t][2] = v[t][3] = 0;
+    }
+    __device__ bool again(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
+        if (info.flags & REHEARSAL)
+            return true;
+        int warp = (int)thread() / 32, lane = (int)thread() % 32;
+        bool broken;
+        int16_t size = size_of_state(S, exponent, broken);
+        if (!shared.identity[warp]) {
+            shared.kept[warp] = size;
+            return false;
+        }
+        stream_k.proofs[blockIdx.x].A[warp] = broken ? NEVER_SMALL : size;
+        __syncwarp();
+        uint16_t *to =
+            stream_k.outputs + ((int64_t)blockIdx.x * CHUNK + lane) * DIM + warp * KDA_SM90_EXPONENT_COLUMNS;
+        store_row(shared.outputs[0][warp], reinterpret_cast<char *>(to));
+        return true;
+    }
+    __device__ kda_dtype finish(const ChunkInfo &info, float (&o)[CHUNK / 8][4], int exponent) const {
+        leave_exponent(o, exponent);
+        return info.flags & SPLIT && shared.identity[thread() / 32] ? KDA_BF16 : p.out.dtype;
+    }
+    __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
+        store_whole_checkpoints(p, info.n, info.head, 0, info.position, S, exponent, thread());
+    }
+    __device__ void after(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
+        int warp = (int)thread() / 32;
+        if (info.flags & (SPLIT_AFTER | FROM_SPLIT)) {
             bool broken;
             int16_t size = size_of_state(S, exponent, broken);
-            if (!shared.identity[warp]) {
-                shared.kept[warp] = size;
-                return false;
-            }
-            stream_k.proofs[blockIdx.x].A[warp] = broken ? NEVER_SMALL : size;
-            __syncwarp();
-            uint16_t *to = stream_k.outputs + ((int64_t)blockIdx.x * CHUNK + lane) * DIM +
-                           warp * KDA_SM90_EXPONENT_COLUMNS;
-            store_row(shared.outputs[0][warp], reinterpret_cast<char *>(to));
-            return true;
-        },
-        [&](const ChunkInfo &info, float(&o)[CHUNK / 8][4], int exponent) {
-            leave_unit(o, exponent);
-            return info.flags & SPLIT && shared.identity[thread() / 32] ? KDA_BF16 : p.out.dtype;
-        },
-        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
-            store_whole_checkpoints(p, info.n, info.head, 0, info.position, S, exponent, thread());
-        },
-        [&](const ChunkInfo &info, float(&S)[DIM / 8][4], int exponent) {
-            int warp = (int)thread() / 32;
-            if (info.flags & (SPLIT_AFTER | FROM_SPLIT)) {
-                bool broken;
-                int16_t size = size_of_state(S, exponent, broken);
-                if (info.flags & FROM_SPLIT)
-                    stream_k.proofs[blockIdx.x].kept[warp] = min(size, shared.kept[warp]);
-                if (info.flags & SPLIT_AFTER)
-                    stream_k.proofs[blockIdx.x + 1].before[warp] = broken ? NEVER_SMALL : size;
-            }
+            if (info.flags & FROM_SPLIT)
+                stream_k.proofs[blockIdx.x].kept[warp] = min(size, shared.kept[warp]);
             if (info.flags & SPLIT_AFTER)
-                store_pieces(state_pieces(stream_k, blockIdx.x + 1, thread()), S, exponent);
-            else if (info.flags & FROM_SPLIT)
-                store_pieces(final_pieces(p, stream_k, info.n, info.head, thread()), S, exponent);
-            else
-                store_whole(kda_state_at(&p, &p.final_state, info.slot, info.head), S, exponent, thread());
-        });
-}
+                stream_k.proofs[blockIdx.x + 1].before[warp] = broken ? NEVER_SMALL : size;
+        }
+        if (info.flags & SPLIT_AFTER)
+            store_pieces(state_pieces(stream_k, blockIdx.x + 1, thread()), S, exponent);
+        else if (info.flags & FROM_SPLIT)
+            store_pieces(final_pieces(p, stream_k, info.n, info.head, thread()), S, exponent);
+        else
+            store_whole(kda_state_at(&p, &p.final_state, info.slot, info.head), S, exponent, thread());
+    }
+};
 
 /* Chains without checkpoints, `keeps` false, have the code of these left out of a loop that competes for the instruction cache;
  * ranges have it in any case. */
@@ -474,9 +472,11 @@ __global__ void __maxnreg__(Config::REGISTERS)
     if (group < Config::CONSUMERS) {
         take_registers<Config::CONSUMER_REGISTERS>();
         if constexpr (ranges)
-            consume_range<bounded>(p, maps, shared, work.stream_k);
+            consume<DIM, true, bounded>(p.out, maps.out, shared, before_first<Config128::STAGES>(),
+                                        RangePolicy{p, shared, work.stream_k});
         else
-            consume_chains<bounded, keeps>(p, maps, shared);
+            consume<Config::DIM, true, bounded>(p.out, maps.out, shared, PipelineState<Config::STAGES>(),
+                                                ChainPolicy<Config, keeps>(p, shared));
     } else {
         give_registers<Config::PRODUCER_REGISTERS>();
         produce<ranges, bounded, keeps>(p, maps, shared, work, group - Config::CONSUMERS);
