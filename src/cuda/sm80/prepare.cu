@@ -40,7 +40,7 @@ template <int KP> struct Shared {
     float products[WARPS][BLOCK];    /* of a warp's channels of q and k of one token */
     float squares[WARPS][2 * BLOCK]; /* of a warp's channels of k, then q */
     alignas(16) float factor
-        [2][WARPS][2 * BLOCK]; /* of a row of KT or QT, and of a exponent row; each warp has its own copy */
+        [2][WARPS][2 * BLOCK]; /* of a row of KT or QT, and of an exponent row; each warp has its own copy */
     float undo[2][CHUNK];      /* |row| / |exponent row| of k, then q, where rows are not normalised */
     float beta[CHUNK];
     float key_square[CHUNK]; /* |k|^2 as it is used */

@@ -17,7 +17,7 @@ enum { KDA_SM90_GENERAL_COLUMNS = 64 };
 /* K and V of chains that stream-K and clusters work. */
 enum { KDA_SM90_DIM = 128 };
 
-/* Columns of A, O_A and O_B that share a exponent: a consumer warp's. */
+/* Columns of A, O_A and O_B that share an exponent: a consumer warp's. */
 enum { KDA_SM90_EXPONENT_COLUMNS = 16, KDA_SM90_EXPONENTS = KDA_SM90_DIM / KDA_SM90_EXPONENT_COLUMNS };
 
 /* Columns of V that a CTA scans: of the general schedule; of clusters, times launch.config. */

@@ -9,65 +9,12 @@
  * true state.
  */
 #include "cuda/launch.cuh"
-#include "cuda/sm90/cluster/segments.cuh"
+#include "cuda/sm90/cluster/config.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/mainloop/consume.cuh"
-#include "cuda/sm90/mainloop/unbounded.cuh"
-#include "cuda/sm90/stream_k/ranges.cuh"
 #include "cuda/sm90/tensor_maps.h"
 
 namespace kda {
 namespace {
-
-constexpr int CTAS = 2, PRODUCERS = 2;  /* CTAs of a cluster; producer warpgroups of each */
-constexpr int TURNS = CTAS * PRODUCERS; /* chunks from one that a group makes to its next */
-/* The warps of a producer warpgroup that pass operands on, and that open stages to those which the other CTA makes. */
-constexpr int PUSH = 1, HOST = 2;
-
-template <bool split> constexpr int STAGES = split ? 5 : 6;
-constexpr int INFOS = 8; /* for two of each stage there is no room */
-static_assert(CTAS * PRODUCERS == sizeof *kda_sm90_cluster_memory::grown, "each has a byte");
-static_assert(INFOS > STAGES<true> && INFOS > STAGES<false>, "a info is read until the next chunk is done");
-template <bool split> constexpr int CONSUMERS = split ? 2 : 1;
-template <bool split> constexpr int THREADS = (CONSUMERS<split> + PRODUCERS) * GROUP;
-/* Registers of a thread at the start, then of consumers and producers. */
-template <bool split> constexpr int REGISTERS = split ? 128 : 168;
-template <bool split> constexpr int CONSUMER_REGISTERS = split ? 168 : 200;
-template <bool split> constexpr int PRODUCER_REGISTERS = split ? 88 : 152;
-
-/* Named barriers; 0 is __syncthreads. */
-enum {
-    BARRIER_GROUP = 1 /* and the next: of each producer warpgroup */,
-    BARRIER_INVERSE = BARRIER_GROUP + PRODUCERS,
-    BARRIER_MADE = BARRIER_INVERSE + PRODUCERS
-};
-
-/* What a pair works on. */
-struct WorkTile {
-    int n, head, key_head;
-    int batch, first, length, slot; /* of the sequence; -1: there is nothing to do */
-    int segment, begin, chunks;     /* chunks at least 1, the first of which may be empty */
-    int index;                      /* chain, segment */
-    bool to_end;                    /* the state after it is the sequence's */
-    int16_t *exponents;             /* of outputs, from the sequence's first chunk on */
-};
-
-template <bool split> struct alignas(1024) Shared {
-    Tiles<DIM> tiles[STAGES<split>]; /* k, q and g at first, where the CTA makes them */
-    __nv_bfloat16 values[STAGES<split>][CHUNK * GROUP_COLUMNS * CONSUMERS<split>];
-    /* Of each consumer warp, swizzled by 32 bytes; where there is room, beside those that are still on their way. */
-    __nv_bfloat16 outputs[split ? 2 : 1][CONSUMERS<split> * GROUP / 32][CHUNK * 16];
-    Factors<DIM> factors[STAGES<split>];
-    Blocks blocks[PRODUCERS];
-    ChunkInfo infos[INFOS];
-    WorkTile work;
-    uint64_t arrived[PRODUCERS];   /* a producer warpgroup's own chunk: the scout, the bytes of q, k, v and g */
-    uint64_t full[STAGES<split>];  /* the operands: a producer warpgroup, or the scout and the bytes */
-    uint64_t empty[STAGES<split>]; /* all consumers are done, and the operands are passed on */
-    uint64_t granted[STAGES<split>]; /* the other CTA has room for the chunk made here */
-};
-static_assert(sizeof(Shared<true>) <= 227 * 1024 && sizeof(Shared<false>) <= 227 * 1024,
-              "all that a CTA can have");
 
 /* Segments of a chain in this launch. */
 __host__ __device__ int segments_of(const kda_sm90_cluster_memory &memory) {

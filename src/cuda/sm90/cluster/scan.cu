@@ -5,7 +5,7 @@
  * A CTA takes some columns of V through all segments, for which nothing else is needed. A step's length is what counts:
  * eight warps do nothing but multiply, each makes 16 channels, with which all multiply in the next step. For that S is
  * split into two terms of fp16, as good as fp32, that lie as rows of one first operand. Every 16 channels of a column
- * have a exponent of their own, so that no warp waits to know the others'; their products are weighed as they are summed.
+ * have an exponent of their own, so that no warp waits to know the others'; their products are weighed as they are summed.
  * Four other warps write the states, which are first terms, and one brings A and B some segments ahead.
  */
 #include "cuda/launch.cuh"

@@ -9,26 +9,11 @@
  *     S^T <- S^T diag(1 + carry) + U^T KR
  */
 #include "cuda/launch.cuh"
-#include "cuda/sm90/general/segments.cuh"
+#include "cuda/sm90/general/config.cuh"
 #include "cuda/sm90/kernels.h"
 
 namespace kda {
 namespace {
-
-/* As many as leave room for two CTAs of one group, or one of two. */
-template <int GROUPS> constexpr int STAGES = GROUPS == 1 ? 3 : 4;
-
-template <int KP, int GROUPS> struct alignas(1024) Stage {
-    Operands<KP> operands;
-    alignas(1024) __nv_bfloat16 values[CHUNK * GROUP_COLUMNS * GROUPS]; /* v, swizzled */
-};
-
-template <int KP, int GROUPS> struct Shared {
-    Stage<KP, GROUPS> stages[STAGES<GROUPS>];
-    __nv_bfloat16 rows[GROUPS * GROUP / 32][CHUNK * 16]; /* each consumer warp's own, for store_pieces */
-    uint64_t full[STAGES<GROUPS>];  /* a chunk has arrived: the loader's lanes and the bytes of its operands */
-    uint64_t empty[STAGES<GROUPS>]; /* every consumer is done with it */
-};
 
 template <int KP, int GROUPS>
 __device__ void load(const kda_prefill &p, const WorkTile &work, const Operands<KP> *all,

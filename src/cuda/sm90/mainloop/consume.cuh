@@ -43,7 +43,7 @@ inline __device__ void load_scales(const float *scales, float (&own)[CHUNK / 4])
 }
 
 /*
- * A warp keeps S and v in a exponent of its own, 2^exponent, in which the largest element is near 1: in the middle of a chunk
+ * A warp keeps S and v in an exponent of its own, 2^exponent, in which the largest element is near 1: in the middle of a chunk
  * S is up to 2^115 times smaller, and what is added to it up to 2^115 times larger, than in the end. The exponent is raised
  * at once when v needs it, and is measured again, by S, every MEASURED tokens.
  */
@@ -91,7 +91,7 @@ inline __device__ float largest_that_counts(float of_thread) {
     return largest_of_warp(of_thread < INFINITY ? of_thread : 0.f);
 }
 
-/* Goes over to a exponent in which S is near 1. */
+/* Goes over to an exponent in which S is near 1. */
 template <int TILES> __device__ void measure_exponent(float (&S)[TILES][4], int &exponent) {
     float largest = largest_that_counts(largest_of_tiles(S));
     if (largest >= 0.25f && largest <= power_of_two(EDGE))
@@ -174,7 +174,7 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
     pin(wy);
     if (__builtin_expect(__any_sync(~0u, largest >= (uint32_t)(127 + exponent + EDGE) << 7), 0)) {
         constexpr uint32_t NOT_FINITE =
-            0x7f80; /* and all above, of which a exponent does not follow: see above */
+            0x7f80; /* and all above, of which an exponent does not follow: see above */
         largest = __reduce_max_sync(~0u, largest < NOT_FINITE ? largest : 0);
         int next = max(exponent_of(__uint_as_float(largest << 16)), exponent);
         scale_tiles(S, power_of_two(exponent - next));

@@ -13,78 +13,11 @@
  */
 #include "cuda/launch.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/mainloop/consume.cuh"
-#include "cuda/sm90/mainloop/unbounded.cuh"
-#include "cuda/sm90/stream_k/ranges.cuh"
+#include "cuda/sm90/persistent/config.cuh"
 #include "cuda/sm90/tensor_maps.h"
 
 namespace kda {
 namespace {
-
-/* The kernel's forms: K = V = dim, with so many CTAs on a multiprocessor. Two where K = V = 64: one chain leaves room for another,
- * and they need nothing of each other. Where there is a multiprocessor for each, one has twice the producers instead. */
-template <int dim, int ctas> struct ConfigOf {
-    static constexpr int DIM = dim, CTAS = ctas;
-    static constexpr bool FEW = DIM == 64 && CTAS == 1;
-    /* Warpgroups of a CTA. */
-    static constexpr int PRODUCERS = FEW ? 4 : 2, CONSUMERS = DIM / GROUP_COLUMNS;
-    static constexpr int THREADS = (CONSUMERS + PRODUCERS) * GROUP;
-    static constexpr int WARPS = GROUP / 32 * CONSUMERS; /* of consumers */
-    static constexpr int STAGES = DIM == 128 ? 5 : FEW ? 8 : 4;
-    /* Registers of a thread at the start: all of a multiprocessor's, as far as they can be shared out. Consumers then take some of the producers'. */
-    static constexpr int REGISTERS = DIM == 128 ? 128 : FEW ? 96 : 80;
-    static constexpr int CONSUMER_REGISTERS = DIM == 128 ? 168 : FEW ? 128 : 112;
-    static constexpr int PRODUCER_REGISTERS = DIM == 128 || FEW ? 88 : 64;
-    static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
-                          (CONSUMERS + PRODUCERS) * REGISTERS &&
-                      CTAS * THREADS * REGISTERS <= 65536,
-                  "or a consumer waits for registers for ever");
-    /* How many of its group's chunks a scout is ahead of what is received. It goes on while tiles are made, if its warp makes
-     * none; else when the operands are made, too late for the next chunk. */
-    static constexpr int AHEAD = IN_ONE_WARP<DIM> ? 1 : 2;
-    static constexpr int BETA = IN_ONE_WARP<DIM> ? SCOUT<DIM> : 1; /* the warp that has beta */
-    /* Named barriers, each and the next ones, of each producer warpgroup; 0 is __syncthreads. */
-    static constexpr int BARRIER_GROUP = 1, BARRIER_INVERSE = BARRIER_GROUP + PRODUCERS;
-};
-using Config128 = ConfigOf<128, 1>; /* also that of ranges */
-using Config64 = ConfigOf<64, 2>;
-using FewConfig64 = ConfigOf<64, 1>;
-
-constexpr int SORTED = 256; /* sequences at most, more are worked in their own order */
-
-/* Where a scout is: at a chunk of the CTA's chain before number `round`. */
-struct Scout {
-    int round, chunk, chunks;
-    int n, head, key_head, batch, first, length, slot;
-    int count;       /* tokens of the chunk; -1 after the last one */
-    kda_slice slice; /* of ranges: what of the chain is in the CTA's */
-};
-
-/* A producer warpgroup's own. */
-struct Scratch {
-    Blocks blocks;
-    Scout scout;
-};
-
-template <class Config> struct alignas(1024) Shared {
-    Tiles<Config::DIM> tiles[Config::STAGES]; /* k, q and g at first */
-    __nv_bfloat16 values[Config::STAGES][CHUNK * Config::DIM];
-    __nv_bfloat16 outputs[1][Config::WARPS][CHUNK * 16]; /* of each consumer warp, swizzled by 32 bytes */
-    Factors<Config::DIM> factors[Config::STAGES];
-    uint8_t order[SORTED]; /* sequences, the longest first */
-    Scratch scratch[Config::PRODUCERS];
-    ChunkInfo infos[2 * Config::STAGES];
-    bool identity[Config::WARPS];     /* is what a consumer warp takes through the first chunk of a range */
-    int16_t kept[Config::WARPS];      /* the size of its state after that chunk */
-    uint64_t arrived[Config::STAGES]; /* q, k, v, g and the info: the scout and the bytes */
-    uint64_t full[Config::STAGES];    /* the operands: a producer warpgroup */
-    uint64_t empty[Config::STAGES];   /* the consumers are done */
-};
-
-static_assert(sizeof(Shared<Config128>) == 216 * 1024, "docs/hopper.md says what lies where");
-static_assert(sizeof(Shared<Config64>) == 105 * 1024,
-              "likewise; two leave room for what the hardware keeps of 228 KiB");
-static_assert(sizeof(Shared<FewConfig64>) <= 227 * 1024, "all that a CTA can have");
 
 /* ---- Scouts --------------------------------------------------------------------------------------- */
 
