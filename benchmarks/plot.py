@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Draws the README's figures of speed from what cpu_speed.py or cuda_speed.py measured.
+"""Draws figures of speed from what cpu_speed.py or cuda_speed.py measured.
 
-usage: plot.py MEASURED.json FIGURE.svg
+usage: plot.py MEASURED.json FIGURE.svg [--overview]
+
+--overview: the README's few bars of prefill on a GPU, instead of all that was measured.
 """
 
 import json
@@ -11,6 +13,8 @@ import sys
 import matplotlib
 from matplotlib import pyplot
 from matplotlib.patches import Patch
+
+import overview
 
 # The same JSON gives the same bytes.
 matplotlib.rcParams.update({"svg.hashsalt": "flashkda", "font.size": 9, "axes.spines.top": False,
@@ -124,6 +128,41 @@ def draw_cuda(measured, path):
     figure.savefig(path, metadata={"Date": None})
 
 
+# ---- The README's ---------------------------------------------------------------------------------
+
+def draw_overview_regime(axes, measured, regime, names):
+    """Bars of times, in those of ours, with milliseconds beside them; a group a shape."""
+    height = 0.8 / len(names)
+    for place, (shape, label) in enumerate(overview.SHAPES.items()):
+        times = medians(find(measured["results"], name=f"{shape}-{regime}")[0], measured)
+        for i, name in enumerate(names):
+            longer, y = times[name] / times["ours"], place + (i - (len(names) - 1) / 2) * height
+            axes.barh(y, min(longer, LONGEST), height * 0.92, color=MARKS[name][1])
+            text = f"{times[name]:.2f} ms" + (f", {longer:.1f} times as long" if name != "ours" else "")
+            axes.annotate(text, (min(longer, LONGEST), y), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(overview.SHAPES)), overview.SHAPES.values())
+    axes.set_xlim(0, LONGEST * 1.45)
+    axes.set_xticks([])
+    axes.spines.bottom.set_visible(False)
+    axes.set_title(f"{regime} gates: {overview.REGIMES[regime]}", fontsize=10)
+
+
+LONGEST = 12  # times ours; longer bars end there, their numbers say how long they are
+
+
+def draw_overview(measured, path):
+    names = ["ours", "flashkda", "fla", "cudnn"]
+    figure, panels = pyplot.subplots(1, len(overview.REGIMES), figsize=(13, 4.2), layout="constrained", sharey=True)
+    for axes, regime in zip(panels, overview.REGIMES):
+        draw_overview_regime(axes, measured, regime, names)
+    panels[0].invert_yaxis()
+    figure.legend([Patch(color=MARKS[name][1]) for name in names], [LABELS[name] for name in names],
+                  loc="outside lower center", ncols=len(names), frameon=False)
+    figure.suptitle(f"Prefill on {measured['machine']['device']['name']}: shorter is faster", fontsize=11)
+    figure.savefig(path, metadata={"Date": None})
+
+
 if __name__ == "__main__":
     what = json.loads(pathlib.Path(sys.argv[1]).read_text())
-    (draw_cuda if what["machine"].get("device") else draw)(what, sys.argv[2])
+    on_gpu = what["machine"].get("device")
+    (draw_overview if "--overview" in sys.argv[3:] else draw_cuda if on_gpu else draw)(what, sys.argv[2])
