@@ -12,6 +12,13 @@ endmacro()
 find_package(Threads)
 expect(Threads_FOUND "POSIX threads" libc6-dev)
 find_path(DLPACK_INCLUDE_DIR dlpack/dlpack.h)
+if(NOT DLPACK_INCLUDE_DIR) # then where pip brings it, for its own builds in PyPI's apache-tvm-ffi
+  find_program(TVM_FFI_CONFIG tvm-ffi-config)
+  if(TVM_FFI_CONFIG)
+    execute_process(COMMAND ${TVM_FFI_CONFIG} --dlpack-includedir OUTPUT_VARIABLE dlpack_dir OUTPUT_STRIP_TRAILING_WHITESPACE)
+    find_path(DLPACK_INCLUDE_DIR dlpack/dlpack.h PATHS ${dlpack_dir})
+  endif()
+endif()
 expect(DLPACK_INCLUDE_DIR "DLPack's header dlpack/dlpack.h (or -D DLPACK_INCLUDE_DIR=, the folder that holds dlpack/)"
   libdlpack-dev)
 
