@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The module flash_kda._C: the library's entries, positional and without defaults, for the Python code beside it. */
+/* The module libflashkda._C: the library's entries, positional and without defaults, for the Python code beside it. */
 #include "decode.h"
 #include "fwd_size.h"
 #include "workspace.h"
@@ -190,7 +190,7 @@ static int execute(PyObject *module) {
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)execute}, {0}};
 
 static struct PyModuleDef definition = {
-    .m_base = PyModuleDef_HEAD_INIT, .m_name = "flash_kda._C", .m_methods = methods, .m_slots = slots};
+    .m_base = PyModuleDef_HEAD_INIT, .m_name = "libflashkda._C", .m_methods = methods, .m_slots = slots};
 
 PyMODINIT_FUNC PyInit__C(void);
 PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&definition); }

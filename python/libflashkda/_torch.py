@@ -74,13 +74,13 @@ class Torch(Library):
         if _is_grad_enabled():
             _refuse_grad(tensors, tensor_names(function))
         if function is _C.decode:
-            return torch.ops.flash_kda.decode(*tensors, *options)
-        return torch.ops.flash_kda.prefill_into(*tensors, *options, workspace)
+            return torch.ops.libflashkda.decode(*tensors, *options)
+        return torch.ops.libflashkda.prefill_into(*tensors, *options, workspace)
 
     def record_prefill(self, inputs: tuple[Any, ...], output_final_state: bool, options: tuple[Any, ...]) -> Any:
         if _is_grad_enabled():
             _refuse_grad(inputs, _INPUTS)
-        results = torch.ops.flash_kda.prefill(*inputs, output_final_state, *options)
+        results = torch.ops.libflashkda.prefill(*inputs, output_final_state, *options)
         return (results[0], results[1]) if output_final_state else results[0]
 
     def _run_by_capsules(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...],
@@ -104,14 +104,14 @@ LIBRARY = Torch()
 def _refuse_grad(tensors: tuple[Any, ...], names: tuple[str, ...]) -> None:
     for tensor, name in zip(tensors, names):
         if tensor is not None and getattr(tensor, "requires_grad", False):
-            raise NotImplementedError(f"{name} requires grad, but flash_kda has no backward pass yet; call it under "
+            raise NotImplementedError(f"{name} requires grad, but libflashkda has no backward pass yet; call it under "
                                       f"torch.no_grad() or torch.inference_mode(), or with {name}.detach()")
 
 
 def _refuse_tangents(tensors: tuple[Any, ...], names: tuple[str, ...]) -> None:
     for tensor, name in zip(tensors, names):
         if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(f"{name} has a tangent, but flash_kda has no forward-mode derivative; call it with "
+            raise NotImplementedError(f"{name} has a tangent, but libflashkda has no forward-mode derivative; call it with "
                                       f"torch.autograd.forward_ad.unpack_dual({name}).primal")
 
 
@@ -135,7 +135,7 @@ _HOW = "int backend, int num_threads"
 _OPTIONS = f"{_WHAT}, int checkpoint_every, {_HOW}"
 
 
-@torch.library.custom_op("flash_kda::prefill", mutates_args=(), schema=(
+@torch.library.custom_op("libflashkda::prefill", mutates_args=(), schema=(
     f"({_REQUIRED}, Tensor? cu_seqlens, Tensor? initial_state, Tensor? state_indices, bool output_final_state, "
     f"{_OPTIONS}) -> (Tensor out, Tensor final_state)"))
 def _prefill(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, state_indices, output_final_state, *options):
@@ -159,7 +159,7 @@ def _prefill_outputs(q, v, cu_seqlens, initial_state, output_final_state, option
     return torch.empty(v.shape, dtype=v.dtype, device=q.device), torch.empty(shape, dtype=dtype, device=q.device)
 
 
-@torch.library.custom_op("flash_kda::prefill_into", mutates_args=("out", "final_state", "checkpoints", "workspace"),
+@torch.library.custom_op("libflashkda::prefill_into", mutates_args=("out", "final_state", "checkpoints", "workspace"),
                          schema=(
     f"({_REQUIRED}, Tensor(a!) out, Tensor? cu_seqlens, Tensor? initial_state, Tensor(b!)? final_state, "
     "Tensor? state_indices, Tensor(c!)? checkpoints, Tensor? checkpoint_cu_starts, Tensor? checkpoint_indices, "
@@ -176,7 +176,7 @@ def _(*arguments):
 
 
 @torch.library.custom_op(
-    "flash_kda::decode", mutates_args=("out", "state", "q_conv_state", "k_conv_state", "v_conv_state"), schema=(
+    "libflashkda::decode", mutates_args=("out", "state", "q_conv_state", "k_conv_state", "v_conv_state"), schema=(
     f"({_REQUIRED}, Tensor(a!)? out, Tensor? cu_seqlens, Tensor? accepted, Tensor(b!) state, Tensor? state_indices, "
     "Tensor? num_accepted_tokens, Tensor? q_conv_weight, Tensor? q_conv_bias, Tensor(c!)? q_conv_state, "
     "Tensor? k_conv_weight, Tensor? k_conv_bias, Tensor(d!)? k_conv_state, Tensor? v_conv_weight, Tensor? v_conv_bias, "
