@@ -10,10 +10,11 @@ from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 from . import _C
-from ._libraries import Library, tensor_names, written_names
+from ._libraries import Library, Options, Tensors, written_names
 from ._shapes import state_shape
 
-_INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens", "initial_state", "state_indices")
+_REQUIRED = ("q", "k", "v", "g", "beta")
+_INPUTS = (*_REQUIRED, "A_log", "dt_bias", "cu_seqlens", "initial_state", "state_indices")
 _TENSOR = torch.Tensor
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 
@@ -55,139 +56,138 @@ class Torch(Library):
     def lend(self, array: Any, **how: Any) -> Any:
         return torch.utils.dlpack.to_dlpack(array)
 
-    def run(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
+    def run(self, function: _C.Function, tensors: Tensors, options: Options, workspace: Any) -> Any:
         if _is_grad_enabled():
-            _refuse_grad(tensors, tensor_names(function))
+            _refuse_grad(tensors)
         if forward_ad._current_level >= 0:
-            _refuse_tangents(tensors, tensor_names(function))
+            _refuse_tangents(tensors)
         if _any_true(_is_negated, tensors):
             tensors = _resolved(tensors, function, options)
         if self.exchange:
-            result = function(*tensors, *options, None, workspace)
+            result = function(tensors, options, None, workspace)
         else:
             result = self._run_by_capsules(function, tensors, options, workspace)
         if type(result) is tuple:
             _increment_version(result)
         return result
 
-    def record(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
+    def record(self, function: _C.Function, tensors: Tensors, options: Options, workspace: Any) -> Any:
         if _is_grad_enabled():
-            _refuse_grad(tensors, tensor_names(function))
+            _refuse_grad(tensors)
         if function is _C.decode:
-            return torch.ops.libflashkda.decode(*tensors, *options)
-        return torch.ops.libflashkda.prefill_into(*tensors, *options, workspace)
+            return torch.ops.libflashkda.decode(*map(tensors.get, _C.DECODE_TENSORS), **options)
+        return torch.ops.libflashkda.prefill_into(*map(tensors.get, _C.TENSORS), workspace, **options)
 
-    def record_prefill(self, inputs: tuple[Any, ...], output_final_state: bool, options: tuple[Any, ...]) -> Any:
+    def record_prefill(self, inputs: Tensors, output_final_state: bool, options: Options) -> Any:
         if _is_grad_enabled():
-            _refuse_grad(inputs, _INPUTS)
-        results = torch.ops.libflashkda.prefill(*inputs, output_final_state, *options)
+            _refuse_grad(inputs)
+        results = torch.ops.libflashkda.prefill(*map(inputs.get, _INPUTS), output_final_state, **options)
         return (results[0], results[1]) if output_final_state else results[0]
 
-    def _run_by_capsules(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...],
-                         workspace: Any) -> Any:
-        q = tensors[0]
-        capsules = self.capsules(function, tensors)
+    def _run_by_capsules(self, function: _C.Function, tensors: Tensors, options: Options, workspace: Any) -> Any:
+        q = tensors["q"]
+        capsules = self.capsules(tensors)
         stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else None
 
         def allocate(size: int) -> Any:
             return self.lend(torch.empty(size, dtype=torch.uint8, device=q.device))
 
         memory = allocate if workspace is None else self.capsule(workspace, "workspace")
-        arrays = dict(zip(map(id, capsules), tensors))
-        result = function(*capsules, *options, stream, memory)
+        arrays = {id(capsules[name]): tensor for name, tensor in tensors.items()}
+        result = function(capsules, options, stream, memory)
         return tuple(arrays[id(capsule)] for capsule in result) if isinstance(result, tuple) else result
 
 
 LIBRARY = Torch()
 
 
-def _refuse_grad(tensors: tuple[Any, ...], names: tuple[str, ...]) -> None:
-    for tensor, name in zip(tensors, names):
+def _refuse_grad(tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
         if tensor is not None and getattr(tensor, "requires_grad", False):
             raise NotImplementedError(f"{name} requires grad, but libflashkda has no backward pass yet; call it under "
                                       f"torch.no_grad() or torch.inference_mode(), or with {name}.detach()")
 
 
-def _refuse_tangents(tensors: tuple[Any, ...], names: tuple[str, ...]) -> None:
-    for tensor, name in zip(tensors, names):
+def _refuse_tangents(tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(f"{name} has a tangent, but libflashkda has no forward-mode derivative; call it with "
                                       f"torch.autograd.forward_ad.unpack_dual({name}).primal")
 
 
-def _resolved(tensors: tuple[Any, ...], function: _C.Function, options: tuple[Any, ...]) -> tuple[Any, ...]:
+def _resolved(tensors: Tensors, function: _C.Function, options: Options) -> Tensors:
     """Without torch's lazy negative bit, which DLPack does not hand on."""
-    written, resolved = written_names(function, options), []
-    for tensor, name in zip(tensors, tensor_names(function)):
+    written, resolved = written_names(function, options), {}
+    for name, tensor in tensors.items():
         lazy = isinstance(tensor, torch.Tensor) and tensor.is_neg()
         if lazy and name in written:
             raise ValueError(f"{name} is a view with torch's lazy negative bit, as of the imaginary part of a conjugate; "
                              "expected memory that holds what is written")
-        resolved.append(tensor.resolve_neg() if lazy else tensor)
-    return tuple(resolved)
+        resolved[name] = tensor.resolve_neg() if lazy else tensor
+    return resolved
 
 
 # ---- Custom ops: what torch.compile and torch.export record ---------------------------------------
 
-_REQUIRED = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias"
-_WHAT = "int gate, float lower_bound, int beta_mode, float scale, int flags, int state_layout"
-_HOW = "int backend, int num_threads"
-_OPTIONS = f"{_WHAT}, int checkpoint_every, {_HOW}"
+_OPTIONS = ("int gate, float lower_bound, int beta_mode, float scale, int flags, int state_layout=0, int backend=0, "
+            "int num_threads=0")
+_PREFILL_OPTIONS = f"{_OPTIONS}, int checkpoint_every=0"
+
+
+def _tensors(names: tuple[str, ...], written: tuple[str, ...], required: tuple[str, ...]) -> str:
+    """Of a schema: each that is written may alias nothing but itself."""
+    letters = iter("abcdefgh")
+    return ", ".join(f"Tensor{f'({next(letters)}!)' if name in written else ''}{'' if name in required else '?'} {name}"
+                     for name in names)
 
 
 @torch.library.custom_op("libflashkda::prefill", mutates_args=(), schema=(
-    f"({_REQUIRED}, Tensor? cu_seqlens, Tensor? initial_state, Tensor? state_indices, bool output_final_state, "
-    f"{_OPTIONS}) -> (Tensor out, Tensor final_state)"))
-def _prefill(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, state_indices, output_final_state, *options):
+    f"({_tensors(_INPUTS, (), _REQUIRED)}, bool output_final_state, *, {_PREFILL_OPTIONS}) "
+    "-> (Tensor out, Tensor final_state)"))
+def _prefill(*arguments, **options):
     """Outputs are new. Without output_final_state, final_state has no elements."""
-    out, final_state = _prefill_outputs(q, v, cu_seqlens, initial_state, output_final_state, options)
-    written = final_state if output_final_state else None
+    tensors, output_final_state = dict(zip(_INPUTS, arguments)), arguments[len(_INPUTS)]
+    out, final_state = _prefill_outputs(tensors, output_final_state, options)
+    tensors |= {"out": out, "final_state": final_state if output_final_state else None}
     with torch.no_grad():
-        LIBRARY.run(_C.prefill, (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, initial_state, written,
-                                 state_indices, None, None, None, None), options, None)
+        LIBRARY.run(_C.prefill, tensors, options, None)
     return out, final_state
 
 
 @_prefill.register_fake
-def _(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, state_indices, output_final_state, *options):
-    return _prefill_outputs(q, v, cu_seqlens, initial_state, output_final_state, options)
+def _(*arguments, **options):
+    return _prefill_outputs(dict(zip(_INPUTS, arguments)), arguments[len(_INPUTS)], options)
 
 
-def _prefill_outputs(q, v, cu_seqlens, initial_state, output_final_state, options):
-    shape = state_shape(q, v, cu_seqlens, options[5]) if output_final_state else (0,)
+def _prefill_outputs(inputs, output_final_state, options):
+    q, v, initial_state = inputs["q"], inputs["v"], inputs["initial_state"]
+    layout = options.get("state_layout", 0)
+    shape = state_shape(q, v, inputs["cu_seqlens"], layout) if output_final_state else (0,)
     dtype = torch.float32 if initial_state is None else initial_state.dtype
     return torch.empty(v.shape, dtype=v.dtype, device=q.device), torch.empty(shape, dtype=dtype, device=q.device)
 
 
-@torch.library.custom_op("libflashkda::prefill_into", mutates_args=("out", "final_state", "checkpoints", "workspace"),
-                         schema=(
-    f"({_REQUIRED}, Tensor(a!) out, Tensor? cu_seqlens, Tensor? initial_state, Tensor(b!)? final_state, "
-    "Tensor? state_indices, Tensor(c!)? checkpoints, Tensor? checkpoint_cu_starts, Tensor? checkpoint_indices, "
-    f"Tensor? checkpoint_offsets, {_OPTIONS}, Tensor(d!)? workspace) -> ()"))
-def _prefill_into(*arguments):
-    tensors, options, workspace = arguments[:16], arguments[16:-1], arguments[-1]
+@torch.library.custom_op("libflashkda::prefill_into", mutates_args=(*_C.WRITTEN, "workspace"), schema=(
+    f"({_tensors((*_C.TENSORS, 'workspace'), (*_C.WRITTEN, 'workspace'), (*_REQUIRED, 'out'))}, *, {_PREFILL_OPTIONS}) "
+    "-> ()"))
+def _prefill_into(*arguments, **options):
     with torch.no_grad():
-        LIBRARY.run(_C.prefill, tensors, options, workspace)
+        LIBRARY.run(_C.prefill, dict(zip(_C.TENSORS, arguments)), options, arguments[len(_C.TENSORS)])
 
 
 @_prefill_into.register_fake
-def _(*arguments):
+def _(*arguments, **options):
     return None
 
 
-@torch.library.custom_op(
-    "libflashkda::decode", mutates_args=("out", "state", "q_conv_state", "k_conv_state", "v_conv_state"), schema=(
-    f"({_REQUIRED}, Tensor(a!)? out, Tensor? cu_seqlens, Tensor? accepted, Tensor(b!) state, Tensor? state_indices, "
-    "Tensor? num_accepted_tokens, Tensor? q_conv_weight, Tensor? q_conv_bias, Tensor(c!)? q_conv_state, "
-    "Tensor? k_conv_weight, Tensor? k_conv_bias, Tensor(d!)? k_conv_state, Tensor? v_conv_weight, Tensor? v_conv_bias, "
-    f"Tensor(e!)? v_conv_state, Tensor? norm_weight, Tensor? norm_gate, {_WHAT}, int max_tokens, {_HOW}, "
+@torch.library.custom_op("libflashkda::decode", mutates_args=_C.DECODE_WRITTEN, schema=(
+    f"({_tensors(_C.DECODE_TENSORS, _C.DECODE_WRITTEN, (*_REQUIRED, 'state'))}, *, {_OPTIONS}, int max_tokens, "
     "int norm_activation, float norm_eps) -> ()"))
-def _decode(*arguments):
-    tensors, options = arguments[:len(_C.DECODE_TENSORS)], arguments[len(_C.DECODE_TENSORS):]
+def _decode(*arguments, **options):
     with torch.no_grad():
-        LIBRARY.run(_C.decode, tensors, options, None)
+        LIBRARY.run(_C.decode, dict(zip(_C.DECODE_TENSORS, arguments)), options, None)
 
 
 @_decode.register_fake
-def _(*arguments):
+def _(*arguments, **options):
     return None

@@ -352,7 +352,9 @@ def test_op_is_well_formed(device):
     o = problem.options
     torch.library.opcheck(torch.ops.libflashkda.decode.default,
                           (*problem.inputs, o["A_log"], o["dt_bias"], torch.empty_like(problem.v), None, None,
-                           o["initial_state"], indices([1, 0], device), None, *[None] * 11, 1, 0.0, 1, 0.0, 1, 0, 0, 0, 0, 0, 1e-5))
+                           o["initial_state"], indices([1, 0], device), None, *[None] * 11),
+                          {"gate": 1, "lower_bound": 0.0, "beta_mode": 1, "scale": 0.0, "flags": 1, "max_tokens": 0,
+                           "norm_activation": 0, "norm_eps": 1e-5})
 
 
 def test_fake_and_meta_tensors():

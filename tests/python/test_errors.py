@@ -371,3 +371,45 @@ def test_jax():
         libflashkda.prefill(inputs[0], numpy_inputs()[1], *inputs[2:])
     with pytest.raises(TypeError, match="^q is traced"):
         jax.jit(libflashkda.prefill)(*inputs)
+
+
+# ---- The extension, which takes names ------------------------------------------------------------
+
+
+def named(v, **more):
+    x = torch.rand(1, 3, 2, 4)
+    return {"q": x, "k": x, "v": v, "g": -x, "beta": x[..., 0], **more}
+
+
+@pytest.mark.parametrize("function", ["prefill", "decode"])
+def test_names_in_any_order(function):
+    tensors, options = named(torch.rand(1, 3, 2, 4)), {"scale": 0.5, "flags": libflashkda._C.QK_NORM}
+    tensors["initial_state" if function == "prefill" else "state"] = torch.ones(1, 2, 4, 4)
+    outs = []
+    for order in (1, -1):
+        out = torch.full((1, 3, 2, 4), torch.nan)
+        given = dict([*tensors.items(), ("out", out)][::order])
+        given = {"".join(name): array for name, array in given.items()}  # not the objects that the extension knows
+        if function == "decode":
+            given["state"] = given["state"].clone()
+        written = getattr(libflashkda._C, function)(given, dict([*options.items()][::order]), None, None)
+        assert any(array is out for array in written) and out.isfinite().all()
+        outs.append(out)
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("function", ["prefill", "prefill_describe", "decode", "decode_describe"])
+def test_names_that_are_not(function):
+    call = getattr(libflashkda._C, function)
+    tensors = named(torch.rand(1, 3, 2, 4))
+    operation = function.partition("_")[0]
+    with pytest.raises(TypeError, match=f"{operation} takes nothing named 'checkpoint'"):
+        call({**tensors, "checkpoint": None}, {}, None, None)
+    with pytest.raises(TypeError, match=f"{operation} takes nothing named 'q'"):
+        call(tensors, {"q": 1}, None, None)
+    with pytest.raises(TypeError, match="is given; expected a dict from names"):
+        call(tensors, (1, 2), None, None)
+    with pytest.raises(TypeError, match="3 arguments; expected tensors, options, stream and workspace"):
+        call(tensors, {}, None)
+    with pytest.raises(ValueError, match="q is NULL"):
+        call({**tensors, "q": None}, {}, None, None)

@@ -152,12 +152,12 @@ def test_tangents_are_refused(entry, name, grad, call):
 
 
 def test_tangents_are_refused_by_the_ops(call):
-    options = (1, 0.0, 1, 0.0, 1, 0, 0, 0, 0)
+    options = {"gate": 1, "lower_bound": 0.0, "beta_mode": 1, "scale": 0.0, "flags": 1}
     inputs = [call[name] for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias")]
     with forward_ad.dual_level(), torch.no_grad():
         inputs[2] = forward_ad.make_dual(inputs[2], torch.ones_like(inputs[2]))
         with pytest.raises(NotImplementedError, match="^v has a tangent"):
-            torch.ops.libflashkda.prefill(*inputs, None, None, None, False, *options)
+            torch.ops.libflashkda.prefill(*inputs, None, None, None, False, **options)
 
 
 def test_a_dual_level_alone_changes_nothing(call):
