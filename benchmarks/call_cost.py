@@ -16,7 +16,7 @@ import sys
 import time
 
 import device
-import flash_kda
+import libflashkda
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -48,13 +48,13 @@ def calls():
     element = torch.zeros(1, device="cuda")
     return {
         "launch": element.zero_,
-        "fwd": lambda: flash_kda.fwd(q, k, v, g, beta, 1.0, out, a_log, bias, -5.0, state, state, None),
-        "prefill": lambda: flash_kda.prefill(q, k, v, g, beta, A_log=a_log, dt_bias=bias, gate="sigmoid",
-                                             lower_bound=-5.0, initial_state=state, output_final_state=True),
-        "chunk_kda": lambda: flash_kda.chunk_kda(q, k, v, g, beta, A_log=a_log, dt_bias=bias.flatten(),
-                                                 initial_state=state, output_final_state=True, safe_gate=True,
-                                                 lower_bound=-5.0, use_gate_in_kernel=True,
-                                                 use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True),
+        "fwd": lambda: libflashkda.fwd(q, k, v, g, beta, 1.0, out, a_log, bias, -5.0, state, state, None),
+        "prefill": lambda: libflashkda.prefill(q, k, v, g, beta, A_log=a_log, dt_bias=bias, gate="sigmoid",
+                                               lower_bound=-5.0, initial_state=state, output_final_state=True),
+        "chunk_kda": lambda: libflashkda.chunk_kda(q, k, v, g, beta, A_log=a_log, dt_bias=bias.flatten(),
+                                                   initial_state=state, output_final_state=True, safe_gate=True,
+                                                   lower_bound=-5.0, use_gate_in_kernel=True,
+                                                   use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True),
     }
 
 
@@ -74,7 +74,7 @@ def main():
     path = options.output or device.results(gpu) / "call.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({
-        "version": flash_kda.__version__, "commit": device.commit(options.commit), "device": gpu,
+        "version": libflashkda.__version__, "commit": device.commit(options.commit), "device": gpu,
         "python": sys.version.split()[0], "torch": torch.__version__, "microseconds": measured,
         "fwd_beyond_a_launch": cost, "may_cost": MAY_COST}, indent=2) + "\n")
     print(f"wrote {path}")

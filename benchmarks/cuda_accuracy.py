@@ -17,7 +17,7 @@ import sys
 import types
 
 import device
-import flash_kda
+import libflashkda
 import peers
 import torch
 
@@ -88,7 +88,7 @@ def ours(x, level):
         os.environ.pop("FLASH_KDA_CUDA", None)
         if level:
             os.environ["FLASH_KDA_CUDA"] = level
-        return flash_kda.prefill(
+        return libflashkda.prefill(
             x.q, x.k, x.v, x.g, x.beta, A_log=x.A_log, dt_bias=x.dt_bias, qk_norm=True, beta_mode="sigmoid",
             gate="softplus" if x.lower_bound is None else "sigmoid", lower_bound=x.lower_bound,
             output_final_state=True)
@@ -129,7 +129,7 @@ def main():
     print(f"{'output / state':28} {'at most':>17}" + "".join(f" {name:>17}" for name in names))
     path = options.output or device.results(gpu) / "accuracy.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"version": flash_kda.__version__, "commit": device.commit(options.commit), "device": gpu,
+    about = {"version": libflashkda.__version__, "commit": device.commit(options.commit), "device": gpu,
              "torch": torch.__version__,
              "peers": {name: peer.version if peer else None for name, peer in loaded.items()}, "complete": False}
     with torch.inference_mode():

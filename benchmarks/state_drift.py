@@ -5,7 +5,7 @@ usage: state_drift.py [--quick] [--commit NAME]
 
 Takes sequences through decode on the CPU, one token a call and 16, with the state in fp32, fp16 and bf16, and compares the last
 one with the fp64 oracle's: sequences whose gates do not change and that are seldom written to or only read, and the captured
-inputs in data/, again and again. Needs flash_kda with its extra "plot". Writes benchmarks/results/cpu/state-drift.json and
+inputs in data/, again and again. Needs libflashkda with its extra "plot". Writes benchmarks/results/cpu/state-drift.json and
 the table in docs/decode.md; with --quick, a sixteenth of the tokens, nothing.
 """
 
@@ -13,10 +13,10 @@ import argparse
 import json
 import pathlib
 
-import flash_kda
+import libflashkda
 import ml_dtypes
 import numpy as np
-from flash_kda import _problem_file
+from libflashkda import _problem_file
 
 import device
 
@@ -53,13 +53,13 @@ def errors(inputs, start, options):
     """Error ratios of the last state, by dtype and tokens a call."""
     tokens, found = inputs[0].shape[1], {}
     out = np.empty_like(inputs[2], dtype="f")
-    _, exact = flash_kda.prefill(*inputs, initial_state=start, output_final_state=True, out=out, backend="reference",
-                                 **options)
+    _, exact = libflashkda.prefill(*inputs, initial_state=start, output_final_state=True, out=out, backend="reference",
+                                   **options)
     for name, dtype in DTYPES.items():
         for count in CALLS:
             state = start.astype(dtype)
             for at in range(0, tokens, count):
-                flash_kda.decode(*(x[:, at:at + count] for x in inputs), state, output=False, **options)
+                libflashkda.decode(*(x[:, at:at + count] for x in inputs), state, output=False, **options)
             difference = state.astype("d") - exact
             found[f"{name}, {count}"] = float(f"{np.sqrt(np.mean(difference**2) / np.mean(exact.astype('d')**2)):.2g}")
     return found
@@ -98,7 +98,7 @@ def main():
     print(table(measured))
     if options.quick:
         return
-    RESULTS.write_text(json.dumps({"commit": device.commit(options.commit), "level": flash_kda._C.cpu_level(),
+    RESULTS.write_text(json.dumps({"commit": device.commit(options.commit), "level": libflashkda._C.cpu_level(),
                                    "rows": measured}, indent=2) + "\n")
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(before + BEGIN + "\n" + table(measured) + "\n" + END + rest.partition(END)[2])

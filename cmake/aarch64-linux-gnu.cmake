@@ -12,5 +12,7 @@ set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64 -L /usr/aarch64-linux-gnu)
 
 # DLPack is one header that serves every machine, but it lies among the headers of the build machine,
 # which a cross compiler must not see.
-set(DLPACK_INCLUDE_DIR ${CMAKE_BINARY_DIR}/dlpack-include CACHE PATH "where dlpack/dlpack.h is")
-file(COPY /usr/include/dlpack DESTINATION ${DLPACK_INCLUDE_DIR})
+if(EXISTS /usr/include/dlpack)
+  set(DLPACK_INCLUDE_DIR ${CMAKE_BINARY_DIR}/dlpack-include CACHE PATH "where dlpack/dlpack.h is")
+  file(COPY /usr/include/dlpack DESTINATION ${DLPACK_INCLUDE_DIR})
+endif()

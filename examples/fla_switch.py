@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One line puts flash-linear-attention's chunk_kda, and with it fla's KDA layer, on flash_kda.
+"""One line puts flash-linear-attention's chunk_kda, and with it fla's KDA layer, on libflashkda.
 
 usage: python examples/fla_switch.py [--device cpu|cuda]      (pip install flash-linear-attention)
 
@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 
-import flash_kda
+import libflashkda
 import torch
 
 try:
@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     sys.exit(f"this example needs flash-linear-attention: {error}")
 
-flash_kda.fla.register()  # the line
+libflashkda.fla.register()  # the line
 
 # Both round to bf16 on their own.
 TOLERANCE = 1e-2

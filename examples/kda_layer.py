@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A layer of Kimi Linear on flash_kda: runs a prompt, then what follows from the prompt's state, and compares with one
+"""A layer of Kimi Linear on libflashkda: runs a prompt, then what follows from the prompt's state, and compares with one
 run over everything.
 
 usage: python examples/kda_layer.py [--device cpu|cuda]
@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import sys
 
-import flash_kda
+import libflashkda
 import torch
 from torch import nn
 from torch.nn import functional
@@ -82,7 +82,7 @@ class KDALayer(nn.Module):
         q, q_past = self.q_conv1d(self.q_proj(x), cache and cache.q)
         k, k_past = self.k_conv1d(self.k_proj(x), cache and cache.k)
         v, v_past = self.v_conv1d(self.v_proj(x), cache and cache.v)
-        o, state = flash_kda.prefill(
+        o, state = libflashkda.prefill(
             q.unflatten(2, (self.heads, -1)), k.unflatten(2, (self.heads, -1)), v.unflatten(2, (self.value_heads, -1)),
             self.f_proj(x).unflatten(2, (self.value_heads, -1)), self.b_proj(x), gate="softplus", A_log=self.A_log,
             dt_bias=self.dt_bias.view(self.value_heads, -1), beta_mode="sigmoid", qk_norm=True,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A tiny serving loop on flash_kda: prompts are prefilled into a pool of states, their sequences go on by decode, several
+"""A tiny serving loop on libflashkda: prompts are prefilled into a pool of states, their sequences go on by decode, several
 drafted tokens at a time, and leave when they are done. Every sequence is then compared with one prefill over all of it.
 
 usage: python examples/serve.py [--device cpu|cuda]
@@ -14,7 +14,7 @@ import dataclasses
 import random
 import sys
 
-import flash_kda
+import libflashkda
 import torch
 
 HEADS, VALUE_HEADS, DIM = 2, 4, 64
@@ -65,9 +65,10 @@ class Server:
         for request in requests:
             request.slots = [self.free.pop() for _ in range(DRAFTS)]
             ends.append(ends[-1] + request.prompt)
-        out, _ = flash_kda.prefill(*self.inputs([request.tokens(0, request.prompt) for request in requests]), **self.layer,
-                                   cu_seqlens=self.indices(ends), final_state=self.pool,
-                                   state_indices=self.indices([request.slots[0] for request in requests]))
+        prompts = [request.tokens(0, request.prompt) for request in requests]
+        out, _ = libflashkda.prefill(*self.inputs(prompts), **self.layer,
+                                     cu_seqlens=self.indices(ends), final_state=self.pool,
+                                     state_indices=self.indices([request.slots[0] for request in requests]))
         for request, start, end in zip(requests, ends, ends[1:]):
             request.position = request.prompt
             request.out.append(out[0, start:end])
@@ -80,9 +81,9 @@ class Server:
         empty = [torch.zeros(DRAFTS, *shape) for shape in ((HEADS, DIM), (HEADS, DIM), (VALUE_HEADS, DIM),
                                                            (VALUE_HEADS, DIM), (VALUE_HEADS,))]
         inputs = self.inputs([row.tokens(row.position, DRAFTS) if row else empty for row in rows])
-        out = flash_kda.decode(*(x.unflatten(1, (BATCH, DRAFTS))[0] for x in inputs), self.pool, **self.layer,
-                               state_indices=self.indices([row.slots if row else [-1] * DRAFTS for row in rows]),
-                               num_accepted_tokens=self.indices([row.accepted if row else 1 for row in rows]))
+        out = libflashkda.decode(*(x.unflatten(1, (BATCH, DRAFTS))[0] for x in inputs), self.pool, **self.layer,
+                                 state_indices=self.indices([row.slots if row else [-1] * DRAFTS for row in rows]),
+                                 num_accepted_tokens=self.indices([row.accepted if row else 1 for row in rows]))
         for n, request in enumerate(self.running):
             left = request.length - request.position
             request.accepted = random.randint(1, min(DRAFTS, left))  # a model would compare its tokens with the drafts
@@ -118,7 +119,7 @@ def main() -> None:
         server.step()
         steps += 1
         for request in server.release():
-            whole = flash_kda.prefill(*server.inputs([request.tokens(0, request.length)]), **server.layer)
+            whole = libflashkda.prefill(*server.inputs([request.tokens(0, request.length)]), **server.layer)
             good &= (error := error_ratio(torch.cat(request.out), whole[0])) <= TOLERANCE
             print(f"step {steps:2}: request {request.seed} of {request.prompt:3} + {request.length - request.prompt:2} tokens "
                   f"is done, error ratio {error:.1e}, at most {TOLERANCE:.0e}")

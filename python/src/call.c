@@ -2,52 +2,96 @@
 /* The arguments of one call, from Python's to the library's. */
 #include "call.h"
 
-/* ---- Tensors ----------------------------------------------------------------------------------- */
+#include <string.h>
 
-bool call_read_tensors(const struct call_member *members, int count, PyObject *const *arguments, void *args,
-                       DLTensor *tensors) {
-    for (int i = 0; i < count; i++) {
-        if (arguments[i] == Py_None)
-            continue;
-        if (!array_view(arguments[i], members[i].name, members[i].written, &tensors[i]))
+/* ---- Names ------------------------------------------------------------------------------------- */
+
+bool call_prepare(const struct call_operation *operation) {
+    for (int i = 0; i < operation->tensor_count + operation->option_count; i++) {
+        int option = i - operation->tensor_count;
+        operation->names[i] = PyUnicode_InternFromString(option < 0 ? operation->tensors[i].name
+                                                                    : operation->options[option].name);
+        if (!operation->names[i])
             return false;
-        *(const DLTensor **)(void *)((char *)args + members[i].member) = &tensors[i];
     }
     return true;
 }
 
-static int written(const struct call_member *members, int count, PyObject *const *arguments) {
-    int found = 0;
+/* Where a name is among `count`. Python interns the names in its source, so that in most cases it is the very object that
+ * follows the one before. -1: an exception is set. */
+static int find(const char *operation, PyObject *const *names, int count, int before, PyObject *name) {
+    if (before + 1 < count && names[before + 1] == name)
+        return before + 1;
     for (int i = 0; i < count; i++)
-        found += members[i].written && (!arguments || arguments[i] != Py_None);
-    return found;
+        if (names[i] == name)
+            return i;
+    for (int i = 0; PyUnicode_Check(name) && i < count; i++)
+        if (PyUnicode_Compare(names[i], name) == 0)
+            return i;
+    PyErr_Format(PyExc_TypeError, "%s takes nothing named %R", operation, name);
+    return -1;
 }
 
-PyObject *call_written(const struct call_member *members, int count, PyObject *const *arguments) {
-    PyObject *arrays = PyTuple_New(written(members, count, arguments));
-    int n = 0;
-    for (int i = 0; arrays && i < count; i++)
-        if (members[i].written && arguments[i] != Py_None)
-            PyTuple_SetItem(arrays, n++, Py_NewRef(arguments[i]));
-    return arrays;
+static bool is_dict(PyObject *given) {
+    if (!PyDict_Check(given))
+        PyErr_Format(PyExc_TypeError, "%R is given; expected a dict from names", given);
+    return PyDict_Check(given);
 }
 
-PyObject *call_names(const struct call_member *members, int count, bool only_written) {
-    PyObject *names = PyTuple_New(only_written ? written(members, count, NULL) : count);
-    int n = 0;
-    for (int i = 0; names && i < count; i++) {
-        if (only_written && !members[i].written)
+/* ---- Tensors ----------------------------------------------------------------------------------- */
+
+static bool is_written(const struct call_tensor *tensor, bool keep_states) {
+    return tensor->access == CALL_WRITTEN || (tensor->access == CALL_STATE && !keep_states);
+}
+
+bool call_read_tensors(const struct call_operation *operation, PyObject *given, bool keep_states, void *args,
+                       DLTensor *tensors, PyObject **arrays) {
+    PyObject *name, *array;
+    Py_ssize_t next = 0;
+    int i = -1;
+    memset(arrays, 0, (size_t)operation->tensor_count * sizeof *arrays);
+    if (!is_dict(given))
+        return false;
+    while (PyDict_Next(given, &next, &name, &array)) {
+        i = find(operation->name, operation->names, operation->tensor_count, i, name);
+        if (i < 0)
+            return false;
+        if (array == Py_None)
             continue;
-        PyObject *name = PyUnicode_FromString(members[i].name);
-        if (!name || PyTuple_SetItem(names, n++, name))
-            Py_CLEAR(names);
+        const struct call_tensor *tensor = &operation->tensors[i];
+        if (!array_view(array, tensor->name, is_written(tensor, keep_states), &tensors[i]))
+            return false;
+        *(const DLTensor **)(void *)((char *)args + tensor->member) = &tensors[i];
+        arrays[i] = array;
     }
+    return true;
+}
+
+PyObject *call_written(const struct call_operation *operation, PyObject *const *arrays, bool keep_states) {
+    int count = 0, n = 0;
+    for (int i = 0; i < operation->tensor_count; i++)
+        count += arrays[i] && is_written(&operation->tensors[i], keep_states);
+    PyObject *written = PyTuple_New(count);
+    for (int i = 0; written && i < operation->tensor_count; i++)
+        if (arrays[i] && is_written(&operation->tensors[i], keep_states))
+            PyTuple_SetItem(written, n++, Py_NewRef(arrays[i]));
+    return written;
+}
+
+PyObject *call_names(const struct call_operation *operation, bool only_written) {
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list && i < operation->tensor_count; i++)
+        if ((!only_written || operation->tensors[i].access != CALL_READ) &&
+            PyList_Append(list, operation->names[i]))
+            Py_CLEAR(list);
+    PyObject *names = list ? PyList_AsTuple(list) : NULL;
+    Py_XDECREF(list);
     return names;
 }
 
 /* ---- Numbers ----------------------------------------------------------------------------------- */
 
-bool call_read_number(PyObject *object, const char *name, double *out) {
+static bool read_number(PyObject *object, const char *name, double *out) {
     *out = PyFloat_AsDouble(object);
     if (!PyErr_Occurred())
         return true;
@@ -56,7 +100,7 @@ bool call_read_number(PyObject *object, const char *name, double *out) {
     return false;
 }
 
-bool call_read_integer(PyObject *object, const char *name, long long least, long long most, long long *out) {
+static bool read_integer(PyObject *object, const char *name, long long least, long long most, long long *out) {
     *out = PyLong_AsLongLong(object);
     if (!PyErr_Occurred() && *out >= least && *out <= most)
         return true;
@@ -67,6 +111,48 @@ bool call_read_integer(PyObject *object, const char *name, long long least, long
     else
         PyErr_Format(PyExc_TypeError, "%s is %R; expected an integer", name, object);
     return false;
+}
+
+/* Enums are stored as the 32-bit integers that they are. */
+_Static_assert(sizeof(flash_kda_gate) == sizeof(int32_t), "an enum is not an int");
+
+static bool read_option(const struct call_option *option, PyObject *object, void *member) {
+    static const struct {
+        long long least, most;
+    } ranges[] = {
+        [CALL_CHOICE] = {0, INT32_MAX},
+        [CALL_FLAGS] = {0, UINT32_MAX},
+        [CALL_INT32] = {INT32_MIN, INT32_MAX},
+        [CALL_INT64] = {INT64_MIN, INT64_MAX},
+    };
+    if (option->kind == CALL_NUMBER)
+        return read_number(object, option->name, member);
+    long long value;
+    if (!read_integer(object, option->name, ranges[option->kind].least, ranges[option->kind].most, &value))
+        return false;
+    if (option->kind == CALL_INT64)
+        *(int64_t *)member = value;
+    else
+        memcpy(member, &(uint32_t){(uint32_t)value}, sizeof(uint32_t));
+    return true;
+}
+
+bool call_read_options(const struct call_operation *operation, PyObject *given, void *args) {
+    PyObject *const *names = operation->names + operation->tensor_count;
+    PyObject *name, *value;
+    Py_ssize_t next = 0;
+    int i = -1;
+    if (!is_dict(given))
+        return false;
+    while (PyDict_Next(given, &next, &name, &value)) {
+        i = find(operation->name, names, operation->option_count, i, name);
+        if (i < 0)
+            return false;
+        const struct call_option *option = &operation->options[i];
+        if (!read_option(option, value, (char *)args + option->member))
+            return false;
+    }
+    return true;
 }
 
 bool call_read_stream(PyObject *object, const DLTensor *q, const struct dlpack1_exchange *exchange,
@@ -85,60 +171,51 @@ bool call_read_stream(PyObject *object, const DLTensor *q, const struct dlpack1_
 
 #define MEMBER(name) CALL_MEMBER(flash_kda_prefill_args, name)
 
-const struct call_member call_members[CALL_TENSORS] = {
-    {MEMBER(q), false},
-    {MEMBER(k), false},
-    {MEMBER(v), false},
-    {MEMBER(g), false},
-    {MEMBER(beta), false},
-    {MEMBER(A_log), false},
-    {MEMBER(dt_bias), false},
-    {MEMBER(out), true},
-    {MEMBER(cu_seqlens), false},
-    {MEMBER(initial_state), false},
-    {MEMBER(final_state), true},
-    {MEMBER(state_indices), false},
-    {MEMBER(checkpoints), true},
-    {MEMBER(checkpoint_cu_starts), false},
-    {MEMBER(checkpoint_indices), false},
-    {MEMBER(checkpoint_offsets), false},
+static const struct call_tensor tensors[CALL_TENSORS] = {
+    {MEMBER(q), CALL_READ},
+    {MEMBER(k), CALL_READ},
+    {MEMBER(v), CALL_READ},
+    {MEMBER(g), CALL_READ},
+    {MEMBER(beta), CALL_READ},
+    {MEMBER(A_log), CALL_READ},
+    {MEMBER(dt_bias), CALL_READ},
+    {MEMBER(out), CALL_WRITTEN},
+    {MEMBER(cu_seqlens), CALL_READ},
+    {MEMBER(initial_state), CALL_READ},
+    {MEMBER(final_state), CALL_WRITTEN},
+    {MEMBER(state_indices), CALL_READ},
+    {MEMBER(checkpoints), CALL_WRITTEN},
+    {MEMBER(checkpoint_cu_starts), CALL_READ},
+    {MEMBER(checkpoint_indices), CALL_READ},
+    {MEMBER(checkpoint_offsets), CALL_READ},
 };
 
-static bool read_options(struct call *call, PyObject *const *arguments) {
-    flash_kda_prefill_args *args = &call->args;
-    long long gate, beta_mode, flags, layout, every, backend, threads;
-    if (!call_read_integer(arguments[0], "gate", 0, INT32_MAX, &gate) ||
-        !call_read_number(arguments[1], "lower_bound", &args->lower_bound) ||
-        !call_read_integer(arguments[2], "beta_mode", 0, INT32_MAX, &beta_mode) ||
-        !call_read_number(arguments[3], "scale", &args->scale) ||
-        !call_read_integer(arguments[4], "flags", 0, UINT32_MAX, &flags) ||
-        !call_read_integer(arguments[5], "state_layout", 0, INT32_MAX, &layout) ||
-        !call_read_integer(arguments[6], "checkpoint_every", INT64_MIN, INT64_MAX, &every) ||
-        !call_read_integer(arguments[7], "backend", 0, INT32_MAX, &backend) ||
-        !call_read_integer(arguments[8], "num_threads", INT32_MIN, INT32_MAX, &threads))
-        return false;
-    args->gate = (flash_kda_gate)gate;
-    args->beta_mode = (flash_kda_beta)beta_mode;
-    args->flags = (uint32_t)flags;
-    args->state_layout = (flash_kda_state_layout)layout;
-    args->checkpoint_every = every;
-    args->backend = (flash_kda_backend)backend;
-    args->num_threads = (int32_t)threads;
-    call->workspace = arguments[10];
-    return call_read_stream(arguments[9], args->q, call->exchange, &args->stream);
+static const struct call_option options[] = {
+    {MEMBER(gate), CALL_CHOICE},    {MEMBER(lower_bound), CALL_NUMBER}, {MEMBER(beta_mode), CALL_CHOICE},
+    {MEMBER(scale), CALL_NUMBER},   {MEMBER(flags), CALL_FLAGS},        {MEMBER(state_layout), CALL_CHOICE},
+    {MEMBER(backend), CALL_CHOICE}, {MEMBER(num_threads), CALL_INT32},  {MEMBER(checkpoint_every), CALL_INT64},
+};
+
+enum { OPTIONS = sizeof options / sizeof *options };
+static PyObject *names[CALL_TENSORS + OPTIONS];
+const struct call_operation call_prefill = {"prefill", tensors, CALL_TENSORS, options, OPTIONS, names};
+
+bool call_count(Py_ssize_t count) {
+    if (count != CALL_ARGUMENTS)
+        PyErr_Format(PyExc_TypeError, "%zd arguments; expected tensors, options, stream and workspace", count);
+    return count == CALL_ARGUMENTS;
 }
 
-enum { CALL_OPTIONS = 11 };
-
 bool call_read(struct call *call, PyObject *const *arguments, Py_ssize_t count) {
-    if (count != CALL_TENSORS + CALL_OPTIONS) {
-        PyErr_Format(PyExc_TypeError, "%zd arguments; expected %d", count, CALL_TENSORS + CALL_OPTIONS);
+    if (!call_count(count))
         return false;
-    }
     call->args = (flash_kda_prefill_args)FLASH_KDA_PREFILL_ARGS_INIT;
-    call->exchange = array_exchange(Py_TYPE(arguments[0]));
-    return call_read_tensors(call_members, CALL_TENSORS, arguments, &call->args, call->tensors) &&
-           read_options(call, arguments + CALL_TENSORS);
+    call->workspace = arguments[3];
+    if (!call_read_tensors(&call_prefill, arguments[0], false, &call->args, call->tensors, call->arrays) ||
+        !call_read_options(&call_prefill, arguments[1], &call->args))
+        return false;
+    call->exchange = call->arrays[0] ? array_exchange(Py_TYPE(call->arrays[0])) : NULL;
+    return call_read_stream(arguments[2], call->args.q, call->exchange, &call->args.stream);
 }
 
 PyObject *call_raise(flash_kda_status status) {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The module flash_kda._C: the library's entries, positional and without defaults, for the Python code beside it. */
+/* The module libflashkda._C: the library's entries, for the Python code beside it. */
 #include "decode.h"
 #include "fwd_size.h"
 #include "workspace.h"
@@ -8,7 +8,7 @@ typedef PyObject *(*fast_function)(PyObject *, PyObject *const *, Py_ssize_t);
 
 /* ---- Prefill ----------------------------------------------------------------------------------- */
 
-static PyObject *run(const struct call *call, PyObject *const *arguments) {
+static PyObject *run(const struct call *call) {
     struct workspace workspace;
     size_t bytes = 0;
     flash_kda_status status = FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL;
@@ -21,20 +21,20 @@ static PyObject *run(const struct call *call, PyObject *const *arguments) {
     if (status == FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL)
         status = flash_kda_prefill_workspace_size(&call->args, &bytes);
     else if (!status)
-        return call_written(call_members, CALL_TENSORS, arguments);
+        return call_written(&call_prefill, call->arrays, false);
     if (status)
         return call_raise(status);
     if (!workspace_take(&workspace, call, bytes))
         return NULL;
     Py_BEGIN_ALLOW_THREADS status = flash_kda_prefill(&call->args, workspace.memory, workspace.bytes);
     Py_END_ALLOW_THREADS workspace_drop(&workspace);
-    return status ? call_raise(status) : call_written(call_members, CALL_TENSORS, arguments);
+    return status ? call_raise(status) : call_written(&call_prefill, call->arrays, false);
 }
 
 static PyObject *prefill(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
     (void)module;
     struct call call;
-    return call_read(&call, arguments, count) ? run(&call, arguments) : NULL;
+    return call_read(&call, arguments, count) ? run(&call) : NULL;
 }
 
 static PyObject *prefill_workspace_size(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
@@ -64,18 +64,18 @@ static PyObject *has_exchange(PyObject *module, PyObject *type) {
     return PyBool_FromLong(PyType_Check(type) && array_exchange((PyTypeObject *)type));
 }
 
-/* Does a function of one argument answer true for any array of a tuple? None is not asked, and what the function cannot
+/* Does a function of one argument answer true for any array in a dict? None is not asked, and what the function cannot
  * take answers no. */
 static PyObject *any_true(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
     (void)module;
-    if (count != 2 || !PyTuple_Check(arguments[1])) {
-        PyErr_SetString(PyExc_TypeError, "expected a function and a tuple");
+    if (count != 2 || !PyDict_Check(arguments[1])) {
+        PyErr_SetString(PyExc_TypeError, "expected a function and a dict");
         return NULL;
     }
-    Py_ssize_t size = PyTuple_Size(arguments[1]);
+    PyObject *name, *array; /* borrowed */
+    Py_ssize_t next = 0;
     bool found = false;
-    for (Py_ssize_t i = 0; !found && i < size; i++) {
-        PyObject *array = PyTuple_GetItem(arguments[1], i); /* borrowed */
+    while (!found && PyDict_Next(arguments[1], &next, &name, &array)) {
         if (array == Py_None)
             continue;
         PyObject *answer = PyObject_CallFunctionObjArgs(arguments[0], array, NULL);
@@ -174,15 +174,16 @@ static int add_names(PyObject *module) {
 }
 
 static int execute(PyObject *module) {
-    if (PyModule_AddStringConstant(module, "VERSION", flash_kda_version()) ||
+    if (!call_prepare(&call_prefill) || !call_prepare(&call_decode) ||
+        PyModule_AddStringConstant(module, "VERSION", flash_kda_version()) ||
         PyModule_AddIntConstant(module, "QK_NORM", FLASH_KDA_QK_NORM) ||
         PyModule_AddIntConstant(module, "BATCH_INVARIANT", FLASH_KDA_BATCH_INVARIANT) ||
         PyModule_AddIntConstant(module, "KEEP_STATE", FLASH_KDA_KEEP_STATE) ||
         PyModule_AddIntConstant(module, "MAX_DECODE_TOKENS", FLASH_KDA_MAX_DECODE_TOKENS) ||
-        add_tuple(module, "TENSORS", call_names(call_members, CALL_TENSORS, false)) ||
-        add_tuple(module, "WRITTEN", call_names(call_members, CALL_TENSORS, true)) ||
-        add_tuple(module, "DECODE_TENSORS", decode_tensor_names(false)) ||
-        add_tuple(module, "DECODE_WRITTEN", decode_tensor_names(true)))
+        add_tuple(module, "TENSORS", call_names(&call_prefill, false)) ||
+        add_tuple(module, "WRITTEN", call_names(&call_prefill, true)) ||
+        add_tuple(module, "DECODE_TENSORS", call_names(&call_decode, false)) ||
+        add_tuple(module, "DECODE_WRITTEN", call_names(&call_decode, true)))
         return -1;
     return add_names(module) ? -1 : 0;
 }
@@ -190,7 +191,7 @@ static int execute(PyObject *module) {
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)execute}, {0}};
 
 static struct PyModuleDef definition = {
-    .m_base = PyModuleDef_HEAD_INIT, .m_name = "flash_kda._C", .m_methods = methods, .m_slots = slots};
+    .m_base = PyModuleDef_HEAD_INIT, .m_name = "libflashkda._C", .m_methods = methods, .m_slots = slots};
 
 PyMODINIT_FUNC PyInit__C(void);
 PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&definition); }

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import itertools
 
-import flash_kda
+import libflashkda
 import numpy
 import pytest
 import torch
@@ -22,13 +22,13 @@ def run(problem, device, **more):
     expected, states, _ = solve(problem)
     more = {"output_final_state": True, **more}
     gate = {} if o["gate"] == "none" else {"A_log": o["A_log"], "dt_bias": o["dt_bias"].flatten()}
-    results = flash_kda.chunk_kda(
+    results = libflashkda.chunk_kda(
         *here.inputs, scale=o.get("scale"), initial_state=o.get("initial_state"), cu_seqlens=o.get("cu_seqlens"),
         use_qk_l2norm_in_kernel=o["qk_norm"], use_gate_in_kernel=o["gate"] != "none",
         use_beta_sigmoid_in_kernel=o["beta_mode"] != "given", allow_neg_eigval=o["beta_mode"] == "twice_sigmoid",
         lower_bound=o.get("lower_bound") if o["gate"] == "sigmoid" else None,
         state_v_first=o["state_layout"] == "v_first", **gate, **more)
-    description = flash_kda.prefill_describe(*here.inputs, **o)
+    description = libflashkda.prefill_describe(*here.inputs, **o)
     assert results[0].dtype == problem.q.dtype
     assert_close(results[0], expected, description)
     if more["output_final_state"]:
@@ -68,7 +68,7 @@ def test_signature_is_flas():
     import fla.ops.kda
 
     theirs = inspect.signature(inspect.unwrap(fla.ops.kda.chunk_kda)).parameters
-    ours = inspect.signature(flash_kda.chunk_kda).parameters
+    ours = inspect.signature(libflashkda.chunk_kda).parameters
     shared = [(p.name, p.default) for p in theirs.values() if p.kind is not p.VAR_KEYWORD]
     assert [(p.name, p.default) for p in itertools.islice(ours.values(), len(shared))] == shared
 
@@ -78,23 +78,23 @@ def test_gate_parameters_of_other_shapes(device):
     problem = make().to(device)
     A_log, dt_bias = problem.options["A_log"], problem.options["dt_bias"]
     flags = {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
-    expected, _ = flash_kda.chunk_kda(*problem.inputs, **flags, A_log=A_log, dt_bias=dt_bias)
-    again, _ = flash_kda.chunk_kda(*problem.inputs, **flags, A_log=A_log[None, None, :, None],
-                                   dt_bias=dt_bias.flatten())
+    expected, _ = libflashkda.chunk_kda(*problem.inputs, **flags, A_log=A_log, dt_bias=dt_bias)
+    again, _ = libflashkda.chunk_kda(*problem.inputs, **flags, A_log=A_log[None, None, :, None],
+                                     dt_bias=dt_bias.flatten())
     assert torch.equal(again, expected)
     problem = make(gate="sigmoid", lower_bound=-3.0)
     problem.options.update(A_log=None, dt_bias=None)
-    out, _ = flash_kda.chunk_kda(*problem.to(device).inputs, **flags, lower_bound=-3.0)
-    assert_close(out, solve(problem)[0], flash_kda.prefill_describe(*problem.to(device).inputs, **problem.options))
+    out, _ = libflashkda.chunk_kda(*problem.to(device).inputs, **flags, lower_bound=-3.0)
+    assert_close(out, solve(problem)[0], libflashkda.prefill_describe(*problem.to(device).inputs, **problem.options))
 
 
 def test_rows_that_are_not_contiguous_are_copied(device):
     problem = make(lengths=[20, 30]).to(device)
     flags = {**problem.options, "use_gate_in_kernel": True}
     del flags["gate"], flags["beta_mode"], flags["qk_norm"], flags["state_layout"]
-    expected, _ = flash_kda.chunk_kda(*problem.inputs, **flags)
+    expected, _ = libflashkda.chunk_kda(*problem.inputs, **flags)
     views = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in problem.inputs[:4]]
-    assert torch.equal(flash_kda.chunk_kda(*views, problem.beta, **flags)[0], expected)
+    assert torch.equal(libflashkda.chunk_kda(*views, problem.beta, **flags)[0], expected)
 
 
 def test_bf16_initial_state(device):
@@ -122,7 +122,7 @@ def test_intermediate_states(dtype, chunk_size, v_first, initial_state, device):
     assert h.shape[:2] == (2, chunks) and h.dtype == dtype
     expected = expected_states(problem, chunk_size)
     here = problem.to(device)
-    assert_close(h.flatten(0, 1), expected, flash_kda.prefill_describe(*here.inputs, **here.options))
+    assert_close(h.flatten(0, 1), expected, libflashkda.prefill_describe(*here.inputs, **here.options))
 
 
 @pytest.mark.parametrize("lengths", [[64, 65, 0, 10, 128, 0], [0, 0], [0, 5], [200]])
@@ -140,7 +140,7 @@ def test_intermediate_states_of_packed_sequences(lengths, initial_state, sizes_f
     assert h.shape == (1, rows, 2, 64, 32) and h.dtype == torch.bfloat16
     if rows:
         here = problem.to(device)
-        description = flash_kda.prefill_describe(*here.inputs, **here.options)
+        description = libflashkda.prefill_describe(*here.inputs, **here.options)
         assert_close(h[0], expected_states(problem, 64), description)
 
 
@@ -167,11 +167,11 @@ def test_intermediate_states_of_packed_sequences(lengths, initial_state, sizes_f
 def test_refused(exception, message, more):
     problem = make()
     with pytest.raises(exception, match=message):
-        flash_kda.chunk_kda(*problem.inputs, **more)
+        libflashkda.chunk_kda(*problem.inputs, **more)
 
 
 def test_former_name_of_state_v_first():
     problem = make(V=32)
     with pytest.deprecated_call():
-        _, state = flash_kda.chunk_kda(*problem.inputs, transpose_state_layout=True, output_final_state=True)
+        _, state = libflashkda.chunk_kda(*problem.inputs, transpose_state_layout=True, output_final_state=True)
     assert state.shape == (1, 2, 32, 64)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import flash_kda
+import libflashkda
 import pytest
 import torch
 from recurrence import make
@@ -22,17 +22,17 @@ def fresh():
 
 class Prefill(torch.nn.Module):
     def forward(self, q, k, v, g, beta, A_log, dt_bias, state):
-        out, state = flash_kda.prefill(q * 1, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, gate="sigmoid",
-                                       lower_bound=-5.0, beta_mode="sigmoid", qk_norm=True, initial_state=state,
-                                       output_final_state=True)
+        out, state = libflashkda.prefill(q * 1, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, gate="sigmoid",
+                                         lower_bound=-5.0, beta_mode="sigmoid", qk_norm=True, initial_state=state,
+                                         output_final_state=True)
         return out * 2, state
 
 
 class ChunkKda(torch.nn.Module):
     def forward(self, q, k, v, g, beta, A_log, dt_bias, state):
-        return flash_kda.chunk_kda(q * 1, k, v, g, beta, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True,
-                                   use_beta_sigmoid_in_kernel=True, A_log=A_log, dt_bias=dt_bias.flatten(),
-                                   initial_state=state, output_final_state=True, return_intermediate_states=True)
+        return libflashkda.chunk_kda(q * 1, k, v, g, beta, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True,
+                                     use_beta_sigmoid_in_kernel=True, A_log=A_log, dt_bias=dt_bias.flatten(),
+                                     initial_state=state, output_final_state=True, return_intermediate_states=True)
 
 
 class Fwd(torch.nn.Module):
@@ -40,7 +40,7 @@ class Fwd(torch.nn.Module):
 
     def forward(self, q, k, v, g, beta, A_log, dt_bias, state):
         out = torch.empty_like(v)
-        flash_kda.fwd(q * 1, k, v, g, beta, 0.1, out, A_log, dt_bias, None, state, state)
+        libflashkda.fwd(q * 1, k, v, g, beta, 0.1, out, A_log, dt_bias, None, state, state)
         return out + 1
 
 
@@ -79,7 +79,7 @@ def test_state_pool_in_place(device):
     """One tensor is read and written through two arguments."""
 
     def step(pool, indices, *inputs):
-        return flash_kda.prefill(*inputs, initial_state=pool, final_state=pool, state_indices=indices)[0]
+        return libflashkda.prefill(*inputs, initial_state=pool, final_state=pool, state_indices=indices)[0]
 
     inputs = [x.contiguous() for x in make(B=2, gate="none", beta_mode="given").to(device).inputs]
     pools = [torch.ones(4, 2, 64, 64, device=device) for _ in range(2)]
@@ -103,25 +103,25 @@ def test_export(module, device):
 
 def test_ops_are_well_formed(device):
     q, k, v, g, beta, A_log, dt_bias, state = arguments(device)
-    options = (2, -5.0, 1, 0.0, 1, 0)
-    torch.library.opcheck(torch.ops.flash_kda.prefill.default,
-                          (q, k, v, g, beta, A_log, dt_bias, None, state, None, True, *options, 0, 0, 0))
-    torch.library.opcheck(torch.ops.flash_kda.prefill_into.default,
+    options = {"gate": 2, "lower_bound": -5.0, "beta_mode": 1, "scale": 0.0, "flags": 1}
+    torch.library.opcheck(torch.ops.libflashkda.prefill.default,
+                          (q, k, v, g, beta, A_log, dt_bias, None, state, None, True), options)
+    torch.library.opcheck(torch.ops.libflashkda.prefill_into.default,
                           (q, k, v, g, beta, A_log, dt_bias, torch.empty_like(v), None, state, torch.empty_like(state),
-                           None, None, None, None, None, *options, 0, 0, 0, None))
+                           None, None, None, None, None, None), options)
 
 
 @pytest.mark.parametrize("v_first", [True, False])
 def test_fake_and_meta_tensors(v_first):
     problem = make(lengths=[20, 30], V=32, initial_state=torch.bfloat16, v_first=v_first)
-    expected = flash_kda.prefill(*problem.inputs, **problem.options, output_final_state=True)
+    expected = libflashkda.prefill(*problem.inputs, **problem.options, output_final_state=True)
     meta = problem.to("meta")
     with FakeTensorMode() as mode:
         inputs = [mode.from_tensor(x) for x in problem.inputs]
         options = {name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
                    for name, value in problem.options.items()}
-        fake = flash_kda.prefill(*inputs, **options, output_final_state=True)
-    for results in fake, flash_kda.prefill(*meta.inputs, **meta.options, output_final_state=True):
+        fake = libflashkda.prefill(*inputs, **options, output_final_state=True)
+    for results in fake, libflashkda.prefill(*meta.inputs, **meta.options, output_final_state=True):
         for x, y in zip(results, expected, strict=True):
             assert x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride()
 
@@ -142,20 +142,20 @@ def test_gradients_are_refused():
 
 LOAD = """
 import {imports}
-assert hasattr(torch.ops.flash_kda, "prefill") and hasattr(torch.ops.flash_kda, "decode")
+assert hasattr(torch.ops.libflashkda, "prefill") and hasattr(torch.ops.libflashkda, "decode")
 program = torch.export.load({path!r}).module()
 inputs = torch.load({inputs!r})
 with torch.no_grad():
-    expected = flash_kda.prefill(*inputs, gate="none")
+    expected = libflashkda.prefill(*inputs, gate="none")
     assert torch.equal(program(*inputs), expected)
 """
 
 
-@pytest.mark.parametrize("imports", ["torch, flash_kda", "flash_kda, torch"])
+@pytest.mark.parametrize("imports", ["torch, libflashkda", "libflashkda, torch"])
 def test_a_saved_program_runs_where_the_package_is_imported(imports, tmp_path):
     class Layer(torch.nn.Module):
         def forward(self, *inputs):
-            return flash_kda.prefill(*inputs, gate="none")
+            return libflashkda.prefill(*inputs, gate="none")
 
     inputs = make(gate="none", beta_mode="given").inputs
     path, data = str(tmp_path / "program.pt2"), str(tmp_path / "inputs.pt")
@@ -166,10 +166,10 @@ def test_a_saved_program_runs_where_the_package_is_imported(imports, tmp_path):
 
 def test_imported_before_torch():
     script = """
-import flash_kda
+import libflashkda
 import torch
 def f(x, beta):
-    return flash_kda.prefill(x, x, x, x, beta)
+    return libflashkda.prefill(x, x, x, x, beta)
 with torch.no_grad():
     x, beta = -torch.ones(1, 3, 1, 4), torch.ones(1, 3, 1)
     assert torch.equal(torch.compile(f, fullgraph=True, backend="eager")(x, beta), f(x, beta))

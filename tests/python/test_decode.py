@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import flash_kda
+import libflashkda
 import hypothesis
 import numpy
 import pytest
@@ -46,7 +46,7 @@ def test_captured(gate, device):
     problem, expected, state = captured(gate)
     problem = problem.to(device)
     pool = start(problem, 3, [1])
-    out = [flash_kda.decode(*tokens(problem, t, 1), pool, **options_of(problem), state_indices=indices([1], device))
+    out = [libflashkda.decode(*tokens(problem, t, 1), pool, **options_of(problem), state_indices=indices([1], device))
            for t in range(problem.q.shape[1])]
     assert_close(torch.cat(out, 1), expected.double().numpy(), "fp32")
     assert_close(pool[1:2], state.double().numpy(), "fp32")
@@ -83,8 +83,8 @@ def test_shapes_flags_and_pieces(problem, dtype, cuts, device):
     pieces, at = [], 0
     for count in [*(cuts if dtype == torch.float32 else []), 16]:
         count = min(count, T - at)
-        pieces.append(flash_kda.decode(*tokens(here, at, count), pool, **options_of(here),
-                                       state_indices=indices(rows, device)))
+        pieces.append(libflashkda.decode(*tokens(here, at, count), pool, **options_of(here),
+                                         state_indices=indices(rows, device)))
         at += count
     assert all(x.dtype == problem.v.dtype for x in pieces)
     assert_close(torch.cat(pieces, 1), expected, "fp32")
@@ -95,8 +95,8 @@ def test_shapes_flags_and_pieces(problem, dtype, cuts, device):
 def test_slots_in_the_order_of_sequences(device):
     problem = make(B=3, T=1, initial_state=torch.float32).to(device)
     state = problem.options["initial_state"].clone()
-    expected, final_state = flash_kda.prefill(*problem.inputs, **problem.options, output_final_state=True)
-    out = flash_kda.decode(*problem.inputs, state, **options_of(problem))
+    expected, final_state = libflashkda.prefill(*problem.inputs, **problem.options, output_final_state=True)
+    out = libflashkda.decode(*problem.inputs, state, **options_of(problem))
     assert_close(out, expected.double().cpu().numpy(), "bf16 products")
     assert_close(state, final_state.double().cpu().numpy(), "bf16 products")
 
@@ -107,7 +107,7 @@ def test_packed_sequences(device):
     expected, states, _ = solve(problem)
     here = problem.to(device)
     state = here.options["initial_state"].clone()
-    out = flash_kda.decode(*here.inputs, state, **options_of(here), cu_seqlens=here.options["cu_seqlens"], max_tokens=16)
+    out = libflashkda.decode(*here.inputs, state, **options_of(here), cu_seqlens=here.options["cu_seqlens"], max_tokens=16)
     assert_close(out, expected, "fp32")
     assert_close(state, in_layout(states, "v_first"), "fp32")
 
@@ -119,7 +119,7 @@ def test_padding(device):
     for x in problem.inputs:
         x[1] = torch.nan
     out = torch.full_like(problem.v, 7.0)
-    result = flash_kda.decode(*problem.inputs, pool, **options_of(problem), state_indices=indices([3, -1, 4], device), out=out)
+    result = libflashkda.decode(*problem.inputs, pool, **options_of(problem), state_indices=indices([3, -1, 4], device), out=out)
     assert result is out and (out[1] == 7).all() and out[[0, 2]].isfinite().all()
     assert torch.equal(pool[0], before[0]) and pool[[1, 2]].isnan().all()
     assert not torch.equal(pool[3], before[3])
@@ -133,14 +133,14 @@ def test_verify(accepted, device):
     here = problem.to(device)
     slots = indices([[5, 2, 8, 0], [1, 7, 3, 6]], device)
     pool = start(here, 9, [8, 3])  # the third of its slots: three tokens were accepted last
-    out = flash_kda.decode(*tokens(here, 0, 4), pool, **options_of(here), state_indices=slots,
-                           num_accepted_tokens=indices([3, 3], device))
+    out = libflashkda.decode(*tokens(here, 0, 4), pool, **options_of(here), state_indices=slots,
+                             num_accepted_tokens=indices([3, 3], device))
     assert_close(out, expected[:, :4], "fp32")
     for n in range(2):
         states = in_layout(numpy.array(inner[n][1:5]), "v_first")
         assert_close(pool[slots[n].long()], states, "fp32")
-    out = flash_kda.decode(*tokens(here, accepted, 4), pool, **options_of(here), state_indices=slots,
-                           num_accepted_tokens=indices([accepted] * 2, device))
+    out = libflashkda.decode(*tokens(here, accepted, 4), pool, **options_of(here), state_indices=slots,
+                             num_accepted_tokens=indices([accepted] * 2, device))
     assert_close(out, expected[:, accepted:accepted + 4], "fp32")
     assert pool[4].isnan().all()
 
@@ -151,11 +151,11 @@ def test_verify_and_commit(accepted, device):
     expected, _, inner = solve(problem, every=1)
     here = problem.to(device)
     state = here.options["initial_state"].clone()
-    out = flash_kda.decode(*here.inputs, state, **options_of(here), keep_state=True)
+    out = libflashkda.decode(*here.inputs, state, **options_of(here), keep_state=True)
     assert_close(out, expected, "fp32")
     assert torch.equal(state, here.options["initial_state"])
-    assert flash_kda.decode(*here.inputs, state, **options_of(here), output=False,
-                            accepted=indices([accepted] * 2, device)) is None
+    assert libflashkda.decode(*here.inputs, state, **options_of(here), output=False,
+                              accepted=indices([accepted] * 2, device)) is None
     if accepted < 4:
         assert_close(state, in_layout(numpy.array([x[accepted] for x in inner]), "v_first"), "fp32")
 
@@ -205,9 +205,9 @@ def test_fused(T, dtype, activation, device):
     here = problem.to(device)
     pool = start(here, 3, [2, 0])
     names = ("q_conv", "k_conv", "v_conv")
-    out = flash_kda.decode(*(x.to(device) for x in raw), here.g, here.beta, pool, **options_of(here),
-                           state_indices=indices([2, 0], device), norm_weight=weight.to(device), norm_gate=gate.to(device),
-                           norm_activation=activation, **{name: moved(conv) for name, conv in zip(names, convolutions)})
+    out = libflashkda.decode(*(x.to(device) for x in raw), here.g, here.beta, pool, **options_of(here),
+                             state_indices=indices([2, 0], device), norm_weight=weight.to(device), norm_gate=gate.to(device),
+                             norm_activation=activation, **{name: moved(conv) for name, conv in zip(names, convolutions)})
     assert_close(out, expected.numpy(), "fp32")
     assert_close(pool[[2, 0]], in_layout(states, "v_first"), "fp32")
     for past, (_, last) in zip(pasts, outputs, strict=True):
@@ -225,12 +225,12 @@ def test_fused(T, dtype, activation, device):
 def test_errors_of_a_whole_step(more, exception, sentence):
     problem = make(T=2, initial_state=torch.float32)
     with pytest.raises(exception, match=sentence):
-        flash_kda.decode(*problem.inputs, problem.options["initial_state"], **options_of(problem), **more)
+        libflashkda.decode(*problem.inputs, problem.options["initial_state"], **options_of(problem), **more)
 
 
 def test_describe():
     problem = make(T=1, initial_state=torch.float32)
-    text = flash_kda.decode_describe(*problem.inputs, problem.options["initial_state"], **options_of(problem))
+    text = libflashkda.decode_describe(*problem.inputs, problem.options["initial_state"], **options_of(problem))
     assert text.startswith("cpu: level ")
 
 
@@ -258,21 +258,21 @@ def test_errors(name, value, exception, sentence):
             "out": torch.full_like(problem.v, 7.0)}
     before = state.clone()
     with pytest.raises(exception, match=sentence):
-        flash_kda.decode(**{**call, name: value})
+        libflashkda.decode(**{**call, name: value})
     assert torch.equal(state, before) and (call["out"] == 7).all()
 
 
 def test_too_many_tokens():
     problem = make(T=17, initial_state=torch.float32)
     with pytest.raises(ValueError, match="q has T = 17 tokens; expected at most 16"):
-        flash_kda.decode(*problem.inputs, problem.options["initial_state"], **options_of(problem))
+        libflashkda.decode(*problem.inputs, problem.options["initial_state"], **options_of(problem))
 
 
 def test_gradients_are_refused():
     problem = make(T=1, initial_state=torch.float32)
     problem.q.requires_grad_()
     with torch.enable_grad(), pytest.raises(NotImplementedError, match="q requires grad"):
-        flash_kda.decode(*problem.inputs, problem.options["initial_state"], **options_of(problem))
+        libflashkda.decode(*problem.inputs, problem.options["initial_state"], **options_of(problem))
 
 
 # ---- Array libraries -----------------------------------------------------------------------------
@@ -281,16 +281,16 @@ def test_gradients_are_refused():
 def test_numpy():
     problem = make(B=2, T=3, dtype=torch.float32, initial_state=torch.float32)
     states = [problem.options["initial_state"].clone() for _ in range(2)]
-    expected = flash_kda.decode(*problem.inputs, states[0], **options_of(problem))
+    expected = libflashkda.decode(*problem.inputs, states[0], **options_of(problem))
     options = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in options_of(problem).items()}
-    out = flash_kda.decode(*(x.numpy() for x in problem.inputs), states[1].numpy(), **options)
+    out = libflashkda.decode(*(x.numpy() for x in problem.inputs), states[1].numpy(), **options)
     assert numpy.array_equal(out, expected.numpy()) and torch.equal(*states)
     frozen = states[1].numpy()
     frozen.flags.writeable = False
     if numpy.lib.NumpyVersion(numpy.__version__) >= "2.1.0":
         with pytest.raises(ValueError, match="state is read-only"):
-            flash_kda.decode(*(x.numpy() for x in problem.inputs), frozen, **options)
-        flash_kda.decode(*(x.numpy() for x in problem.inputs), frozen, **options, keep_state=True)
+            libflashkda.decode(*(x.numpy() for x in problem.inputs), frozen, **options)
+        libflashkda.decode(*(x.numpy() for x in problem.inputs), frozen, **options, keep_state=True)
 
 
 @pytest.mark.library("jax")
@@ -299,23 +299,23 @@ def test_jax():
 
     problem = make(B=2, T=3, dtype=torch.float32, initial_state=torch.float32)
     state = problem.options["initial_state"]
-    expected = flash_kda.decode(*problem.inputs, state, **options_of(problem), keep_state=True)
+    expected = libflashkda.decode(*problem.inputs, state, **options_of(problem), keep_state=True)
     options = {name: jax.numpy.asarray(x.numpy()) if isinstance(x, torch.Tensor) else x
                for name, x in options_of(problem).items()}
     inputs = [jax.numpy.asarray(x.numpy()) for x in (*problem.inputs, state)]
-    assert numpy.array_equal(numpy.asarray(flash_kda.decode(*inputs, **options, keep_state=True)), expected.numpy())
+    assert numpy.array_equal(numpy.asarray(libflashkda.decode(*inputs, **options, keep_state=True)), expected.numpy())
     with pytest.raises(ValueError, match="state is given with jax arrays, which cannot be written"):
-        flash_kda.decode(*inputs, **options)
+        libflashkda.decode(*inputs, **options)
 
 
 def test_without_the_c_exchange(device, monkeypatch):
-    from flash_kda import _torch
+    from libflashkda import _torch
 
     problem = make(B=2, T=3, initial_state=torch.float32).to(device)
     states = [problem.options["initial_state"].clone() for _ in range(2)]
-    expected = flash_kda.decode(*problem.inputs, states[0], **options_of(problem))
+    expected = libflashkda.decode(*problem.inputs, states[0], **options_of(problem))
     monkeypatch.setattr(_torch.LIBRARY, "exchange", False)
-    assert torch.equal(flash_kda.decode(*problem.inputs, states[1], **options_of(problem)), expected)
+    assert torch.equal(libflashkda.decode(*problem.inputs, states[1], **options_of(problem)), expected)
     assert torch.equal(*states)
 
 
@@ -329,8 +329,8 @@ class Step:
     options: dict
 
     def __call__(self, pool, slots, q, k, v, g, beta, A_log, dt_bias):
-        return flash_kda.decode(q * 1, k, v, g, beta, pool, state_indices=slots, A_log=A_log, dt_bias=dt_bias,
-                                **self.options) * 2
+        return libflashkda.decode(q * 1, k, v, g, beta, pool, state_indices=slots, A_log=A_log, dt_bias=dt_bias,
+                                  **self.options) * 2
 
 
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
@@ -350,21 +350,23 @@ def test_compiled(backend, device):
 def test_op_is_well_formed(device):
     problem = make(B=2, T=3, initial_state=torch.float32).to(device)
     o = problem.options
-    torch.library.opcheck(torch.ops.flash_kda.decode.default,
+    torch.library.opcheck(torch.ops.libflashkda.decode.default,
                           (*problem.inputs, o["A_log"], o["dt_bias"], torch.empty_like(problem.v), None, None,
-                           o["initial_state"], indices([1, 0], device), None, *[None] * 11, 1, 0.0, 1, 0.0, 1, 0, 0, 0, 0, 0, 1e-5))
+                           o["initial_state"], indices([1, 0], device), None, *[None] * 11),
+                          {"gate": 1, "lower_bound": 0.0, "beta_mode": 1, "scale": 0.0, "flags": 1, "max_tokens": 0,
+                           "norm_activation": 0, "norm_eps": 1e-5})
 
 
 def test_fake_and_meta_tensors():
     problem = make(B=2, T=3, V=32, initial_state=torch.bfloat16)
     meta = problem.to("meta")
-    out = flash_kda.decode(*meta.inputs, meta.options["initial_state"], **options_of(meta))
+    out = libflashkda.decode(*meta.inputs, meta.options["initial_state"], **options_of(meta))
     assert out.shape == problem.v.shape and out.dtype == problem.v.dtype
     with FakeTensorMode() as mode:
         fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in problem.options.items()}
         inputs = [mode.from_tensor(x) for x in problem.inputs]
         state = fake.pop("initial_state")
-        assert flash_kda.decode(*inputs, state, **fake).shape == problem.v.shape
+        assert libflashkda.decode(*inputs, state, **fake).shape == problem.v.shape
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------
@@ -377,11 +379,11 @@ def test_graph_with_changing_slots():
     pool = torch.randn(8, *problem.options["initial_state"].shape[1:], device="cuda")
     graph, options = torch.cuda.CUDAGraph(), options_of(problem)
     with torch.cuda.graph(graph):
-        flash_kda.decode(*problem.inputs, pool, **options, state_indices=slots, out=out)
+        libflashkda.decode(*problem.inputs, pool, **options, state_indices=slots, out=out)
     for row in ([7, 2, 5], [4, -1, 0]):
         expected_pool = pool.clone()
         slots.copy_(indices(row, "cuda"))
         kept = out.clone()
-        expected = flash_kda.decode(*problem.inputs, expected_pool, **options, state_indices=slots, out=kept)
+        expected = libflashkda.decode(*problem.inputs, expected_pool, **options, state_indices=slots, out=kept)
         graph.replay()
         assert torch.equal(out, expected) and torch.equal(pool, expected_pool)

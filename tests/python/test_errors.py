@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import flash_kda
+import libflashkda
 import numpy
 import pytest
 import torch
@@ -26,7 +26,7 @@ def call(device):
 
 def test_the_call_is_valid(call):
     with torch.no_grad():
-        flash_kda.prefill(**call)
+        libflashkda.prefill(**call)
     assert not any((call[name] == UNTOUCHED).all() for name in ("out", "final_state", "checkpoints"))
 
 
@@ -99,7 +99,7 @@ BAD = [
 def refuse(call, change, exception, message):
     arguments = {**call, **change}
     with torch.no_grad(), pytest.raises(exception, match=f"^({message})"):
-        flash_kda.prefill(**arguments)
+        libflashkda.prefill(**arguments)
     for name in ("out", "final_state", "checkpoints"):
         assert (call[name] == UNTOUCHED).all(), f"{name} was written"
 
@@ -186,26 +186,26 @@ def test_backend_that_is_not_here(call):
 def test_gradients_are_refused(call, name):
     arguments = {**call, name: call[name].clone().requires_grad_()}
     with pytest.raises(NotImplementedError, match=f"^{name} requires grad"):
-        flash_kda.prefill(**arguments)
+        libflashkda.prefill(**arguments)
     assert (call["final_state"] == UNTOUCHED).all()
     with torch.no_grad():
-        flash_kda.prefill(**arguments)
+        libflashkda.prefill(**arguments)
     assert not (call["final_state"] == UNTOUCHED).all()
 
 
 def test_gradients_elsewhere():
     problem = make()
     with pytest.raises(NotImplementedError, match="^v requires grad"):
-        flash_kda.chunk_kda(problem.q, problem.k, problem.v.requires_grad_(), problem.g, problem.beta)
+        libflashkda.chunk_kda(problem.q, problem.k, problem.v.requires_grad_(), problem.g, problem.beta)
     with pytest.raises(NotImplementedError, match="^v requires grad"):
-        flash_kda.fwd(*problem.inputs, 1.0, torch.empty_like(problem.v), None, None, -5.0)
+        libflashkda.fwd(*problem.inputs, 1.0, torch.empty_like(problem.v), None, None, -5.0)
 
 
 def test_no_tensor_that_requires_grad_needs_no_mode(call):
     """Grad mode is torch's default; it alone is no reason to refuse."""
-    flash_kda.prefill(**call)
+    libflashkda.prefill(**call)
     with torch.inference_mode():
-        flash_kda.prefill(**call)
+        libflashkda.prefill(**call)
 
 
 # ---- Every entry ----------------------------------------------------------------------------------
@@ -222,12 +222,12 @@ def everywhere():
     new = {**inputs, **parameters, **start, **ends, "gate": "softplus", "output_final_state": True}
     step = {**inputs, **parameters, "gate": "softplus", "state": o["initial_state"],
             "state_indices": torch.tensor([0], dtype=torch.int32)}
-    return {flash_kda.prefill: new, flash_kda.prefill_describe: new, flash_kda.prefill_workspace_size: new,
-            flash_kda.decode: step, flash_kda.decode_describe: step,
-            flash_kda.fwd: {**inputs, **parameters, **start, **ends, "scale": 1.0, "lower_bound": None,
-                            "out": torch.empty(problem.v.shape)},
-            flash_kda.chunk_kda: {**inputs, **parameters, **start, **ends, "use_gate_in_kernel": True,
-                                  "cu_seqlens_cpu": torch.tensor([0, 8]), "return_intermediate_states": True}}
+    return {libflashkda.prefill: new, libflashkda.prefill_describe: new, libflashkda.prefill_workspace_size: new,
+            libflashkda.decode: step, libflashkda.decode_describe: step,
+            libflashkda.fwd: {**inputs, **parameters, **start, **ends, "scale": 1.0, "lower_bound": None,
+                              "out": torch.empty(problem.v.shape)},
+            libflashkda.chunk_kda: {**inputs, **parameters, **start, **ends, "use_gate_in_kernel": True,
+                                    "cu_seqlens_cpu": torch.tensor([0, 8]), "return_intermediate_states": True}}
 
 
 ARRAYS = [(entry, name) for entry, call in everywhere().items() for name, x in call.items() if isinstance(x, torch.Tensor)]
@@ -256,20 +256,20 @@ def test_ends_that_size_the_intermediate_states(argument, ends, device, no_grad)
     right = torch.tensor([0, 100], device=device)
     given = {"cu_seqlens": values.to(device)} if argument == "cu_seqlens" else {"cu_seqlens": right, argument: values}
     with pytest.raises(ValueError, match=f"^{argument} (is|has)"):
-        flash_kda.chunk_kda(q, k, v, g, beta, **given, return_intermediate_states=True)
+        libflashkda.chunk_kda(q, k, v, g, beta, **given, return_intermediate_states=True)
 
 
 def test_ends_on_the_cpu_that_are_others(no_grad):
     q, k, v, g, beta = make(T=100).inputs
     with pytest.raises(ValueError, match="^cu_seqlens_cpu differs"):
-        flash_kda.chunk_kda(q, k, v, g, beta, cu_seqlens=torch.tensor([0, 30, 100]),
-                            cu_seqlens_cpu=torch.tensor([0, 65, 100]), return_intermediate_states=True)
+        libflashkda.chunk_kda(q, k, v, g, beta, cu_seqlens=torch.tensor([0, 30, 100]),
+                              cu_seqlens_cpu=torch.tensor([0, 65, 100]), return_intermediate_states=True)
 
 
 def test_lower_bound_of_fwd(no_grad):
     problem = make()
     with pytest.raises(TypeError, match="^lower_bound is of type"):
-        flash_kda.fwd(*problem.inputs, 1.0, torch.empty_like(problem.v), None, None, torch.ones(2))
+        libflashkda.fwd(*problem.inputs, 1.0, torch.empty_like(problem.v), None, None, torch.ones(2))
 
 
 # ---- Other libraries -----------------------------------------------------------------------------
@@ -284,11 +284,11 @@ def test_numpy_arrays_that_cannot_be_written():
     out = numpy.full_like(inputs[2], UNTOUCHED)
     out.flags.writeable = False
     with pytest.raises(ValueError, match="^out "):
-        flash_kda.prefill(*inputs, out=out)
+        libflashkda.prefill(*inputs, out=out)
     assert (out == UNTOUCHED).all()
     for x in inputs:
         x.flags.writeable = False
-    flash_kda.prefill(*inputs)
+    libflashkda.prefill(*inputs)
 
 
 MODES = {"gate": "softplus", "beta_mode": "sigmoid", "qk_norm": True}
@@ -303,23 +303,23 @@ def bf16_inputs():
 @pytest.mark.parametrize("inputs", [numpy_inputs, bf16_inputs])
 def test_numpy_inputs_that_cannot_be_written(inputs, modern, monkeypatch):
     """Before numpy 2.1 none of them could be lent by DLPack."""
-    library = flash_kda._libraries.library_of(numpy.zeros(1))
+    library = libflashkda._libraries.library_of(numpy.zeros(1))
     if not modern:
         monkeypatch.setattr(library, "modern", False)
         monkeypatch.setattr(library, "dlpack_arguments", {})
     q, k, v, g, beta = inputs()
     k = k[:, :1]
-    expected = flash_kda.prefill(q, numpy.ascontiguousarray(numpy.broadcast_to(k, q.shape)), v, g, beta, **MODES)
+    expected = libflashkda.prefill(q, numpy.ascontiguousarray(numpy.broadcast_to(k, q.shape)), v, g, beta, **MODES)
     frozen = numpy.frombuffer(q.tobytes(), q.dtype).reshape(q.shape)
     assert not frozen.flags.writeable
-    assert numpy.array_equal(flash_kda.prefill(frozen, numpy.broadcast_to(k, q.shape), v, g, beta, **MODES), expected)
+    assert numpy.array_equal(libflashkda.prefill(frozen, numpy.broadcast_to(k, q.shape), v, g, beta, **MODES), expected)
     state = numpy.zeros((1, 2, 64, 64), "float32")
     tokens = [x[:, :4] for x in (q, q, v, g, beta)]
-    expected = flash_kda.decode(*tokens, state, **MODES, keep_state=True)
+    expected = libflashkda.decode(*tokens, state, **MODES, keep_state=True)
     state.flags.writeable = False
-    assert numpy.array_equal(flash_kda.decode(*tokens, state, **MODES, keep_state=True), expected)
+    assert numpy.array_equal(libflashkda.decode(*tokens, state, **MODES, keep_state=True), expected)
     with pytest.raises(ValueError, match="^state (is read-only|cannot be read)"):
-        flash_kda.decode(*tokens, state)
+        libflashkda.decode(*tokens, state)
     assert (state == 0).all()
 
 
@@ -327,35 +327,35 @@ def test_masked_arrays():
     q, k, v, g, beta = numpy_inputs()
     masked = numpy.ma.masked_greater(v, 1)
     with pytest.raises(TypeError, match="^v is a masked array"):
-        flash_kda.prefill(q, k, masked, g, beta)
+        libflashkda.prefill(q, k, masked, g, beta)
     with pytest.raises(TypeError, match="^q is a masked array"):
-        flash_kda.prefill(numpy.ma.masked_greater(q, 1), k, v, g, beta)
+        libflashkda.prefill(numpy.ma.masked_greater(q, 1), k, v, g, beta)
     with pytest.raises(TypeError, match="^state is a masked array"):
-        flash_kda.decode(*(x[:, :4] for x in (q, k, v, g, beta)), numpy.ma.zeros((1, 2, 64, 64), "float32"))
+        libflashkda.decode(*(x[:, :4] for x in (q, k, v, g, beta)), numpy.ma.zeros((1, 2, 64, 64), "float32"))
     with pytest.raises(TypeError, match="^out is a masked array"):
-        flash_kda.fwd(q, k, v, g, beta, 1.0, masked, None, None, -5.0)
-    plain = flash_kda.prefill(q, k, masked.data, g, beta, **MODES)
-    assert numpy.array_equal(plain, flash_kda.prefill(q, k, v, g, beta, **MODES))
+        libflashkda.fwd(q, k, v, g, beta, 1.0, masked, None, None, -5.0)
+    plain = libflashkda.prefill(q, k, masked.data, g, beta, **MODES)
+    assert numpy.array_equal(plain, libflashkda.prefill(q, k, v, g, beta, **MODES))
 
 
 def test_numpy_arrays_of_other_kinds():
     q, k, v, g, beta = numpy_inputs()
     with pytest.raises(ValueError, match="^k cannot be read"):
-        flash_kda.prefill(q, k.astype(">f4"), v, g, beta)
+        libflashkda.prefill(q, k.astype(">f4"), v, g, beta)
     with pytest.raises(ValueError, match="^k has stride -"):
-        flash_kda.prefill(q, k[:, ::-1], v, g, beta)
+        libflashkda.prefill(q, k[:, ::-1], v, g, beta)
     with pytest.raises(ValueError, match="^g has dtype"):
-        flash_kda.prefill(q, k, v, g.view(numpy.uint32), beta)
+        libflashkda.prefill(q, k, v, g.view(numpy.uint32), beta)
     with pytest.raises(ValueError, match="^g has dtype"):
-        flash_kda.prefill(q, k, v, g.astype(numpy.uint16), beta)
+        libflashkda.prefill(q, k, v, g.astype(numpy.uint16), beta)
     with pytest.raises(TypeError, match="^beta is of type"):
-        flash_kda.prefill(q, k, v, g, torch.from_numpy(beta))
+        libflashkda.prefill(q, k, v, g, torch.from_numpy(beta))
     with pytest.raises(TypeError, match="^q is of type"):
-        flash_kda.prefill(memoryview(q), k, v, g, beta)
+        libflashkda.prefill(memoryview(q), k, v, g, beta)
     with pytest.raises(TypeError, match="^q is of type.*expected a torch.Tensor"):
-        flash_kda.chunk_kda(q, k, v, g, beta)
+        libflashkda.chunk_kda(q, k, v, g, beta)
     with pytest.raises(TypeError, match="^beta is of type.*expected a torch.Tensor"):
-        flash_kda.chunk_kda(*make().inputs[:4], beta)
+        libflashkda.chunk_kda(*make().inputs[:4], beta)
 
 
 @pytest.mark.library("jax")
@@ -364,10 +364,52 @@ def test_jax():
 
     inputs = [jax.device_put(x, jax.devices("cpu")[0]) for x in numpy_inputs()]
     with pytest.raises(ValueError, match="^out is given with jax arrays"):
-        flash_kda.prefill(*inputs, out=inputs[2])
+        libflashkda.prefill(*inputs, out=inputs[2])
     with pytest.raises(ValueError, match="^out is given with jax arrays"):
-        flash_kda.fwd(*inputs, 1.0, inputs[2], None, None, -5.0)
+        libflashkda.fwd(*inputs, 1.0, inputs[2], None, None, -5.0)
     with pytest.raises(TypeError, match="^k is of type"):
-        flash_kda.prefill(inputs[0], numpy_inputs()[1], *inputs[2:])
+        libflashkda.prefill(inputs[0], numpy_inputs()[1], *inputs[2:])
     with pytest.raises(TypeError, match="^q is traced"):
-        jax.jit(flash_kda.prefill)(*inputs)
+        jax.jit(libflashkda.prefill)(*inputs)
+
+
+# ---- The extension, which takes names ------------------------------------------------------------
+
+
+def named(v, **more):
+    x = torch.rand(1, 3, 2, 4)
+    return {"q": x, "k": x, "v": v, "g": -x, "beta": x[..., 0], **more}
+
+
+@pytest.mark.parametrize("function", ["prefill", "decode"])
+def test_names_in_any_order(function):
+    tensors, options = named(torch.rand(1, 3, 2, 4)), {"scale": 0.5, "flags": libflashkda._C.QK_NORM}
+    tensors["initial_state" if function == "prefill" else "state"] = torch.ones(1, 2, 4, 4)
+    outs = []
+    for order in (1, -1):
+        out = torch.full((1, 3, 2, 4), torch.nan)
+        given = dict([*tensors.items(), ("out", out)][::order])
+        given = {"".join(name): array for name, array in given.items()}  # not the objects that the extension knows
+        if function == "decode":
+            given["state"] = given["state"].clone()
+        written = getattr(libflashkda._C, function)(given, dict([*options.items()][::order]), None, None)
+        assert any(array is out for array in written) and out.isfinite().all()
+        outs.append(out)
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("function", ["prefill", "prefill_describe", "decode", "decode_describe"])
+def test_names_that_are_not(function):
+    call = getattr(libflashkda._C, function)
+    tensors = named(torch.rand(1, 3, 2, 4))
+    operation = function.partition("_")[0]
+    with pytest.raises(TypeError, match=f"{operation} takes nothing named 'checkpoint'"):
+        call({**tensors, "checkpoint": None}, {}, None, None)
+    with pytest.raises(TypeError, match=f"{operation} takes nothing named 'q'"):
+        call(tensors, {"q": 1}, None, None)
+    with pytest.raises(TypeError, match="is given; expected a dict from names"):
+        call(tensors, (1, 2), None, None)
+    with pytest.raises(TypeError, match="3 arguments; expected tensors, options, stream and workspace"):
+        call(tensors, {}, None)
+    with pytest.raises(ValueError, match="q is NULL"):
+        call({**tensors, "q": None}, {}, None, None)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 
-import flash_kda
+import libflashkda
 import pytest
 import torch
 from recurrence import BF16_ANY, BF16_MARGIN, assert_close, error_ratio, in_layout, make, solve
@@ -48,8 +48,8 @@ def count(monkeypatch, module, name):
 @pytest.fixture
 def registered(registry, monkeypatch):
     """register() is in force. Gives the list of calls that came to this package."""
-    flash_kda.fla.register()
-    return count(monkeypatch, flash_kda.fla, "chunk_kda")
+    libflashkda.fla.register()
+    return count(monkeypatch, libflashkda.fla, "chunk_kda")
 
 
 def arguments(problem, device):
@@ -68,7 +68,7 @@ def arguments(problem, device):
 def assert_right(problem, device, results):
     expected, states, _ = solve(problem)
     here = problem.to(device)
-    description = flash_kda.prefill_describe(*here.inputs, **here.options)
+    description = libflashkda.prefill_describe(*here.inputs, **here.options)
     assert_close(results[0], expected, description)
     assert_close(results[1], in_layout(states, problem.options["state_layout"]), description)
 
@@ -78,6 +78,7 @@ def assert_right(problem, device, results):
 def test_flas_own_backend(registry, monkeypatch, lengths, initial_state, device):
     """The backend that fla has for FlashKDA imports flash_kda by name."""
     import fla.ops.kda
+    import flash_kda
 
     calls = count(monkeypatch, flash_kda, "fwd")
     problem = make(gate="sigmoid", lower_bound=-5.0, K=128, V=128, lengths=lengths, initial_state=initial_state)
@@ -118,7 +119,7 @@ def test_intermediate_states(registered, lengths, device):
     assert len(registered) == 1
     states = torch.tensor([state.tolist() for sequence in solve(problem, every=64)[2] for state in sequence])
     assert_close(results[2].flatten(0, 1), states.double().numpy(),
-                 flash_kda.prefill_describe(*problem.to(device).inputs, **problem.to(device).options))
+                 libflashkda.prefill_describe(*problem.to(device).inputs, **problem.to(device).options))
 
 
 # ---- The token recurrence ------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def test_intermediate_states(registered, lengths, device):
 @pytest.fixture
 def recurrent(registered, monkeypatch):
     """Gives the list of calls that came to decode()."""
-    return count(monkeypatch, flash_kda.fla, "fused_recurrent_kda_fwd")
+    return count(monkeypatch, libflashkda.fla, "fused_recurrent_kda_fwd")
 
 
 def recurrent_arguments(problem, device):
@@ -184,7 +185,7 @@ def test_recurrent_goes_elsewhere(registered, problem, more):
     backend = fla.backends._operation_registries["kda"]._backends["flash_kda"]
     call = {**recurrent_arguments(problem, "cpu"), "inplace_final_state": False}
     accepted, reason = backend.verify("fused_recurrent_kda_fwd", **{**call, **more})
-    assert not accepted and "flash_kda" in reason
+    assert not accepted and "libflashkda" in reason
 
 
 # ---- What is not taken ---------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def test_gradients_go_elsewhere(registered, registry):
 
 
 def test_dispatch_that_is_off():
-    script = "import flash_kda; flash_kda.fla.register()"
+    script = "import libflashkda; libflashkda.fla.register()"
     environment = {**os.environ, "FLA_DISABLE_BACKEND_DISPATCH": "1"}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode and "RuntimeError: FLA_DISABLE_BACKEND_DISPATCH=1" in result.stderr

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 
-import flash_kda
+import libflashkda
 import numpy
 import pytest
 import torch
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 def test_signatures():
     """FlashKDA's, by name, order and default."""
-    parameters = inspect.signature(flash_kda.fwd).parameters.values()
+    parameters = inspect.signature(libflashkda.fwd).parameters.values()
     assert [p.name for p in parameters] == ["q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias",
                                             "lower_bound", "initial_state", "final_state", "cu_seqlens"]
     assert [p.default for p in parameters][10:] == [None] * 3
     assert all(p.default is p.empty for p in list(parameters)[:10])
-    assert str(inspect.signature(flash_kda.get_workspace_size)).startswith("(T_total: 'int', H: 'int', N: 'int' = 1)")
+    assert str(inspect.signature(libflashkda.get_workspace_size)).startswith("(T_total: 'int', H: 'int', N: 'int' = 1)")
 
 
 def flash_problem(**options):
@@ -40,9 +40,9 @@ def run(problem, device, state_dtype=torch.float32, scale=None):
     dtype = state_dtype if initial is None else initial.dtype
     final = torch.empty(states.swapaxes(-1, -2).shape, dtype=dtype, device=device)
     scale = problem.q.shape[-1] ** -0.5 if scale is None else scale
-    assert flash_kda.fwd(*here.inputs, scale, out, o.get("A_log"), o.get("dt_bias"), o.get("lower_bound"), initial,
-                         final, o.get("cu_seqlens")) is None
-    description = flash_kda.prefill_describe(*here.inputs, **o)
+    assert libflashkda.fwd(*here.inputs, scale, out, o.get("A_log"), o.get("dt_bias"), o.get("lower_bound"), initial,
+                           final, o.get("cu_seqlens")) is None
+    description = libflashkda.prefill_describe(*here.inputs, **o)
     assert_close(out, expected, description)
     assert_close(final, in_layout(states, "v_first"), description)
     return out, final
@@ -57,7 +57,7 @@ def test_what_flashkda_takes(lengths, initial_state, device):
 def test_captured(device):
     problem, expected, state = captured("sigmoid")
     out, final = run(problem, device)
-    description = flash_kda.prefill_describe(*problem.to(device).inputs, **problem.to(device).options)
+    description = libflashkda.prefill_describe(*problem.to(device).inputs, **problem.to(device).options)
     assert_close(out, expected.double().numpy(), description)
     assert_close(final, state.double().numpy(), description)
 
@@ -96,21 +96,21 @@ def test_states_in_place_and_of_two_dtypes():
     problem = flash_problem(initial_state=torch.float32)
     out, final = run(problem, "cpu")
     again, state = torch.empty_like(out), problem.options["initial_state"].clone()
-    flash_kda.fwd(*problem.inputs, 128**-0.5, again, problem.options["A_log"], problem.options["dt_bias"], -5.0, state,
-                  state)
+    libflashkda.fwd(*problem.inputs, 128**-0.5, again, problem.options["A_log"], problem.options["dt_bias"], -5.0, state,
+                    state)
     assert torch.equal(again, out) and torch.equal(state, final)
     rounded = torch.empty_like(final, dtype=torch.bfloat16)
-    flash_kda.fwd(*problem.inputs, 128**-0.5, again, problem.options["A_log"], problem.options["dt_bias"], -5.0,
-                  problem.options["initial_state"], rounded)
+    libflashkda.fwd(*problem.inputs, 128**-0.5, again, problem.options["A_log"], problem.options["dt_bias"], -5.0,
+                    problem.options["initial_state"], rounded)
     assert torch.equal(rounded, final.bfloat16())
 
 
 def test_scale_zero_and_lower_bound_zero():
     problem = flash_problem(dtype=torch.float32)
     out = torch.full_like(problem.v, 7)
-    flash_kda.fwd(*problem.inputs, 0, out, None, None, -5.0)
+    libflashkda.fwd(*problem.inputs, 0, out, None, None, -5.0)
     assert (out == 0).all()
-    flash_kda.fwd(*problem.inputs, 0.5, out, problem.options["A_log"], problem.options["dt_bias"], 0)
+    libflashkda.fwd(*problem.inputs, 0.5, out, problem.options["A_log"], problem.options["dt_bias"], 0)
     never_forget = make(dtype=torch.float32, K=128, V=128, gate="none", scale=0.5)
     never_forget.q, never_forget.k, never_forget.v, never_forget.beta = problem.q, problem.k, problem.v, problem.beta
     never_forget.g = torch.zeros_like(problem.g)
@@ -122,7 +122,7 @@ def test_numpy():
     inputs = [x.numpy() for x in problem.inputs]
     out = numpy.empty_like(inputs[2])
     A_log, dt_bias = problem.options["A_log"].numpy(), problem.options["dt_bias"].numpy()
-    flash_kda.fwd(*inputs, 1 / math.sqrt(128), out, A_log, dt_bias, -5.0)
+    libflashkda.fwd(*inputs, 1 / math.sqrt(128), out, A_log, dt_bias, -5.0)
     assert_close(torch.from_numpy(out), solve(problem)[0], "fp32")
 
 
@@ -131,15 +131,15 @@ def test_workspace_size(device):
     needed = 0
     for lengths in [[500], [499, 1], [250, 250]]:
         problem = flash_problem(lengths=lengths, H=3).to(device)
-        needed = max(needed, flash_kda.prefill_workspace_size(*problem.inputs, **problem.options))
+        needed = max(needed, libflashkda.prefill_workspace_size(*problem.inputs, **problem.options))
         if device == "cpu" and torch.cuda.is_available():
             continue  # the sizes are those of the GPU's backend there
-        assert needed <= flash_kda.get_workspace_size(500, 3, len(lengths))
-    assert flash_kda.get_workspace_size(T_total=0, H=1, N=1) >= 0
+        assert needed <= libflashkda.get_workspace_size(500, 3, len(lengths))
+    assert libflashkda.get_workspace_size(T_total=0, H=1, N=1) >= 0
 
 
 @pytest.mark.parametrize("sizes, name", [((-1, 1, 1), "T_total"), ((1, 0, 1), "H"), ((1, 1, 0), "N"),
                                          ((1, 1, 1 << 40), "N")])
 def test_workspace_of_no_size(sizes, name):
     with pytest.raises(ValueError, match=rf"^{name} is "):
-        flash_kda.get_workspace_size(*sizes)
+        libflashkda.get_workspace_size(*sizes)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import flash_kda
+import libflashkda
 import hypothesis
 import numpy
 import pytest
@@ -18,8 +18,8 @@ def check(problem, device, **more):
     """Runs a problem and compares what comes back. more: arguments that change no result."""
     here = problem.to(device)
     expected, states, _ = solve(problem)
-    out, final_state = flash_kda.prefill(*here.inputs, **here.options, **more, output_final_state=True)
-    description = flash_kda.prefill_describe(*here.inputs, **here.options)
+    out, final_state = libflashkda.prefill(*here.inputs, **here.options, **more, output_final_state=True)
+    description = libflashkda.prefill_describe(*here.inputs, **here.options)
     assert out.dtype == problem.v.dtype and out.device == here.q.device
     assert_close(out, expected, description)
     assert_close(final_state, in_layout(states, problem.options["state_layout"]), description)
@@ -29,8 +29,8 @@ def check(problem, device, **more):
 def test_captured(gate, device):
     problem, expected, state = captured(gate)
     problem = problem.to(device)
-    out, final_state = flash_kda.prefill(*problem.inputs, **problem.options, output_final_state=True)
-    description = flash_kda.prefill_describe(*problem.inputs, **problem.options)
+    out, final_state = libflashkda.prefill(*problem.inputs, **problem.options, output_final_state=True)
+    description = libflashkda.prefill_describe(*problem.inputs, **problem.options)
     assert_close(out, expected.double().numpy(), description)
     assert_close(final_state, state.double().numpy(), description)
 
@@ -62,17 +62,17 @@ def test_shapes_and_flags(problem, device):
 
 def test_num_threads_and_batch_invariance():
     problem = make(T=300, lengths=[100, 200])
-    runs = [flash_kda.prefill(*problem.inputs, **problem.options, batch_invariant=True, num_threads=n) for n in (1, 2)]
+    runs = [libflashkda.prefill(*problem.inputs, **problem.options, batch_invariant=True, num_threads=n) for n in (1, 2)]
     assert torch.equal(*runs)
     first = make(T=300, lengths=[100, 200])
-    alone = flash_kda.prefill(*(x[:, :100] for x in first.inputs), batch_invariant=True,
-                              **{**first.options, "cu_seqlens": torch.tensor([0, 100])})
+    alone = libflashkda.prefill(*(x[:, :100] for x in first.inputs), batch_invariant=True,
+                                **{**first.options, "cu_seqlens": torch.tensor([0, 100])})
     assert torch.equal(alone, runs[0][:, :100])
 
 
 def test_reference_backend_is_the_recurrence():
     problem = make(dtype=torch.float32)
-    out = flash_kda.prefill(*problem.inputs, **problem.options, backend="reference")
+    out = libflashkda.prefill(*problem.inputs, **problem.options, backend="reference")
     assert error_ratio(out, solve(problem)[0]) < 2e-7
 
 
@@ -81,21 +81,21 @@ def test_reference_backend_is_the_recurrence():
 
 def test_slices_of_a_fused_projection(device):
     problem = make(B=2, T=50, H=2, K=32, V=32).to(device)
-    expected = flash_kda.prefill(*problem.inputs, **problem.options)
+    expected = libflashkda.prefill(*problem.inputs, **problem.options)
     fused = torch.cat([x.flatten(2) for x in problem.inputs], -1)
     slices = fused.split([64, 64, 64, 64, 2], -1)
     views = [x.unflatten(-1, (2, -1)) for x in slices[:4]] + [slices[4]]
     assert not any(view.is_contiguous() for view in views)
-    assert torch.equal(flash_kda.prefill(*views, **problem.options), expected)
+    assert torch.equal(libflashkda.prefill(*views, **problem.options), expected)
 
 
 def test_head_first_inputs_and_output(device):
     problem = make(T=50).to(device)
-    expected = flash_kda.prefill(*problem.inputs, **problem.options)
+    expected = libflashkda.prefill(*problem.inputs, **problem.options)
     views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in problem.inputs]
     out = torch.full((1, 2, 50, 70), 7.0, dtype=torch.bfloat16, device=device)
     view = out[..., :64].transpose(1, 2)
-    assert flash_kda.prefill(*views, **problem.options, out=view) is view
+    assert libflashkda.prefill(*views, **problem.options, out=view) is view
     assert torch.equal(view, expected)
     assert (out[..., 64:] == 7).all()
 
@@ -118,16 +118,16 @@ def test_a_dtype_for_each_array(device):
 def test_fp32_out_of_bf16_inputs():
     problem = make(T=200, K=128, V=128)
     out = torch.empty_like(problem.v, dtype=torch.float32)
-    flash_kda.prefill(*problem.inputs, **problem.options, out=out)
+    libflashkda.prefill(*problem.inputs, **problem.options, out=out)
     assert error_ratio(out, solve(problem)[0]) < 1e-5
 
 
 def test_workspace_of_the_caller(device):
     problem = make().to(device)
-    expected = flash_kda.prefill(*problem.inputs, **problem.options)
-    size = flash_kda.prefill_workspace_size(*problem.inputs, **problem.options)
+    expected = libflashkda.prefill(*problem.inputs, **problem.options)
+    size = libflashkda.prefill_workspace_size(*problem.inputs, **problem.options)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    assert torch.equal(flash_kda.prefill(*problem.inputs, **problem.options, workspace=workspace), expected)
+    assert torch.equal(libflashkda.prefill(*problem.inputs, **problem.options, workspace=workspace), expected)
 
 
 # ---- States --------------------------------------------------------------------------------------
@@ -136,28 +136,28 @@ def test_workspace_of_the_caller(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_in_place(dtype, device):
     problem = make(T=40, initial_state=dtype).to(device)
-    out, expected = flash_kda.prefill(*problem.inputs, **problem.options, output_final_state=True)
+    out, expected = libflashkda.prefill(*problem.inputs, **problem.options, output_final_state=True)
     assert expected.dtype == dtype
     state = problem.options["initial_state"]
-    again, same = flash_kda.prefill(*problem.inputs, **problem.options, final_state=state)
+    again, same = libflashkda.prefill(*problem.inputs, **problem.options, final_state=state)
     assert same is state
     assert torch.equal(again, out) and torch.equal(state, expected)
 
 
 def test_two_halves_make_a_whole(device):
     problem = make(T=80, dtype=torch.float32).to(device)
-    whole, expected = flash_kda.prefill(*problem.inputs, **problem.options, output_final_state=True)
-    first, state = flash_kda.prefill(*(x[:, :37] for x in problem.inputs), **problem.options, output_final_state=True)
-    second, state = flash_kda.prefill(*(x[:, 37:] for x in problem.inputs), **problem.options, initial_state=state,
-                                      final_state=state)
-    description = flash_kda.prefill_describe(*problem.inputs, **problem.options)
+    whole, expected = libflashkda.prefill(*problem.inputs, **problem.options, output_final_state=True)
+    first, state = libflashkda.prefill(*(x[:, :37] for x in problem.inputs), **problem.options, output_final_state=True)
+    second, state = libflashkda.prefill(*(x[:, 37:] for x in problem.inputs), **problem.options, initial_state=state,
+                                        final_state=state)
+    description = libflashkda.prefill_describe(*problem.inputs, **problem.options)
     assert_close(torch.cat([first, second], 1), whole.double().cpu().numpy(), description)
     assert_close(state, expected.double().cpu().numpy(), description)
 
 
 def test_pool(device):
     problem = make(lengths=[20, 0, 30, 25], initial_state=torch.float32).to(device)
-    expected, states = flash_kda.prefill(*problem.inputs, **problem.options, output_final_state=True)
+    expected, states = libflashkda.prefill(*problem.inputs, **problem.options, output_final_state=True)
     pool = torch.full((6, 2, 64, 64), 7.0, device=device)
     slots = [4, 1, -1, 0]
     used = [slot for slot in slots if slot >= 0]
@@ -165,8 +165,8 @@ def test_pool(device):
     pool[used] = initial[[0, 1, 3]]
     out = torch.full_like(problem.v, 7)
     indices = torch.tensor(slots, dtype=torch.int32, device=device)
-    flash_kda.prefill(*problem.inputs, **problem.options, initial_state=pool, final_state=pool, state_indices=indices,
-                      out=out)
+    libflashkda.prefill(*problem.inputs, **problem.options, initial_state=pool, final_state=pool, state_indices=indices,
+                        out=out)
     assert torch.equal(pool[used], states[[0, 1, 3]])
     assert (pool[[2, 3, 5]] == 7).all()
     assert (out[:, 20:50] == 7).all()
@@ -181,7 +181,7 @@ def prefixes(problem, device, positions):
     states = []
     for position in positions:
         cut = [x[:, :position] for x in problem.to(device).inputs]
-        states.append(flash_kda.prefill(*cut, **problem.to(device).options, output_final_state=True)[1])
+        states.append(libflashkda.prefill(*cut, **problem.to(device).options, output_final_state=True)[1])
     return torch.stack(states, 1)
 
 
@@ -191,8 +191,8 @@ def test_checkpoints_every(v_first, device):
     here = problem.to(device)
     head = (32, 64) if v_first else (64, 32)
     checkpoints = torch.empty(2, 3, 2, *head, device=device)
-    flash_kda.prefill(*here.inputs, **here.options, checkpoints=checkpoints, checkpoint_every=32)
-    description = flash_kda.prefill_describe(*here.inputs, **here.options)
+    libflashkda.prefill(*here.inputs, **here.options, checkpoints=checkpoints, checkpoint_every=32)
+    description = libflashkda.prefill_describe(*here.inputs, **here.options)
     assert_close(checkpoints, prefixes(problem, device, [32, 64, 70]).double().cpu().numpy(), description)
 
 
@@ -201,8 +201,8 @@ def test_checkpoints_at_offsets(device):
     here = problem.to(device)
     checkpoints = torch.full((2, 3, 2, 64, 64), 7.0, device=device)
     offsets = torch.tensor([[5, 70, -1], [5, 70, -1]], dtype=torch.int32, device=device)
-    flash_kda.prefill(*here.inputs, **here.options, checkpoints=checkpoints, checkpoint_offsets=offsets)
-    description = flash_kda.prefill_describe(*here.inputs, **here.options)
+    libflashkda.prefill(*here.inputs, **here.options, checkpoints=checkpoints, checkpoint_offsets=offsets)
+    description = libflashkda.prefill_describe(*here.inputs, **here.options)
     assert_close(checkpoints[:, :2], prefixes(problem, device, [5, 70]).double().cpu().numpy(), description)
     assert (checkpoints[:, 2] == 7).all()
 
@@ -213,9 +213,9 @@ def test_checkpoints_of_packed_sequences_by_index(device):
     checkpoints = torch.full((5, 2, 64, 64), 7.0, device=device)
     starts = torch.tensor([0, 3, 3, 5], device=device)
     indices = torch.tensor([4, -1, 0, 2, 1], dtype=torch.int32, device=device)
-    flash_kda.prefill(*here.inputs, **here.options, checkpoints=checkpoints, checkpoint_every=16,
-                      checkpoint_cu_starts=starts, checkpoint_indices=indices)
-    description = flash_kda.prefill_describe(*here.inputs, **here.options)
+    libflashkda.prefill(*here.inputs, **here.options, checkpoints=checkpoints, checkpoint_every=16,
+                        checkpoint_cu_starts=starts, checkpoint_indices=indices)
+    description = libflashkda.prefill_describe(*here.inputs, **here.options)
     _, _, inner = solve(problem, every=16)
     finals = in_layout(solve(problem)[1], "v_first")
     expected = numpy.stack([finals[0], finals[2], in_layout(inner[2][1], "v_first"), in_layout(inner[0][1], "v_first")])
@@ -238,7 +238,7 @@ def as_numpy(x):
 def other_library(problem, convert):
     inputs = [convert(x) for x in problem.inputs]
     options = {name: convert(value) for name, value in problem.options.items()}
-    out, state = flash_kda.prefill(*inputs, **options, output_final_state=True)
+    out, state = libflashkda.prefill(*inputs, **options, output_final_state=True)
     assert isinstance(out, type(inputs[0])) and isinstance(state, type(inputs[0]))
     assert out.dtype == inputs[2].dtype
     return out, state
@@ -262,7 +262,7 @@ def test_same_bits_as_torch(library, dtype):
 
     problem = make(lengths=[20, 33], dtype=dtype, initial_state=torch.float32)
     problem.options["cu_seqlens"] = problem.options["cu_seqlens"].int()
-    expected = flash_kda.prefill(*problem.inputs, **problem.options, output_final_state=True)
+    expected = libflashkda.prefill(*problem.inputs, **problem.options, output_final_state=True)
     for x, y in zip(other_library(problem, convert), expected, strict=True):
         assert_same_bits(x, y)
 
@@ -275,7 +275,7 @@ def test_jax_on_cuda():
     problem = make(lengths=[20, 33], initial_state=torch.float32)
     problem.options["cu_seqlens"] = problem.options["cu_seqlens"].int()
     device = problem.to("cuda")
-    expected = flash_kda.prefill(*device.inputs, **device.options, output_final_state=True)
+    expected = libflashkda.prefill(*device.inputs, **device.options, output_final_state=True)
     results = other_library(problem, lambda x: jax.device_put(as_numpy(x)) if isinstance(x, torch.Tensor) else x)
     for x, y in zip(results, expected, strict=True):
         assert_same_bits(x, y.cpu())
@@ -288,7 +288,7 @@ def test_cupy():
 
     problem = make(lengths=[20, 33], initial_state=torch.float32, dtype=torch.float32)
     device = problem.to("cuda")
-    expected = flash_kda.prefill(*device.inputs, **device.options, output_final_state=True)
+    expected = libflashkda.prefill(*device.inputs, **device.options, output_final_state=True)
     with cupy.cuda.Stream(non_blocking=True):
         results = other_library(problem, lambda x: cupy.asarray(as_numpy(x)) if isinstance(x, torch.Tensor) else x)
         for x, y in zip(results, expected, strict=True):
@@ -297,12 +297,12 @@ def test_cupy():
 
 def test_without_the_c_exchange(device, monkeypatch):
     """torch before 2.10 lends its tensors by capsules."""
-    from flash_kda import _torch
+    from libflashkda import _torch
 
     problem = make(lengths=[20, 33]).to(device)
-    expected = flash_kda.prefill(*problem.inputs, **problem.options)
+    expected = libflashkda.prefill(*problem.inputs, **problem.options)
     monkeypatch.setattr(_torch.LIBRARY, "exchange", False)
-    assert torch.equal(flash_kda.prefill(*problem.inputs, **problem.options), expected)
+    assert torch.equal(libflashkda.prefill(*problem.inputs, **problem.options), expected)
 
 
 def test_numpy_without_tokens():
@@ -311,7 +311,7 @@ def test_numpy_without_tokens():
     inputs = [x.numpy() for x in problem.inputs]
     assert 0 in inputs[0].strides
     options = {name: as_numpy(value) for name, value in problem.options.items()}
-    out, state = flash_kda.prefill(*inputs, **options, output_final_state=True)
+    out, state = libflashkda.prefill(*inputs, **options, output_final_state=True)
     assert out.shape == (1, 0, 2, 64)
     assert_same_bits(state, problem.options["initial_state"])
 
@@ -321,9 +321,9 @@ def test_numpy_in_place():
     inputs = [as_numpy(x) for x in problem.inputs]
     options = {name: as_numpy(value) for name, value in problem.options.items()}
     out, state = numpy.empty_like(inputs[2]), options["initial_state"]
-    expected = flash_kda.prefill(*problem.inputs, **problem.options, output_final_state=True)
+    expected = libflashkda.prefill(*problem.inputs, **problem.options, output_final_state=True)
     options["initial_state"] = state = state.copy()
-    result = flash_kda.prefill(*inputs, **options, out=out, final_state=state)
+    result = libflashkda.prefill(*inputs, **options, out=out, final_state=state)
     assert result[0] is out and result[1] is state
     assert_same_bits(out, expected[0])
     assert_same_bits(state, expected[1])

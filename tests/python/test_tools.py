@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a person runs: python -m flash_kda, python -m flash_kda.plot, the examples in Python."""
+"""What a person runs: python -m libflashkda, python -m libflashkda.plot, the examples in Python."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pathlib
 import subprocess
 import sys
 
-import flash_kda
-import flash_kda.__main__ as info
+import libflashkda
+import libflashkda.__main__ as info
 import numpy
 import pytest
 import safetensors.torch
 import torch
-from flash_kda import _C, _problem_file, plot
+from libflashkda import _C, _problem_file, plot
 from recurrence import BF16_ANY, BF16_MARGIN, DATA, _log_decay, error_ratio, make, solve
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")
@@ -32,35 +32,35 @@ def run(*arguments, **more):
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **more)
 
 
-# ---- python -m flash_kda -------------------------------------------------------------------------
+# ---- python -m libflashkda -------------------------------------------------------------------------
 
 
 def test_info():
-    result = run("-m", "flash_kda")
+    result = run("-m", "libflashkda")
     assert result.returncode == 0, result.stderr
     rows = torch.empty(1, 4096, 8, 128, dtype=torch.bfloat16)
     lines = result.stdout.splitlines()
-    assert lines[0].startswith(f"version    {flash_kda.__version__}, Python 3.")
+    assert lines[0].startswith(f"version    {libflashkda.__version__}, Python 3.")
     assert lines[1] == f"levels     {' '.join(_C.cpu_levels())}; chosen: {_C.cpu_level()}"
     for name in ("reference", "cpu", "cuda"):
         missing = not _C.backend_available(_C.BACKENDS[name])
         assert name in lines[2] and (f"{name} (not available)" in lines[2]) == missing
     for name in ("torch", "numpy"):
         assert f"{name} {importlib.metadata.version(name)}" in lines[3]
-    assert lines[5].strip() == f"cpu in bf16: {flash_kda.prefill_describe(*[rows] * 4, rows[..., 0])}"
+    assert lines[5].strip() == f"cpu in bf16: {libflashkda.prefill_describe(*[rows] * 4, rows[..., 0])}"
     assert len(lines) == 6 + 2 * torch.cuda.device_count()
 
 
 @pytest.mark.cuda
 def test_info_of_a_gpu():
-    lines = run("-m", "flash_kda").stdout.splitlines()
+    lines = run("-m", "libflashkda").stdout.splitlines()
     assert torch.cuda.get_device_name(0) in lines[6] and lines[7].strip().startswith("cuda:0 in bf16: cuda: level sm")
 
 
 def test_info_of_a_forced_level():
-    result = run("-m", "flash_kda", env={**os.environ, "FLASH_KDA_CPU": "generic"})
+    result = run("-m", "libflashkda", env={**os.environ, "FLASH_KDA_CPU": "generic"})
     assert "; chosen: generic\n" in result.stdout and "cpu: level generic, " in result.stdout
-    result = run("-m", "flash_kda", env={**os.environ, "FLASH_KDA_CPU": "sse"})
+    result = run("-m", "libflashkda", env={**os.environ, "FLASH_KDA_CPU": "sse"})
     assert result.returncode == 1 and not result.stdout
     assert "the environment variable FLASH_KDA_CPU is sse; expected" in result.stderr
 
@@ -122,7 +122,7 @@ def test_what_a_file_means_that_does_not_say(tmp_path):
     assert {name: read.options[name] for name in read.options if name not in ("A_log", "dt_bias")} == silent
 
 
-# ---- python -m flash_kda.plot --------------------------------------------------------------------
+# ---- python -m libflashkda.plot --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("more", PROBLEMS, ids=str)
@@ -156,7 +156,7 @@ def test_trace(more, step, tmp_path):
 @matplotlib
 @pytest.mark.parametrize("gate", ["softplus", "sigmoid"])
 def test_plot_of_an_input(gate, tmp_path):
-    result = run("-m", "flash_kda.plot", DATA / f"small_{gate}.safetensors", cwd=tmp_path)
+    result = run("-m", "libflashkda.plot", DATA / f"small_{gate}.safetensors", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"drew small_{gate}.png\n"
     assert (tmp_path / f"small_{gate}.png").read_bytes().startswith(PNG)
@@ -212,7 +212,7 @@ def test_plot_of_what_was_measured(path, tmp_path):
     expected = [rate for result in measured["results"] for rate in plot.rates(result).values() if rate]
     assert len(expected) >= len(measured["results"])
     assert sorted(widths(plot.draw_benchmark(measured))) == pytest.approx(sorted(expected))
-    result = run("-m", "flash_kda.plot", path, "-o", tmp_path / "bars.png")
+    result = run("-m", "libflashkda.plot", path, "-o", tmp_path / "bars.png")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "bars.png").read_bytes().startswith(PNG)
 
@@ -232,7 +232,7 @@ def test_files_that_are_none(name, tmp_path):
     contents, sentence = BAD[name]
     if contents is not None:
         (tmp_path / name).write_bytes(contents)
-    result = run("-m", "flash_kda.plot", name, "-o", "out.png", cwd=tmp_path)
+    result = run("-m", "libflashkda.plot", name, "-o", "out.png", cwd=tmp_path)
     assert result.returncode == 1 and not (tmp_path / "out.png").exists()
     assert result.stderr.startswith(f"{name}: ") and sentence in result.stderr and result.stderr.count("\n") == 1
 
@@ -250,7 +250,7 @@ WRONG = [
 @pytest.mark.parametrize("how, sentence", WRONG, ids=str)
 def test_problems_that_are_wrong(how, sentence, tmp_path):
     save(make(), tmp_path / "p.safetensors", **how)
-    result = run("-m", "flash_kda.plot", "p.safetensors", cwd=tmp_path)
+    result = run("-m", "libflashkda.plot", "p.safetensors", cwd=tmp_path)
     assert result.returncode == 1 and not (tmp_path / "p.png").exists()
     assert result.stderr.startswith(f"p.safetensors: {sentence}") and result.stderr.count("\n") == 1
 
@@ -258,10 +258,10 @@ def test_problems_that_are_wrong(how, sentence, tmp_path):
 @pytest.mark.parametrize("package", ["matplotlib", "safetensors", "ml_dtypes"])
 def test_a_package_is_missing(package, tmp_path):
     path = DATA / "small_softplus.safetensors"
-    script = f"import sys; sys.modules['{package}'] = None; from flash_kda import plot; plot.main()"
+    script = f"import sys; sys.modules['{package}'] = None; from libflashkda import plot; plot.main()"
     result = run("-c", script, path, cwd=tmp_path)
     assert result.returncode == 1 and not list(tmp_path.iterdir())
-    assert result.stderr.startswith(f"flash_kda.plot needs {package}, which is not installed")
+    assert result.stderr.startswith(f"libflashkda.plot needs {package}, which is not installed")
     assert result.stderr.count("\n") == 1
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 import io
 import warnings
 
-import flash_kda
+import libflashkda
 import pytest
 import torch
-from flash_kda._fused_recurrent import fused_recurrent_kda_fwd
+from libflashkda._fused_recurrent import fused_recurrent_kda_fwd
 from recurrence import make
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -34,32 +34,32 @@ IN_KERNEL = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_b
 
 
 def prefill(q, k, v, g, beta, A_log, dt_bias, state, out):
-    return flash_kda.prefill(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, **MODES, initial_state=state)
+    return libflashkda.prefill(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, **MODES, initial_state=state)
 
 
 def prefill_into(q, k, v, g, beta, A_log, dt_bias, state, out):
-    flash_kda.prefill(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, **MODES, initial_state=state, final_state=state,
-                      out=out)
+    libflashkda.prefill(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, **MODES, initial_state=state, final_state=state,
+                        out=out)
     return out
 
 
 def decode(q, k, v, g, beta, A_log, dt_bias, state, out):
-    return flash_kda.decode(q, k, v, g, beta, state, A_log=A_log, dt_bias=dt_bias, **MODES)
+    return libflashkda.decode(q, k, v, g, beta, state, A_log=A_log, dt_bias=dt_bias, **MODES)
 
 
 def decode_into(q, k, v, g, beta, A_log, dt_bias, state, out):
-    flash_kda.decode(q, k, v, g, beta, state, A_log=A_log, dt_bias=dt_bias, **MODES, out=out)
+    libflashkda.decode(q, k, v, g, beta, state, A_log=A_log, dt_bias=dt_bias, **MODES, out=out)
     return out
 
 
 def fwd(q, k, v, g, beta, A_log, dt_bias, state, out):
-    flash_kda.fwd(q, k, v, g, beta, K**-0.5, out, A_log, dt_bias, None, state, state)
+    libflashkda.fwd(q, k, v, g, beta, K**-0.5, out, A_log, dt_bias, None, state, state)
     return out
 
 
 def chunk_kda(q, k, v, g, beta, A_log, dt_bias, state, out):
-    return flash_kda.chunk_kda(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, initial_state=state, state_v_first=True,
-                               **IN_KERNEL)[0]
+    return libflashkda.chunk_kda(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, initial_state=state, state_v_first=True,
+                                 **IN_KERNEL)[0]
 
 
 def fused_recurrent(q, k, v, g, beta, A_log, dt_bias, state, out):
@@ -107,13 +107,13 @@ def test_versions_of_checkpoints_and_convolutions(call):
     call.pop("out")
     state = call.pop("state")
     checkpoints = torch.zeros(1, 2, H, K, K, device=state.device)
-    flash_kda.prefill(**call, **MODES, checkpoints=checkpoints, checkpoint_every=4)
+    libflashkda.prefill(**call, **MODES, checkpoints=checkpoints, checkpoint_every=4)
     assert checkpoints._version > 0
     past, weight = (torch.zeros(1, H * K, n, device=state.device) for n in (3, 4))
     convolution = (weight[0], None, past)
-    flash_kda.decode(**call, state=state, **MODES, k_conv=convolution, keep_state=True)
+    libflashkda.decode(**call, state=state, **MODES, k_conv=convolution, keep_state=True)
     assert past._version == state._version == weight._version == 0
-    flash_kda.decode(**call, state=state, **MODES, k_conv=convolution)
+    libflashkda.decode(**call, state=state, **MODES, k_conv=convolution)
     assert past._version > 0 and state._version > 0 and weight._version == 0
 
 
@@ -152,12 +152,12 @@ def test_tangents_are_refused(entry, name, grad, call):
 
 
 def test_tangents_are_refused_by_the_ops(call):
-    options = (1, 0.0, 1, 0.0, 1, 0, 0, 0, 0)
+    options = {"gate": 1, "lower_bound": 0.0, "beta_mode": 1, "scale": 0.0, "flags": 1}
     inputs = [call[name] for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias")]
     with forward_ad.dual_level(), torch.no_grad():
         inputs[2] = forward_ad.make_dual(inputs[2], torch.ones_like(inputs[2]))
         with pytest.raises(NotImplementedError, match="^v has a tangent"):
-            torch.ops.flash_kda.prefill(*inputs, None, None, None, False, *options)
+            torch.ops.libflashkda.prefill(*inputs, None, None, None, False, **options)
 
 
 def test_a_dual_level_alone_changes_nothing(call):
@@ -202,14 +202,14 @@ def test_lazy_signs_of_other_arguments(call):
     past = torch.randn(1, H * K, 3, device=out.device)
     norm = torch.randn(K, device=out.device)
     more = {**MODES, "norm_weight": norm, "q_conv": (weight, weight[:, 0].contiguous(), past)}
-    expected = flash_kda.decode(**call, state=state, **more, keep_state=True)
+    expected = libflashkda.decode(**call, state=state, **more, keep_state=True)
     lazy = {**MODES, "norm_weight": lazily(norm), "q_conv": (lazily(weight), lazily(weight[:, 0]), lazily(past))}
-    assert torch.equal(flash_kda.decode(**call, state=lazily(state), **lazy, keep_state=True), expected)
+    assert torch.equal(libflashkda.decode(**call, state=lazily(state), **lazy, keep_state=True), expected)
     with pytest.raises(ValueError, match="^q_conv_state is a view"):
-        flash_kda.decode(**call, state=state, **lazy)
+        libflashkda.decode(**call, state=state, **lazy)
     checkpoints = lazily(torch.zeros(1, 2, H, K, K, device=out.device))
     with pytest.raises(ValueError, match="^checkpoints is a view"):
-        flash_kda.prefill(**call, **MODES, checkpoints=checkpoints, checkpoint_every=4)
+        libflashkda.prefill(**call, **MODES, checkpoints=checkpoints, checkpoint_every=4)
 
 
 def test_conjugates_are_complex(call):
@@ -243,10 +243,10 @@ def test_plain_subclasses(entry, name, kind, call):
 def test_descriptions_of_subclasses(call):
     state, _ = call.pop("state"), call.pop("out")
     named = {name: x.as_subclass(Named) for name, x in call.items()}
-    assert flash_kda.prefill_describe(**named, **MODES) == flash_kda.prefill_describe(**call, **MODES)
-    assert flash_kda.prefill_workspace_size(**named, **MODES) == flash_kda.prefill_workspace_size(**call, **MODES)
-    assert (flash_kda.decode_describe(**named, state=state, **MODES)
-            == flash_kda.decode_describe(**call, state=state, **MODES))
+    assert libflashkda.prefill_describe(**named, **MODES) == libflashkda.prefill_describe(**call, **MODES)
+    assert libflashkda.prefill_workspace_size(**named, **MODES) == libflashkda.prefill_workspace_size(**call, **MODES)
+    assert (libflashkda.decode_describe(**named, state=state, **MODES)
+            == libflashkda.decode_describe(**call, state=state, **MODES))
 
 
 class Watched(torch.Tensor):
@@ -274,7 +274,7 @@ def test_a_subclass_that_takes_part_sees_the_op(entry, call):
     Watched.seen.clear()
     q = call["q"]
     here = results(entry, {**call, "q": Watched(q)})
-    assert any(name.startswith("flash_kda.") for name in Watched.seen)
+    assert any(name.startswith("libflashkda.") for name in Watched.seen)
     assert all(torch.equal(here[name], expected[name]) for name in here if name != "q")
 
 
@@ -306,7 +306,7 @@ def test_make_fx(entry, how, call):
     expected = results(entry, other(call))
     with torch.no_grad():
         graph = make_fx(lambda *x: entry(*x), **how)(*fresh(call).values())
-    assert any("flash_kda" in str(node.target) for node in graph.graph.nodes)
+    assert any("libflashkda" in str(node.target) for node in graph.graph.nodes)
     assert_same(lambda **here: graph(*here.values()), other(call), expected)
 
 
@@ -325,14 +325,14 @@ def test_a_dispatch_mode_sees_the_op(entry, call):
     expected = results(entry, fresh(call))
     with Log() as log:
         here = results(entry, call)
-    assert sum(name.startswith("flash_kda.") for name in log.names) == 1
+    assert sum(name.startswith("libflashkda.") for name in log.names) == 1
     assert all(torch.equal(here[name], expected[name]) for name in here)
 
 
 def test_without_the_exchange(call, monkeypatch):
     """torch before it had DLPack's C exchange: capsules, and the same bookkeeping."""
     expected = results(decode_into, fresh(call))
-    monkeypatch.setattr(flash_kda._torch.LIBRARY, "exchange", False)
+    monkeypatch.setattr(libflashkda._torch.LIBRARY, "exchange", False)
     before = {name: x._version for name, x in call.items()}
     assert_same(decode_into, call, expected)
     assert {name for name, x in call.items() if x._version != before[name]} == {"state", "out"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""python -m flash_kda: what this build and this machine can do, as `flashkda info` prints it."""
+"""python -m libflashkda: what this build and this machine can do, as `flashkda info` prints it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def main() -> None:
     try:
         level = _C.cpu_level()
     except NotImplementedError as error:
-        sys.exit(f"flash_kda: {error}")
+        sys.exit(f"libflashkda: {error}")
     versions = _versions()
     print(f"version    {_C.VERSION}, Python {platform.python_version()}")
     print(f"levels     {' '.join(_C.cpu_levels())}; chosen: {level}")

@@ -56,13 +56,15 @@ def fwd(
     else:
         gate, bound = _SIGMOID, number_or(lower_bound, _NO_DECAY, "lower_bound")
     run = library.record if library.traced(q) else library.run
-    run(_C.prefill, (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, initial_state, final_state, None, None, None, None,
-                     None),
-        (gate, bound, _BETA_SIGMOID, scale_value(scale), _C.QK_NORM, _V_FIRST, 0, _AUTO, 0), None)
+    run(_C.prefill,
+        {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "out": out,
+         "cu_seqlens": cu_seqlens, "initial_state": initial_state, "final_state": final_state},
+        {"gate": gate, "lower_bound": bound, "beta_mode": _BETA_SIGMOID, "scale": scale_value(scale),
+         "flags": _C.QK_NORM}, None)
 
 
 _SOFTPLUS, _SIGMOID = _C.GATES["softplus"], _C.GATES["sigmoid"]
-_BETA_SIGMOID, _V_FIRST, _AUTO = _C.BETA_MODES["sigmoid"], _C.STATE_LAYOUTS["v_first"], _C.BACKENDS["auto"]
+_BETA_SIGMOID = _C.BETA_MODES["sigmoid"]
 
 
 def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:

@@ -35,14 +35,20 @@ def _value(table: dict[str, int], word: str, name: str) -> int:
         raise ValueError(f"{name} is {word!r}; expected {' or '.join(map(repr, table))}") from None
 
 
-def _options(gate: str, lower_bound: float | None, beta_mode: str, qk_norm: bool, scale: float | None,
-             state_layout: str, checkpoint_every: int, batch_invariant: bool, backend: str,
-             num_threads: int) -> tuple[Any, ...]:
+def shared_options(gate: str, lower_bound: float | None, beta_mode: str, flags: int, scale: float | None,
+                   state_layout: str, backend: str, num_threads: int) -> dict[str, Any]:
+    """Those that prefill and decode both have."""
     try:
-        options = (_GATES[gate], 0.0 if lower_bound is None else lower_bound, _BETA_MODES[beta_mode],
-                   0.0 if scale is None else scale_value(scale),
-                   (_C.QK_NORM if qk_norm else 0) | (_C.BATCH_INVARIANT if batch_invariant else 0),
-                   _STATE_LAYOUTS[state_layout], checkpoint_every, _BACKENDS[backend], num_threads)
+        options = {
+            "gate": _GATES[gate],
+            "lower_bound": 0.0 if lower_bound is None else lower_bound,
+            "beta_mode": _BETA_MODES[beta_mode],
+            "scale": scale_value(scale),
+            "flags": flags,
+            "state_layout": _STATE_LAYOUTS[state_layout],
+            "backend": _BACKENDS[backend],
+            "num_threads": num_threads,
+        }
     except (KeyError, TypeError):
         for table, word, name in ((_GATES, gate, "gate"), (_BETA_MODES, beta_mode, "beta_mode"),
                                   (_STATE_LAYOUTS, state_layout, "state_layout"), (_BACKENDS, backend, "backend")):
@@ -50,6 +56,14 @@ def _options(gate: str, lower_bound: float | None, beta_mode: str, qk_norm: bool
         raise
     if lower_bound is None and gate == "sigmoid":
         raise ValueError("lower_bound is None with gate 'sigmoid'; expected a number in [-5, 0)")
+    return options
+
+
+def _options(gate: str, lower_bound: float | None, beta_mode: str, qk_norm: bool, scale: float | None, state_layout: str,
+             backend: str, num_threads: int, batch_invariant: bool, checkpoint_every: int) -> dict[str, Any]:
+    flags = (_C.QK_NORM if qk_norm else 0) | (_C.BATCH_INVARIANT if batch_invariant else 0)
+    options = shared_options(gate, lower_bound, beta_mode, flags, scale, state_layout, backend, num_threads)
+    options["checkpoint_every"] = checkpoint_every
     return options
 
 
@@ -188,21 +202,25 @@ def prefill(
     Source: include/flash_kda.h, flash_kda_prefill_args.
     """
     library = library_of(q)
-    options = _options(gate, lower_bound, beta_mode, qk_norm, scale, state_layout, checkpoint_every, batch_invariant,
-                       backend, num_threads)
+    options = _options(gate, lower_bound, beta_mode, qk_norm, scale, state_layout, backend, num_threads,
+                       batch_invariant, checkpoint_every)
     if output_final_state and final_state is None and state_indices is not None:
         raise ValueError("final_state is None with state_indices; expected the states that the indices refer to")
     traced = library.traced(q)
     if traced and out is None and final_state is None and checkpoints is None and workspace is None:
-        return library.record_prefill((q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, state_indices),
-                                      output_final_state, options)
+        return library.record_prefill(
+            {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "cu_seqlens": cu_seqlens,
+             "initial_state": initial_state, "state_indices": state_indices}, output_final_state, options)
     if not library.writable:
         refuse_written(out=out, final_state=final_state, checkpoints=checkpoints)
-    out, final_state = _outputs(library, q, v, cu_seqlens, options[5], initial_state, final_state, output_final_state,
-                                out)
+    out, final_state = _outputs(library, q, v, cu_seqlens, options["state_layout"], initial_state, final_state,
+                                output_final_state, out)
     run = library.record if traced else library.run
-    run(_C.prefill, (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, initial_state, final_state, state_indices,
-                     checkpoints, checkpoint_cu_starts, checkpoint_indices, checkpoint_offsets), options, workspace)
+    run(_C.prefill,
+        {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "out": out,
+         "cu_seqlens": cu_seqlens, "initial_state": initial_state, "final_state": final_state,
+         "state_indices": state_indices, "checkpoints": checkpoints, "checkpoint_cu_starts": checkpoint_cu_starts,
+         "checkpoint_indices": checkpoint_indices, "checkpoint_offsets": checkpoint_offsets}, options, workspace)
     return out if final_state is None else (out, final_state)
 
 
@@ -229,6 +247,6 @@ def _ask(function: _C.Function, arguments: tuple[Any, ...], keywords: dict[str, 
     a = bound.arguments
     library = library_of(a["q"])
     options = _options(**{name: a[name] for name in _OPTIONS})
-    a["out"], a["final_state"] = _outputs(library, a["q"], a["v"], a["cu_seqlens"], options[5], a["initial_state"],
-                                          a["final_state"], a["output_final_state"], a["out"])
-    return library.run(function, tuple(a[name] for name in _C.TENSORS), options, None)
+    a["out"], a["final_state"] = _outputs(library, a["q"], a["v"], a["cu_seqlens"], options["state_layout"],
+                                          a["initial_state"], a["final_state"], a["output_final_state"], a["out"])
+    return library.run(function, {name: a[name] for name in _C.TENSORS}, options, None)

@@ -6,7 +6,7 @@ decode       goes on from the states it left, one token or a few at a time
 fwd          FlashKDA's interface: same name, order and in-place outputs
 chunk_kda    flash-linear-attention's interface, for inference
 fla          registers this package with flash-linear-attention's dispatch
-plot         draws inputs and benchmarks: python -m flash_kda.plot
+plot         draws inputs and benchmarks: python -m libflashkda.plot
 
 docs/python.md introduces them; docs/maths.md says what is computed.
 """
@@ -24,6 +24,6 @@ __all__ = ["__version__", "chunk_kda", "decode", "decode_describe", "fla", "fwd"
            "prefill_describe", "prefill_workspace_size"]
 
 # Programs that torch.export saved need the custom ops. torch.compiler: not while torch is still importing itself; at the
-# end of that it calls flash_kda_torch.register().
+# end of that it calls libflashkda_torch.register().
 if hasattr(sys.modules.get("torch"), "compiler"):
     from . import _torch  # noqa: F401

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import _C
 from ._libraries import Library, library_of
-from ._prefill import Array, _options, _value, new_out, refuse_written
+from ._prefill import Array, _value, new_out, refuse_written, shared_options
 
 Convolution = tuple[Array, Array | None, Array]  #: weight, bias, states
 
@@ -28,12 +28,14 @@ def _call(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, A_l
           state_indices: Array | None, num_accepted_tokens: Array | None, keep_state: bool, out: Array | None,
           output: bool, q_conv: Convolution | None, k_conv: Convolution | None, v_conv: Convolution | None,
           norm_weight: Array | None, norm_gate: Array | None, norm_activation: str, norm_eps: float, backend: str,
-          num_threads: int) -> tuple[Library, tuple[Array | None, ...], tuple[Any, ...], Array | None]:
+          num_threads: int) -> tuple[Library, dict[str, Array | None], dict[str, Any], Array | None]:
     """Library, tensors and options of a call, and out: the one that is given, or a new one."""
     library = library_of(q)
-    what = _options(gate, lower_bound, beta_mode, qk_norm, scale, state_layout, max_tokens, False, backend, num_threads)
-    flags = what[4] | (_C.KEEP_STATE if keep_state else 0)
-    options = (*what[:4], flags, *what[5:], _value(_C.NORM_ACTIVATIONS, norm_activation, "norm_activation"), norm_eps)
+    flags = (_C.QK_NORM if qk_norm else 0) | (_C.KEEP_STATE if keep_state else 0)
+    options = shared_options(gate, lower_bound, beta_mode, flags, scale, state_layout, backend, num_threads)
+    options["max_tokens"] = max_tokens
+    options["norm_activation"] = _value(_C.NORM_ACTIVATIONS, norm_activation, "norm_activation")
+    options["norm_eps"] = norm_eps
     if out is not None and not output:
         raise ValueError("out is given with output=False; expected None")
     q_conv = _NO_CONVOLUTION if q_conv is None else _convolution(q_conv, "q_conv")
@@ -45,8 +47,13 @@ def _call(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, A_l
         refuse_written(out=out)
     if out is None and output:
         out = new_out(library, q, v)
-    tensors = (q, k, v, g, beta, A_log, dt_bias, out, cu_seqlens, accepted, state, state_indices, num_accepted_tokens,
-               *q_conv, *k_conv, *v_conv, norm_weight, norm_gate)
+    tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "out": out,
+               "cu_seqlens": cu_seqlens, "accepted": accepted, "state": state, "state_indices": state_indices,
+               "num_accepted_tokens": num_accepted_tokens,
+               "q_conv_weight": q_conv[0], "q_conv_bias": q_conv[1], "q_conv_state": q_conv[2],
+               "k_conv_weight": k_conv[0], "k_conv_bias": k_conv[1], "k_conv_state": k_conv[2],
+               "v_conv_weight": v_conv[0], "v_conv_bias": v_conv[1], "v_conv_state": v_conv[2],
+               "norm_weight": norm_weight, "norm_gate": norm_gate}
     return library, tensors, options, out
 
 

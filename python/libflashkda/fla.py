@@ -26,14 +26,14 @@ def _refusal(call: dict[str, Any]) -> str | None:
 
     q = call["q"]
     if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in call.values()):
-        return "flash_kda has no backward pass yet"
+        return "libflashkda has no backward pass yet"
     if not _C.backend_available(_C.BACKENDS.get(q.device.type, -1)):
-        return f"this build of flash_kda does not run on {q.device.type} here"
+        return f"this build of libflashkda does not run on {q.device.type} here"
     if q.shape[-1] > 256:
-        return f"flash_kda takes head dims of keys up to 256, not {q.shape[-1]}"
+        return f"libflashkda takes head dims of keys up to 256, not {q.shape[-1]}"
     bound = call["lower_bound"]
     if call["use_gate_in_kernel"] and bound is not None and not -5 <= bound < 0:
-        return f"flash_kda takes a lower_bound in [-5, 0), not {bound}"
+        return f"libflashkda takes a lower_bound in [-5, 0), not {bound}"
     return None
 
 
@@ -49,7 +49,7 @@ def _verdict(signature: inspect.Signature, arguments: Any, keywords: Any) -> tup
         names = inspect.signature(recurrent_refusal).parameters
         reason = recurrent_refusal(**{name: call.arguments[name] for name in names})
     elif not reason and call.arguments["cp_context"] is not None:
-        reason = "flash_kda runs a sequence on one device only"
+        reason = "libflashkda runs a sequence on one device only"
     return reason is None, reason
 
 
@@ -60,8 +60,8 @@ def register() -> None:
     from fla.ops.kda import chunk_kda as entry_point
 
     class Backend(fla.backends.BaseBackend):
-        backend_type = "flash_kda"
-        package_name = "flash_kda"
+        backend_type = "flash_kda"  # FlashKDA's, which it replaces
+        package_name = "libflashkda"
         env_var = "FLA_FLASH_KDA"
         priority = 3
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Draws an input file, or what a benchmark measured.
 
-usage: python -m flash_kda.plot INPUT.safetensors [-o OUT.png]    each head's decay and state over tokens
-       python -m flash_kda.plot BENCH.json [-o OUT.png]           speed, as bars
+usage: python -m libflashkda.plot INPUT.safetensors [-o OUT.png]    each head's decay and state over tokens
+       python -m libflashkda.plot BENCH.json [-o OUT.png]           speed, as bars
 
 INPUT is a problem of the program flashkda (docs/file-format.md); BENCH is what flashkda bench, benchmarks/cpu_speed.py
 or benchmarks/cuda_speed.py wrote. Needs matplotlib, and for INPUT numpy, safetensors and ml_dtypes.
@@ -178,7 +178,7 @@ def draw(path: pathlib.Path) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flash_kda.plot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m libflashkda.plot", description=__doc__.splitlines()[0])
     parser.add_argument("input", metavar="INPUT", type=pathlib.Path, help="a problem (.safetensors) or a benchmark (.json)")
     parser.add_argument("-o", "--output", metavar="OUT", type=pathlib.Path,
                         help="the picture (the name of INPUT with .png, in the current folder)")
@@ -187,7 +187,7 @@ def main() -> None:
     try:
         draw(options.input).savefig(output, dpi=150)
     except ImportError as error:
-        sys.exit(f"flash_kda.plot needs {error.name}, which is not installed; see [plot] in docs/python.md")
+        sys.exit(f"libflashkda.plot needs {error.name}, which is not installed; see [plot] in docs/python.md")
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         sys.exit(f"{options.input}: {error}")
     print(f"drew {output}")

@@ -9,16 +9,15 @@ from typing import Any
 from . import _C
 
 
-def tensor_names(function: _C.Function) -> tuple[str, ...]:
-    """Of the tensors that an entry of the extension takes."""
-    return _C.DECODE_TENSORS if function in (_C.decode, _C.decode_describe) else _C.TENSORS
+Tensors = dict[str, Any]  #: by their names in the argument struct; None where one is not given
+Options = dict[str, Any]  #: numbers, likewise
 
 
-def written_names(function: _C.Function, options: tuple[Any, ...]) -> tuple[str, ...]:
+def written_names(function: _C.Function, options: Options) -> tuple[str, ...]:
     """Of the tensors that a call with these options writes."""
     if function not in (_C.decode, _C.decode_describe):
         return _C.WRITTEN
-    return ("out",) if options[4] & _C.KEEP_STATE else _C.DECODE_WRITTEN
+    return ("out",) if options["flags"] & _C.KEEP_STATE else _C.DECODE_WRITTEN
 
 
 class Library:
@@ -34,11 +33,11 @@ class Library:
         """Is this call being recorded, rather than run?"""
         return False
 
-    def record(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
+    def record(self, function: _C.Function, tensors: Tensors, options: Options, workspace: Any) -> Any:
         """A call that is traced, instead of run()."""
         raise NotImplementedError
 
-    def record_prefill(self, inputs: tuple[Any, ...], output_final_state: bool, options: tuple[Any, ...]) -> Any:
+    def record_prefill(self, inputs: Tensors, output_final_state: bool, options: Options) -> Any:
         """What is recorded of a prefill() that writes to nothing but new arrays."""
         raise NotImplementedError
 
@@ -63,10 +62,10 @@ class Library:
         except Exception as error:
             raise ValueError(f"{name} cannot be read as an array: {error}") from error
 
-    def capsules(self, function: _C.Function, tensors: tuple[Any, ...], **how: Any) -> list[Any]:
-        return [self.capsule(array, name, **how) for array, name in zip(tensors, tensor_names(function))]
+    def capsules(self, tensors: Tensors, **how: Any) -> Tensors:
+        return {name: self.capsule(array, name, **how) for name, array in tensors.items()}
 
-    def run(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
+    def run(self, function: _C.Function, tensors: Tensors, options: Options, workspace: Any) -> Any:
         """Calls an entry of the extension on the library's current stream."""
         raise NotImplementedError
 
@@ -100,15 +99,15 @@ class Numpy(Library):
     def lend(self, array: Any, **how: Any) -> Any:
         return lend_numeric(array, **self.dlpack_arguments)
 
-    def run(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
-        lent = tensors if self.modern else self._lendable(tensors, tensor_names(function), written_names(function, options))
-        return function(*self.capsules(function, lent), *options, None, self.capsule(workspace, "workspace"))
+    def run(self, function: _C.Function, tensors: Tensors, options: Options, workspace: Any) -> Any:
+        lent = tensors if self.modern else self._lendable(tensors, written_names(function, options))
+        return function(self.capsules(lent), options, None, self.capsule(workspace, "workspace"))
 
-    def _lendable(self, tensors: tuple[Any, ...], names: tuple[str, ...], written: tuple[str, ...]) -> tuple[Any, ...]:
+    def _lendable(self, tensors: Tensors, written: tuple[str, ...]) -> Tensors:
         """Inputs that are read-only become arrays on the same memory that do not say so."""
-        return tuple(_LikeWritable(array).array(self.numpy)
-                     if isinstance(array, self.array_type) and not array.flags.writeable and name not in written else array
-                     for array, name in zip(tensors, names))
+        return {name: _LikeWritable(array).array(self.numpy)
+                if isinstance(array, self.array_type) and not array.flags.writeable and name not in written else array
+                for name, array in tensors.items()}
 
 
 class _LikeWritable:
@@ -142,11 +141,11 @@ class Cupy(Library):
     def allocate(self, size: int) -> Any:
         return self.lend(self.cupy.empty(size, "uint8"))
 
-    def run(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
-        with tensors[0].device:
-            capsules = self.capsules(function, tensors)
+    def run(self, function: _C.Function, tensors: Tensors, options: Options, workspace: Any) -> Any:
+        with tensors["q"].device:
+            capsules = self.capsules(tensors)
             memory = self.allocate if workspace is None else self.capsule(workspace, "workspace")
-            return function(*capsules, *options, self.cupy.cuda.get_current_stream().ptr, memory)
+            return function(capsules, options, self.cupy.cuda.get_current_stream().ptr, memory)
 
 
 class Jax(Library):
@@ -168,14 +167,14 @@ class Jax(Library):
     def lend(self, array: Any, **how: Any) -> Any:
         return array.__dlpack__(**how)
 
-    def run(self, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...], workspace: Any) -> Any:
-        given: list[Any] = [array for array in tensors if isinstance(array, self.array_type)]
+    def run(self, function: _C.Function, tensors: Tensors, options: Options, workspace: Any) -> Any:
+        given: list[Any] = [array for array in tensors.values() if isinstance(array, self.array_type)]
         if workspace is not None:
             raise ValueError("workspace is given with jax arrays, which cannot be written; expected None")
         if all(device.platform == "cpu" for array in given for device in array.devices()):
-            capsules = self.capsules(function, tensors)
+            capsules = self.capsules(tensors)
             self.jax.block_until_ready(given)
-            return function(*capsules, *options, None, None)
+            return function(capsules, options, None, None)
         return _JaxOnCuda(self, function, tensors, options).run()
 
 
@@ -183,22 +182,22 @@ class _JaxOnCuda:
     """jax names a stream of its own only to a producer of DLPack that it imports from. So the call poses as one: asked
     for its array, it runs on the stream that it is asked for, and jax waits for what it has enqueued there."""
 
-    def __init__(self, library: Jax, function: _C.Function, tensors: tuple[Any, ...], options: tuple[Any, ...]):
+    def __init__(self, library: Jax, function: _C.Function, tensors: Tensors, options: Options):
         self.library, self.function, self.tensors, self.options = library, function, tensors, options
         self.scratch: list[Any] = []
         self.result: Any = None
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return self.tensors[0].__dlpack_device__()
+        return self.tensors["q"].__dlpack_device__()
 
     def __dlpack__(self, *, stream: int, **_: Any) -> Any:
         def allocate(size: int) -> Any:
-            self.scratch.append(self.library.empty(self.tensors[0], (size,), "uint8"))
+            self.scratch.append(self.library.empty(self.tensors["q"], (size,), "uint8"))
             return self.library.lend(self.scratch[-1], stream=stream)
 
-        capsules = self.library.capsules(self.function, self.tensors, stream=stream)
-        self.result = self.function(*capsules, *self.options, stream, allocate)
-        return self.library.lend(self.tensors[0], stream=stream)
+        capsules = self.library.capsules(self.tensors, stream=stream)
+        self.result = self.function(capsules, self.options, stream, allocate)
+        return self.library.lend(self.tensors["q"], stream=stream)
 
     def run(self) -> Any:
         jax = self.library.jax

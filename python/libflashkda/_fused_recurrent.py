@@ -19,18 +19,18 @@ def refusal(q: Array, v: Array, beta: Array, A_log: Array | None, inplace_final_
     """Why decode() cannot take such a call, or None."""
     most, indices = _C.MAX_DECODE_TOKENS, ssm_state_indices
     if beta.ndim == v.ndim:
-        return "flash_kda takes one beta a head, not one a channel"
+        return "libflashkda takes one beta a head, not one a channel"
     if use_gate_in_kernel and A_log is None and lower_bound is None:
-        return "flash_kda needs A_log or a lower_bound with use_gate_in_kernel"
+        return "libflashkda needs A_log or a lower_bound with use_gate_in_kernel"
     if indices is not None and not inplace_final_state:
-        return "flash_kda updates a pool of states in place"
+        return "libflashkda updates a pool of states in place"
     # With ssm_state_indices [N] fla's own kernel expects one token a sequence.
     few = q.shape[1] <= most or (cu_seqlens is not None and indices is not None
                                  and (indices.shape[1] if indices.ndim == 2 else 1) <= most)
     if not few:
-        return f"flash_kda decodes up to {most} tokens of a sequence"
+        return f"libflashkda decodes up to {most} tokens of a sequence"
     if indices is not None and indices.ndim == 1 and cu_seqlens is None and q.shape[1] > 1:
-        return "with ssm_state_indices [N] flash_kda takes one token a sequence, as fla does"
+        return "with ssm_state_indices [N] libflashkda takes one token a sequence, as fla does"
     return None
 
 

@@ -79,7 +79,7 @@ def chunk_kda(
     import torch
 
     if cp_context is not None:
-        raise NotImplementedError("cp_context is given, but flash_kda runs a sequence on one device only")
+        raise NotImplementedError("cp_context is given, but libflashkda runs a sequence on one device only")
     check_tensors(_TENSORS, (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu))
     if transpose_state_layout is not None:
         state_v_first = _renamed(state_v_first, transpose_state_layout)
