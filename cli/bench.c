@@ -38,8 +38,7 @@ static const char documentation[] =
     "GPU's time by replay of a CUDA graph, over as many copies of the tensors as overflow the L2 cache. "
     "GFLOP/s counts 8 K V operations for a token of a value head; GB/s the bytes of all tensors, each "
     "once. Decode on CUDA has both: cold, in that way, as between the layers of a model; and warm, "
-    "where the states fit in the L2 cache: all calls on one set of tensors. In CSV the latter is "
-    "warm_median_s, empty where it was not measured.\n\n"
+    "where the states fit in the L2 cache: all calls on one set of tensors.\n\n"
     "Examples:\n"
     "  flashkda bench\n"
     "  flashkda bench --quick --level all\n"
@@ -52,7 +51,6 @@ static const char documentation[] =
 enum option_key {
     OPTION_LEVEL = 0x200,
     OPTION_QUICK,
-    OPTION_CSV,
     OPTION_COMMIT,
     OPTION_OUT_DTYPE,
     OPTION_DECODE,
@@ -68,9 +66,8 @@ static const struct argp_option argp_options[] = {
     {"quick", OPTION_QUICK, NULL, 0, "A table of a few short cases", 0},
     {"decode", OPTION_DECODE, NULL, 0, "A table of decode instead of prefill, beside the rate of a copy", 0},
     {"out-dtype", OPTION_OUT_DTYPE, "NAME", 0, "Only this output dtype: bf16, fp16 or fp32", 0},
-    {"output", 'o', "FILE", 0, "Write the results, as JSON or with --csv as CSV", 0},
+    {"output", 'o', "FILE", 0, "Write the results as JSON", 0},
     {"json", 'j', NULL, 0, "Print JSON instead of the table", 0},
-    {"csv", OPTION_CSV, NULL, 0, "Print CSV instead of the table", 0},
     {"commit", OPTION_COMMIT, "NAME", 0, "What was built, to be kept in the JSON", 0},
     {0},
 };
@@ -81,7 +78,7 @@ struct bench_options {
     int64_t threads, repeats; /* 0: the default */
     DLDataType out_dtype;     /* where has_out_dtype */
     int backend;              /* in backend_names */
-    bool has_out_dtype, decode, quick, json, csv;
+    bool has_out_dtype, decode, quick, json;
 };
 
 static bool on_cuda(const struct bench_options *options) { return options->backend == 1; }
@@ -92,9 +89,6 @@ static error_t check_options(const struct argp_state *state, const struct bench_
     }
     if (options->decode && (options->spec.given || options->has_out_dtype)) {
         return argument_error(state, "--decode is a table of its own: it does not go with options of a case");
-    }
-    if (options->json && options->csv) {
-        return argument_error(state, "--json and --csv exclude each other");
     }
     if (on_cuda(options) && (options->level || options->threads)) {
         return argument_error(state, "--level and --threads are the CPU backend's: they do not go with "
@@ -135,9 +129,6 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         return 0;
     case 'j':
         options->json = true;
-        return 0;
-    case OPTION_CSV:
-        options->csv = true;
         return 0;
     case OPTION_COMMIT:
         options->commit = argument;
@@ -575,18 +566,16 @@ static bool write_text(const char *path, const char *text, char *error, size_t e
 
 static bool print_results(struct bench *bench) {
     const struct bench_options *options = bench->options;
-    bool print = options->json || options->csv;
-    if (!print && !options->path) {
+    if (!options->json && !options->path) {
         return true;
     }
-    char *text = options->csv ? bench_csv(bench->results, bench->done)
-                              : bench_json(&bench->machine, options->commit, bench->results, bench->done);
+    char *text = bench_json(&bench->machine, options->commit, bench->results, bench->done);
     if (!text) {
         snprintf(bench->error, sizeof bench->error, "out of memory for the results");
         return false;
     }
-    if (print) {
-        printf("%s%s", text, options->csv ? "" : "\n");
+    if (options->json) {
+        printf("%s\n", text);
     }
     bool good = !options->path || write_text(options->path, text, bench->error, sizeof bench->error);
     free(text);
@@ -635,7 +624,7 @@ int command_bench(int argc, char **argv) {
     if (!parse_arguments(&argp, argc, argv, 0, &options)) {
         return STATUS_ERROR;
     }
-    struct bench bench = {.options = &options, .table = !options.json && !options.csv};
+    struct bench bench = {.options = &options, .table = !options.json};
     bool good = captured_describe(&options.spec.spec, bench.error, sizeof bench.error) && bench_all(&bench);
     free(bench.results);
     if (!good) {

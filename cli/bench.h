@@ -101,6 +101,5 @@ double bench_byte_rate(const struct bench_result *result);
 /* The whole as text, to be freed; NULL if out of memory. commit: what was built, or NULL. */
 char *bench_json(const struct bench_machine *machine, const char *commit, const struct bench_result *results,
                  int count);
-char *bench_csv(const struct bench_result *results, int count);
 
 #endif
