@@ -7,7 +7,7 @@
 #include <flash_kda.h>
 #include <jansson.h>
 #include <math.h>
-#include <stdlib.h>
+#include <stdio.h>
 #include <time.h>
 
 static int64_t value_heads(const struct case_spec *spec) {
@@ -30,62 +30,55 @@ double bench_byte_rate(const struct bench_result *result) {
 
 /* ---- Table ------------------------------------------------------------------------------------- */
 
-void bench_print_machine(FILE *stream, const struct bench_machine *machine) {
-    fprintf(stream, "%s, ", machine->device.name[0] ? machine->device.name : machine->host.cpu);
-    if (machine->copy_rate > 0) {
-        fprintf(stream, "copies %.3g GB/s, ", machine->copy_rate * 1e-9);
-    }
-    fprintf(stream, "flashkda %s\n", flash_kda_version());
+void bench_print_head(const struct bench_machine *machine, bool decode) {
+    printf("%s, ", machine->device.name[0] ? machine->device.name : machine->host.cpu);
+    if (machine->copy_rate > 0)
+        printf("copies %.3g GB/s, ", machine->copy_rate * 1e-9);
+    printf("flashkda %s\n", flash_kda_version());
+    if (decode)
+        printf("%-32s %-10s %7s %10s %21s %9s %8s %10s %15s\n", "case", "level", "threads", "cold us",
+               "quartiles", "GB/s", "of copy", "warm us", "error o, state");
+    else
+        printf("%-36s %-4s %-10s %7s %9s %19s %10s %8s %7s %15s\n", "case", "out", "level", "threads",
+               "median ms", "quartiles", "tokens/s", "GFLOP/s", "GB/s", "error o, state");
 }
 
-void bench_print_head(FILE *stream) {
-    fprintf(stream, "%-36s %-4s %-10s %7s %9s %19s %10s %8s %7s %15s\n", "case", "out", "level", "threads",
-            "median ms", "quartiles", "tokens/s", "GFLOP/s", "GB/s", "error o, state");
+static void print_prefill_time(const struct bench_result *result) {
+    const struct timing *timing = &result->timing;
+    if (!result->passed)
+        printf("%58s ", "WRONG, not timed");
+    else
+        printf("%9.4f %9.4f-%-9.4f %10.4g %8.1f %7.1f ", timing->median * 1e3, timing->q1 * 1e3,
+               timing->q3 * 1e3, bench_tokens_per_second(result), bench_gflops(result),
+               bench_byte_rate(result) * 1e-9);
 }
 
-void bench_print_line(FILE *stream, const struct bench_result *result) {
+static void print_decode_time(const struct bench_machine *machine, const struct bench_result *result) {
+    const struct timing *timing = &result->timing;
+    char warm[16] = "-";
+    if (result->warm.repeats)
+        snprintf(warm, sizeof warm, "%.2f", result->warm.median * 1e6);
+    if (!result->passed)
+        printf("%62s ", "WRONG, not timed");
+    else
+        printf("%10.2f %10.2f-%-10.2f %9.1f %7.0f%% %10s ", timing->median * 1e6, timing->q1 * 1e6,
+               timing->q3 * 1e6, bench_byte_rate(result) * 1e-9,
+               100 * bench_byte_rate(result) / machine->copy_rate, warm);
+}
+
+void bench_print_line(const struct bench_machine *machine, const struct bench_result *result) {
     char threads[16] = "-";
-    if (result->threads) {
+    if (result->threads)
         snprintf(threads, sizeof threads, "%d", result->threads);
-    }
-    fprintf(stream, "%-36s %-4s %-10s %7s ", result->name, dtype_name(result->out_dtype), result->level,
-            threads);
-    if (result->passed) {
-        fprintf(stream, "%9.4f %9.4f-%-9.4f %10.4g %8.1f %7.1f ", result->timing.median * 1e3,
-                result->timing.q1 * 1e3, result->timing.q3 * 1e3, bench_tokens_per_second(result),
-                bench_gflops(result), bench_byte_rate(result) * 1e-9);
+    if (result->decode) {
+        printf("%-32s %-10s %7s ", result->name, result->level, threads);
+        print_decode_time(machine, result);
     } else {
-        fprintf(stream, "%58s ", "WRONG, not timed");
+        printf("%-36s %-4s %-10s %7s ", result->name, type_name(result->out_dtype), result->level, threads);
+        print_prefill_time(result);
     }
-    fprintf(stream, "%.1e %.1e\n", result->output_error, result->state_error);
-    fflush(stream);
-}
-
-void bench_print_decode_head(FILE *stream) {
-    fprintf(stream, "%-32s %-10s %7s %10s %21s %9s %8s %10s %15s\n", "case", "level", "threads", "cold us",
-            "quartiles", "GB/s", "of copy", "warm us", "error o, state");
-}
-
-void bench_print_decode_line(FILE *stream, const struct bench_machine *machine,
-                             const struct bench_result *result) {
-    char threads[16] = "-";
-    if (result->threads) {
-        snprintf(threads, sizeof threads, "%d", result->threads);
-    }
-    fprintf(stream, "%-32s %-10s %7s ", result->name, result->level, threads);
-    if (result->passed) {
-        char warm[16] = "-";
-        if (result->warm.repeats) {
-            snprintf(warm, sizeof warm, "%.2f", result->warm.median * 1e6);
-        }
-        fprintf(stream, "%10.2f %10.2f-%-10.2f %9.1f %7.0f%% %10s ", result->timing.median * 1e6,
-                result->timing.q1 * 1e6, result->timing.q3 * 1e6, bench_byte_rate(result) * 1e-9,
-                100 * bench_byte_rate(result) / machine->copy_rate, warm);
-    } else {
-        fprintf(stream, "%62s ", "WRONG, not timed");
-    }
-    fprintf(stream, "%.1e %.1e\n", result->output_error, result->state_error);
-    fflush(stream);
+    printf("%.1e %.1e\n", result->output_error, result->state_error);
+    fflush(stdout);
 }
 
 /* ---- JSON -------------------------------------------------------------------------------------- */
@@ -99,11 +92,11 @@ static json_t *case_json(const struct bench_result *result) {
         "{s:I, s:I, s:s?, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:o, s:s, s:b, s:s, s:I, s:b, s:I}", //
         "batch", (json_int_t)spec->batch, "tokens", (json_int_t)result->tokens, "lengths", spec->lengths,
         "heads", (json_int_t)spec->heads, "value_heads", (json_int_t)value_heads(spec), "key_dim",
-        (json_int_t)spec->key_dim, "value_dim", (json_int_t)spec->value_dim, "dtype", dtype_name(spec->dtype),
-        "out_dtype", dtype_name(result->out_dtype), "gate", gate_names[spec->gate], "lower_bound",
+        (json_int_t)spec->key_dim, "value_dim", (json_int_t)spec->value_dim, "dtype", type_name(spec->dtype),
+        "out_dtype", type_name(result->out_dtype), "gate", gate_names[spec->gate], "lower_bound",
         spec->gate == FLASH_KDA_GATE_SIGMOID ? real(spec->lower_bound) : json_null(), "regime",
         regime_names[spec->regime], "initial_state", spec->initial_state, "state_dtype",
-        dtype_name(spec->bf16_state ? dtype_bf16 : dtype_fp32), "checkpoint_every",
+        type_name(spec->bf16_state ? TYPE_BF16 : TYPE_FP32), "checkpoint_every",
         (json_int_t)spec->checkpoint_every, "batch_invariant", spec->batch_invariant, "seed",
         (json_int_t)spec->seed);
 }

@@ -18,18 +18,15 @@ static const struct {
     enum safetensors_dtype file;
     const DLDataType *memory;
 } dtypes[] = {
-    {SAFETENSORS_F32, &dtype_fp32},  {SAFETENSORS_F16, &dtype_fp16},  {SAFETENSORS_BF16, &dtype_bf16},
-    {SAFETENSORS_I32, &dtype_int32}, {SAFETENSORS_I64, &dtype_int64},
+    {SAFETENSORS_F32, &TYPE_FP32},  {SAFETENSORS_F16, &TYPE_FP16},  {SAFETENSORS_BF16, &TYPE_BF16},
+    {SAFETENSORS_I32, &TYPE_INT32}, {SAFETENSORS_I64, &TYPE_INT64},
 };
 
 /* ---- Reading ----------------------------------------------------------------------------------- */
 
-/* The file that is read, and where a failure is written. */
 struct source {
     const char *path;
     struct safetensors file;
-    char *error;
-    size_t error_size;
 };
 
 /* Always false, for the caller to return. */
@@ -39,8 +36,7 @@ __attribute__((format(printf, 2, 3))) static bool fail(const struct source *sour
     va_start(values, format);
     vsnprintf(text, sizeof text, format, values);
     va_end(values);
-    snprintf(source->error, source->error_size, "%s: %s", source->path, text);
-    return false;
+    return failed("%s: %s", source->path, text);
 }
 
 static const DLDataType *memory_dtype(enum safetensors_dtype dtype) {
@@ -74,7 +70,7 @@ static bool load(const struct source *source, const struct expectation *expected
     if (found->rank != rank) {
         return fail(source, "tensor '%s' has %d dimensions, expected %d", expected->name, found->rank, rank);
     }
-    int64_t shape[TENSOR_MAX_RANK] = {1};
+    int64_t shape[TENSOR_MAX_DIMS] = {1};
     memcpy(shape + (expected->bare ? 1 : 0), found->shape, sizeof *shape * (size_t)rank);
     if (!tensor_alloc(tensor, *dtype, expected->rank, shape)) {
         return fail(source, "out of memory for tensor '%s'", expected->name);
@@ -202,13 +198,13 @@ static bool read_metadata(const struct source *source, struct kda_case *c) {
 }
 
 static bool check_shape(const struct source *source, const char *name, const struct tensor *tensor,
-                        const int64_t shape[TENSOR_MAX_RANK]) {
+                        const int64_t shape[TENSOR_MAX_DIMS]) {
     bool same = !tensor_present(tensor) || memcmp(tensor->shape, shape, sizeof tensor->shape) == 0;
     return same || fail(source, "tensor '%s' does not have the shape that q and v give the result", name);
 }
 
 static bool check_answer(const struct source *source, const struct kda_case *c) {
-    int64_t out[TENSOR_MAX_RANK] = {0}, state[TENSOR_MAX_RANK] = {0};
+    int64_t out[TENSOR_MAX_DIMS] = {0}, state[TENSOR_MAX_DIMS] = {0};
     case_out_shape(c, out);
     case_state_shape(c, state);
     return check_shape(source, "o", &c->expected_out, out) &&
@@ -216,9 +212,8 @@ static bool check_answer(const struct source *source, const struct kda_case *c) 
 }
 
 static bool parse(struct source *source, struct kda_case *c, const uint8_t *data, size_t size) {
-    char reason[512];
-    if (!safetensors_parse(data, size, &source->file, reason, sizeof reason)) {
-        return fail(source, "%s", reason);
+    if (!safetensors_parse(data, size, &source->file)) {
+        return fail(source, "%s", failure());
     }
     bool good =
         load_tensors(source, c) && read_sizes(source, c) && read_metadata(source, c) && check_answer(source, c);
@@ -226,12 +221,12 @@ static bool parse(struct source *source, struct kda_case *c, const uint8_t *data
     return good;
 }
 
-bool case_file_read(const char *path, struct kda_case *c, char *error, size_t error_size) {
-    struct source source = {.path = path, .error = error, .error_size = error_size};
+bool case_file_read(const char *path, struct kda_case *c) {
+    struct source source = {.path = path};
     uint8_t *data = NULL;
     size_t size = 0;
     *c = (struct kda_case){0};
-    if (!file_read(path, &data, &size, error, error_size)) {
+    if (!file_read(path, &data, &size)) {
         return false;
     }
     bool good = parse(&source, c, data, size);
@@ -274,20 +269,19 @@ static void describe(struct safetensors_tensor *list, size_t *count, const char 
                                              .size = tensor_bytes(tensor)};
     memcpy(described->shape, tensor->shape + (bare ? 1 : 0), sizeof *tensor->shape * (size_t)described->rank);
     for (size_t i = 0; i < sizeof dtypes / sizeof dtypes[0]; i++) {
-        if (dtype_equal(*dtypes[i].memory, tensor->dl.dtype)) {
+        if (type_equal(*dtypes[i].memory, tensor->dl.dtype)) {
             described->dtype = dtypes[i].file;
         }
     }
 }
 
-static bool write(const char *path, const struct safetensors_tensor *list, size_t count, json_t *metadata,
-                  char *error, size_t error_size) {
-    bool good = safetensors_write(path, list, count, metadata, error, error_size);
+static bool write(const char *path, const struct safetensors_tensor *list, size_t count, json_t *metadata) {
+    bool good = safetensors_write(path, list, count, metadata);
     json_decref(metadata);
     return good;
 }
 
-bool case_file_write(const char *path, const struct kda_case *c, char *error, size_t error_size) {
+bool case_file_write(const char *path, const struct kda_case *c) {
     struct safetensors_tensor list[9];
     size_t count = 0;
     /* Widest elements first, so that each tensor is aligned in the file. */
@@ -300,20 +294,19 @@ bool case_file_write(const char *path, const struct kda_case *c, char *error, si
     describe(list, &count, "v", &c->v, c->without_batch);
     describe(list, &count, "g", &c->g, c->without_batch);
     describe(list, &count, "beta", &c->beta, c->without_batch);
-    return write(path, list, count, case_metadata(c), error, error_size);
+    return write(path, list, count, case_metadata(c));
 }
 
-bool case_file_write_result(const char *path, const struct kda_case *c, const struct prefill_call *call,
-                            char *error, size_t error_size) {
+bool case_file_write_result(const char *path, const struct kda_case *c, const struct trial *trial) {
     struct safetensors_tensor list[2];
     size_t count = 0;
     char ran_on[256];
-    describe(list, &count, "state", &call->state, c->without_sequences);
-    describe(list, &count, "o", &call->out, c->without_batch);
+    describe(list, &count, "state", &trial->state, c->without_sequences);
+    describe(list, &count, "o", &trial->out, c->without_batch);
     json_t *metadata = case_metadata(c);
-    if (flash_kda_prefill_describe(&call->args, ran_on, sizeof ran_on) == FLASH_KDA_OK) {
+    if (trial_describe(trial, ran_on, sizeof ran_on)) {
         json_object_set_new(metadata, "ran_on", json_string(ran_on));
     }
     json_object_set_new(metadata, "made_by", json_sprintf("flashkda %s", flash_kda_version()));
-    return write(path, list, count, metadata, error, error_size);
+    return write(path, list, count, metadata);
 }

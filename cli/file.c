@@ -2,6 +2,8 @@
 /* Whole files: read into memory, and written so that a reader sees the old one or the complete new one. */
 #include "file.h"
 
+#include "failure.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <libgen.h>
@@ -28,39 +30,34 @@ static ssize_t read_fully(int descriptor, uint8_t *data, size_t size) {
     return (ssize_t)done;
 }
 
-static bool read_regular(int descriptor, const char *path, uint8_t **data, size_t *size, char *error,
-                         size_t error_size) {
+static bool read_regular(int descriptor, const char *path, uint8_t **data, size_t *size) {
     struct stat about;
     if (fstat(descriptor, &about) != 0) {
-        snprintf(error, error_size, "%s: %s", path, strerror(errno));
-        return false;
+        return failed("%s: %s", path, strerror(errno));
     }
     if (!S_ISREG(about.st_mode)) {
-        snprintf(error, error_size, "%s: not a regular file", path);
-        return false;
+        return failed("%s: not a regular file", path);
     }
     *size = (size_t)about.st_size;
     *data = malloc(*size + 1);
     if (!*data) {
-        snprintf(error, error_size, "%s: out of memory for its %zu bytes", path, *size);
-        return false;
+        return failed("%s: out of memory for its %zu bytes", path, *size);
     }
     ssize_t got = read_fully(descriptor, *data, *size);
     if (got < 0 || (size_t)got != *size) {
-        snprintf(error, error_size, "%s: %s", path, got < 0 ? strerror(errno) : "became shorter while read");
+        failed("%s: %s", path, got < 0 ? strerror(errno) : "became shorter while read");
         free(*data);
         return false;
     }
     return true;
 }
 
-bool file_read(const char *path, uint8_t **data, size_t *size, char *error, size_t error_size) {
+bool file_read(const char *path, uint8_t **data, size_t *size) {
     int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* no wait for the writer of a pipe */
     if (descriptor < 0) {
-        snprintf(error, error_size, "%s: %s", path, strerror(errno));
-        return false;
+        return failed("%s: %s", path, strerror(errno));
     }
-    bool good = read_regular(descriptor, path, data, size, error, error_size);
+    bool good = read_regular(descriptor, path, data, size);
     close(descriptor);
     return good;
 }
@@ -73,8 +70,8 @@ static void new_file_free(struct new_file *file) {
 }
 
 /* Writes the sentence, frees everything; always false. */
-static bool give_up(struct new_file *file, const char *path, int reason, char *error, size_t error_size) {
-    snprintf(error, error_size, "%s: cannot be written: %s", path, strerror(reason));
+static bool give_up(struct new_file *file, const char *path, int reason) {
+    failed("%s: cannot be written: %s", path, strerror(reason));
     new_file_free(file);
     return false;
 }
@@ -86,25 +83,25 @@ static mode_t default_mode(void) {
     return 0666 & ~mask;
 }
 
-bool new_file_open(struct new_file *file, const char *path, char *error, size_t error_size) {
+bool new_file_open(struct new_file *file, const char *path) {
     *file = (struct new_file){.path = realpath(path, NULL)};
     if (!file->path) {
         file->path = strdup(path);
     }
     struct stat about = {.st_mode = S_IFREG | default_mode()};
     if (file->path && stat(file->path, &about) == 0 && !S_ISREG(about.st_mode)) {
-        snprintf(error, error_size, "%s: cannot be replaced: not a regular file", path);
+        failed("%s: cannot be replaced: not a regular file", path);
         new_file_free(file);
         return false;
     }
     file->mode = about.st_mode & 0777;
     if (!file->path || asprintf(&file->temporary, "%s.XXXXXX", file->path) < 0) {
         file->temporary = NULL;
-        return give_up(file, path, ENOMEM, error, error_size);
+        return give_up(file, path, ENOMEM);
     }
     file->descriptor = mkostemp(file->temporary, O_CLOEXEC);
     if (file->descriptor < 0) {
-        return give_up(file, path, errno, error, error_size);
+        return give_up(file, path, errno);
     }
     return true;
 }
@@ -133,7 +130,7 @@ static void sync_directory(const char *path) {
     free(copy);
 }
 
-bool new_file_commit(struct new_file *file, char *error, size_t error_size) {
+bool new_file_commit(struct new_file *file) {
     if (file->failure == 0 && (fchmod(file->descriptor, file->mode) != 0 || fsync(file->descriptor) != 0)) {
         file->failure = errno;
     }
@@ -145,7 +142,7 @@ bool new_file_commit(struct new_file *file, char *error, size_t error_size) {
     }
     if (file->failure != 0) {
         unlink(file->temporary);
-        return give_up(file, file->path, file->failure, error, error_size);
+        return give_up(file, file->path, file->failure);
     }
     sync_directory(file->path);
     new_file_free(file);

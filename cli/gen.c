@@ -2,6 +2,7 @@
 /* flashkda gen: makes a file of random inputs. */
 #include "captured.h"
 #include "case_file.h"
+#include "failure.h"
 #include "progress.h"
 #include "spec_options.h"
 
@@ -49,24 +50,24 @@ int command_gen(int argc, char **argv) {
     if (!parse_arguments(&argp, argc, argv, 0, &options)) {
         return STATUS_ERROR;
     }
-    char name[128], error[MESSAGE_SIZE];
-    if (!captured_describe(&options.spec.spec, error, sizeof error)) {
-        return report_error(argv[0], "%s", error);
+    char name[128];
+    if (!captured_describe(&options.spec.spec)) {
+        return report_error(argv[0], "%s", failure());
     }
     case_spec_name(&options.spec.spec, name, sizeof name);
     progress_show(0, 2, "generating");
     struct kda_case c;
-    bool good = captured_generate(&c, &options.spec.spec, error, sizeof error);
+    bool good = captured_generate(&c, &options.spec.spec);
     if (good) {
         progress_show(1, 2, "writing");
-        good = case_file_write(options.path, &c, error, sizeof error);
+        good = case_file_write(options.path, &c);
         case_free(&c);
     }
     progress_clear();
     if (!good) {
-        return report_error(argv[0], "%s", error);
+        return report_error(argv[0], "%s", failure());
     }
-    printf("%s: %s, %s, seed %llu\n", options.path, name, dtype_name(options.spec.spec.dtype),
+    printf("%s: %s, %s, seed %llu\n", options.path, name, type_name(options.spec.spec.dtype),
            (unsigned long long)options.spec.spec.seed);
     return STATUS_OK;
 }

@@ -2,6 +2,7 @@
 /* Random cases: the regimes that KDA kernels are measured on. */
 #include "generate.h"
 
+#include "failure.h"
 #include "parallel.h"
 #include "random.h"
 
@@ -70,24 +71,24 @@ static bool allocate(struct kda_case *c, const struct case_spec *spec) {
     const int64_t v[] = {c->batch, c->tokens, c->value_heads, c->value_dim};
     const int64_t g[] = {c->batch, c->tokens, c->value_heads, c->key_dim};
     const int64_t cu_seqlens[] = {c->sequences + 1};
-    int64_t state[TENSOR_MAX_RANK];
+    int64_t state[TENSOR_MAX_DIMS];
     case_state_shape(c, state);
     bool gated = spec->gate != FLASH_KDA_GATE_NONE;
     return tensor_alloc(&c->q, spec->dtype, 4, qk) && tensor_alloc(&c->k, spec->dtype, 4, qk) &&
            tensor_alloc(&c->v, spec->dtype, 4, v) && tensor_alloc(&c->g, spec->dtype, 4, g) &&
            tensor_alloc(&c->beta, spec->dtype, 3, g) &&
-           (!gated || (tensor_alloc(&c->A_log, dtype_fp32, 1, g + 2) &&
-                       tensor_alloc(&c->dt_bias, dtype_fp32, 2, g + 2))) &&
+           (!gated ||
+            (tensor_alloc(&c->A_log, TYPE_FP32, 1, g + 2) && tensor_alloc(&c->dt_bias, TYPE_FP32, 2, g + 2))) &&
            (!spec->initial_state ||
-            tensor_alloc(&c->initial_state, c->bf16_state ? dtype_bf16 : dtype_fp32, 4, state)) &&
-           (!spec->lengths || tensor_alloc(&c->cu_seqlens, dtype_int64, 1, cu_seqlens));
+            tensor_alloc(&c->initial_state, c->bf16_state ? TYPE_BF16 : TYPE_FP32, 4, state)) &&
+           (!spec->lengths || tensor_alloc(&c->cu_seqlens, TYPE_INT64, 1, cu_seqlens));
 }
 
 /* ---- Values ------------------------------------------------------------------------------------ */
 
 struct normal_fill {
     struct tensor *tensor;
-    struct random_stream stream;
+    struct random stream;
     double mean;
     int threads;
 };
@@ -97,7 +98,7 @@ static void fill_blocks(void *context, int i) {
     const struct normal_fill *fill = context;
     int64_t count = tensor_count(fill->tensor), step = (int64_t)fill->threads * FILL_BLOCK;
     for (int64_t first = (int64_t)i * FILL_BLOCK; first < count; first += step) {
-        struct random_stream block = random_after_normal(fill->stream, first);
+        struct random block = random_after_normal(fill->stream, first);
         for (int64_t j = first; j < count && j < first + FILL_BLOCK; j++) {
             tensor_set(fill->tensor, j, fill->mean + random_normal(&block));
         }
@@ -105,7 +106,7 @@ static void fill_blocks(void *context, int i) {
 }
 
 /* In blocks, on all threads: a case for a GPU has 10^9 numbers. */
-static void fill_normal(struct tensor *tensor, struct random_stream stream, double mean) {
+static void fill_normal(struct tensor *tensor, struct random stream, double mean) {
     int64_t blocks = tensor_count(tensor) / FILL_BLOCK + 1;
     int threads = flash_kda_cpu_threads();
     threads = threads < blocks ? threads : (int)blocks;
@@ -113,20 +114,14 @@ static void fill_normal(struct tensor *tensor, struct random_stream stream, doub
     parallel_run(fill.threads, fill_blocks, &fill);
 }
 
-static void fill_uniform(struct tensor *tensor, struct random_stream stream) {
+static void fill_uniform(struct tensor *tensor, struct random stream) {
     for (int64_t i = 0, count = tensor_count(tensor); i < count; i++) {
-        tensor_set(tensor, i, random_uniform(&stream));
-    }
-}
-
-static void fill_constant(struct tensor *tensor, double value) {
-    for (int64_t i = 0, count = tensor_count(tensor); i < count; i++) {
-        tensor_set(tensor, i, value);
+        tensor_set(tensor, i, random_uniform(&stream, 0, 1));
     }
 }
 
 /* Every REPEAT_TOKENS tokens the same. */
-static void fill_repeating(struct tensor *tensor, struct random_stream stream) {
+static void fill_repeating(struct tensor *tensor, struct random stream) {
     int64_t period = REPEAT_TOKENS * tensor->shape[2] * tensor->shape[3];
     for (int64_t i = 0, count = tensor_count(tensor); i < count; i++) {
         tensor_set(tensor, i, i < period ? random_normal(&stream) : tensor_get(tensor, i - period));
@@ -137,29 +132,29 @@ static void fill_parameters(struct kda_case *c, const struct case_spec *spec) {
     if (spec->regime == REGIME_NEAR_COLLINEAR || spec->regime == REGIME_CAPTURED) {
         return; /* both 0 */
     }
-    fill_uniform(&c->A_log, random_stream(spec->seed, "A_log"));
+    fill_uniform(&c->A_log, random_named(spec->seed, "A_log"));
     if (spec->regime != REGIME_SLOW) {
-        fill_uniform(&c->dt_bias, random_stream(spec->seed, "dt_bias"));
+        fill_uniform(&c->dt_bias, random_named(spec->seed, "dt_bias"));
     }
 }
 
 static void fill_tokens(struct kda_case *c, const struct case_spec *spec) {
-    struct random_stream q = random_stream(spec->seed, "q"), k = random_stream(spec->seed, "k"),
-                         v = random_stream(spec->seed, "v"), g = random_stream(spec->seed, "g"),
-                         beta = random_stream(spec->seed, "beta");
+    struct random q = random_named(spec->seed, "q"), k = random_named(spec->seed, "k"),
+                  v = random_named(spec->seed, "v"), g = random_named(spec->seed, "g"),
+                  beta = random_named(spec->seed, "beta");
     switch (spec->regime) {
     case REGIME_NEAR_COLLINEAR:
-        fill_constant(&c->q, 1);
-        fill_constant(&c->k, 1);
+        tensor_fill(&c->q, 1);
+        tensor_fill(&c->k, 1);
         fill_repeating(&c->v, v);
-        fill_constant(&c->g, -12);
-        fill_constant(&c->beta, 8);
+        tensor_fill(&c->g, -12);
+        tensor_fill(&c->beta, 8);
         return;
     case REGIME_UNIFORM:
         fill_uniform(&c->q, q);
         fill_uniform(&c->k, k);
         fill_uniform(&c->v, v);
-        fill_constant(&c->g, spec->constant_g);
+        tensor_fill(&c->g, spec->constant_g);
         break;
     case REGIME_CAPTURED:
         return;
@@ -189,14 +184,14 @@ static void fill(struct kda_case *c, const struct case_spec *spec) {
         fill_parameters(c, spec);
     }
     if (spec->initial_state) {
-        fill_normal(&c->initial_state, random_stream(spec->seed, "initial_state"), 0);
+        fill_normal(&c->initial_state, random_named(spec->seed, "initial_state"), 0);
     }
     if (spec->lengths) {
         fill_cu_seqlens(c, spec->lengths);
     }
 }
 
-bool case_generate(struct kda_case *c, const struct case_spec *spec, char *error, size_t error_size) {
+bool case_generate(struct kda_case *c, const struct case_spec *spec) {
     int64_t tokens = spec->tokens, sequences = spec->batch;
     if (spec->lengths) {
         sequences = read_lengths(spec->lengths, &tokens);
@@ -222,7 +217,7 @@ bool case_generate(struct kda_case *c, const struct case_spec *spec, char *error
     }
     snprintf(c->regime, sizeof c->regime, "%s", regime_names[spec->regime]);
     if (!allocate(c, spec)) {
-        snprintf(error, error_size, "out of memory for a case of %lld tokens", (long long)tokens);
+        failed("out of memory for a case of %lld tokens", (long long)tokens);
         case_free(c);
         return false;
     }

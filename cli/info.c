@@ -2,6 +2,7 @@
 /* flashkda info: what this machine and this build can do. */
 #include "command.h"
 #include "device_json.h"
+#include "failure.h"
 #include "machine.h"
 #include "tensor.h"
 
@@ -43,7 +44,7 @@ static bool describe_prefill(int device, char *text, size_t size) {
     static uint16_t memory[TENSORS][DIM];
     struct tensor tensors[TENSORS];
     for (int i = 0; i < TENSORS; i++) {
-        tensor_wrap(&tensors[i], dtype_bf16, i == 4 ? 3 : 4, shape, memory[i]);
+        tensor_wrap(&tensors[i], TYPE_BF16, i == 4 ? 3 : 4, shape, memory[i]);
         tensors[i].dl.device = (DLDevice){kDLCUDA, device};
     }
     flash_kda_prefill_args args = FLASH_KDA_PREFILL_ARGS_INIT;
@@ -61,7 +62,7 @@ static void print_devices(void) {
     char text[MESSAGE_SIZE];
     struct device device;
     printf("devices    cpu\n");
-    for (int i = 0; device_describe(&device, i, text, sizeof text); i++) {
+    for (int i = 0; device_describe(&device, i); i++) {
         printf("           cuda:%d %s, compute capability %d.%d, %d multiprocessors, %.1f GiB; driver for CUDA "
                "%d.%d, runtime %d.%d\n",
                i, device.name, device.major, device.minor, device.multiprocessors,
@@ -72,7 +73,7 @@ static void print_devices(void) {
         }
     }
     if (!flash_kda_backend_available(FLASH_KDA_BACKEND_CUDA)) {
-        printf("           no cuda: %s\n", text);
+        printf("           no cuda: %s\n", failure());
     }
 }
 
@@ -81,7 +82,7 @@ static json_t *cuda_devices_json(json_t *names) {
     char text[MESSAGE_SIZE];
     struct device device;
     json_t *devices = json_array();
-    for (int i = 0; device_describe(&device, i, text, sizeof text); i++) {
+    for (int i = 0; device_describe(&device, i); i++) {
         json_t *object = device_json(&device);
         if (describe_prefill(i, text, sizeof text)) {
             json_object_set_new(object, "prefill", json_string(text));

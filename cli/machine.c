@@ -3,6 +3,7 @@
 #include "machine.h"
 
 #include "parallel.h"
+#include "timing.h"
 
 #include <flash_kda.h>
 #include <math.h>
@@ -11,7 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/utsname.h>
-#include <time.h>
 #include <unistd.h>
 
 /* The value of a line "key   : value" of /proc/cpuinfo, or NULL. */
@@ -90,11 +90,9 @@ static void copy_share(void *context, int i) {
 }
 
 static double copy_seconds(struct copy *copy, int threads) {
-    struct timespec begin, end;
-    clock_gettime(CLOCK_MONOTONIC, &begin);
+    double begin = timing_now();
     parallel_run(threads, copy_share, copy);
-    clock_gettime(CLOCK_MONOTONIC, &end);
-    return (double)(end.tv_sec - begin.tv_sec) + (double)(end.tv_nsec - begin.tv_nsec) * 1e-9;
+    return timing_now() - begin;
 }
 
 double machine_copy_rate(int threads) {

@@ -24,7 +24,7 @@ static void print_shape(const struct kda_case *c, DLDataType out_dtype) {
     if (tensor_present(&c->cu_seqlens)) {
         printf(", %lld packed sequences", (long long)c->sequences);
     }
-    printf("; %s in, %s out%s\n", dtype_name(c->q.dl.dtype), dtype_name(out_dtype),
+    printf("; %s in, %s out%s\n", type_name(c->q.dl.dtype), type_name(out_dtype),
            tensor_present(&c->initial_state) ? ", from an initial state" : "");
 }
 
@@ -140,8 +140,8 @@ static json_t *problem_json(const struct kda_case *c, DLDataType out_dtype) {
                      "batch", (json_int_t)c->batch, "tokens", (json_int_t)c->tokens, "heads",
                      (json_int_t)c->heads, "value_heads", (json_int_t)c->value_heads, "key_dim",
                      (json_int_t)c->key_dim, "value_dim", (json_int_t)c->value_dim, "sequences",
-                     (json_int_t)c->sequences, "dtype", dtype_name(c->q.dl.dtype), "out_dtype",
-                     dtype_name(out_dtype), "gate", gate_names[c->gate], "lower_bound",
+                     (json_int_t)c->sequences, "dtype", type_name(c->q.dl.dtype), "out_dtype",
+                     type_name(out_dtype), "gate", gate_names[c->gate], "lower_bound",
                      c->gate == FLASH_KDA_GATE_SIGMOID ? real(c->lower_bound) : json_null(), "beta",
                      beta_names[c->beta_mode], "scale", c->scale != 0 ? c->scale : 1 / sqrt((double)c->key_dim),
                      "qk_norm", (c->flags & FLASH_KDA_QK_NORM) != 0, "state_layout",

@@ -98,7 +98,7 @@ static error_t parse_kind(int key, const char *text, const struct argp_state *st
     error_t error = 0;
     switch (key) {
     case OPTION_DTYPE:
-        return dtype_from_name(text, &spec->dtype)
+        return type_named(text, &spec->dtype)
                    ? 0
                    : argument_error(state, "--dtype is '%s', expected one of: bf16, fp16, fp32", text);
     case OPTION_GATE:

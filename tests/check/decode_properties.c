@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Whole sequences through decode, in several ways: outputs and last states are what prefill makes of them. */
+#include "arguments.h"
 #include "decode_case.h"
 #include "decode_families.h"
 #include "prefill_compare.h"
@@ -75,34 +76,18 @@ static const DLTensor *indices_make(struct indices *x, int64_t N, int64_t column
 /* Tokens first .. first + count - 1 of every sequence; accepted: how many of them to process, or -1: all. */
 static const char *call(struct chain *c, int64_t first, int64_t count, uint32_t flags, int64_t accepted) {
     const struct prefill_problem *p = c->p;
-    const struct tensor *tokens[6] = {&p->q, &p->k, &p->v, &p->g, &p->beta, &c->out};
-    struct tensor_view views[6];
+    struct tensor views[TOKEN_ARGUMENTS];
     struct indices slots, read, some;
-    for (int i = 0; i < 6; i++) {
-        tensor_view_make(&views[i], tokens[i]);
-        tensor_view_skip(&views[i], 1, first, count);
-    }
     for (int64_t n = 0; n < p->N; n++) {
         read.value[n] = (int32_t)c->accepted;
         some.value[n] = (int32_t)accepted;
         for (int64_t t = 0; t < DRAFTS && (t == 0 || t < c->columns); t++)
             slots.value[n * (c->columns ? c->columns : 1) + t] = (int32_t)c->slot[n][t];
     }
-    flash_kda_decode_args args = FLASH_KDA_DECODE_ARGS_INIT;
-    args.q = &views[0].dl;
-    args.k = &views[1].dl;
-    args.v = &views[2].dl;
-    args.g = &views[3].dl;
-    args.beta = &views[4].dl;
-    args.out = accepted < 0 ? &views[5].dl : NULL;
-    args.A_log = p->args.A_log;
-    args.dt_bias = p->args.dt_bias;
-    args.gate = p->args.gate;
-    args.lower_bound = p->args.lower_bound;
-    args.beta_mode = p->args.beta_mode;
-    args.flags = p->args.flags | flags;
-    args.state_layout = p->args.state_layout;
-    args.num_threads = p->args.num_threads;
+    flash_kda_decode_args args = decode_of_prefill(&p->args);
+    args.out = accepted < 0 ? &c->out.dl : NULL;
+    args.flags |= flags;
+    decode_narrow(&args, views, 1, first, count);
     args.state = &c->state.dl;
     args.state_indices = indices_make(&slots, p->N, c->columns);
     args.num_accepted_tokens = c->columns ? indices_make(&read, p->N, 0) : NULL;
@@ -154,12 +139,12 @@ static double allowed(const struct chain *c) {
 
 static void run_chain(struct check *check, const struct prefill_problem *p, const struct prefill_results *exact,
                       DLDataType type, enum way way, const char *level) {
-    struct chain c = {.p = p, .backend = prefill_backend(level)};
+    struct chain c = {.p = p, .backend = level_backend(level)};
     struct random r = random_named(check->seed, p->c.name);
     struct tensor states;
     char text[200];
     const char *wrong = NULL;
-    check_select_level(level);
+    level_select(level);
     chain_make(&c, p, type, way == VERIFIED ? DRAFTS : 0, &r);
     for (int64_t at = 0; at < p->T && !wrong;)
         at += advance(&c, way, at, &r, &wrong);

@@ -14,10 +14,4 @@ void prefill_compare(struct check *check, const struct prefill_case *c);
 double prefill_error(const struct tensor *x, const struct tensor *ref, const struct prefill_output *o,
                      bool forgive_rounding);
 
-/* "reference" is a backend, all other levels are the CPU backend's. */
-flash_kda_backend prefill_backend(const char *level);
-
-/* Is level "cuda" among those that are checked? */
-bool prefill_tests_cuda(const struct check *check);
-
 #endif

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* How far a result may be from the oracle. Everything here is an error ratio, RMS(x - ref) / RMS(ref). */
-#ifndef CHECK_TOLERANCE_H
-#define CHECK_TOLERANCE_H
+#ifndef BENCH_TOLERANCE_H
+#define BENCH_TOLERANCE_H
 
 /* fp32 arithmetic. Of every difference of a bf16 or fp16 result, half a unit in the last place is forgiven: what
  * rounding to nearest may cost. So those results are held to this too, and one that is truncated fails. */

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: MIT */
-/* What a row of measured times says. */
-#ifndef FLASHKDA_TIMING_H
-#define FLASHKDA_TIMING_H
+/* Time, and what a row of measured times says. */
+#ifndef BENCH_TIMING_H
+#define BENCH_TIMING_H
 
-#include <stddef.h>
+/* Seconds since some moment. */
+double timing_now(void);
 
 struct timing {
     double min, q1, median, q3, max; /* seconds */

@@ -3,6 +3,13 @@
 #include "timing.h"
 
 #include <stdlib.h>
+#include <time.h>
+
+double timing_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
 
 static int compare_times(const void *a, const void *b) {
     double left = *(const double *)a, right = *(const double *)b;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* A copy within a GPU's memory by a kernel: the copy engine, which a memcpy node of a graph may go to, is slower. */
-#ifndef FLASHKDA_COPY_H
-#define FLASHKDA_COPY_H
+#ifndef BENCH_COPY_H
+#define BENCH_COPY_H
 
 #include <cuda_runtime_api.h>
 

@@ -8,7 +8,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { GUARD_BYTES = 256, POISON = 0xff };
+enum {
+    GUARD_BYTES = 256,
+    POISON = 0xff,
+    ALIGNMENT = 64, /* of allocated tensors: a cache line, and the widest vector */
+};
 
 const DLDataType TYPE_FP32 = {kDLFloat, 32, 1};
 const DLDataType TYPE_FP16 = {kDLFloat, 16, 1};
@@ -42,30 +46,36 @@ const char *type_name(DLDataType type) {
     return type.bits == 32 ? "fp32" : "fp16";
 }
 
+size_t type_size(DLDataType type) { return type.bits / 8u; }
+
+bool type_named(const char *name, DLDataType *type) {
+    const DLDataType floats[] = {TYPE_FP32, TYPE_FP16, TYPE_BF16};
+    for (size_t i = 0; i < sizeof floats / sizeof *floats; i++)
+        if (!strcmp(name, type_name(floats[i]))) {
+            *type = floats[i];
+            return true;
+        }
+    return false;
+}
+
 double type_half_ulp(DLDataType type, double x) {
     struct float_format f = float_format(type);
     int exponent = x == 0 ? f.min_exponent : ilogb(x);
     return ldexp(1, (exponent > f.min_exponent ? exponent : f.min_exponent) - f.digits);
 }
 
-static double round_to(DLDataType type, double x) {
-    if (!isfinite(x) || x == 0)
-        return x;
-    double ulp = 2 * type_half_ulp(type, x);
-    return nearbyint(x / ulp) * ulp;
-}
-
 static uint16_t encode_fp16(double x) {
     uint16_t sign = signbit(x) ? 0x8000 : 0;
-    x = fabs(round_to(TYPE_FP16, x));
-    if (isnan(x))
-        return sign | 0x7e00;
-    if (x >= 65536)
-        return sign | 0x7c00;
-    if (x < 0x1p-14)
-        return sign | (uint16_t)(x * 0x1p24);
-    int exponent = ilogb(x);
-    return sign | (uint16_t)((unsigned)(exponent + 15) << 10 | (unsigned)(ldexp(x, 10 - exponent) - 1024));
+    double size = fabs(x);
+    if (isnan(size))
+        return 0x7e00;
+    int exponent = -13; /* below 2^-14 the step no longer shrinks */
+    if (size >= 0x1p-14)
+        frexp(size, &exponent);
+    /* Units of the last place; the sum below carries into the exponent where rounding does. */
+    double units = size >= 65536 ? INFINITY : nearbyint(ldexp(size, 11 - exponent));
+    uint32_t bits = units < INFINITY ? (uint32_t)(exponent + 13) * 1024 + (uint32_t)units : 0x7c00;
+    return sign | (uint16_t)(bits < 0x7c00 ? bits : 0x7c00);
 }
 
 static double decode_fp16(uint16_t bits) {
@@ -78,10 +88,10 @@ static double decode_fp16(uint16_t bits) {
 }
 
 static uint16_t encode_bf16(double x) {
-    float rounded = (float)round_to(TYPE_BF16, x);
+    float single = (float)x;
     uint32_t bits;
-    memcpy(&bits, &rounded, sizeof bits);
-    return (uint16_t)(bits >> 16);
+    memcpy(&bits, &single, sizeof bits);
+    return isnan(x) ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 static double decode_bf16(uint16_t half) {
@@ -91,7 +101,22 @@ static double decode_bf16(uint16_t half) {
     return (double)x;
 }
 
+double type_round(DLDataType type, double value) {
+    if (type.bits == 32)
+        return (double)(float)value;
+    return type.code == kDLBfloat ? decode_bf16(encode_bf16(value)) : decode_fp16(encode_fp16(value));
+}
+
 /* ---- Layout ------------------------------------------------------------------------------------ */
+
+void *must_allocate(int64_t count, size_t size) {
+    void *memory = calloc(count > 0 ? (size_t)count : 1, size);
+    if (!memory) {
+        fprintf(stderr, "out of memory: %lld times %zu bytes for a test\n", (long long)count, size);
+        exit(2);
+    }
+    return memory;
+}
 
 static int64_t at_least_one(int64_t n) { return n > 0 ? n : 1; }
 
@@ -112,10 +137,11 @@ static void choose_strides(struct tensor *t, struct tensor_layout layout) {
     spread(t, exchange, gap, layout.loose_last && gap ? 2 : 1);
     if (layout.spacing == SPACING_REPEAT)
         t->strides[layout.repeat_dim] = 0;
-    t->dl.strides = layout.spacing == SPACING_COMPACT ? NULL : t->strides;
+    t->compact = layout.spacing == SPACING_COMPACT;
+    t->dl.strides = t->compact ? NULL : t->strides;
 }
 
-static size_t item_bytes(const struct tensor *t) { return t->dl.dtype.bits / 8; }
+static size_t item_bytes(const struct tensor *t) { return type_size(t->dl.dtype); }
 
 static void point_into_block(struct tensor *t) {
     t->dl.shape = t->shape;
@@ -132,26 +158,45 @@ void tensor_make(struct tensor *t, DLDataType type, int ndim, const int64_t *sha
         extent += (at_least_one(shape[d]) - 1) * t->strides[d];
     t->dl.byte_offset = layout.spacing == SPACING_COMPACT ? 0 : 3 * item_bytes(t);
     t->block_bytes = 2 * (size_t)GUARD_BYTES + t->dl.byte_offset + (size_t)extent * item_bytes(t);
-    t->block = malloc(t->block_bytes);
-    if (!t->block) {
-        fprintf(stderr, "out of memory: %zu bytes for a test tensor\n", t->block_bytes);
-        exit(2);
-    }
+    t->block = must_allocate(1, t->block_bytes);
     memset(t->block, POISON, t->block_bytes);
     point_into_block(t);
 }
 
 void tensor_clone(struct tensor *copy, const struct tensor *t) {
     *copy = *t;
-    copy->block = malloc(t->block_bytes);
-    if (!copy->block) {
-        fprintf(stderr, "out of memory: %zu bytes for a test tensor\n", t->block_bytes);
-        exit(2);
-    }
+    copy->block = must_allocate(1, t->block_bytes);
     memcpy(copy->block, t->block, t->block_bytes);
     point_into_block(copy);
     if (t->dl.strides)
         copy->dl.strides = copy->strides;
+}
+
+void tensor_wrap(struct tensor *t, DLDataType type, int ndim, const int64_t *shape, void *data) {
+    *t = (struct tensor){.dl = {.data = data, .device = {kDLCPU, 0}, .ndim = ndim, .dtype = type},
+                         .compact = true};
+    memcpy(t->shape, shape, (size_t)ndim * sizeof *shape);
+    spread(t, false, 0, 1);
+    t->dl.shape = t->shape;
+    t->dl.strides = t->strides;
+}
+
+bool tensor_alloc(struct tensor *t, DLDataType type, int ndim, const int64_t *shape) {
+    size_t bytes = type_size(type);
+    for (int i = 0; i < ndim; i++)
+        if (__builtin_mul_overflow(bytes, (size_t)at_least_one(shape[i]), &bytes))
+            return false;
+    if (bytes > PTRDIFF_MAX - ALIGNMENT)
+        return false;
+    size_t size = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    void *memory = aligned_alloc(ALIGNMENT, size);
+    if (!memory)
+        return false;
+    memset(memory, 0, size);
+    tensor_wrap(t, type, ndim, shape, memory);
+    t->block = memory;
+    t->block_bytes = size;
+    return true;
 }
 
 void tensor_free(struct tensor *t) {
@@ -161,6 +206,8 @@ void tensor_free(struct tensor *t) {
 
 /* ---- Elements ---------------------------------------------------------------------------------- */
 
+bool tensor_present(const struct tensor *t) { return t->dl.data != NULL; }
+
 int64_t tensor_count(const struct tensor *t) {
     int64_t count = 1;
     for (int d = 0; d < t->dl.ndim; d++)
@@ -168,9 +215,11 @@ int64_t tensor_count(const struct tensor *t) {
     return count;
 }
 
-int64_t tensor_offset(const struct tensor *t, int64_t i) {
-    int64_t offset = 0;
-    for (int d = t->dl.ndim - 1; d >= 0; d--) {
+size_t tensor_bytes(const struct tensor *t) { return (size_t)tensor_count(t) * item_bytes(t); }
+
+static int64_t offset_of(const struct tensor *t, int64_t i) {
+    int64_t offset = t->compact ? i : 0;
+    for (int d = t->dl.ndim - 1; !t->compact && d >= 0; d--) {
         offset += i % t->shape[d] * t->strides[d];
         i /= t->shape[d];
     }
@@ -178,7 +227,7 @@ int64_t tensor_offset(const struct tensor *t, int64_t i) {
 }
 
 static unsigned char *element(const struct tensor *t, int64_t i) {
-    return (unsigned char *)t->dl.data + t->dl.byte_offset + (size_t)tensor_offset(t, i) * item_bytes(t);
+    return (unsigned char *)t->dl.data + t->dl.byte_offset + (size_t)offset_of(t, i) * item_bytes(t);
 }
 
 double tensor_get(const struct tensor *t, int64_t i) {
@@ -214,22 +263,53 @@ void tensor_fill(struct tensor *t, double value) {
         tensor_set(t, i, value);
 }
 
+size_t tensor_extent(const DLTensor *t) {
+    int64_t elements = 1, compact = 1;
+    for (int d = t->ndim - 1; d >= 0; d--) {
+        if (t->shape[d] == 0)
+            return 0;
+        elements += (t->shape[d] - 1) * (t->strides ? t->strides[d] : compact);
+        compact *= t->shape[d];
+    }
+    return (size_t)elements * type_size(t->dtype);
+}
+
 /* ---- Views ------------------------------------------------------------------------------------- */
 
-void tensor_view_make(struct tensor_view *v, const struct tensor *t) {
-    v->dl = t->dl;
-    memcpy(v->shape, t->shape, sizeof v->shape);
-    memcpy(v->strides, t->strides, sizeof v->strides);
-    v->dl.shape = v->shape;
-    v->dl.strides = v->strides;
+/* Do its elements lie side by side, in order? */
+static bool is_compact(const struct tensor *t) {
+    int64_t stride = 1;
+    for (int d = t->dl.ndim - 1; d >= 0; d--) {
+        if (t->shape[d] != 1 && t->strides[d] != stride)
+            return false;
+        stride *= at_least_one(t->shape[d]);
+    }
+    return true;
 }
 
-void tensor_view_skip(struct tensor_view *v, int dim, int64_t first, int64_t length) {
-    v->dl.byte_offset += (uint64_t)(first * v->strides[dim]) * v->dl.dtype.bits / 8;
-    v->shape[dim] = length;
+void tensor_view(struct tensor *view, const DLTensor *t) {
+    *view = (struct tensor){.dl = *t};
+    memcpy(view->shape, t->shape, (size_t)t->ndim * sizeof *t->shape);
+    if (t->strides)
+        memcpy(view->strides, t->strides, (size_t)t->ndim * sizeof *t->strides);
+    else
+        spread(view, false, 0, 1);
+    view->dl.shape = view->shape;
+    view->dl.strides = view->strides;
+    view->compact = is_compact(view);
 }
 
-/* ---- Untouched bytes --------------------------------------------------------------------------- */
+void tensor_narrow(struct tensor *view, int dim, int64_t first, int64_t length) {
+    view->dl.byte_offset += (uint64_t)(first * view->strides[dim]) * item_bytes(view);
+    view->shape[dim] = length;
+    view->compact = is_compact(view);
+}
+
+/* ---- Bytes ------------------------------------------------------------------------------------- */
+
+bool tensor_same(const struct tensor *a, const struct tensor *b) {
+    return !a->block || memcmp(a->block, b->block, a->block_bytes) == 0;
+}
 
 bool tensor_unchanged(const struct tensor *now, const struct tensor *before, int lead, const bool *written,
                       const bool *also_written) {
