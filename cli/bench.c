@@ -73,12 +73,10 @@ struct bench_options {
 static bool on_cuda(const struct bench_options *options) { return options->backend == 1; }
 
 static error_t check_options(const struct argp_state *state, const struct bench_options *options) {
-    if (options->spec.given && options->quick) {
+    if (options->spec.given && options->quick)
         return argument_error(state, "--quick is a table of its own: it does not go with options of a case");
-    }
-    if (options->decode && (options->spec.given || options->has_out_dtype)) {
+    if (options->decode && (options->spec.given || options->has_out_dtype))
         return argument_error(state, "--decode is a table of its own: it does not go with options of a case");
-    }
     if (on_cuda(options) && (options->level || options->threads)) {
         return argument_error(state, "--level and --threads are the CPU backend's: they do not go with "
                                      "--backend cuda");
@@ -331,15 +329,13 @@ int command_bench(int argc, char **argv) {
     static const struct argp argp = {
         .options = argp_options, .parser = parse_option, .doc = documentation, .children = children};
     struct bench_options options = {0};
-    if (!parse_arguments(&argp, argc, argv, 0, &options)) {
+    if (!parse_arguments(&argp, argc, argv, 0, &options))
         return STATUS_ERROR;
-    }
     struct bench bench = {.options = &options};
     bool good = captured_describe(&options.spec.spec) && bench_all(&bench);
     free(bench.results);
-    if (!good) {
+    if (!good)
         return report_error(argv[0], "%s", failure());
-    }
     if (bench.wrong > 0) {
         report_error(argv[0], "%d of %d results were outside tolerance and not timed", bench.wrong,
                      bench.total);

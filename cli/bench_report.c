@@ -115,14 +115,12 @@ static json_t *result_json(const struct bench_result *result) {
         (json_int_t)result->checked_tokens, "value_heads", (json_int_t)result->checked_heads, "output_error",
         real(result->output_error), "state_error", real(result->state_error), "checkpoint_error",
         result->spec.checkpoint_every ? real(result->checkpoint_error) : json_null(), "passed", result->passed);
-    if (result->decode) {
+    if (result->decode)
         json_object_set_new(object, "decode", json_string(result->decode));
-    }
     if (result->passed) {
         json_object_set_new(object, "seconds", timing_json(&result->timing));
-        if (result->warm.repeats) {
+        if (result->warm.repeats)
             json_object_set_new(object, "warm_seconds", timing_json(&result->warm));
-        }
         json_object_set_new(object, "tokens_per_second", real(bench_tokens_per_second(result)));
         json_object_set_new(object, "gflops", real(bench_gflops(result)));
         json_object_set_new(object, "gb_per_second", real(bench_byte_rate(result) * 1e-9));
@@ -137,9 +135,8 @@ static json_t *machine_json(const struct bench_machine *machine) {
                   host->features, "processors", host->processors, "threads", host->threads);
     bool on_device = machine->device.name[0];
     json_t *device = on_device ? device_json(&machine->device) : json_null();
-    if (machine->copy_rate > 0) {
+    if (machine->copy_rate > 0)
         json_object_set_new(on_device ? device : object, "copy_gb_per_second", real(machine->copy_rate * 1e-9));
-    }
     json_object_set_new(object, "device", device);
     return object;
 }
@@ -149,13 +146,11 @@ char *bench_json(const struct bench_machine *machine, const char *commit, const 
     char date[32] = "";
     time_t now = time(NULL);
     struct tm utc;
-    if (gmtime_r(&now, &utc)) {
+    if (gmtime_r(&now, &utc))
         strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", &utc);
-    }
     json_t *list = json_array();
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < count; i++)
         json_array_append_new(list, result_json(&results[i]));
-    }
     json_t *root = json_pack("{s:s, s:s?, s:s, s:o, s:o}", "version", flash_kda_version(), "commit", commit,
                              "date", date, "machine", machine_json(machine), "results", list);
     char *text = root ? json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(6)) : NULL;

@@ -10,11 +10,9 @@ const char *const beta_names[] = {"given", "sigmoid", "twice_sigmoid", NULL};
 const char *const state_layout_names[] = {"v_first", "k_first", NULL};
 
 int name_index(const char *const *names, const char *name) {
-    for (int i = 0; names[i]; i++) {
-        if (strcmp(names[i], name) == 0) {
+    for (int i = 0; names[i]; i++)
+        if (strcmp(names[i], name) == 0)
             return i;
-        }
-    }
     return -1;
 }
 
@@ -30,9 +28,8 @@ void case_free(struct kda_case *c) {
                                 &c->initial_state,
                                 &c->expected_out,
                                 &c->expected_state};
-    for (size_t i = 0; i < sizeof tensors / sizeof tensors[0]; i++) {
+    for (size_t i = 0; i < sizeof tensors / sizeof tensors[0]; i++)
         tensor_free(tensors[i]);
-    }
     *c = (struct kda_case){0};
 }
 
@@ -82,9 +79,8 @@ int64_t case_checkpoint_rows(const struct kda_case *c) {
 
 /* cu_seqlens where the tokens end earlier. */
 static bool clip_cu_seqlens(struct tensor *clipped, const struct tensor *cu_seqlens, int64_t tokens) {
-    if (!tensor_alloc(clipped, TYPE_INT64, 1, cu_seqlens->shape)) {
+    if (!tensor_alloc(clipped, TYPE_INT64, 1, cu_seqlens->shape))
         return false;
-    }
     for (int64_t n = 0; n < cu_seqlens->shape[0]; n++)
         tensor_set(clipped, n, fmin(tensor_get(cu_seqlens, n), (double)tokens));
     return true;

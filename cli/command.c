@@ -13,11 +13,9 @@
 static void print_line(const char *program, const char *format, va_list values) {
     char text[MESSAGE_SIZE];
     vsnprintf(text, sizeof text, format, values);
-    for (char *c = text; *c; c++) {
-        if ((unsigned char)*c < ' ' || *c == 0x7f) {
+    for (char *c = text; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 0x7f)
             *c = '?';
-        }
-    }
     fprintf(stderr, "%s: %s\n", program, text);
 }
 
@@ -68,9 +66,8 @@ error_t parse_name(const struct argp_state *state, const char *option, const cha
                    const char *const *names, int *index) {
     char list[128] = "";
     for (*index = 0; names[*index]; ++*index) {
-        if (strcmp(names[*index], text) == 0) {
+        if (strcmp(names[*index], text) == 0)
             return 0;
-        }
         size_t used = strlen(list);
         snprintf(list + used, sizeof list - used, "%s%s", used ? ", " : "", names[*index]);
     }

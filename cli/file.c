@@ -19,12 +19,10 @@ static ssize_t read_fully(int descriptor, uint8_t *data, size_t size) {
     size_t done = 0;
     while (done < size) {
         ssize_t n = read(descriptor, data + done, size - done);
-        if (n == 0) {
+        if (n == 0)
             break;
-        }
-        if (n < 0 && errno != EINTR) {
+        if (n < 0 && errno != EINTR)
             return -1;
-        }
         done += n > 0 ? (size_t)n : 0;
     }
     return (ssize_t)done;
@@ -32,17 +30,14 @@ static ssize_t read_fully(int descriptor, uint8_t *data, size_t size) {
 
 static bool read_regular(int descriptor, const char *path, uint8_t **data, size_t *size) {
     struct stat about;
-    if (fstat(descriptor, &about) != 0) {
+    if (fstat(descriptor, &about) != 0)
         return failed("%s: %s", path, strerror(errno));
-    }
-    if (!S_ISREG(about.st_mode)) {
+    if (!S_ISREG(about.st_mode))
         return failed("%s: not a regular file", path);
-    }
     *size = (size_t)about.st_size;
     *data = malloc(*size + 1);
-    if (!*data) {
+    if (!*data)
         return failed("%s: out of memory for its %zu bytes", path, *size);
-    }
     ssize_t got = read_fully(descriptor, *data, *size);
     if (got < 0 || (size_t)got != *size) {
         failed("%s: %s", path, got < 0 ? strerror(errno) : "became shorter while read");
@@ -54,9 +49,8 @@ static bool read_regular(int descriptor, const char *path, uint8_t **data, size_
 
 bool file_read(const char *path, uint8_t **data, size_t *size) {
     int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* no wait for the writer of a pipe */
-    if (descriptor < 0) {
+    if (descriptor < 0)
         return failed("%s: %s", path, strerror(errno));
-    }
     bool good = read_regular(descriptor, path, data, size);
     close(descriptor);
     return good;
@@ -85,9 +79,8 @@ static mode_t default_mode(void) {
 
 bool new_file_open(struct new_file *file, const char *path) {
     *file = (struct new_file){.path = realpath(path, NULL)};
-    if (!file->path) {
+    if (!file->path)
         file->path = strdup(path);
-    }
     struct stat about = {.st_mode = S_IFREG | default_mode()};
     if (file->path && stat(file->path, &about) == 0 && !S_ISREG(about.st_mode)) {
         failed("%s: cannot be replaced: not a regular file", path);
@@ -100,9 +93,8 @@ bool new_file_open(struct new_file *file, const char *path) {
         return give_up(file, path, ENOMEM);
     }
     file->descriptor = mkostemp(file->temporary, O_CLOEXEC);
-    if (file->descriptor < 0) {
+    if (file->descriptor < 0)
         return give_up(file, path, errno);
-    }
     return true;
 }
 
@@ -131,15 +123,12 @@ static void sync_directory(const char *path) {
 }
 
 bool new_file_commit(struct new_file *file) {
-    if (file->failure == 0 && (fchmod(file->descriptor, file->mode) != 0 || fsync(file->descriptor) != 0)) {
+    if (file->failure == 0 && (fchmod(file->descriptor, file->mode) != 0 || fsync(file->descriptor) != 0))
         file->failure = errno;
-    }
-    if (close(file->descriptor) != 0 && file->failure == 0) {
+    if (close(file->descriptor) != 0 && file->failure == 0)
         file->failure = errno;
-    }
-    if (file->failure == 0 && rename(file->temporary, file->path) != 0) {
+    if (file->failure == 0 && rename(file->temporary, file->path) != 0)
         file->failure = errno;
-    }
     if (file->failure != 0) {
         unlink(file->temporary);
         return give_up(file, file->path, file->failure);

@@ -30,9 +30,8 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         state->child_inputs[0] = &options->spec;
         return 0;
     case ARGP_KEY_ARG:
-        if (options->path) {
+        if (options->path)
             return argument_error(state, "unexpected argument '%s': one output file is enough", argument);
-        }
         options->path = argument;
         return 0;
     case ARGP_KEY_END:
@@ -47,13 +46,11 @@ int command_gen(int argc, char **argv) {
     static const struct argp argp = {
         .parser = parse_option, .args_doc = "OUT.safetensors", .doc = documentation, .children = children};
     struct gen_options options = {0};
-    if (!parse_arguments(&argp, argc, argv, 0, &options)) {
+    if (!parse_arguments(&argp, argc, argv, 0, &options))
         return STATUS_ERROR;
-    }
     char name[128];
-    if (!captured_describe(&options.spec.spec)) {
+    if (!captured_describe(&options.spec.spec))
         return report_error(argv[0], "%s", failure());
-    }
     case_spec_name(&options.spec.spec, name, sizeof name);
     progress_show(0, 2, "generating");
     struct kda_case c;
@@ -64,9 +61,8 @@ int command_gen(int argc, char **argv) {
         case_free(&c);
     }
     progress_clear();
-    if (!good) {
+    if (!good)
         return report_error(argv[0], "%s", failure());
-    }
     printf("%s: %s, %s, seed %llu\n", options.path, name, type_name(options.spec.spec.dtype),
            (unsigned long long)options.spec.spec.seed);
     return STATUS_OK;

@@ -47,14 +47,11 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         state->err_stream = NULL; /* getopt's own line is enough */
         return 0;
     case ARGP_KEY_ARG:
-        for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++) {
-            if (strcmp(argument, commands[i].name) == 0) {
+        for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++)
+            if (strcmp(argument, commands[i].name) == 0)
                 invocation->command = &commands[i];
-            }
-        }
-        if (!invocation->command) {
+        if (!invocation->command)
             return argument_error(state, "'%s' is no subcommand: expected run, gen, bench or info", argument);
-        }
         invocation->argv = state->argv + state->next - 1;
         invocation->argc = state->argc - state->next + 1;
         state->next = state->argc; /* the rest is the subcommand's */
@@ -79,18 +76,15 @@ int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN); /* a write that cannot be is an error like any other */
     signal(SIGXFSZ, SIG_IGN);
     argp_program_version_hook = print_version;
-    if (argc > 0) {
+    if (argc > 0)
         argv[0] = program;
-    }
-    if (!parse_arguments(&argp, argc, argv, ARGP_IN_ORDER, &invocation)) {
+    if (!parse_arguments(&argp, argc, argv, ARGP_IN_ORDER, &invocation))
         return STATUS_ERROR;
-    }
     char name[32];
     snprintf(name, sizeof name, "%s %s", program, invocation.command->name);
     invocation.argv[0] = name;
     int status = invocation.command->run(invocation.argc, invocation.argv);
-    if (fflush(stdout) != 0 || ferror(stdout)) {
+    if (fflush(stdout) != 0 || ferror(stdout))
         return report_error(program, "cannot write to standard output: %s", strerror(errno));
-    }
     return status;
 }

@@ -13,9 +13,8 @@ static bool shown;
 void progress_show(int done, int total, const char *what) {
     static const char full[] = "########################", empty[] = "........................";
     _Static_assert(sizeof full == BAR_WIDTH + 1 && sizeof empty == BAR_WIDTH + 1, "one character a column");
-    if (!isatty(STDERR_FILENO)) {
+    if (!isatty(STDERR_FILENO))
         return;
-    }
     int filled = total > 0 ? (int)((long long)BAR_WIDTH * done / total) : 0;
     fprintf(stderr, "\r\033[K[%.*s%.*s] %d/%d %.40s", filled, full, BAR_WIDTH - filled, empty, done, total,
             what);

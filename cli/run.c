@@ -49,9 +49,8 @@ struct run_options {
 
 static error_t parse_backend(const struct argp_state *state, const char *text, int *backend) {
     const char *names[5] = {NULL};
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 4; i++)
         names[i] = flash_kda_backend_name((flash_kda_backend)i);
-    }
     return parse_name(state, "backend", text, names, backend);
 }
 
@@ -80,9 +79,8 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         options->json = true;
         return 0;
     case ARGP_KEY_ARG:
-        if (options->path) {
+        if (options->path)
             return argument_error(state, "unexpected argument '%s': one input file at a time", argument);
-        }
         options->path = argument;
         return 0;
     case ARGP_KEY_END:
@@ -95,27 +93,24 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
 /* The first run warms up. */
 static bool time_call(struct trial *trial, int repeats, int steps, struct timing *timing) {
     double *seconds = calloc((size_t)repeats, sizeof *seconds), first = 0;
-    if (!seconds) {
+    if (!seconds)
         return failed("out of memory for %d times", repeats);
-    }
     progress_show(0, steps, "first run");
     bool good = trial_run(trial, &first);
     for (int i = 0; good && i < repeats; i++) {
         progress_show(1 + i, steps, "timing");
         good = trial_run(trial, &seconds[i]);
     }
-    if (good) {
+    if (good)
         *timing = timing_of(seconds, repeats);
-    }
     free(seconds);
     return good;
 }
 
 static void add_check(struct run_report *report, const char *what, const char *against,
                       const struct tensor *value, const struct tensor *reference, double tolerance) {
-    if (!tensor_present(reference)) {
+    if (!tensor_present(reference))
         return;
-    }
     struct run_check *check = &report->checks[report->check_count++];
     *check = (struct run_check){what, against, compare(value, reference, tolerance)};
     report->passed = report->passed && check->comparison.passed;
@@ -138,9 +133,8 @@ static bool check_against_prefill(struct run_report *report, const struct trial 
     const flash_kda_prefill_args *a = &trial->call.args.prefill;
     struct trial prefill;
     double seconds = 0;
-    if (!trial_prefill(&prefill, c, report->out_dtype, a->backend, a->num_threads)) {
+    if (!trial_prefill(&prefill, c, report->out_dtype, a->backend, a->num_threads))
         return false;
-    }
     bool good = trial_run(&prefill, &seconds);
     if (good) {
         struct tolerance decoded = trial_tolerance(trial, oracle);
@@ -156,9 +150,8 @@ static bool check_call(struct run_report *report, const struct trial *trial) {
     const struct kda_case *c = report->problem;
     struct trial oracle;
     double seconds = 0;
-    if (!trial_prefill(&oracle, c, TYPE_FP32, FLASH_KDA_BACKEND_REFERENCE, 1)) {
+    if (!trial_prefill(&oracle, c, TYPE_FP32, FLASH_KDA_BACKEND_REFERENCE, 1))
         return false;
-    }
     bool good = trial_run(&oracle, &seconds);
     if (good) {
         const struct tensor *out = &oracle.out, *state = &oracle.state;
@@ -183,16 +176,14 @@ static bool run_call(struct run_report *report, struct trial *trial, const struc
     int steps = 1 + (int)options->repeats + (options->check ? 1 : 0);
     if (!trial_describe(trial, report->ran_on, sizeof report->ran_on))
         return false;
-    if (!time_call(trial, (int)options->repeats, steps, &report->timing)) {
+    if (!time_call(trial, (int)options->repeats, steps, &report->timing))
         return false;
-    }
     report->tokens_per_second = (double)(c->batch * c->tokens) / report->timing.median;
     report->non_finite = count_non_finite(&trial->out) + count_non_finite(&trial->state);
     if (options->check) {
         progress_show(steps - 1, steps, "oracle");
-        if (!check_call(report, trial)) {
+        if (!check_call(report, trial))
             return false;
-        }
     }
     return !options->out_path || case_file_write_result(options->out_path, c, trial);
 }
@@ -202,20 +193,18 @@ static int print_report(const char *program, const struct run_report *report, bo
         report_error(program, "%s: %lld values of the result are not finite", report->path,
                      (long long)report->non_finite);
     }
-    if (!json) {
+    if (!json)
         run_report_text(report);
-    } else if (!run_report_json(report)) {
+    else if (!run_report_json(report))
         return report_error(program, "out of memory for the report");
-    }
     return report->check_count > 0 && !report->passed ? STATUS_WRONG_RESULT : STATUS_OK;
 }
 
 static int run_case(const char *program, const struct kda_case *c, const struct run_options *options) {
     struct trial trial;
     if (!trial_prefill(&trial, c, c->v.dl.dtype, (flash_kda_backend)options->backend,
-                       (int32_t)options->threads)) {
+                       (int32_t)options->threads))
         return report_error(program, "%s: %s", options->path, failure());
-    }
     trial.by_token = options->decode;
     struct run_report report = {
         .path = options->path, .out_path = options->out_path, .problem = c, .out_dtype = c->v.dl.dtype};
@@ -240,13 +229,11 @@ int command_run(int argc, char **argv) {
     static const struct argp argp = {
         .options = argp_options, .parser = parse_option, .args_doc = "IN.safetensors", .doc = documentation};
     struct run_options options = {.repeats = DEFAULT_REPEATS};
-    if (!parse_arguments(&argp, argc, argv, 0, &options)) {
+    if (!parse_arguments(&argp, argc, argv, 0, &options))
         return STATUS_ERROR;
-    }
     struct kda_case c;
-    if (!case_file_read(options.path, &c)) {
+    if (!case_file_read(options.path, &c))
         return report_error(argv[0], "%s", failure());
-    }
     int status = run_case(argv[0], &c, &options);
     case_free(&c);
     return status;

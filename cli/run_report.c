@@ -13,42 +13,36 @@ enum { MAX_HEADS_LISTED = 8 };
 
 static void print_shape(const struct kda_case *c, DLDataType out_dtype) {
     printf("shape     ");
-    if (c->batch != 1) {
+    if (c->batch != 1)
         printf(" B %lld,", (long long)c->batch);
-    }
     printf(" T %lld, H %lld,", (long long)c->tokens, (long long)c->heads);
-    if (c->value_heads != c->heads) {
+    if (c->value_heads != c->heads)
         printf(" HV %lld,", (long long)c->value_heads);
-    }
     printf(" K %lld, V %lld", (long long)c->key_dim, (long long)c->value_dim);
-    if (tensor_present(&c->cu_seqlens)) {
+    if (tensor_present(&c->cu_seqlens))
         printf(", %lld packed sequences", (long long)c->sequences);
-    }
     printf("; %s in, %s out%s\n", type_name(c->q.dl.dtype), type_name(out_dtype),
            tensor_present(&c->initial_state) ? ", from an initial state" : "");
 }
 
 static void print_flags(const struct kda_case *c) {
     printf("problem    gate %s", gate_names[c->gate]);
-    if (c->gate == FLASH_KDA_GATE_SIGMOID) {
+    if (c->gate == FLASH_KDA_GATE_SIGMOID)
         printf(" (lower bound %g)", c->lower_bound);
-    }
     printf(", beta %s, q/k %s, scale ", beta_names[c->beta_mode],
            c->flags & FLASH_KDA_QK_NORM ? "normalised" : "as given");
-    if (c->scale == 0) {
+    if (c->scale == 0)
         printf("1/sqrt(K), state %s\n", state_layout_names[c->state_layout]);
-    } else {
+    else
         printf("%g, state %s\n", c->scale, state_layout_names[c->state_layout]);
-    }
 }
 
 static void format_half_life(double log_decay, char *text, size_t size) {
     double tokens = half_life(log_decay);
-    if (isinf(tokens)) {
+    if (isinf(tokens))
         snprintf(text, size, "never");
-    } else {
+    else
         snprintf(text, size, tokens >= 100 && tokens < 1e6 ? "%.0f" : "%.3g", tokens);
-    }
 }
 
 static void print_decay(const char *label, double mean, double slowest) {
@@ -67,12 +61,10 @@ static int compare_reals(const void *a, const void *b) {
 static double ranked(const struct run_report *report, bool slowest, int64_t i) {
     size_t heads = (size_t)report->problem->value_heads;
     double *sorted = malloc(heads * sizeof *sorted);
-    if (!sorted) {
+    if (!sorted)
         return NAN;
-    }
-    for (size_t h = 0; h < heads; h++) {
+    for (size_t h = 0; h < heads; h++)
         sorted[h] = slowest ? report->heads[h].slowest : report->heads[h].mean;
-    }
     qsort(sorted, heads, sizeof *sorted, compare_reals);
     double value = sorted[i];
     free(sorted);
@@ -81,13 +73,11 @@ static double ranked(const struct run_report *report, bool slowest, int64_t i) {
 
 static void print_decays(const struct run_report *report) {
     int64_t heads = report->problem->value_heads;
-    if (report->gate_tokens == 0 || heads == 0) {
+    if (report->gate_tokens == 0 || heads == 0)
         return;
-    }
     printf("forgetting (log decay a token, half-life in tokens");
-    if (report->gate_tokens < report->problem->batch * report->problem->tokens) {
+    if (report->gate_tokens < report->problem->batch * report->problem->tokens)
         printf("; %lld tokens sampled", (long long)report->gate_tokens);
-    }
     printf(")\n  %-8s %23s %33s\n", "", "all channels", "each token's slowest channel");
     if (heads > MAX_HEADS_LISTED) {
         print_decay("fastest", ranked(report, false, 0), ranked(report, true, 0));
@@ -103,9 +93,8 @@ static void print_decays(const struct run_report *report) {
 }
 
 static void print_checks(const struct run_report *report) {
-    if (report->check_count == 0) {
+    if (report->check_count == 0)
         return;
-    }
     printf("check      error ratio, RMS(x - reference) / RMS(reference)\n");
     for (int i = 0; i < report->check_count; i++) {
         const struct run_check *check = &report->checks[i];
@@ -124,9 +113,8 @@ void run_report_text(const struct run_report *report) {
     print_decays(report);
     printf("time       best %.3f ms, median %.3f ms of %d; %.4g tokens/s\n", report->timing.min * 1e3,
            report->timing.median * 1e3, report->timing.repeats, report->tokens_per_second);
-    if (report->out_path) {
+    if (report->out_path)
         printf("written    %s\n", report->out_path);
-    }
     print_checks(report);
 }
 
@@ -182,9 +170,8 @@ bool run_report_json(const struct run_report *report) {
                   timing->repeats, "tokens_per_second", real(report->tokens_per_second), "non_finite",
                   (json_int_t)report->non_finite, "checks", checks_json(report), "passed",
                   report->check_count ? json_boolean(report->passed) : json_null());
-    if (!root) {
+    if (!root)
         return false;
-    }
     json_dumpf(root, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(6));
     printf("\n");
     json_decref(root);

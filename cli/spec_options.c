@@ -158,9 +158,8 @@ static error_t check_spec(const struct argp_state *state, const struct spec_opti
         return argument_error(state,
                               "--regime captured has no inputs of its own: name their file, --captured FILE");
     }
-    if (spec->lengths && spec->batch != 1) {
+    if (spec->lengths && spec->batch != 1)
         return argument_error(state, "--lengths does not go with --batch: packed sequences are one batch");
-    }
     if (spec->value_heads % spec->heads != 0) {
         return argument_error(state, "--value-heads is %lld, expected a multiple of the %lld heads",
                               (long long)spec->value_heads, (long long)spec->heads);
@@ -174,13 +173,11 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         input->spec = default_spec;
         return 0;
     }
-    if (key == ARGP_KEY_END) {
+    if (key == ARGP_KEY_END)
         return check_spec(state, input);
-    }
     error_t error = parse_shape(key, argument, state, &input->spec);
-    if (error == ARGP_ERR_UNKNOWN) {
+    if (error == ARGP_ERR_UNKNOWN)
         error = parse_kind(key, argument, state, &input->spec);
-    }
     input->given = input->given || error != ARGP_ERR_UNKNOWN;
     input->said_by_file = input->said_by_file || said_by_file(key);
     return error;

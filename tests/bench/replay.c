@@ -57,10 +57,9 @@ static bool measure(struct replay *replay, int replays, double *seconds) {
     float milliseconds = 0;
     if (!cuda_good(cudaEventRecord(replay->begin, replay->stream), "recording an event"))
         return false;
-    for (int i = 0; i < replays; i++) {
+    for (int i = 0; i < replays; i++)
         if (!cuda_good(cudaGraphLaunch(replay->executable, replay->stream), "launching a graph"))
             return false;
-    }
     if (!cuda_good(cudaEventRecord(replay->end, replay->stream), "recording an event") ||
         !cuda_good(cudaEventSynchronize(replay->end), "running a graph") ||
         !cuda_good(cudaEventElapsedTime(&milliseconds, replay->begin, replay->end), "reading a time"))
