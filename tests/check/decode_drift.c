@@ -45,18 +45,14 @@ static const char *decode_all(const struct prefill_problem *p, struct prefill_re
     return call_finish(&c, ran);
 }
 
-static void run_level(struct check *check, const struct prefill_problem *p, const struct prefill_results *exact,
+static void run_calls(struct check *check, const struct prefill_problem *p, const struct prefill_results *exact,
                       int64_t count, const char *level) {
     struct prefill_results r;
-    struct prefill_output last = p->out;
     char name[200], text[100];
     prefill_results_make(&r, p);
-    level_select(level);
     snprintf(name, sizeof name, "%s, %lld a call", p->c.name, (long long)count);
     const char *wrong = decode_all(p, &r, count, level_backend(level));
-    for (int64_t t = 0; t < p->T - LAST; t++)
-        last.written[t] = false;
-    double out = prefill_error(&r.out, &exact->out, &last, true);
+    double out = prefill_error(&r.out, &exact->out, &p->out, true);
     double state = prefill_error(&r.final, &exact->final, &p->final, false);
     snprintf(text, sizeof text, "out of the last %d tokens %.1e, state %.1e, at most %.1e", LAST, out, state,
              TOLERANCE_FP32);
@@ -65,9 +61,16 @@ static void run_level(struct check *check, const struct prefill_problem *p, cons
     prefill_results_free(&r);
 }
 
+static void run_level(struct check *check, struct prefill_problem *p, const struct prefill_results *exact,
+                      const char *level, const void *context) {
+    (void)context;
+    for (int64_t t = 0; t < p->T - LAST; t++)
+        p->out.written[t] = false;
+    run_calls(check, p, exact, 1, level);
+    run_calls(check, p, exact, FLASH_KDA_MAX_DECODE_TOKENS, level);
+}
+
 static void drift(struct check *check, flash_kda_gate gate, double parameter, flash_kda_state_layout layout) {
-    struct prefill_problem p;
-    struct prefill_results exact;
     struct prefill_case c = prefill_case_plain();
     prefill_case_set_gate(&c, gate);
     c.H = 1;
@@ -87,20 +90,7 @@ static void drift(struct check *check, flash_kda_gate gate, double parameter, fl
     c.parameter = parameter;
     snprintf(c.name, sizeof c.name, "%lld tokens with gate %s, g = %g, %s", (long long)c.lengths[0],
              prefill_gate_names[gate], parameter, layout == FLASH_KDA_STATE_V_FIRST ? "V first" : "K first");
-    if (!check_wanted(check, c.name))
-        return;
-    struct random r = random_named(check->seed, c.name);
-    prefill_problem_make(&p, &c, &r);
-    prefill_results_make_exact(&exact, &p);
-    const char *wrong = prefill_run(&p, &exact, FLASH_KDA_BACKEND_REFERENCE, 0);
-    for (int i = 0; i < check->level_count && !wrong; i++) {
-        run_level(check, &p, &exact, 1, check->levels[i]);
-        run_level(check, &p, &exact, FLASH_KDA_MAX_DECODE_TOKENS, check->levels[i]);
-    }
-    if (wrong)
-        check_report(check, false, "reference", c.name, wrong);
-    prefill_results_free(&exact);
-    prefill_problem_free(&p);
+    prefill_examine(check, &c, run_level, NULL);
 }
 
 void decode_drift(struct check *check) {

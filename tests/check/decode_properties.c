@@ -137,17 +137,22 @@ static double allowed(const struct chain *c) {
     return TOLERANCE_FP32 + rounding * sqrt((double)c->calls);
 }
 
-static void run_chain(struct check *check, const struct prefill_problem *p, const struct prefill_results *exact,
-                      DLDataType type, enum way way, const char *level) {
+struct chain_kind {
+    DLDataType type;
+    enum way way;
+};
+
+static void run_chain(struct check *check, struct prefill_problem *p, const struct prefill_results *exact,
+                      const char *level, const void *context) {
+    const struct chain_kind *kind = context;
     struct chain c = {.p = p, .backend = level_backend(level)};
     struct random r = random_named(check->seed, p->c.name);
     struct tensor states;
     char text[200];
     const char *wrong = NULL;
-    level_select(level);
-    chain_make(&c, p, type, way == VERIFIED ? DRAFTS : 0, &r);
+    chain_make(&c, p, kind->type, kind->way == VERIFIED ? DRAFTS : 0, &r);
     for (int64_t at = 0; at < p->T && !wrong;)
-        at += advance(&c, way, at, &r, &wrong);
+        at += advance(&c, kind->way, at, &r, &wrong);
     gather_states(&c, &states);
     double out = prefill_error(&c.out, &exact->out, &p->out, true);
     double state = prefill_error(&states, &exact->final, &p->final, true);
@@ -161,23 +166,11 @@ static void run_chain(struct check *check, const struct prefill_problem *p, cons
 }
 
 static void compare_chain(struct check *check, struct prefill_case *c, DLDataType type, int way) {
-    struct prefill_problem p;
-    struct prefill_results exact;
+    const struct chain_kind kind = {type, ways[way].way};
     snprintf(c->name, sizeof c->name, "%s is prefill, gate %s, %s state, %s", ways[way].name,
              prefill_gate_names[c->gate], type_name(type),
              c->layout == FLASH_KDA_STATE_V_FIRST ? "V first" : "K first");
-    if (!check_wanted(check, c->name))
-        return;
-    struct random r = random_named(check->seed, c->name);
-    prefill_problem_make(&p, c, &r);
-    prefill_results_make_exact(&exact, &p);
-    const char *wrong = prefill_run(&p, &exact, FLASH_KDA_BACKEND_REFERENCE, 0);
-    for (int i = 0; i < check->level_count && !wrong; i++)
-        run_chain(check, &p, &exact, type, ways[way].way, check->levels[i]);
-    if (wrong)
-        check_report(check, false, "reference", c->name, wrong);
-    prefill_results_free(&exact);
-    prefill_problem_free(&p);
+    prefill_examine(check, c, run_chain, &kind);
 }
 
 /* What is carried wrongly must show in the end. But a decay nearer to 1 than bf16 states are exact is rounded away by every call,

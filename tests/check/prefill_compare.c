@@ -210,3 +210,23 @@ void prefill_compare(struct check *check, const struct prefill_case *c) {
     prefill_results_free(&expected);
     prefill_problem_free(&p);
 }
+
+void prefill_examine(struct check *check, const struct prefill_case *c, prefill_property *property,
+                     const void *context) {
+    if (!check_wanted(check, c->name))
+        return;
+    struct random r = random_named(check->seed, c->name);
+    struct prefill_problem p;
+    struct prefill_results exact;
+    prefill_problem_make(&p, c, &r);
+    prefill_results_make_exact(&exact, &p);
+    const char *wrong = prefill_run(&p, &exact, FLASH_KDA_BACKEND_REFERENCE, FILL_NAN);
+    if (wrong)
+        check_report(check, false, "reference", c->name, wrong);
+    for (int i = 0; i < check->level_count && !wrong; i++) {
+        level_select(check->levels[i]);
+        property(check, &p, &exact, check->levels[i], context);
+    }
+    prefill_results_free(&exact);
+    prefill_problem_free(&p);
+}

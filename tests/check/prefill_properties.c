@@ -190,14 +190,15 @@ static double carried_error(const struct prefill_problem *p, const struct prefil
     return error;
 }
 
-static void carried_level(struct check *check, const struct prefill_problem *p,
-                          const struct prefill_results *expected, const char *level) {
+static void carried_level(struct check *check, struct prefill_problem *p,
+                          const struct prefill_results *expected, const char *level, const void *context) {
+    (void)context;
+    p->args.backend = level_backend(level);
     static const int64_t cuts[] = {1, 16, 31, 100, 256};
     const char *wrong = NULL;
     bool bf16_products = p->args.backend == FLASH_KDA_BACKEND_CUDA;
     double worst = 0, at_most = bf16_products ? TOLERANCE_BF16_MARGIN * BF16_ANY.out : p->c.fp32_tolerance;
     char text[100];
-    level_select(level);
     for (size_t i = 0; i < sizeof cuts / sizeof *cuts && !wrong; i++)
         worst = fmax(worst, carried_error(p, expected, cuts[i], &wrong));
     snprintf(text, sizeof text, "out and state %.1e", worst);
@@ -213,22 +214,7 @@ static void carried_state(struct check *check) {
         c.fill = fill_remembering;
         c.layout = gate == 1 ? FLASH_KDA_STATE_K_FIRST : FLASH_KDA_STATE_V_FIRST;
         snprintf(c.name, sizeof c.name, "a sequence in two calls, gate %d", gate);
-        if (!check_wanted(check, c.name))
-            continue;
-        struct random r = random_named(check->seed, c.name);
-        struct prefill_problem p;
-        struct prefill_results expected;
-        prefill_problem_make(&p, &c, &r);
-        prefill_results_make_exact(&expected, &p);
-        const char *wrong = prefill_run(&p, &expected, FLASH_KDA_BACKEND_REFERENCE, FILL_NAN);
-        for (int i = 0; i < check->level_count && !wrong; i++) {
-            p.args.backend = level_backend(check->levels[i]);
-            carried_level(check, &p, &expected, check->levels[i]);
-        }
-        if (wrong)
-            check_report(check, false, "reference", c.name, wrong);
-        prefill_results_free(&expected);
-        prefill_problem_free(&p);
+        prefill_examine(check, &c, carried_level, NULL);
     }
 }
 
