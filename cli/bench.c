@@ -16,6 +16,7 @@
 enum {
     DEFAULT_REPEATS = 9,
     QUICK_REPEATS = 5,
+    BENCH_MAX_LEVELS = 15,
     MAX_VARIANTS = 4, /* output dtypes times numbers of threads of a row */
 };
 
@@ -77,6 +78,10 @@ static error_t check_options(const struct argp_state *state, const struct bench_
         return argument_error(state, "--quick is a table of its own: it does not go with options of a case");
     if (options->decode && (options->spec.given || options->has_out_dtype))
         return argument_error(state, "--decode is a table of its own: it does not go with options of a case");
+    if (options->commit && !options->json && !options->path)
+        return argument_error(state, "--commit is kept in the JSON: it goes with --output or --json");
+    if (options->path && is_stream(options->path))
+        return argument_error(state, "--output - would mix JSON with the table: expected --json");
     if (on_cuda(options) && (options->level || options->threads)) {
         return argument_error(state, "--level and --threads are the CPU backend's: they do not go with "
                                      "--backend cuda");
@@ -84,18 +89,26 @@ static error_t check_options(const struct argp_state *state, const struct bench_
     return 0;
 }
 
+/* One that this machine can run, or all. */
+static error_t parse_level(const struct argp_state *state, const char *text) {
+    const char *names[BENCH_MAX_LEVELS + 2] = {"all"};
+    int index = 0;
+    for (const char *const *level = flash_kda_cpu_levels(); *level && index < BENCH_MAX_LEVELS; level++)
+        names[++index] = *level;
+    return parse_name(state, "level", text, names, &index);
+}
+
 static error_t parse_option(int key, char *argument, struct argp_state *state) {
     struct bench_options *options = state->input;
     switch (key) {
     case ARGP_KEY_INIT:
-        state->err_stream = NULL; /* getopt's own line is enough */
         state->child_inputs[0] = &options->spec;
         return 0;
     case 'b':
         return parse_name(state, "backend", argument, backend_names, &options->backend);
     case OPTION_LEVEL:
         options->level = argument;
-        return 0;
+        return parse_level(state, argument);
     case 't':
         return parse_integer(state, "threads", argument, 1, MAX_THREADS, &options->threads);
     case 'r':
@@ -134,7 +147,7 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
 struct bench {
     const struct bench_options *options;
     struct bench_machine machine;
-    const char *levels[16]; /* to run; NULL: the library's choice */
+    const char *levels[BENCH_MAX_LEVELS]; /* to run; NULL: the library's choice */
     int level_count, done, total, wrong;
     struct bench_result *results; /* [total], done of them filled */
 };
@@ -275,15 +288,7 @@ static bool choose_levels(struct bench *bench) {
     return on_cuda(bench->options) || bench->levels[0] || failed("%s", flash_kda_last_error());
 }
 
-static bool write_text(const char *path, const char *text) {
-    struct new_file file;
-    if (!new_file_open(&file, path))
-        return false;
-    new_file_write(&file, text, strlen(text));
-    return new_file_commit(&file);
-}
-
-static bool print_results(const struct bench *bench) {
+static bool print_results(const struct bench *bench, struct new_file *file) {
     const struct bench_options *options = bench->options;
     if (!options->json && !options->path)
         return true;
@@ -292,9 +297,10 @@ static bool print_results(const struct bench *bench) {
         return failed("out of memory for the results");
     if (options->json)
         printf("%s\n", text);
-    bool good = !options->path || write_text(options->path, text);
+    if (options->path)
+        new_file_write(file, text, strlen(text));
     free(text);
-    return good;
+    return true;
 }
 
 static bool describe_machine(struct bench *bench) {
@@ -308,7 +314,7 @@ static bool describe_machine(struct bench *bench) {
     return true;
 }
 
-static bool bench_all(struct bench *bench) {
+static bool bench_all(struct bench *bench, struct new_file *file) {
     const struct bench_options *options = bench->options;
     static const struct bench_row plain = {.way = DECODE_IN_PLACE};
     if (!describe_machine(bench) || !choose_levels(bench))
@@ -321,7 +327,7 @@ static bool bench_all(struct bench *bench) {
         bench_print_head(&bench->machine, options->decode);
     bool good = options->spec.given ? bench_spec(bench, &options->spec.spec, &plain) : bench_rows(bench);
     progress_clear();
-    return good && print_results(bench);
+    return good && print_results(bench, file);
 }
 
 int command_bench(int argc, char **argv) {
@@ -332,7 +338,14 @@ int command_bench(int argc, char **argv) {
     if (!parse_arguments(&argp, argc, argv, 0, &options))
         return STATUS_ERROR;
     struct bench bench = {.options = &options};
-    bool good = captured_describe(&options.spec.spec) && bench_all(&bench);
+    struct new_file file;
+    if (options.path && !new_file_open(&file, options.path)) /* before what takes long */
+        return report_error(argv[0], "%s", failure());
+    bool good = captured_describe(&options.spec.spec) && bench_all(&bench, &file);
+    if (options.path && good)
+        good = new_file_commit(&file);
+    else if (options.path)
+        new_file_cancel(&file);
     free(bench.results);
     if (!good)
         return report_error(argv[0], "%s", failure());

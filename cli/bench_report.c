@@ -3,6 +3,7 @@
 #include "bench.h"
 
 #include "device_json.h"
+#include "failure.h"
 
 #include <flash_kda.h>
 #include <jansson.h>
@@ -143,7 +144,8 @@ static json_t *machine_json(const struct bench_machine *machine) {
 
 char *bench_json(const struct bench_machine *machine, const char *commit, const struct bench_result *results,
                  int count) {
-    char date[32] = "";
+    char date[32] = "", build[SENTENCE_SIZE];
+    printable(build, sizeof build, commit ? commit : "");
     time_t now = time(NULL);
     struct tm utc;
     if (gmtime_r(&now, &utc))
@@ -151,8 +153,9 @@ char *bench_json(const struct bench_machine *machine, const char *commit, const 
     json_t *list = json_array();
     for (int i = 0; i < count; i++)
         json_array_append_new(list, result_json(&results[i]));
-    json_t *root = json_pack("{s:s, s:s?, s:s, s:o, s:o}", "version", flash_kda_version(), "commit", commit,
-                             "date", date, "machine", machine_json(machine), "results", list);
+    json_t *root =
+        json_pack("{s:s, s:s?, s:s, s:o, s:o}", "version", flash_kda_version(), "commit", commit ? build : NULL,
+                  "date", date, "machine", machine_json(machine), "results", list);
     char *text = root ? json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(6)) : NULL;
     json_decref(root);
     return text;

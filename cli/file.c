@@ -47,7 +47,35 @@ static bool read_regular(int descriptor, const char *path, uint8_t **data, size_
     return true;
 }
 
+bool is_stream(const char *path) { return strcmp(path, "-") == 0; }
+
+bool same_file(const char *a, const char *b) {
+    struct stat left, right;
+    return stat(a, &left) == 0 && stat(b, &right) == 0 && left.st_dev == right.st_dev &&
+           left.st_ino == right.st_ino;
+}
+
+static bool read_stream(int descriptor, uint8_t **data, size_t *size) {
+    size_t room = (size_t)1 << 16;
+    *data = NULL;
+    *size = 0;
+    for (ssize_t got = 1; got > 0; *size += got > 0 ? (size_t)got : 0) {
+        room = *size == room ? 2 * room : room;
+        uint8_t *more = realloc(*data, room);
+        got = more ? read_fully(descriptor, more + *size, room - *size) : -1;
+        if (got < 0) {
+            failed("standard input: %s", more ? strerror(errno) : "out of memory");
+            free(more ? more : *data);
+            return false;
+        }
+        *data = more;
+    }
+    return true;
+}
+
 bool file_read(const char *path, uint8_t **data, size_t *size) {
+    if (is_stream(path))
+        return read_stream(STDIN_FILENO, data, size);
     int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* no wait for the writer of a pipe */
     if (descriptor < 0)
         return failed("%s: %s", path, strerror(errno));
@@ -58,7 +86,17 @@ bool file_read(const char *path, uint8_t **data, size_t *size) {
 
 /* ---- Writing ----------------------------------------------------------------------------------- */
 
+/* The temporary file of the one file that is on its way. */
+static const char *volatile pending;
+
+void new_file_abandon(void) {
+    const char *path = pending;
+    if (path)
+        unlink(path);
+}
+
 static void new_file_free(struct new_file *file) {
+    pending = NULL;
     free(file->path);
     free(file->temporary);
 }
@@ -78,7 +116,12 @@ static mode_t default_mode(void) {
 }
 
 bool new_file_open(struct new_file *file, const char *path) {
-    *file = (struct new_file){.path = realpath(path, NULL)};
+    *file = (struct new_file){.descriptor = STDOUT_FILENO};
+    if (is_stream(path)) {
+        file->path = strdup(path);
+        return file->path || give_up(file, path, ENOMEM);
+    }
+    file->path = realpath(path, NULL);
     if (!file->path)
         file->path = strdup(path);
     struct stat about = {.st_mode = S_IFREG | default_mode()};
@@ -95,7 +138,16 @@ bool new_file_open(struct new_file *file, const char *path) {
     file->descriptor = mkostemp(file->temporary, O_CLOEXEC);
     if (file->descriptor < 0)
         return give_up(file, path, errno);
+    pending = file->temporary;
     return true;
+}
+
+void new_file_cancel(struct new_file *file) {
+    if (file->temporary) {
+        close(file->descriptor);
+        unlink(file->temporary);
+    }
+    new_file_free(file);
 }
 
 void new_file_write(struct new_file *file, const void *data, size_t size) {
@@ -122,7 +174,17 @@ static void sync_directory(const char *path) {
     free(copy);
 }
 
+/* What goes to standard output stays there. */
+static bool end_stream(struct new_file *file) {
+    if (file->failure)
+        return give_up(file, "standard output", file->failure);
+    new_file_free(file);
+    return true;
+}
+
 bool new_file_commit(struct new_file *file) {
+    if (!file->temporary)
+        return end_stream(file);
     if (file->failure == 0 && (fchmod(file->descriptor, file->mode) != 0 || fsync(file->descriptor) != 0))
         file->failure = errno;
     if (close(file->descriptor) != 0 && file->failure == 0)

@@ -3,13 +3,14 @@
 #include "captured.h"
 #include "case_file.h"
 #include "failure.h"
+#include "file.h"
 #include "progress.h"
 #include "spec_options.h"
 
 #include <stdio.h>
 
 static const char documentation[] =
-    "Makes a safetensors file of random inputs for `flashkda run`.\v"
+    "Makes a safetensors file of random inputs for `flashkda run`; - is standard output.\v"
     "Examples:\n"
     "  flashkda gen a.safetensors\n"
     "  flashkda gen b.safetensors --gate sigmoid --lower-bound -3 --seed 7\n"
@@ -26,7 +27,6 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
     struct gen_options *options = state->input;
     switch (key) {
     case ARGP_KEY_INIT:
-        state->err_stream = NULL; /* getopt's own line is enough */
         state->child_inputs[0] = &options->spec;
         return 0;
     case ARGP_KEY_ARG:
@@ -63,7 +63,9 @@ int command_gen(int argc, char **argv) {
     progress_clear();
     if (!good)
         return report_error(argv[0], "%s", failure());
-    printf("%s: %s, %s, seed %llu\n", options.path, name, type_name(options.spec.spec.dtype),
-           (unsigned long long)options.spec.spec.seed);
+    char path[SENTENCE_SIZE];
+    printable(path, sizeof path, options.path);
+    fprintf(is_stream(options.path) ? stderr : stdout, "%s: %s, %s, seed %llu\n", path, name,
+            type_name(options.spec.spec.dtype), (unsigned long long)options.spec.spec.seed);
     return STATUS_OK;
 }

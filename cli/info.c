@@ -24,9 +24,6 @@ static const struct argp_option argp_options[] = {{"json", 'j', NULL, 0, "Print 
 static error_t parse_option(int key, char *argument, struct argp_state *state) {
     bool *json = state->input;
     switch (key) {
-    case ARGP_KEY_INIT:
-        state->err_stream = NULL; /* getopt's own line is enough */
-        return 0;
     case 'j':
         *json = true;
         return 0;
@@ -59,7 +56,7 @@ static bool describe_prefill(int device, char *text, size_t size) {
 
 /* Lines of the devices that CUDA has, or why it has none. */
 static void print_devices(void) {
-    char text[MESSAGE_SIZE];
+    char text[256];
     struct device device;
     printf("devices    cpu\n");
     for (int i = 0; device_describe(&device, i); i++) {
@@ -77,7 +74,7 @@ static void print_devices(void) {
 
 /* Appends to names "cuda:0" and so on. */
 static json_t *cuda_devices_json(json_t *names) {
-    char text[MESSAGE_SIZE];
+    char text[256];
     struct device device;
     json_t *devices = json_array();
     for (int i = 0; device_describe(&device, i); i++) {

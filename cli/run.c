@@ -4,6 +4,7 @@
 
 #include "case_file.h"
 #include "command.h"
+#include "file.h"
 #include "progress.h"
 
 #include <stdio.h>
@@ -12,9 +13,9 @@
 enum { DEFAULT_REPEATS = 3, MAX_REPEATS = 100000 };
 
 static const char documentation[] =
-    "Runs KDA prefill on the inputs of a safetensors file and prints what it "
-    "ran on, how fast the heads forget and "
-    "how long it took.\v"
+    "Runs KDA prefill on the inputs of a safetensors file, - being standard input, and prints what it ran on, "
+    "how "
+    "fast the heads forget and how long it took.\v"
     "With --check the result is compared with the oracle, the token recurrence "
     "in fp64, and with the tensors `o` and "
     "`state` of the file where it has them.\n\n"
@@ -24,13 +25,17 @@ static const char documentation[] =
     "  flashkda run data/small_softplus.safetensors --check\n"
     "  flashkda run data/small_softplus.safetensors --decode --check\n"
     "  flashkda run in.safetensors -o out.safetensors --threads 4\n"
+    "  flashkda gen - | flashkda run - -o - >out.safetensors\n"
     "  flashkda run in.safetensors --backend reference --check --json\n"
     "  FLASH_KDA_CPU=generic flashkda run in.safetensors --repeat 20\n\n"
     "Exit status: 0 the result is within tolerance (or was not checked), 1 it "
     "is not, 2 a bad file or argument.";
 
 static const struct argp_option argp_options[] = {
-    {"output", 'o', "OUT.safetensors", 0, "Write the output `o` and the final state `state`", 0},
+    {"output", 'o', "OUT.safetensors", 0,
+     "Write the output `o` and the final state `state`; - is standard output, and the report goes to standard "
+     "error",
+     0},
     {"backend", 'b', "NAME", 0, "auto, reference, cpu or cuda (auto)", 0},
     {"threads", 't', "N", 0, "Threads of the CPU backend (as many as flashkda info says)", 0},
     {"repeat", 'r', "N", 0, "Times to run it after the first, which warms up (3)", 0},
@@ -54,12 +59,23 @@ static error_t parse_backend(const struct argp_state *state, const char *text, i
     return parse_name(state, "backend", text, names, backend);
 }
 
+static error_t check_options(const struct argp_state *state, const struct run_options *options) {
+    bool on_cpu = options->backend == FLASH_KDA_BACKEND_AUTO || options->backend == FLASH_KDA_BACKEND_CPU;
+    if (!options->path)
+        return argument_error(state, "no input file: flashkda run IN.safetensors");
+    if (options->threads && !on_cpu)
+        return argument_error(state, "--threads is the CPU backend's: it does not go with --backend %s",
+                              flash_kda_backend_name((flash_kda_backend)options->backend));
+    if (options->out_path && is_stream(options->out_path) && options->json)
+        return argument_error(state, "--output - and --json both write to standard output");
+    if (options->out_path && !is_stream(options->out_path) && same_file(options->path, options->out_path))
+        return argument_error(state, "--output is the input file, '%s'", options->out_path);
+    return 0;
+}
+
 static error_t parse_option(int key, char *argument, struct argp_state *state) {
     struct run_options *options = state->input;
     switch (key) {
-    case ARGP_KEY_INIT:
-        state->err_stream = NULL; /* getopt's own line is enough */
-        return 0;
     case 'o':
         options->out_path = argument;
         return 0;
@@ -84,7 +100,7 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         options->path = argument;
         return 0;
     case ARGP_KEY_END:
-        return options->path ? 0 : argument_error(state, "no input file: flashkda run IN.safetensors");
+        return check_options(state, options);
     default:
         return ARGP_ERR_UNKNOWN;
     }
@@ -194,7 +210,7 @@ static int print_report(const char *program, const struct run_report *report, bo
                      (long long)report->non_finite);
     }
     if (!json)
-        run_report_text(report);
+        run_report_text(report, report->out_path && is_stream(report->out_path) ? stderr : stdout);
     else if (!run_report_json(report))
         return report_error(program, "out of memory for the report");
     return report->check_count > 0 && !report->passed ? STATUS_WRONG_RESULT : STATUS_OK;

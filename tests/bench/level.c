@@ -12,6 +12,14 @@ flash_kda_backend level_backend(const char *level) {
     return strcmp(level, "reference") ? FLASH_KDA_BACKEND_CPU : FLASH_KDA_BACKEND_REFERENCE;
 }
 
+bool level_exists(const char *level) {
+    static const char *const names[] = {"reference", "cuda", "generic", "avx2", "avx512", "avx512bf16", "neon"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcmp(level, names[i]))
+            return true;
+    return false;
+}
+
 const char *level_of(flash_kda_backend backend) {
     bool own = backend == FLASH_KDA_BACKEND_CUDA || backend == FLASH_KDA_BACKEND_REFERENCE;
     const char *level = own ? flash_kda_backend_name(backend) : flash_kda_cpu_level();

@@ -9,6 +9,9 @@
 
 flash_kda_backend level_backend(const char *level);
 
+/* Is there such a level, on this machine or another? */
+bool level_exists(const char *level);
+
 /* The level that a backend runs on. */
 const char *level_of(flash_kda_backend backend);
 

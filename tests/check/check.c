@@ -100,6 +100,8 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         check->operation = text;
         break;
     case 'l':
+        if (strcmp(text, "all") != 0 && !level_exists(text))
+            argp_error(state, "there is no level '%s'", text);
         check->level = text;
         break;
     case 'c':
