@@ -16,7 +16,7 @@ enum memory memory_of(flash_kda_backend backend);
  * lead to parts of the workspace that nothing wrote: what they compute means nothing, but the read is no error. */
 enum { FILL_NONE = -1, FILL_ALWAYS = 0, FILL_NAN = 0xff };
 
-/* From now on there are no guards on a device and no workspace is filled: compute-sanitizer then sees every access behind the
+/* From now on there are no guards on a device and no workspace is filled: compute-sanitizer then sees every access after the
  * end of a tensor, and every read of what was not written. */
 void call_bare(void);
 
@@ -27,7 +27,7 @@ struct block {
     enum memory memory;
 };
 
-/* One tensor on both sides, from its first byte to behind its last. */
+/* One tensor on both sides, from its first byte to after its last. */
 struct copy {
     const char *name;
     DLTensor dl; /* on the device */

@@ -78,7 +78,7 @@ void tensor_set(struct tensor *t, int64_t i, double value);
 /* Fills with one value. */
 void tensor_fill(struct tensor *t, double value);
 
-/* Bytes from the first element of any tensor to behind its last. */
+/* Bytes from the first element of any tensor to after its last. */
 size_t tensor_extent(const DLTensor *t);
 
 /* ---- Views ------------------------------------------------------------------------------------- */
