@@ -1,15 +1,13 @@
 /* SPDX-License-Identifier: MIT */
-/* What flashkda bench measures: its table of cases, its results and how they are printed. */
+/* flashkda bench: its tables, one measurement, and how results are printed. */
 #ifndef FLASHKDA_BENCH_H
 #define FLASHKDA_BENCH_H
 
-#include "decode_call.h"
 #include "device.h"
 #include "generate.h"
 #include "machine.h"
 #include "timing.h"
-
-#include <stdio.h>
+#include "trial.h"
 
 /* One case with bf16 inputs of a built-in table, timed in up to two output dtypes and numbers of threads.
  * What is 0 is as in default_spec. */
@@ -20,9 +18,10 @@ struct bench_row {
     int gate, regime; /* flash_kda_gate, enum regime */
     bool initial_state, bf16_state, batch_invariant;
     int64_t checkpoint_every;
-    bool fp32_out;   /* also with an fp32 output, hence fp32 arithmetic */
-    bool one_thread; /* also on one thread */
-    bool quick;      /* the whole of the quick table */
+    bool fp32_out;       /* also with an fp32 output, hence fp32 arithmetic */
+    bool one_thread;     /* also on one thread */
+    bool quick;          /* the whole of the quick table */
+    enum decode_way way; /* of a table of decode */
 };
 
 struct bench_table {
@@ -30,35 +29,14 @@ struct bench_table {
     int count;
 };
 
-extern const struct bench_table bench_cpu_table, bench_cuda_table;
+/* By operation and backend. */
+const struct bench_table *bench_table(bool decode, bool cuda);
 
 /* Where it was measured. */
 struct bench_machine {
     struct machine host;
     struct device device; /* on CUDA, else all 0 */
     double copy_rate;     /* bytes read and written a second within its memory; 0: not measured */
-};
-
-/* One case of decode: K = V = 128, bf16 inputs, sigmoid gate. */
-struct bench_decode_row {
-    int64_t heads, batch, tokens;
-    bool bf16_state;
-    enum decode_way way;
-    bool quick; /* the whole of the quick table */
-};
-
-struct bench_decode_table {
-    const struct bench_decode_row *rows;
-    int count;
-};
-
-extern const struct bench_decode_table bench_decode_cpu_table, bench_decode_cuda_table;
-
-/* How all rows are timed. */
-struct bench_decode {
-    const struct bench_machine *machine;
-    flash_kda_backend backend;
-    int threads, repeats;
 };
 
 struct bench_result {
@@ -79,28 +57,45 @@ struct bench_result {
     struct timing warm; /* of decode on one set of tensors, all in the cache; no repeats: not measured */
 };
 
-/* Fills *result, without a timing if it is not right. On failure returns false and writes one sentence to error. */
-bool bench_decode_row(const struct bench_decode *how, const struct bench_decode_row *row,
-                      struct bench_result *result, char *error, size_t error_size);
+/* ---- One measurement ---- */
+
+enum { BENCH_MAX_REPEATS = 1000 };
+
+/* A case, what is asked of it, and the exact answer to its first tokens and heads. */
+struct bench_case {
+    bool decode;
+    enum decode_way way;
+    flash_kda_backend backend;
+    int repeats;
+    int64_t l2_bytes; /* of the device */
+    struct kda_case whole, prefix;
+    struct trial oracle; /* of prefix, fp32 */
+};
+
+/* Makes the case of a spec, what is asked of it being set. On failure returns false, with failure(), and leaves nothing to
+ * free. */
+bool bench_case_make(struct bench_case *c, const struct case_spec *spec);
+void bench_case_free(struct bench_case *c);
+
+/* Checks and, if it is right, times the case with the result's output dtype and threads; fills in the rest. */
+bool bench_measure(const struct bench_case *c, struct bench_result *result);
+
+/* ---- Results ---- */
 
 double bench_tokens_per_second(const struct bench_result *result);
 
 /* 8 K V floating-point operations for a token of a value head: three products and one update of the state. */
 double bench_gflops(const struct bench_result *result);
 
-void bench_print_machine(FILE *stream, const struct bench_machine *machine);
-void bench_print_head(FILE *stream);
-void bench_print_line(FILE *stream, const struct bench_result *result);
-void bench_print_decode_head(FILE *stream);
-void bench_print_decode_line(FILE *stream, const struct bench_machine *machine,
-                             const struct bench_result *result);
-
 /* Bytes a second, of those that a call must move. */
 double bench_byte_rate(const struct bench_result *result);
+
+/* The table on standard output, line by line. */
+void bench_print_head(const struct bench_machine *machine, bool decode);
+void bench_print_line(const struct bench_machine *machine, const struct bench_result *result);
 
 /* The whole as text, to be freed; NULL if out of memory. commit: what was built, or NULL. */
 char *bench_json(const struct bench_machine *machine, const char *commit, const struct bench_result *results,
                  int count);
-char *bench_csv(const struct bench_result *results, int count);
 
 #endif

@@ -77,24 +77,26 @@ static const struct bench_row cuda_rows[] = {
 
 /* ---- Decode ------------------------------------------------------------------------------------ */
 
-#define BOTH_STATES(...) \
-    {.bf16_state = false, __VA_ARGS__}, { .bf16_state = true, __VA_ARGS__ }
+/* Sigmoid gate, slow, K = V = 128. */
+#define DECODE(...) \
+    { .gate = SIGMOID, .regime = SLOW, .initial_state = true, __VA_ARGS__ }
+#define BOTH_STATES(...) DECODE(.bf16_state = false, __VA_ARGS__), DECODE(.bf16_state = true, __VA_ARGS__)
 
-static const struct bench_decode_row decode_cpu_rows[] = {
+static const struct bench_row decode_cpu_rows[] = {
     BOTH_STATES(.quick = true, .heads = 8, .batch = 2, .tokens = 1),
-    {.quick = true, .heads = 8, .batch = 2, .tokens = 4, .way = DECODE_STATE_EACH},
+    DECODE(.quick = true, .heads = 8, .batch = 2, .tokens = 4, .way = DECODE_STATE_EACH),
 
     BOTH_STATES(.heads = 32, .batch = 1, .tokens = 1),
     BOTH_STATES(.heads = 32, .batch = 4, .tokens = 1),
     BOTH_STATES(.heads = 32, .batch = 16, .tokens = 1),
-    {.heads = 32, .batch = 4, .tokens = 4},
-    {.heads = 32, .batch = 4, .tokens = 4, .way = DECODE_STATE_KEPT},
-    {.heads = 32, .batch = 4, .tokens = 4, .way = DECODE_STATE_EACH},
+    DECODE(.heads = 32, .batch = 4, .tokens = 4),
+    DECODE(.heads = 32, .batch = 4, .tokens = 4, .way = DECODE_STATE_KEPT),
+    DECODE(.heads = 32, .batch = 4, .tokens = 4, .way = DECODE_STATE_EACH),
 };
 
-static const struct bench_decode_row decode_cuda_rows[] = {
+static const struct bench_row decode_cuda_rows[] = {
     BOTH_STATES(.quick = true, .heads = 8, .batch = 2, .tokens = 1),
-    {.quick = true, .heads = 8, .batch = 2, .tokens = 4, .way = DECODE_STATE_EACH},
+    DECODE(.quick = true, .heads = 8, .batch = 2, .tokens = 4, .way = DECODE_STATE_EACH),
 
     BOTH_STATES(.heads = 32, .batch = 1, .tokens = 1),
     BOTH_STATES(.heads = 32, .batch = 4, .tokens = 1),
@@ -110,12 +112,11 @@ static const struct bench_decode_row decode_cuda_rows[] = {
     BOTH_STATES(.heads = 32, .batch = 64, .tokens = 4, .way = DECODE_STATE_EACH),
 };
 
-const struct bench_decode_table bench_decode_cpu_table = {decode_cpu_rows,
-                                                          sizeof decode_cpu_rows / sizeof decode_cpu_rows[0]},
-                                bench_decode_cuda_table = {decode_cuda_rows, sizeof decode_cuda_rows /
-                                                                                 sizeof decode_cuda_rows[0]};
+#define TABLE(rows) \
+    { rows, sizeof(rows) / sizeof *(rows) }
 
-/* ---- Prefill ----------------------------------------------------------------------------------- */
-
-const struct bench_table bench_cpu_table = {cpu_rows, sizeof cpu_rows / sizeof cpu_rows[0]},
-                         bench_cuda_table = {cuda_rows, sizeof cuda_rows / sizeof cuda_rows[0]};
+const struct bench_table *bench_table(bool decode, bool cuda) {
+    static const struct bench_table tables[2][2] = {{TABLE(cpu_rows), TABLE(cuda_rows)},
+                                                    {TABLE(decode_cpu_rows), TABLE(decode_cuda_rows)}};
+    return &tables[decode][cuda];
+}

@@ -2,6 +2,7 @@
 /* A KDA problem in host memory. */
 #include "case.h"
 
+#include <math.h>
 #include <string.h>
 
 const char *const gate_names[] = {"none", "softplus", "sigmoid", NULL};
@@ -9,11 +10,9 @@ const char *const beta_names[] = {"given", "sigmoid", "twice_sigmoid", NULL};
 const char *const state_layout_names[] = {"v_first", "k_first", NULL};
 
 int name_index(const char *const *names, const char *name) {
-    for (int i = 0; names[i]; i++) {
-        if (strcmp(names[i], name) == 0) {
+    for (int i = 0; names[i]; i++)
+        if (strcmp(names[i], name) == 0)
             return i;
-        }
-    }
     return -1;
 }
 
@@ -29,9 +28,8 @@ void case_free(struct kda_case *c) {
                                 &c->initial_state,
                                 &c->expected_out,
                                 &c->expected_state};
-    for (size_t i = 0; i < sizeof tensors / sizeof tensors[0]; i++) {
+    for (size_t i = 0; i < sizeof tensors / sizeof tensors[0]; i++)
         tensor_free(tensors[i]);
-    }
     *c = (struct kda_case){0};
 }
 
@@ -60,14 +58,14 @@ flash_kda_prefill_args case_args(const struct kda_case *c) {
     return args;
 }
 
-void case_out_shape(const struct kda_case *c, int64_t shape[TENSOR_MAX_RANK]) {
+void case_out_shape(const struct kda_case *c, int64_t shape[TENSOR_MAX_DIMS]) {
     shape[0] = c->batch;
     shape[1] = c->tokens;
     shape[2] = c->value_heads;
     shape[3] = c->value_dim;
 }
 
-void case_state_shape(const struct kda_case *c, int64_t shape[TENSOR_MAX_RANK]) {
+void case_state_shape(const struct kda_case *c, int64_t shape[TENSOR_MAX_DIMS]) {
     bool v_first = c->state_layout == FLASH_KDA_STATE_V_FIRST;
     shape[0] = c->sequences;
     shape[1] = c->value_heads;
@@ -81,14 +79,10 @@ int64_t case_checkpoint_rows(const struct kda_case *c) {
 
 /* cu_seqlens where the tokens end earlier. */
 static bool clip_cu_seqlens(struct tensor *clipped, const struct tensor *cu_seqlens, int64_t tokens) {
-    if (!tensor_alloc(clipped, dtype_int64, 1, cu_seqlens->shape)) {
+    if (!tensor_alloc(clipped, TYPE_INT64, 1, cu_seqlens->shape))
         return false;
-    }
-    int64_t *values = clipped->dl.data;
-    for (int64_t n = 0; n < cu_seqlens->shape[0]; n++) {
-        int64_t value = tensor_get_int(cu_seqlens, n);
-        values[n] = value < tokens ? value : tokens;
-    }
+    for (int64_t n = 0; n < cu_seqlens->shape[0]; n++)
+        tensor_set(clipped, n, fmin(tensor_get(cu_seqlens, n), (double)tokens));
     return true;
 }
 
@@ -110,15 +104,25 @@ bool case_prefix(struct kda_case *prefix, const struct kda_case *c, int64_t toke
                                 .bf16_state = c->bf16_state,
                                 .checkpoint_every = c->checkpoint_every};
     memcpy(prefix->regime, c->regime, sizeof prefix->regime);
-    const struct tensor *by_token[] = {&c->q, &c->k, &c->v, &c->g, &c->beta};
-    struct tensor *views[] = {&prefix->q, &prefix->k, &prefix->v, &prefix->g, &prefix->beta};
-    for (size_t i = 0; i < sizeof views / sizeof views[0]; i++) {
-        struct tensor first;
-        tensor_view(&first, by_token[i], 1, tokens);
-        tensor_view(views[i], &first, 2, i < 2 ? heads : value_heads);
-    }
-    tensor_view(&prefix->A_log, &c->A_log, 0, value_heads);
-    tensor_view(&prefix->dt_bias, &c->dt_bias, 0, value_heads);
-    tensor_view(&prefix->initial_state, &c->initial_state, 1, value_heads);
+    const struct {
+        struct tensor *view;
+        const struct tensor *whole;
+        int dim; /* of the heads */
+        int64_t heads;
+    } parts[] = {{&prefix->q, &c->q, 2, heads},
+                 {&prefix->k, &c->k, 2, heads},
+                 {&prefix->v, &c->v, 2, value_heads},
+                 {&prefix->g, &c->g, 2, value_heads},
+                 {&prefix->beta, &c->beta, 2, value_heads},
+                 {&prefix->A_log, &c->A_log, 0, value_heads},
+                 {&prefix->dt_bias, &c->dt_bias, 0, value_heads},
+                 {&prefix->initial_state, &c->initial_state, 1, value_heads}};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        if (tensor_present(parts[i].whole)) {
+            tensor_view(parts[i].view, &parts[i].whole->dl);
+            tensor_narrow(parts[i].view, parts[i].dim, 0, parts[i].heads);
+            if (parts[i].dim == 2)
+                tensor_narrow(parts[i].view, 1, 0, tokens);
+        }
     return !tensor_present(&c->cu_seqlens) || clip_cu_seqlens(&prefix->cu_seqlens, &c->cu_seqlens, tokens);
 }

@@ -43,8 +43,8 @@ void case_free(struct kda_case *c);
 flash_kda_prefill_args case_args(const struct kda_case *c);
 
 /* The shape of its output [B, T, HV, V] and of its final states [N, HV, V, K] or [N, HV, K, V]. */
-void case_out_shape(const struct kda_case *c, int64_t shape[TENSOR_MAX_RANK]);
-void case_state_shape(const struct kda_case *c, int64_t shape[TENSOR_MAX_RANK]);
+void case_out_shape(const struct kda_case *c, int64_t shape[TENSOR_MAX_DIMS]);
+void case_state_shape(const struct kda_case *c, int64_t shape[TENSOR_MAX_DIMS]);
 
 /* Rows of checkpoints of each sequence. */
 int64_t case_checkpoint_rows(const struct kda_case *c);

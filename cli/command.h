@@ -11,8 +11,7 @@ enum {
     STATUS_OK = 0,
     STATUS_WRONG_RESULT = 1, /* outside tolerance */
     STATUS_ERROR = 2,        /* a bad file or argument, or no memory or disk left */
-    MESSAGE_SIZE = 640,      /* of an error text */
-    MAX_THREADS = 4096,
+    MAX_THREADS = 1024,      /* the library's own limit */
 };
 
 /* Each takes its own name ("flashkda run") as argv[0] and returns the exit status. */
@@ -21,7 +20,7 @@ int command_gen(int argc, char **argv);
 int command_bench(int argc, char **argv);
 int command_info(int argc, char **argv);
 
-/* Parses the arguments of a program or subcommand; prints help and leaves on --help. False, after one line on
+/* Parses the arguments of a program or subcommand; prints help and leaves on --help and -h. False, after one line on
  * stderr, if they are wrong. input is what the parser finds in state->input. */
 bool parse_arguments(const struct argp *argp, int argc, char **argv, unsigned flags, void *input);
 

@@ -12,9 +12,8 @@ static double softplus(double x) { return fmax(x, 0) + log1p(exp(-fabs(x))); }
 
 static double log_decay(const struct kda_case *c, int64_t token, int64_t head, int64_t channel) {
     double g = tensor_get(&c->g, (token * c->value_heads + head) * c->key_dim + channel);
-    if (c->gate == FLASH_KDA_GATE_NONE) {
+    if (c->gate == FLASH_KDA_GATE_NONE)
         return g;
-    }
     double rate = tensor_present(&c->A_log) ? exp(tensor_get(&c->A_log, head)) : 1;
     double biased =
         g + (tensor_present(&c->dt_bias) ? tensor_get(&c->dt_bias, head * c->key_dim + channel) : 0);
@@ -40,8 +39,7 @@ static struct head_decay head_stats(const struct kda_case *c, int64_t head, int6
 int64_t gate_stats(const struct kda_case *c, struct head_decay *heads) {
     int64_t tokens = c->batch * c->tokens;
     int64_t samples = tokens < MAX_SAMPLES ? tokens : MAX_SAMPLES;
-    for (int64_t head = 0; head < c->value_heads; head++) {
+    for (int64_t head = 0; head < c->value_heads; head++)
         heads[head] = head_stats(c, head, tokens, samples);
-    }
     return samples;
 }

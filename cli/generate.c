@@ -2,6 +2,7 @@
 /* Random cases: the regimes that KDA kernels are measured on. */
 #include "generate.h"
 
+#include "failure.h"
 #include "parallel.h"
 #include "random.h"
 
@@ -25,14 +26,12 @@ const char *const regime_names[] = {
 /* Takes the next length from the text; false at its end or where it is no number. */
 static bool next_length(const char **text, int64_t *length) {
     char *end = NULL;
-    if (**text < '0' || **text > '9') {
+    if (**text < '0' || **text > '9')
         return false;
-    }
     errno = 0;
     *length = strtoll(*text, &end, 10);
-    if (errno != 0 || (*end != ',' && *end != '\0')) {
+    if (errno != 0 || (*end != ',' && *end != '\0'))
         return false;
-    }
     *text = *end == ',' ? end + 1 : end;
     return true;
 }
@@ -43,9 +42,8 @@ static int64_t read_lengths(const char *text, int64_t *tokens) {
     *tokens = 0;
     while (next_length(&text, &length)) {
         count++;
-        if (__builtin_add_overflow(*tokens, length, tokens)) {
+        if (__builtin_add_overflow(*tokens, length, tokens))
             return -1;
-        }
     }
     bool complete = count > 0 && *text == '\0' && text[-1] != ',';
     return complete ? count : -1;
@@ -58,9 +56,8 @@ int64_t case_spec_tokens(const struct case_spec *spec) {
 
 static void fill_cu_seqlens(struct kda_case *c, const char *lengths) {
     int64_t *values = c->cu_seqlens.dl.data, length = 0;
-    for (int64_t n = 1; next_length(&lengths, &length); n++) {
+    for (int64_t n = 1; next_length(&lengths, &length); n++)
         values[n] = values[n - 1] + length;
-    }
 }
 
 /* ---- Memory ------------------------------------------------------------------------------------ */
@@ -70,24 +67,24 @@ static bool allocate(struct kda_case *c, const struct case_spec *spec) {
     const int64_t v[] = {c->batch, c->tokens, c->value_heads, c->value_dim};
     const int64_t g[] = {c->batch, c->tokens, c->value_heads, c->key_dim};
     const int64_t cu_seqlens[] = {c->sequences + 1};
-    int64_t state[TENSOR_MAX_RANK];
+    int64_t state[TENSOR_MAX_DIMS];
     case_state_shape(c, state);
     bool gated = spec->gate != FLASH_KDA_GATE_NONE;
     return tensor_alloc(&c->q, spec->dtype, 4, qk) && tensor_alloc(&c->k, spec->dtype, 4, qk) &&
            tensor_alloc(&c->v, spec->dtype, 4, v) && tensor_alloc(&c->g, spec->dtype, 4, g) &&
            tensor_alloc(&c->beta, spec->dtype, 3, g) &&
-           (!gated || (tensor_alloc(&c->A_log, dtype_fp32, 1, g + 2) &&
-                       tensor_alloc(&c->dt_bias, dtype_fp32, 2, g + 2))) &&
+           (!gated ||
+            (tensor_alloc(&c->A_log, TYPE_FP32, 1, g + 2) && tensor_alloc(&c->dt_bias, TYPE_FP32, 2, g + 2))) &&
            (!spec->initial_state ||
-            tensor_alloc(&c->initial_state, c->bf16_state ? dtype_bf16 : dtype_fp32, 4, state)) &&
-           (!spec->lengths || tensor_alloc(&c->cu_seqlens, dtype_int64, 1, cu_seqlens));
+            tensor_alloc(&c->initial_state, c->bf16_state ? TYPE_BF16 : TYPE_FP32, 4, state)) &&
+           (!spec->lengths || tensor_alloc(&c->cu_seqlens, TYPE_INT64, 1, cu_seqlens));
 }
 
 /* ---- Values ------------------------------------------------------------------------------------ */
 
 struct normal_fill {
     struct tensor *tensor;
-    struct random_stream stream;
+    struct random stream;
     double mean;
     int threads;
 };
@@ -97,15 +94,14 @@ static void fill_blocks(void *context, int i) {
     const struct normal_fill *fill = context;
     int64_t count = tensor_count(fill->tensor), step = (int64_t)fill->threads * FILL_BLOCK;
     for (int64_t first = (int64_t)i * FILL_BLOCK; first < count; first += step) {
-        struct random_stream block = random_after_normal(fill->stream, first);
-        for (int64_t j = first; j < count && j < first + FILL_BLOCK; j++) {
+        struct random block = random_after_normal(fill->stream, first);
+        for (int64_t j = first; j < count && j < first + FILL_BLOCK; j++)
             tensor_set(fill->tensor, j, fill->mean + random_normal(&block));
-        }
     }
 }
 
 /* In blocks, on all threads: a case for a GPU has 10^9 numbers. */
-static void fill_normal(struct tensor *tensor, struct random_stream stream, double mean) {
+static void fill_normal(struct tensor *tensor, struct random stream, double mean) {
     int64_t blocks = tensor_count(tensor) / FILL_BLOCK + 1;
     int threads = flash_kda_cpu_threads();
     threads = threads < blocks ? threads : (int)blocks;
@@ -113,53 +109,43 @@ static void fill_normal(struct tensor *tensor, struct random_stream stream, doub
     parallel_run(fill.threads, fill_blocks, &fill);
 }
 
-static void fill_uniform(struct tensor *tensor, struct random_stream stream) {
-    for (int64_t i = 0, count = tensor_count(tensor); i < count; i++) {
-        tensor_set(tensor, i, random_uniform(&stream));
-    }
-}
-
-static void fill_constant(struct tensor *tensor, double value) {
-    for (int64_t i = 0, count = tensor_count(tensor); i < count; i++) {
-        tensor_set(tensor, i, value);
-    }
+static void fill_uniform(struct tensor *tensor, struct random stream) {
+    for (int64_t i = 0, count = tensor_count(tensor); i < count; i++)
+        tensor_set(tensor, i, random_uniform(&stream, 0, 1));
 }
 
 /* Every REPEAT_TOKENS tokens the same. */
-static void fill_repeating(struct tensor *tensor, struct random_stream stream) {
+static void fill_repeating(struct tensor *tensor, struct random stream) {
     int64_t period = REPEAT_TOKENS * tensor->shape[2] * tensor->shape[3];
-    for (int64_t i = 0, count = tensor_count(tensor); i < count; i++) {
+    for (int64_t i = 0, count = tensor_count(tensor); i < count; i++)
         tensor_set(tensor, i, i < period ? random_normal(&stream) : tensor_get(tensor, i - period));
-    }
 }
 
 static void fill_parameters(struct kda_case *c, const struct case_spec *spec) {
-    if (spec->regime == REGIME_NEAR_COLLINEAR || spec->regime == REGIME_CAPTURED) {
+    if (spec->regime == REGIME_NEAR_COLLINEAR || spec->regime == REGIME_CAPTURED)
         return; /* both 0 */
-    }
-    fill_uniform(&c->A_log, random_stream(spec->seed, "A_log"));
-    if (spec->regime != REGIME_SLOW) {
-        fill_uniform(&c->dt_bias, random_stream(spec->seed, "dt_bias"));
-    }
+    fill_uniform(&c->A_log, random_named(spec->seed, "A_log"));
+    if (spec->regime != REGIME_SLOW)
+        fill_uniform(&c->dt_bias, random_named(spec->seed, "dt_bias"));
 }
 
 static void fill_tokens(struct kda_case *c, const struct case_spec *spec) {
-    struct random_stream q = random_stream(spec->seed, "q"), k = random_stream(spec->seed, "k"),
-                         v = random_stream(spec->seed, "v"), g = random_stream(spec->seed, "g"),
-                         beta = random_stream(spec->seed, "beta");
+    struct random q = random_named(spec->seed, "q"), k = random_named(spec->seed, "k"),
+                  v = random_named(spec->seed, "v"), g = random_named(spec->seed, "g"),
+                  beta = random_named(spec->seed, "beta");
     switch (spec->regime) {
     case REGIME_NEAR_COLLINEAR:
-        fill_constant(&c->q, 1);
-        fill_constant(&c->k, 1);
+        tensor_fill(&c->q, 1);
+        tensor_fill(&c->k, 1);
         fill_repeating(&c->v, v);
-        fill_constant(&c->g, -12);
-        fill_constant(&c->beta, 8);
+        tensor_fill(&c->g, -12);
+        tensor_fill(&c->beta, 8);
         return;
     case REGIME_UNIFORM:
         fill_uniform(&c->q, q);
         fill_uniform(&c->k, k);
         fill_uniform(&c->v, v);
-        fill_constant(&c->g, spec->constant_g);
+        tensor_fill(&c->g, spec->constant_g);
         break;
     case REGIME_CAPTURED:
         return;
@@ -176,31 +162,26 @@ static void fill_tokens(struct kda_case *c, const struct case_spec *spec) {
 
 /* Gate none: the raw gates become the log decays that the sigmoid gate makes of them. */
 static void replace_g_by_decay(struct kda_case *c, const struct case_spec *spec) {
-    for (int64_t i = 0, count = tensor_count(&c->g); i < count; i++) {
+    for (int64_t i = 0, count = tensor_count(&c->g); i < count; i++)
         tensor_set(&c->g, i, spec->lower_bound / (1 + exp(-tensor_get(&c->g, i))));
-    }
 }
 
 static void fill(struct kda_case *c, const struct case_spec *spec) {
     fill_tokens(c, spec);
-    if (spec->gate == FLASH_KDA_GATE_NONE) {
+    if (spec->gate == FLASH_KDA_GATE_NONE)
         replace_g_by_decay(c, spec);
-    } else {
+    else
         fill_parameters(c, spec);
-    }
-    if (spec->initial_state) {
-        fill_normal(&c->initial_state, random_stream(spec->seed, "initial_state"), 0);
-    }
-    if (spec->lengths) {
+    if (spec->initial_state)
+        fill_normal(&c->initial_state, random_named(spec->seed, "initial_state"), 0);
+    if (spec->lengths)
         fill_cu_seqlens(c, spec->lengths);
-    }
 }
 
-bool case_generate(struct kda_case *c, const struct case_spec *spec, char *error, size_t error_size) {
+bool case_generate(struct kda_case *c, const struct case_spec *spec) {
     int64_t tokens = spec->tokens, sequences = spec->batch;
-    if (spec->lengths) {
+    if (spec->lengths)
         sequences = read_lengths(spec->lengths, &tokens);
-    }
     *c = (struct kda_case){.batch = spec->batch,
                            .tokens = tokens,
                            .heads = spec->heads,
@@ -217,12 +198,11 @@ bool case_generate(struct kda_case *c, const struct case_spec *spec, char *error
                            .state_layout = FLASH_KDA_STATE_V_FIRST,
                            .bf16_state = spec->bf16_state,
                            .checkpoint_every = spec->checkpoint_every};
-    if (spec->batch_invariant) {
+    if (spec->batch_invariant)
         c->flags |= FLASH_KDA_BATCH_INVARIANT;
-    }
     snprintf(c->regime, sizeof c->regime, "%s", regime_names[spec->regime]);
     if (!allocate(c, spec)) {
-        snprintf(error, error_size, "out of memory for a case of %lld tokens", (long long)tokens);
+        failed("out of memory for a case of %lld tokens", (long long)tokens);
         case_free(c);
         return false;
     }
@@ -232,24 +212,19 @@ bool case_generate(struct kda_case *c, const struct case_spec *spec, char *error
 
 void case_spec_name(const struct case_spec *spec, char *name, size_t size) {
     int64_t tokens = spec->tokens, sequences = 0;
-    if (spec->lengths) {
+    if (spec->lengths)
         sequences = read_lengths(spec->lengths, &tokens);
-    }
     char batch[32] = "", value_heads[32] = "", dims[64] = "", every[32] = "";
-    if (sequences > 0) {
+    if (sequences > 0)
         snprintf(batch, sizeof batch, "N%lld-", (long long)sequences);
-    } else if (spec->batch > 1) {
+    else if (spec->batch > 1)
         snprintf(batch, sizeof batch, "B%lld-", (long long)spec->batch);
-    }
-    if (spec->value_heads && spec->value_heads != spec->heads) {
+    if (spec->value_heads && spec->value_heads != spec->heads)
         snprintf(value_heads, sizeof value_heads, "-HV%lld", (long long)spec->value_heads);
-    }
-    if (spec->key_dim != 128 || spec->value_dim != 128) {
+    if (spec->key_dim != 128 || spec->value_dim != 128)
         snprintf(dims, sizeof dims, "-K%lld-V%lld", (long long)spec->key_dim, (long long)spec->value_dim);
-    }
-    if (spec->checkpoint_every) {
+    if (spec->checkpoint_every)
         snprintf(every, sizeof every, "-every%lld", (long long)spec->checkpoint_every);
-    }
     snprintf(name, size, "%sT%lld-H%lld%s%s-%s-%s%s%s%s", batch, (long long)tokens, (long long)spec->heads,
              value_heads, dims, gate_names[spec->gate], regime_names[spec->regime],
              spec->bf16_state ? "-bf16state" : "", every, spec->batch_invariant ? "-invariant" : "");

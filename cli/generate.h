@@ -34,9 +34,9 @@ struct case_spec {
 };
 
 /* Makes the case: q and k unnormalised, beta logits, g raw (with gate none the log decay that the sigmoid gate
- * would give). The same bits for the same spec. On failure returns false, leaves nothing to free and writes
- * one sentence to error. */
-bool case_generate(struct kda_case *c, const struct case_spec *spec, char *error, size_t error_size);
+ * would give). The same bits for the same spec. On failure returns false, with failure(), and leaves
+ * nothing to free. */
+bool case_generate(struct kda_case *c, const struct case_spec *spec);
 
 /* A short name that tells specs apart, for example "T4096-H8-softplus-slow". */
 void case_spec_name(const struct case_spec *spec, char *name, size_t size);

@@ -3,6 +3,7 @@
 #include "machine.h"
 
 #include "parallel.h"
+#include "timing.h"
 
 #include <flash_kda.h>
 #include <math.h>
@@ -11,16 +12,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/utsname.h>
-#include <time.h>
 #include <unistd.h>
 
 /* The value of a line "key   : value" of /proc/cpuinfo, or NULL. */
 static const char *value_of(const char *line, const char *key) {
     size_t length = strlen(key);
-    if (strncmp(line, key, length) != 0 ||
-        (line[length] != '\t' && line[length] != ' ' && line[length] != ':')) {
+    if (strncmp(line, key, length) != 0 || (line[length] != '\t' && line[length] != ' ' && line[length] != ':'))
         return NULL;
-    }
     const char *colon = strchr(line, ':');
     return colon ? colon + 1 + strspn(colon + 1, " ") : NULL;
 }
@@ -36,11 +34,9 @@ static void read_features(struct machine *machine, char *flags) {
                                               "avx512dq", "avx512vl", "avx512_bf16", "asimd",   "bf16"};
     machine->features[0] = '\0';
     for (char *rest = NULL, *flag = strtok_r(flags, " \n", &rest); flag; flag = strtok_r(NULL, " \n", &rest)) {
-        for (size_t i = 0; i < sizeof interesting / sizeof interesting[0]; i++) {
-            if (strcmp(flag, interesting[i]) == 0) {
+        for (size_t i = 0; i < sizeof interesting / sizeof interesting[0]; i++)
+            if (strcmp(flag, interesting[i]) == 0)
                 append(machine->features, sizeof machine->features, flag);
-            }
-        }
     }
 }
 
@@ -52,26 +48,22 @@ static void read_cpuinfo(struct machine *machine) {
         const char *model = value_of(line, "model name");
         const char *flags = value_of(line, "flags");
         flags = flags ? flags : value_of(line, "Features");
-        if (model) {
+        if (model)
             snprintf(machine->cpu, sizeof machine->cpu, "%.*s", (int)strcspn(model, "\n"), model);
-        }
-        if (flags) {
+        if (flags)
             read_features(machine, line + (flags - line));
-        }
     }
     free(line);
-    if (file) {
+    if (file)
         fclose(file);
-    }
 }
 
 void machine_describe(struct machine *machine) {
     *machine =
         (struct machine){.processors = (int)sysconf(_SC_NPROCESSORS_ONLN), .threads = flash_kda_cpu_threads()};
     struct utsname name;
-    if (uname(&name) == 0) {
+    if (uname(&name) == 0)
         snprintf(machine->architecture, sizeof machine->architecture, "%s", name.machine);
-    }
     snprintf(machine->cpu, sizeof machine->cpu, "%s", machine->architecture);
     read_cpuinfo(machine);
 }
@@ -90,11 +82,9 @@ static void copy_share(void *context, int i) {
 }
 
 static double copy_seconds(struct copy *copy, int threads) {
-    struct timespec begin, end;
-    clock_gettime(CLOCK_MONOTONIC, &begin);
+    double begin = timing_now();
     parallel_run(threads, copy_share, copy);
-    clock_gettime(CLOCK_MONOTONIC, &end);
-    return (double)(end.tv_sec - begin.tv_sec) + (double)(end.tv_nsec - begin.tv_nsec) * 1e-9;
+    return timing_now() - begin;
 }
 
 double machine_copy_rate(int threads) {
@@ -103,9 +93,8 @@ double machine_copy_rate(int threads) {
     double best = HUGE_VAL;
     if (from && to) {
         memset(from, 1, COPY_BYTES);
-        for (int i = 0; i < COPY_REPEATS; i++) {
+        for (int i = 0; i < COPY_REPEATS; i++)
             best = fmin(best, copy_seconds(&copy, threads));
-        }
     }
     free(from);
     free(to);

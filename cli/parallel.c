@@ -26,15 +26,11 @@ void parallel_run(int count, void (*work)(void *context, int i), void *context) 
         shares[i] = (struct share){.work = work, .context = context, .i = i};
         shares[i].runs = pthread_create(&shares[i].thread, NULL, run_share, &shares[i]) == 0;
     }
-    for (int i = 0; i < count; i++) {
-        if (!shares || !shares[i].runs) {
+    for (int i = 0; i < count; i++)
+        if (!shares || !shares[i].runs)
             work(context, i);
-        }
-    }
-    for (int i = 1; shares && i < count; i++) {
-        if (shares[i].runs) {
+    for (int i = 1; shares && i < count; i++)
+        if (shares[i].runs)
             pthread_join(shares[i].thread, NULL);
-        }
-    }
     free(shares);
 }

@@ -9,4 +9,7 @@ void progress_show(int done, int total, const char *what);
 /* Wipes the bar. */
 void progress_clear(void);
 
+/* The same from a signal handler. */
+void progress_abandon(void);
+
 #endif

@@ -7,6 +7,8 @@
 #include "gate_stats.h"
 #include "timing.h"
 
+#include <stdio.h>
+
 struct run_check {
     const char *what, *against;
     struct comparison comparison;
@@ -27,7 +29,7 @@ struct run_report {
     bool passed;     /* every check, and nothing that is not finite */
 };
 
-void run_report_text(const struct run_report *report);
+void run_report_text(const struct run_report *report, FILE *stream);
 
 /* One JSON object. False if out of memory. */
 bool run_report_json(const struct run_report *report);

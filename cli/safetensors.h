@@ -50,11 +50,9 @@ struct safetensors {
     size_t count;
 };
 
-/* Parses a whole file of size bytes in memory, which must outlive *file. On failure returns false, leaves
- * nothing to free and writes one sentence to error, which is empty on success. Reads nothing outside data[0 .. size - 1], whatever the
- * bytes are. */
-bool safetensors_parse(const uint8_t *data, size_t size, struct safetensors *file, char *error,
-                       size_t error_size);
+/* Parses a whole file of size bytes in memory, which must outlive *file. On failure returns false, with failure(), and
+ * leaves nothing to free. Reads nothing outside data[0 .. size - 1], whatever the bytes are. */
+bool safetensors_parse(const uint8_t *data, size_t size, struct safetensors *file);
 
 /* Frees what safetensors_parse() allocated. */
 void safetensors_free(struct safetensors *file);
@@ -66,8 +64,8 @@ const struct safetensors_tensor *safetensors_find(const struct safetensors *file
 const char *safetensors_metadata(const struct safetensors *file, const char *key);
 
 /* Writes a file of these tensors, in this order, and metadata, an object of strings. An existing file is
- * replaced only by the complete new one. On failure returns false and writes one sentence to error. */
+ * replaced only by the complete new one. On failure returns false, with failure(). */
 bool safetensors_write(const char *path, const struct safetensors_tensor *tensors, size_t count,
-                       json_t *metadata, char *error, size_t error_size);
+                       json_t *metadata);
 
 #endif

@@ -98,7 +98,7 @@ static error_t parse_kind(int key, const char *text, const struct argp_state *st
     error_t error = 0;
     switch (key) {
     case OPTION_DTYPE:
-        return dtype_from_name(text, &spec->dtype)
+        return type_named(text, &spec->dtype)
                    ? 0
                    : argument_error(state, "--dtype is '%s', expected one of: bf16, fp16, fp32", text);
     case OPTION_GATE:
@@ -158,9 +158,16 @@ static error_t check_spec(const struct argp_state *state, const struct spec_opti
         return argument_error(state,
                               "--regime captured has no inputs of its own: name their file, --captured FILE");
     }
-    if (spec->lengths && spec->batch != 1) {
+    if (input->lower_bound && spec->gate != FLASH_KDA_GATE_SIGMOID)
+        return argument_error(state, "--lower-bound is of the sigmoid gate: it does not go with --gate %s",
+                              gate_names[spec->gate]);
+    if (input->g && spec->regime != REGIME_UNIFORM)
+        return argument_error(state, "--g is of --regime uniform: it does not go with %s",
+                              regime_names[spec->regime]);
+    if (spec->lengths && input->tokens)
+        return argument_error(state, "--lengths does not go with --tokens: it says how many each sequence has");
+    if (spec->lengths && spec->batch != 1)
         return argument_error(state, "--lengths does not go with --batch: packed sequences are one batch");
-    }
     if (spec->value_heads % spec->heads != 0) {
         return argument_error(state, "--value-heads is %lld, expected a multiple of the %lld heads",
                               (long long)spec->value_heads, (long long)spec->heads);
@@ -174,15 +181,16 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         input->spec = default_spec;
         return 0;
     }
-    if (key == ARGP_KEY_END) {
+    if (key == ARGP_KEY_END)
         return check_spec(state, input);
-    }
     error_t error = parse_shape(key, argument, state, &input->spec);
-    if (error == ARGP_ERR_UNKNOWN) {
+    if (error == ARGP_ERR_UNKNOWN)
         error = parse_kind(key, argument, state, &input->spec);
-    }
     input->given = input->given || error != ARGP_ERR_UNKNOWN;
     input->said_by_file = input->said_by_file || said_by_file(key);
+    input->tokens = input->tokens || key == OPTION_TOKENS;
+    input->lower_bound = input->lower_bound || key == OPTION_LOWER_BOUND;
+    input->g = input->g || key == OPTION_G;
     return error;
 }
 

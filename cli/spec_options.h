@@ -8,8 +8,9 @@
 
 struct spec_options {
     struct case_spec spec;
-    bool given;        /* at least one of the options was there */
-    bool said_by_file; /* one of them was that a file of captured inputs leaves no choice in */
+    bool given;                  /* at least one of the options was there */
+    bool said_by_file;           /* one of them was that a file of captured inputs leaves no choice in */
+    bool tokens, lower_bound, g; /* which of these were there */
 };
 
 /* What no option changes. */

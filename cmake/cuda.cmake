@@ -3,6 +3,9 @@
 # gives CMAKE_CUDA_ARCHITECTURES the GPUs to compile for, and FLASH_KDA_SM90 whether Hopper is among them.
 set(FLASH_KDA_CUDA AUTO CACHE STRING "build the CUDA backend: ON, OFF or AUTO, where nvcc 12.8 or later is found")
 set_property(CACHE FLASH_KDA_CUDA PROPERTY STRINGS AUTO ON OFF)
+if(NOT FLASH_KDA_CUDA MATCHES "^(ON|OFF|AUTO)$")
+  message(FATAL_ERROR "FLASH_KDA_CUDA is '${FLASH_KDA_CUDA}', expected ON, OFF or AUTO")
+endif()
 set(oldest_nvcc 12.8) # the first that knows sm_100 and sm_120
 
 # Looked for again each time: a toolkit may have been installed since.

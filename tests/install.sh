@@ -173,7 +173,15 @@ nothing_is_left() {
     [ -z "$left" ] || fail "left after uninstalling: $left"
 }
 
+# They are made where help2man was found.
+with_man_pages() {
+    for page in "$build"/flashkda*.1; do
+        [ ! -e "$page" ] || [ -e "$prefix/share/man/man1/$(basename "$page")" ] || fail "$page is not installed"
+    done
+}
+
 cmake --install "$build" --prefix "$prefix" >/dev/null
+with_man_pages
 static_symbols_are_ours
 exactly_the_header_is_exported
 with_find_package

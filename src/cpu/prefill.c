@@ -599,10 +599,13 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
     flash_kda_status status = make_plan(p, &plan);
     if (status)
         return status;
-    snprintf(text, size, "cpu: level %s, %s products, %lld chains on %d thread%s, %s, %d segment%s",
-             plan.level->name, plan.kernels == plan.level->bf16 ? "bf16" : "fp32", (long long)plan.chains,
-             plan.threads, plan.threads == 1 ? "" : "s", plan.together ? "together" : "apart", plan.segments,
-             plan.segments == 1 ? "" : "s");
+    char parts[40] = "";
+    if (plan.segments > 1)
+        snprintf(parts, sizeof parts, ", its tokens in %d parts", plan.segments);
+    snprintf(text, size, "cpu: level %s, %s products, %d thread%s for %lld head%s, %s to each%s",
+             plan.level->name, plan.kernels == plan.level->bf16 ? "bf16" : "fp32", plan.threads,
+             plan.threads == 1 ? "" : "s", (long long)plan.chains, plan.chains == 1 ? "" : "s",
+             plan.together ? "all" : "one", parts);
     return FLASH_KDA_OK;
 }
 

@@ -3,8 +3,7 @@
  * dav1d's checkasm. */
 #include "check.h"
 
-#include "device.h"
-#include "flash_kda.h"
+#include "call.h"
 
 #include <argp.h>
 #include <stdio.h>
@@ -34,7 +33,12 @@ bool check_wanted(const struct check *check, const char *name) {
     return !check->list;
 }
 
-void check_select_level(const char *level) { setenv("FLASH_KDA_CPU", level, 1); }
+bool check_tests_cuda(const struct check *check) {
+    for (int i = 0; i < check->level_count; i++)
+        if (level_backend(check->levels[i]) == FLASH_KDA_BACKEND_CUDA)
+            return true;
+    return false;
+}
 
 void check_report(struct check *check, bool passed, const char *level, const char *name, const char *text) {
     if (passed)
@@ -43,12 +47,6 @@ void check_report(struct check *check, bool passed, const char *level, const cha
         check->failed++;
     printf("%s %-10s %s: %s\n", passed ? "ok  " : "FAIL", level, name, text);
     fflush(stdout);
-}
-
-double check_seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
 
 /* ---- Command line ------------------------------------------------------------------------------ */
@@ -102,6 +100,8 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         check->operation = text;
         break;
     case 'l':
+        if (strcmp(text, "all") != 0 && !level_exists(text))
+            argp_error(state, "there is no level '%s'", text);
         check->level = text;
         break;
     case 'c':
@@ -127,7 +127,7 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         break;
 #ifdef CHECK_CUDA
     case 'r':
-        device_bare();
+        call_bare();
         break;
 #endif
     default:

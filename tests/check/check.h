@@ -4,6 +4,7 @@
 #ifndef CHECK_H
 #define CHECK_H
 
+#include "level.h"
 #include "random.h"
 
 #include <stdbool.h>
@@ -35,12 +36,10 @@ extern const struct operation prefill_operation, decode_operation;
 /* Whether the case of this name is to run now. Prints the name instead for --list. */
 bool check_wanted(const struct check *check, const char *name);
 
-/* Makes `level` what the next calls run on. */
-void check_select_level(const char *level);
+/* Is level "cuda" among those that are checked? */
+bool check_tests_cuda(const struct check *check);
 
 /* Reports one comparison. The text says what was measured or what went wrong. */
 void check_report(struct check *check, bool passed, const char *level, const char *name, const char *text);
-
-double check_seconds(void);
 
 #endif

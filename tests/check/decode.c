@@ -15,9 +15,7 @@ static void run(struct check *check) {
     decode_nonfinite(check);
     decode_fused(check);
     decode_properties(check);
-#ifdef CHECK_CUDA
     decode_cuda(check);
-#endif
 }
 
 const struct operation decode_operation = {"decode", run};

@@ -78,9 +78,6 @@ void decode_results_free(struct decode_results *r);
 flash_kda_decode_args decode_bind(const struct decode_problem *d, struct decode_results *r,
                                   flash_kda_backend backend);
 
-/* Calls decode for the first `count` tokens of its dense tensors, then for the next ones, until all are done. */
-flash_kda_status decode_in_steps(const flash_kda_decode_args *whole, int64_t count);
-
 /* Calls decode, on CUDA with copies of all tensors there. NULL, or what went wrong. */
 const char *decode_call(const flash_kda_decode_args *args);
 

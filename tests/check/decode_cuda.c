@@ -3,11 +3,9 @@
  * of range, managed memory; and what its kernels for many states and few make of a batch. */
 #include "decode_case.h"
 #include "decode_families.h"
-#include "device.h"
-#include "prefill_compare.h"
+#include "replay.h"
 
 #include <stdio.h>
-#include <string.h>
 
 /* Calls with every index tensor. */
 static const struct {
@@ -49,8 +47,7 @@ static void report(struct check *check, const struct decode_case *c, const char 
 }
 
 static const char *differ(const struct decode_results *a, const struct decode_results *b) {
-    bool same = memcmp(a->out.block, b->out.block, a->out.block_bytes) == 0 &&
-                memcmp(a->state.block, b->state.block, a->state.block_bytes) == 0;
+    bool same = tensor_same(&a->out, &b->out) && tensor_same(&a->state, &b->state);
     return same ? NULL : "other bits than an ordinary call";
 }
 
@@ -65,8 +62,10 @@ static const char *replay_differs(const struct decode_problem *captured, const s
     const flash_kda_decode_args after = decode_bind(changed, &replayed, FLASH_KDA_BACKEND_CUDA);
     const flash_kda_decode_args ordinary = decode_bind(changed, &called, FLASH_KDA_BACKEND_CUDA);
     const char *wrong = decode_call(&ordinary);
+    const struct arguments captured_args = arguments_of_decode(&before),
+                           changed_args = arguments_of_decode(&after);
     if (!wrong)
-        wrong = device_decode_replayed(&before, &after);
+        wrong = replay_changed(&captured_args, &changed_args, FILL_NONE);
     if (!wrong)
         wrong = differ(&replayed, &called);
     decode_results_free(&first);
@@ -165,11 +164,12 @@ static void managed_memory(struct check *check) {
     decode_results_make(&managed, &d);
     decode_results_make(&plain, &d);
     const flash_kda_decode_args in_managed = decode_bind(&d, &managed, FLASH_KDA_BACKEND_CUDA);
+    const struct arguments args = arguments_of_decode(&in_managed);
     const flash_kda_decode_args in_plain = decode_bind(&d, &plain, FLASH_KDA_BACKEND_CUDA);
     if (!wrong)
-        wrong = device_decode(&in_managed, DEVICE_MANAGED);
+        wrong = call_run(&args, MEMORY_MANAGED, FILL_NONE);
     if (!wrong)
-        wrong = device_decode(&in_plain, DEVICE_MEMORY);
+        wrong = decode_call(&in_plain);
     if (!wrong)
         wrong = differ(&managed, &plain);
     report(check, &c, wrong, "the same bits as in device memory");
@@ -215,17 +215,12 @@ static void compare_batches(struct check *check) {
 /* Sequence n of a call alone. */
 static const char *decode_alone(const struct decode_problem *d, struct decode_results *results, int64_t n) {
     flash_kda_decode_args args = decode_bind(d, results, FLASH_KDA_BACKEND_CUDA);
-    const DLTensor **tensors[] = {
-        &args.q, &args.k, &args.v, &args.g, &args.beta, &args.out, &args.state_indices};
-    struct tensor_view views[sizeof tensors / sizeof *tensors];
-    const struct tensor *whole[] = {&d->p.q,    &d->p.k,       &d->p.v,          &d->p.g,
-                                    &d->p.beta, &results->out, &d->state_indices};
-    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
-        tensor_view_make(&views[i], whole[i]);
-        tensor_view_skip(&views[i], 0, n, 1);
-        *tensors[i] = &views[i].dl;
-    }
-    return device_decode(&args, DEVICE_MEMORY);
+    struct tensor views[TOKEN_ARGUMENTS], index;
+    decode_narrow(&args, views, 0, n, 1);
+    tensor_view(&index, args.state_indices);
+    tensor_narrow(&index, 0, n, 1);
+    args.state_indices = &index.dl;
+    return decode_call(&args);
 }
 
 /* Each sequence alone, and all at once: so many states that another kernel would be faster. */
@@ -258,12 +253,14 @@ static void batch_invariant(struct check *check) {
 }
 
 void decode_cuda(struct check *check) {
-    if (!prefill_tests_cuda(check))
+    if (!check_tests_cuda(check))
         return;
     graphs(check);
     wild_indices(check);
     managed_memory(check);
     compare_batches(check);
     batch_invariant(check);
+#ifdef CHECK_CUDA
     decode_behind(check);
+#endif
 }

@@ -1,12 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /* A state in fp32 through very many tokens whose gates do not change: an error of one sign at every token would add up. */
+#include "call.h"
 #include "decode_case.h"
 #include "decode_families.h"
-#include "device.h"
 #include "prefill_compare.h"
 
 #include <stdio.h>
-#include <string.h>
 
 enum { TOKENS = 131072, LAST = 1024 /* whose outputs are compared */ };
 
@@ -21,29 +20,14 @@ static void fill_constant(struct prefill_problem *p, struct random *r) {
     }
 }
 
-flash_kda_status decode_in_steps(const flash_kda_decode_args *whole, int64_t count) {
-    enum { TENSORS = 6 };
-    flash_kda_decode_args args = *whole;
-    const DLTensor **tensors[TENSORS] = {&args.q, &args.k, &args.v, &args.g, &args.beta, &args.out};
-    DLTensor steps[TENSORS];
-    int64_t shapes[TENSORS][4], bytes[TENSORS], T = whole->q->shape[1];
-    for (int i = 0; i < TENSORS; i++) {
-        const DLTensor *t = *tensors[i];
-        steps[i] = *t;
-        memcpy(shapes[i], t->shape, (size_t)t->ndim * sizeof *t->shape);
-        shapes[i][1] = count;
-        steps[i].shape = shapes[i];
-        bytes[i] = t->dtype.bits / 8;
-        for (int d = 2; d < t->ndim && !t->strides; d++)
-            bytes[i] *= t->shape[d];
-        bytes[i] *= t->strides ? t->strides[1] : 1;
-        *tensors[i] = &steps[i];
-    }
+/* Calls decode for the first `count` tokens of its dense tensors, then for the next ones, until all are done. */
+static flash_kda_status decode_in_steps(const flash_kda_decode_args *whole, int64_t count) {
     flash_kda_status status = FLASH_KDA_OK;
-    for (int64_t t = 0; t + count <= T && !status; t += count) {
+    for (int64_t t = 0, T = whole->q->shape[1]; t + count <= T && !status; t += count) {
+        flash_kda_decode_args args = *whole;
+        struct tensor views[TOKEN_ARGUMENTS];
+        decode_narrow(&args, views, 1, t, count);
         status = flash_kda_decode(&args);
-        for (int i = 0; i < TENSORS; i++)
-            steps[i].byte_offset += (uint64_t)(count * bytes[i]);
     }
     return status;
 }
@@ -51,40 +35,24 @@ flash_kda_status decode_in_steps(const flash_kda_decode_args *whole, int64_t cou
 /* Takes the state through all tokens, `count` a call. */
 static const char *decode_all(const struct prefill_problem *p, struct prefill_results *r, int64_t count,
                               flash_kda_backend backend) {
-    flash_kda_decode_args args = FLASH_KDA_DECODE_ARGS_INIT;
-    args.q = p->args.q;
-    args.k = p->args.k;
-    args.v = p->args.v;
-    args.g = p->args.g;
-    args.beta = p->args.beta;
-    args.out = &r->out.dl;
-    args.A_log = p->args.A_log;
-    args.dt_bias = p->args.dt_bias;
-    args.gate = p->args.gate;
-    args.beta_mode = p->args.beta_mode;
-    args.flags = p->args.flags;
-    args.state_layout = p->args.state_layout;
-    args.state = &r->final.dl;
-    args.backend = backend;
-#ifdef CHECK_CUDA
-    if (backend == FLASH_KDA_BACKEND_CUDA)
-        return device_decode_in_steps(&args, count);
-#endif
-    return decode_in_steps(&args, count) ? flash_kda_last_error() : NULL;
+    const flash_kda_prefill_args prefill = prefill_bind(p, r, backend);
+    const flash_kda_decode_args args = decode_of_prefill(&prefill);
+    const struct arguments all = arguments_of_decode(&args);
+    struct call c;
+    bool ran = call_make(&c, &all, memory_of(backend), FILL_NONE);
+    if (ran && decode_in_steps(&c.args.decode, count))
+        ran = failed("%s", flash_kda_last_error());
+    return call_finish(&c, ran);
 }
 
-static void run_level(struct check *check, const struct prefill_problem *p, const struct prefill_results *exact,
+static void run_calls(struct check *check, const struct prefill_problem *p, const struct prefill_results *exact,
                       int64_t count, const char *level) {
     struct prefill_results r;
-    struct prefill_output last = p->out;
     char name[200], text[100];
     prefill_results_make(&r, p);
-    check_select_level(level);
     snprintf(name, sizeof name, "%s, %lld a call", p->c.name, (long long)count);
-    const char *wrong = decode_all(p, &r, count, prefill_backend(level));
-    for (int64_t t = 0; t < p->T - LAST; t++)
-        last.written[t] = false;
-    double out = prefill_error(&r.out, &exact->out, &last, true);
+    const char *wrong = decode_all(p, &r, count, level_backend(level));
+    double out = prefill_error(&r.out, &exact->out, &p->out, true);
     double state = prefill_error(&r.final, &exact->final, &p->final, false);
     snprintf(text, sizeof text, "out of the last %d tokens %.1e, state %.1e, at most %.1e", LAST, out, state,
              TOLERANCE_FP32);
@@ -93,15 +61,22 @@ static void run_level(struct check *check, const struct prefill_problem *p, cons
     prefill_results_free(&r);
 }
 
+static void run_level(struct check *check, struct prefill_problem *p, const struct prefill_results *exact,
+                      const char *level, const void *context) {
+    (void)context;
+    for (int64_t t = 0; t < p->T - LAST; t++)
+        p->out.written[t] = false;
+    run_calls(check, p, exact, 1, level);
+    run_calls(check, p, exact, FLASH_KDA_MAX_DECODE_TOKENS, level);
+}
+
 static void drift(struct check *check, flash_kda_gate gate, double parameter, flash_kda_state_layout layout) {
-    struct prefill_problem p;
-    struct prefill_results exact;
     struct prefill_case c = prefill_case_plain();
     prefill_case_set_gate(&c, gate);
     c.H = 1;
     c.K = 128;
     c.V = 32;
-    if (prefill_tests_cuda(
+    if (check_tests_cuda(
             check)) { /* what Hopper has a kernel for; elsewhere its oracle would take most of the time */
         c.V = 128;
         c.q_type = c.k_type = c.v_type = c.g_type = c.beta_type = c.out_type = TYPE_BF16;
@@ -115,20 +90,7 @@ static void drift(struct check *check, flash_kda_gate gate, double parameter, fl
     c.parameter = parameter;
     snprintf(c.name, sizeof c.name, "%lld tokens with gate %s, g = %g, %s", (long long)c.lengths[0],
              prefill_gate_names[gate], parameter, layout == FLASH_KDA_STATE_V_FIRST ? "V first" : "K first");
-    if (!check_wanted(check, c.name))
-        return;
-    struct random r = random_named(check->seed, c.name);
-    prefill_problem_make(&p, &c, &r);
-    prefill_results_make_exact(&exact, &p);
-    const char *wrong = prefill_run(&p, &exact, FLASH_KDA_BACKEND_REFERENCE, 0);
-    for (int i = 0; i < check->level_count && !wrong; i++) {
-        run_level(check, &p, &exact, 1, check->levels[i]);
-        run_level(check, &p, &exact, FLASH_KDA_MAX_DECODE_TOKENS, check->levels[i]);
-    }
-    if (wrong)
-        check_report(check, false, "reference", c.name, wrong);
-    prefill_results_free(&exact);
-    prefill_problem_free(&p);
+    prefill_examine(check, &c, run_level, NULL);
 }
 
 void decode_drift(struct check *check) {

@@ -128,7 +128,7 @@ static const struct {
 };
 enum { PARTS = sizeof parts / sizeof *parts };
 
-/* How it is called: as in decode_pairwise.c. */
+/* How it is called: as in pairwise_cases.c. */
 static const struct {
     int64_t columns;
     bool num_accepted, accepted, keep_state, no_out;

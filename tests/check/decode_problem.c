@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /* From a case of decode to its tensors, and what the oracle makes of them. */
+#include "calls.h"
 #include "decode_case.h"
-#include "device.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 
 struct decode_case decode_case_plain(void) {
@@ -15,15 +14,6 @@ struct decode_case decode_case_plain(void) {
 }
 
 /* ---- Slots ------------------------------------------------------------------------------------- */
-
-static void *allocate(int64_t count, size_t size) {
-    void *memory = calloc(count > 0 ? (size_t)count : 1, size);
-    if (!memory) {
-        fprintf(stderr, "out of memory for a test problem\n");
-        exit(2);
-    }
-    return memory;
-}
 
 static struct tensor_layout index_layout(const struct decode_problem *d) {
     enum spacing spacing = d->c.tokens.inputs == SPACING_COMPACT ? SPACING_COMPACT : SPACING_FUSED;
@@ -119,8 +109,8 @@ int64_t decode_target(const struct decode_problem *d, int64_t n, int64_t t) {
 }
 
 static void mark_written(struct decode_problem *d) {
-    d->out_written = allocate(d->p.B * d->p.T, sizeof *d->out_written);
-    d->state_written = allocate(d->slots, sizeof *d->state_written);
+    d->out_written = must_allocate(d->p.B * d->p.T, sizeof *d->out_written);
+    d->state_written = must_allocate(d->slots, sizeof *d->state_written);
     for (int64_t n = 0; n < d->p.N; n++)
         for (int64_t t = 0; t < d->processed[n]; t++) {
             int64_t slot = decode_target(d, n, t);
@@ -135,12 +125,18 @@ static void mark_written(struct decode_problem *d) {
 static const DLTensor *optional(const struct tensor *t) { return t->block ? &t->dl : NULL; }
 
 static void make_args(struct decode_problem *d) {
-    const flash_kda_prefill_args *p = &d->p.args;
-    flash_kda_decode_args *a = &d->args;
-    a->struct_size = sizeof *a;
-    a->q = d->c.conv[0] ? &d->conv[0].raw.dl : p->q;
-    a->k = d->c.conv[1] ? &d->conv[1].raw.dl : p->k;
-    a->v = d->c.conv[2] ? &d->conv[2].raw.dl : p->v;
+    flash_kda_decode_args *a = &d->args, indices = *a;
+    *a = decode_of_prefill(&d->p.args);
+    a->state_indices = indices.state_indices;
+    a->num_accepted_tokens = indices.num_accepted_tokens;
+    a->accepted = indices.accepted;
+    a->flags |= d->c.keep_state ? FLASH_KDA_KEEP_STATE : 0;
+    if (d->c.conv[0])
+        a->q = &d->conv[0].raw.dl;
+    if (d->c.conv[1])
+        a->k = &d->conv[1].raw.dl;
+    if (d->c.conv[2])
+        a->v = &d->conv[2].raw.dl;
     a->q_conv_weight = optional(&d->conv[0].weight);
     a->q_conv_bias = optional(&d->conv[0].bias);
     a->k_conv_weight = optional(&d->conv[1].weight);
@@ -151,18 +147,6 @@ static void make_args(struct decode_problem *d) {
     a->norm_gate = optional(&d->norm_gate);
     a->norm_activation = d->c.norm_activation;
     a->norm_eps = DECODE_NORM_EPS;
-    a->g = p->g;
-    a->beta = p->beta;
-    a->A_log = p->A_log;
-    a->dt_bias = p->dt_bias;
-    a->gate = p->gate;
-    a->lower_bound = p->lower_bound;
-    a->beta_mode = p->beta_mode;
-    a->scale = p->scale;
-    a->flags = p->flags | (d->c.keep_state ? FLASH_KDA_KEEP_STATE : 0);
-    a->cu_seqlens = p->cu_seqlens;
-    a->state_layout = p->state_layout;
-    a->num_threads = p->num_threads;
 }
 
 const char *decode_problem_make(struct decode_problem *d, const struct decode_case *c, bool formula,
@@ -196,16 +180,11 @@ const char *decode_problem_make(struct decode_problem *d, const struct decode_ca
 }
 
 void decode_problem_free(struct decode_problem *d) {
-    struct tensor *const tensors[] = {&d->state,    &d->state_indices, &d->num_accepted_tokens,
-                                      &d->accepted, &d->norm_weight,   &d->norm_gate};
-    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
-        tensor_free(tensors[i]);
-    for (int i = 0; i < 3; i++) {
-        tensor_free(&d->conv[i].raw);
-        tensor_free(&d->conv[i].weight);
-        tensor_free(&d->conv[i].bias);
+    const struct arguments args = arguments_of_decode(&d->args);
+    arguments_free(&args);
+    tensor_free(&d->state);
+    for (int i = 0; i < 3; i++)
         tensor_free(&d->conv[i].state);
-    }
     free(d->out_written);
     free(d->state_written);
     prefill_results_free(&d->exact);
@@ -244,13 +223,6 @@ flash_kda_decode_args decode_bind(const struct decode_problem *d, struct decode_
 }
 
 const char *decode_call(const flash_kda_decode_args *args) {
-    static char text[700];
-#ifdef CHECK_CUDA
-    if (args->backend == FLASH_KDA_BACKEND_CUDA)
-        return device_decode(args, DEVICE_MEMORY);
-#endif
-    if (!flash_kda_decode(args))
-        return NULL;
-    snprintf(text, sizeof text, "decode: %s", flash_kda_last_error());
-    return text;
+    const struct arguments all = arguments_of_decode(args);
+    return call_run(&all, memory_of(args->backend), FILL_NONE);
 }

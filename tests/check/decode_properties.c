@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Whole sequences through decode, in several ways: outputs and last states are what prefill makes of them. */
+#include "arguments.h"
 #include "decode_case.h"
 #include "decode_families.h"
 #include "prefill_compare.h"
@@ -75,34 +76,18 @@ static const DLTensor *indices_make(struct indices *x, int64_t N, int64_t column
 /* Tokens first .. first + count - 1 of every sequence; accepted: how many of them to process, or -1: all. */
 static const char *call(struct chain *c, int64_t first, int64_t count, uint32_t flags, int64_t accepted) {
     const struct prefill_problem *p = c->p;
-    const struct tensor *tokens[6] = {&p->q, &p->k, &p->v, &p->g, &p->beta, &c->out};
-    struct tensor_view views[6];
+    struct tensor views[TOKEN_ARGUMENTS];
     struct indices slots, read, some;
-    for (int i = 0; i < 6; i++) {
-        tensor_view_make(&views[i], tokens[i]);
-        tensor_view_skip(&views[i], 1, first, count);
-    }
     for (int64_t n = 0; n < p->N; n++) {
         read.value[n] = (int32_t)c->accepted;
         some.value[n] = (int32_t)accepted;
         for (int64_t t = 0; t < DRAFTS && (t == 0 || t < c->columns); t++)
             slots.value[n * (c->columns ? c->columns : 1) + t] = (int32_t)c->slot[n][t];
     }
-    flash_kda_decode_args args = FLASH_KDA_DECODE_ARGS_INIT;
-    args.q = &views[0].dl;
-    args.k = &views[1].dl;
-    args.v = &views[2].dl;
-    args.g = &views[3].dl;
-    args.beta = &views[4].dl;
-    args.out = accepted < 0 ? &views[5].dl : NULL;
-    args.A_log = p->args.A_log;
-    args.dt_bias = p->args.dt_bias;
-    args.gate = p->args.gate;
-    args.lower_bound = p->args.lower_bound;
-    args.beta_mode = p->args.beta_mode;
-    args.flags = p->args.flags | flags;
-    args.state_layout = p->args.state_layout;
-    args.num_threads = p->args.num_threads;
+    flash_kda_decode_args args = decode_of_prefill(&p->args);
+    args.out = accepted < 0 ? &c->out.dl : NULL;
+    args.flags |= flags;
+    decode_narrow(&args, views, 1, first, count);
     args.state = &c->state.dl;
     args.state_indices = indices_make(&slots, p->N, c->columns);
     args.num_accepted_tokens = c->columns ? indices_make(&read, p->N, 0) : NULL;
@@ -152,17 +137,22 @@ static double allowed(const struct chain *c) {
     return TOLERANCE_FP32 + rounding * sqrt((double)c->calls);
 }
 
-static void run_chain(struct check *check, const struct prefill_problem *p, const struct prefill_results *exact,
-                      DLDataType type, enum way way, const char *level) {
-    struct chain c = {.p = p, .backend = prefill_backend(level)};
+struct chain_kind {
+    DLDataType type;
+    enum way way;
+};
+
+static void run_chain(struct check *check, struct prefill_problem *p, const struct prefill_results *exact,
+                      const char *level, const void *context) {
+    const struct chain_kind *kind = context;
+    struct chain c = {.p = p, .backend = level_backend(level)};
     struct random r = random_named(check->seed, p->c.name);
     struct tensor states;
     char text[200];
     const char *wrong = NULL;
-    check_select_level(level);
-    chain_make(&c, p, type, way == VERIFIED ? DRAFTS : 0, &r);
+    chain_make(&c, p, kind->type, kind->way == VERIFIED ? DRAFTS : 0, &r);
     for (int64_t at = 0; at < p->T && !wrong;)
-        at += advance(&c, way, at, &r, &wrong);
+        at += advance(&c, kind->way, at, &r, &wrong);
     gather_states(&c, &states);
     double out = prefill_error(&c.out, &exact->out, &p->out, true);
     double state = prefill_error(&states, &exact->final, &p->final, true);
@@ -176,23 +166,11 @@ static void run_chain(struct check *check, const struct prefill_problem *p, cons
 }
 
 static void compare_chain(struct check *check, struct prefill_case *c, DLDataType type, int way) {
-    struct prefill_problem p;
-    struct prefill_results exact;
+    const struct chain_kind kind = {type, ways[way].way};
     snprintf(c->name, sizeof c->name, "%s is prefill, gate %s, %s state, %s", ways[way].name,
              prefill_gate_names[c->gate], type_name(type),
              c->layout == FLASH_KDA_STATE_V_FIRST ? "V first" : "K first");
-    if (!check_wanted(check, c->name))
-        return;
-    struct random r = random_named(check->seed, c->name);
-    prefill_problem_make(&p, c, &r);
-    prefill_results_make_exact(&exact, &p);
-    const char *wrong = prefill_run(&p, &exact, FLASH_KDA_BACKEND_REFERENCE, 0);
-    for (int i = 0; i < check->level_count && !wrong; i++)
-        run_chain(check, &p, &exact, type, ways[way].way, check->levels[i]);
-    if (wrong)
-        check_report(check, false, "reference", c->name, wrong);
-    prefill_results_free(&exact);
-    prefill_problem_free(&p);
+    prefill_examine(check, c, run_chain, &kind);
 }
 
 /* What is carried wrongly must show in the end. But a decay nearer to 1 than bf16 states are exact is rounded away by every call,

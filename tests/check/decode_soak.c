@@ -2,9 +2,10 @@
 /* A serving loop: sequences join by a prefill into the pool, are decoded in changing batches, verified and committed, leave,
  * are preempted and resume from a checkpoint. Whatever happens, every sequence must have the outputs and the state that the
  * recurrence gives it alone; slots that nobody owns hold NaN. */
+#include "call.h"
+#include "compare.h"
 #include "decode_case.h"
 #include "decode_families.h"
-#include "prefill_compare.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -116,32 +117,20 @@ static int64_t in_S(const struct server *s, int64_t i) {
 
 /* ---- Comparing ----------------------------------------------------------------------------------- */
 
-/* RMS(x - expected) / RMS(expected), where what is expected counts as at least as large as it usually is: a few outputs may
- * be small together by chance. */
-struct error {
-    double differences, squares;
-    int64_t count;
-};
-
+/* What is expected counts as at least as large as it usually is: a few outputs may be small together by chance. */
 static const double usual = 0.05;
 
 static void judge(struct server *s, const struct error *e, const char *what) {
-    double ratio = sqrt(e->differences / fmax(e->squares, usual * usual * (double)e->count));
+    double ratio = e->spread ? (double)INFINITY : error_ratio(e, usual);
     s->worst = fmax(s->worst, ratio);
     if (!(ratio <= s->tolerance))
         snprintf(s->wrong, sizeof s->wrong, "%s off by %.1e, at most %.1e", what, ratio, s->tolerance);
 }
 
-static void add(struct error *e, double x, double expected) {
-    e->differences += (x - expected) * (x - expected);
-    e->squares += expected * expected;
-    e->count++;
-}
-
 static void compare_state(struct server *s, int64_t slot, const double *S, const char *what) {
     struct error e = {0};
     for (int64_t i = 0; i < MATRIX; i++)
-        add(&e, tensor_get(&s->pool, slot * MATRIX + i), S[in_S(s, i)]);
+        error_add(&e, tensor_get(&s->pool, slot * MATRIX + i), S[in_S(s, i)], 0);
     judge(s, &e, what);
 }
 
@@ -226,7 +215,7 @@ static void expect_token(const struct batch *b, int64_t row, const struct token 
         double o[VALUES];
         recur(x, h, S + h * KEYS * VALUES, o);
         for (int j = 0; j < VALUES; j++)
-            add(e, tensor_get(&b->out, (row * HEADS + h) * VALUES + j), o[j]);
+            error_add(e, tensor_get(&b->out, (row * HEADS + h) * VALUES + j), o[j], 0);
     }
 }
 
@@ -277,7 +266,7 @@ static void prefill(struct server *s, struct sequence *x, int64_t end, bool from
                                          .checkpoint_every = rows ? EVERY : 0,
                                          .checkpoint_cu_starts = rows ? &starts.dl : NULL,
                                          .backend = s->backend};
-    const char *wrong = prefill_call(&args, 0xff);
+    const char *wrong = prefill_call(&args, FILL_NAN);
     if (wrong)
         fail(s, wrong);
     for (int64_t t = 0; t < b.total; t++) {
@@ -451,7 +440,7 @@ static void compare_rows(struct server *s, struct step *step) {
             x->column = step->accepted[n] - 1;
         compare_state(s, x->slot[x->column], x->S, "a state");
     }
-    if (e.count)
+    if (e.count || e.spread)
         judge(s, &e, "an output");
 }
 
@@ -526,12 +515,12 @@ static void server_make(struct server *s, DLDataType type) {
 
 static void soak(struct check *check, const char *level, const char *name, flash_kda_state_layout layout,
                  DLDataType type, double tolerance, int64_t steps) {
-    struct server s = {.backend = prefill_backend(level),
+    struct server s = {.backend = level_backend(level),
                        .layout = layout,
                        .tolerance = tolerance,
                        .random = random_named(check->seed, name)};
     char text[600];
-    check_select_level(level);
+    level_select(level);
     server_make(&s, type);
     int64_t step = 0;
     for (; step < steps && !*s.wrong; step++) {
@@ -561,7 +550,7 @@ void decode_soak(struct check *check) {
     bool wants_wide = check_wanted(check, wide), wants_half = check_wanted(check, half);
     for (int i = 0; i < check->level_count; i++) {
         const char *level = check->levels[i];
-        bool products = prefill_backend(level) == FLASH_KDA_BACKEND_CUDA; /* its prefill takes bf16 operands */
+        bool products = level_backend(level) == FLASH_KDA_BACKEND_CUDA; /* its prefill takes bf16 operands */
         if (wants_wide)
             soak(check, level, wide, FLASH_KDA_STATE_V_FIRST, TYPE_FP32,
                  products ? TOLERANCE_SOAK_BF16 : TOLERANCE_FP32, steps);

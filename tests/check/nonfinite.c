@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /* One NaN or infinity in one tensor: what the recurrence makes of it is what every level must make of it. Where that is not
  * finite no number may stand; where it is, the number must be right. */
+#include "arguments.h"
+#include "compare.h"
 #include "decode_case.h"
 #include "decode_families.h"
 #include "prefill_compare.h"
@@ -15,54 +17,32 @@ enum { CUDA_CHUNK = 32 };
 
 /* ---- Comparing --------------------------------------------------------------------------------- */
 
-/* How a tensor differs from the oracle's. */
-struct difference {
-    int64_t lost, spread; /* elements that are finite and should not be, or the other way round */
-    double differences, squares;
-};
-
-static void add_element(struct difference *d, double x, double ref, double forgiven, bool may_spread) {
-    if (isfinite(ref) && isfinite(x)) {
-        double difference = fmax(0, fabs(x - ref) - forgiven);
-        d->differences += difference * difference;
-        d->squares += ref * ref;
-    } else if (isfinite(x)) {
-        d->lost++;
-    } else if (isfinite(ref) && !may_spread) {
-        d->spread++;
-    }
-}
-
-static double ratio(const struct difference *d) {
-    return sqrt(d->differences / fmax(d->squares, TOLERANCE_SMALLEST_REFERENCE));
-}
-
 /* Is this element's row in front of the bad one in its chunk? */
 struct excuse {
     bool given;
     int64_t first, count; /* rows of out: tokens of the batch, end to end */
 };
 
-/* Rows `written` of x against those of ref. */
-static void add_tensor(struct difference *d, const struct tensor *x, const struct tensor *ref, int64_t rows,
+/* Rows `written` of x, NULL: all, against those of ref. */
+static void add_tensor(struct error *e, const struct tensor *x, const struct tensor *ref, int64_t rows,
                        const bool *written, bool forgive, struct excuse excuse) {
     int64_t count = rows ? tensor_count(ref) / rows : 0;
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = row * count; written[row] && i < (row + 1) * count; i++) {
-            double b = tensor_get(ref, i);
-            double forgiven =
-                forgive && x->dl.dtype.bits == 16 && isfinite(b) ? type_half_ulp(x->dl.dtype, b) : 0;
-            bool excused = excuse.given && row >= excuse.first && row < excuse.first + excuse.count;
-            add_element(d, tensor_get(x, i), b, forgiven, excused);
-        }
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t spread = e->spread;
+        if (!written || written[row])
+            error_add_row(e, x, row, ref, row, count, forgive);
+        if (excuse.given && row >= excuse.first && row < excuse.first + excuse.count)
+            e->spread = spread;
+    }
 }
 
 static void report(struct check *check, const char *level, const char *name, const char *wrong,
-                   const struct difference *d, double allowed) {
+                   const struct error *d, double allowed) {
     char text[160];
+    double ratio = error_ratio(d, TOLERANCE_SMALLEST_REFERENCE);
     snprintf(text, sizeof text, "%lld not finite that should be, %lld finite that should not, the others %.1e",
-             (long long)d->spread, (long long)d->lost, ratio(d));
-    check_report(check, !wrong && !d->lost && !d->spread && ratio(d) <= allowed, level, name,
+             (long long)d->spread, (long long)d->lost, ratio);
+    check_report(check, !wrong && !d->lost && !d->spread && ratio <= allowed, level, name,
                  wrong ? wrong : text);
 }
 
@@ -75,24 +55,6 @@ struct bad {
 };
 static const struct bad nan_or_inf[] = {{"NaN", NAN}, {"inf", INFINITY}};
 
-static struct tensor *prefill_tensor(struct prefill_problem *p, const char *name) {
-    const struct {
-        const char *name;
-        struct tensor *tensor;
-    } all[] = {{"q", &p->q},
-               {"k", &p->k},
-               {"v", &p->v},
-               {"g", &p->g},
-               {"beta", &p->beta},
-               {"A_log", &p->A_log},
-               {"dt_bias", &p->dt_bias},
-               {"initial_state", &p->initial_state}};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        if (!strcmp(name, all[i].name))
-            return all[i].tensor;
-    return NULL;
-}
-
 static bool by_token(const char *name) { return strlen(name) == 1 || !strcmp(name, "beta"); }
 
 /* ---- Prefill ----------------------------------------------------------------------------------- */
@@ -100,14 +62,14 @@ static bool by_token(const char *name) { return strlen(name) == 1 || !strcmp(nam
 static void prefill_level(struct check *check, const struct prefill_problem *p,
                           const struct prefill_results *exact, int64_t token, const char *level) {
     struct prefill_results r;
-    struct difference d = {0};
-    bool cuda = prefill_backend(level) == FLASH_KDA_BACKEND_CUDA;
+    struct error d = {0};
+    bool cuda = level_backend(level) == FLASH_KDA_BACKEND_CUDA;
     bool exact_arithmetic = !cuda && strcmp(level, "avx512bf16") != 0;
     int64_t in_chunk = token < 0 ? 0 : token % p->T % CUDA_CHUNK;
     struct excuse excuse = {cuda && token >= 0, token - in_chunk, in_chunk};
-    check_select_level(level);
+    level_select(level);
     prefill_results_make(&r, p);
-    const char *wrong = prefill_run(p, &r, prefill_backend(level), 0xff);
+    const char *wrong = prefill_run(p, &r, level_backend(level), FILL_NAN);
     add_tensor(&d, &r.out, &exact->out, p->out.rows, p->out.written, exact_arithmetic, excuse);
     add_tensor(&d, &r.final, &exact->final, p->final.rows, p->final.written, exact_arithmetic,
                (struct excuse){0});
@@ -126,12 +88,12 @@ static void prefill_one(struct check *check, struct prefill_case c, const char *
         return;
     struct random r = random_named(check->seed, c.name);
     prefill_problem_make(&p, &c, &r);
-    struct tensor *tensor = prefill_tensor(&p, what);
+    struct tensor *tensor = prefill_tensor(&p.args, what);
     int64_t count = tensor_count(tensor), at = random_below(&r, count);
     int64_t token = by_token(what) ? at / (count / (p.B * p.T)) : -1;
     tensor_set(tensor, at, bad->value);
     prefill_results_make_exact(&exact, &p);
-    const char *wrong = prefill_run(&p, &exact, FLASH_KDA_BACKEND_REFERENCE, 0xff);
+    const char *wrong = prefill_run(&p, &exact, FLASH_KDA_BACKEND_REFERENCE, FILL_NAN);
     if (wrong)
         check_report(check, false, "reference", c.name, wrong);
     for (int i = 0; i < check->level_count && !wrong; i++)
@@ -142,7 +104,7 @@ static void prefill_one(struct check *check, struct prefill_case c, const char *
 
 /* Where a level is tested against itself there is nothing to compare. */
 static bool only_reference(const struct check *check) {
-    return prefill_backend(check->levels[0]) == FLASH_KDA_BACKEND_REFERENCE;
+    return level_backend(check->levels[0]) == FLASH_KDA_BACKEND_REFERENCE;
 }
 
 static void prefill_all(struct check *check, struct prefill_case c) {
@@ -194,43 +156,23 @@ void prefill_nonfinite(struct check *check) {
 
 /* ---- Decode ------------------------------------------------------------------------------------ */
 
-static struct tensor *decode_tensor(struct decode_problem *d, const char *name) {
-    const struct {
-        const char *name;
-        struct tensor *tensor;
-    } all[] = {{"state", &d->state},
-               {"q", &d->conv[0].raw},
-               {"k", &d->conv[1].raw},
-               {"v", &d->conv[2].raw},
-               {"q_conv_weight", &d->conv[0].weight},
-               {"k_conv_bias", &d->conv[1].bias},
-               {"v_conv_state", &d->conv[2].state},
-               {"norm_weight", &d->norm_weight},
-               {"norm_gate", &d->norm_gate}};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        if (!strcmp(name, all[i].name) && all[i].tensor->block)
-            return all[i].tensor;
-    return prefill_tensor(&d->p, name);
+/* The states are not among the arguments of a problem: each run has its own. */
+static struct tensor *tensor_named(struct decode_problem *d, const char *name) {
+    return !strcmp(name, "state")          ? &d->state
+           : !strcmp(name, "v_conv_state") ? &d->conv[2].state
+                                           : decode_tensor(&d->args, name);
 }
-
-static bool written(const bool *rows, int64_t row) { return !rows || rows[row]; }
 
 static void decode_level(struct check *check, const struct decode_problem *d,
                          const struct decode_results *exact, const char *level) {
     struct decode_results r;
-    struct difference all = {0};
-    check_select_level(level);
+    struct error all = {0};
+    level_select(level);
     decode_results_make(&r, d);
-    const flash_kda_decode_args args = decode_bind(d, &r, prefill_backend(level));
+    const flash_kda_decode_args args = decode_bind(d, &r, level_backend(level));
     const char *wrong = decode_call(&args);
-    int64_t rows = d->p.B * d->p.T, out = tensor_count(&r.out) / rows,
-            state = tensor_count(&r.state) / d->slots;
-    for (int64_t i = 0; i < tensor_count(&r.out); i++)
-        if (written(d->out_written, i / out))
-            add_element(&all, tensor_get(&r.out, i), tensor_get(&exact->out, i), 0, false);
-    for (int64_t i = 0; i < tensor_count(&r.state); i++)
-        if (written(d->state_written, i / state))
-            add_element(&all, tensor_get(&r.state, i), tensor_get(&exact->state, i), 0, false);
+    add_tensor(&all, &r.out, &exact->out, d->p.B * d->p.T, d->out_written, false, (struct excuse){0});
+    add_tensor(&all, &r.state, &exact->state, d->slots, d->state_written, false, (struct excuse){0});
     report(check, level, d->c.tokens.name, wrong, &all, TOLERANCE_FP32);
     decode_results_free(&r);
 }
@@ -245,7 +187,7 @@ static void decode_one(struct check *check, struct decode_case c, const char *wh
         return;
     struct random r = random_named(check->seed, tokens->name);
     const char *wrong = decode_problem_make(&d, &c, false, &r);
-    struct tensor *tensor = decode_tensor(&d, what);
+    struct tensor *tensor = tensor_named(&d, what);
     int64_t at = random_below(&r, tensor_count(tensor));
     tensor_set(tensor, at, bad->value);
     decode_results_make(&exact, &d);

@@ -13,9 +13,7 @@ static void run(struct check *check) {
     prefill_traps(check);
     prefill_nonfinite(check);
     prefill_properties(check);
-#ifdef CHECK_CUDA
     prefill_cuda(check);
-#endif
 }
 
 const struct operation prefill_operation = {"prefill", run};

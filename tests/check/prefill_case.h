@@ -4,7 +4,7 @@
 #ifndef CHECK_PREFILL_CASE_H
 #define CHECK_PREFILL_CASE_H
 
-#include "flash_kda.h"
+#include "call.h"
 #include "random.h"
 #include "tensor.h"
 #include "tolerance.h"
@@ -129,8 +129,8 @@ const char *prefill_call(const flash_kda_prefill_args *args, int fill);
 const char *prefill_run(const struct prefill_problem *p, struct prefill_results *r, flash_kda_backend backend,
                         int fill);
 
-/* Seconds of the fastest of several runs. */
-double prefill_time(const struct prefill_problem *p, struct prefill_results *r, flash_kda_backend backend);
+/* Do two runs have the same bits? */
+bool prefill_same(const struct prefill_results *a, const struct prefill_results *b);
 
 /* The tensor that holds the checkpoints of a run: checkpoints, or the pool they share. */
 const struct tensor *prefill_checkpoints(const struct prefill_results *r);

@@ -3,56 +3,24 @@
  * computed once a case and serves all levels; the oracle itself is compared with the closed formula. */
 #include "prefill_compare.h"
 
+#include "calls.h"
+#include "compare.h"
+
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
-enum { INPUTS = 13, WORKSPACE_NAN = 0xff, WORKSPACE_ZERO = 0 };
-
-flash_kda_backend prefill_backend(const char *level) {
-    if (!strcmp(level, "cuda"))
-        return FLASH_KDA_BACKEND_CUDA;
-    return strcmp(level, "reference") ? FLASH_KDA_BACKEND_CPU : FLASH_KDA_BACKEND_REFERENCE;
-}
-
-bool prefill_tests_cuda(const struct check *check) {
-    for (int i = 0; i < check->level_count; i++)
-        if (prefill_backend(check->levels[i]) == FLASH_KDA_BACKEND_CUDA)
-            return true;
-    return false;
-}
-
 /* ---- Measuring --------------------------------------------------------------------------------- */
 
 double prefill_error(const struct tensor *x, const struct tensor *ref, const struct prefill_output *o,
                      bool forgive_rounding) {
-    double differences = 0, squares = 0;
-    int64_t count = 0, row_count = o->rows ? tensor_count(ref) / o->rows : 0;
+    struct error e = {0};
+    int64_t count = o->rows ? tensor_count(ref) / o->rows : 0;
     for (int64_t row = 0; row < o->rows; row++)
-        for (int64_t i = row * row_count; o->written[row] && i < (row + 1) * row_count; i++, count++) {
-            double a = tensor_get(x, i), b = tensor_get(ref, i), difference = fabs(a - b);
-            if (!isfinite(b))
-                return (double)NAN;
-            if (!isfinite(a))
-                return (double)INFINITY;
-            if (forgive_rounding && x->dl.dtype.bits == 16)
-                difference = fmax(0, difference - type_half_ulp(x->dl.dtype, b));
-            differences += difference * difference;
-            squares += b * b;
-        }
-    if (!count)
-        return 0;
-    return sqrt(differences / (double)count) /
-           fmax(sqrt(squares / (double)count), TOLERANCE_SMALLEST_REFERENCE);
-}
-
-static bool bf16_products(const struct prefill_case *c, const char *level) {
-    if (!strcmp(level, "cuda"))
-        return true;
-    return !strcmp(level, "avx512bf16") && type_equal(c->q_type, TYPE_BF16) &&
-           type_equal(c->k_type, TYPE_BF16) && type_equal(c->v_type, TYPE_BF16) &&
-           type_equal(c->out_type, TYPE_BF16);
+        if (o->written[row])
+            error_add_row(&e, x, row, ref, row, count, forgive_rounding);
+    return error_of_all(&e);
 }
 
 /* What a level may be off by, and whether the rounding to its dtype is taken off a result first. */
@@ -62,11 +30,15 @@ struct allowance {
 };
 
 /* bf16: the column of the table that counts; samples: see tolerance.h. */
-static struct allowance allowance(const struct prefill_case *c, const char *level, double bf16,
+static struct allowance allowance(const struct prefill_problem *p, const char *level, double bf16,
                                   int64_t samples) {
+    const struct prefill_case *c = &p->c;
+    flash_kda_prefill_args args = p->args;
+    DLTensor out = {.dtype = c->out_type};
+    args.out = &out;
     if (!strcmp(level, "reference"))
         return (struct allowance){TOLERANCE_ORACLE, true};
-    if (!bf16_products(c, level))
+    if (!level_rounds(level, &args))
         return (struct allowance){c->fp32_tolerance, true};
     if (c->K == 1 &&
         !strcmp(level, "cuda")) /* keys of one channel are all collinear; it rounds more operands */
@@ -77,7 +49,7 @@ static struct allowance allowance(const struct prefill_case *c, const char *leve
 
 static struct allowance state_allowance(const struct prefill_problem *p, const char *level,
                                         const struct prefill_output *o) {
-    struct allowance a = allowance(&p->c, level, p->c.bf16_tolerance.state, o->rows * p->HV * p->c.K);
+    struct allowance a = allowance(p, level, p->c.bf16_tolerance.state, o->rows * p->HV * p->c.K);
     if (!a.forgive_rounding && type_equal(o->type, TYPE_BF16))
         a.ratio += ROUNDING_BF16_RMS;
     return a;
@@ -88,35 +60,9 @@ static struct allowance state_allowance(const struct prefill_problem *p, const c
 struct comparison {
     const struct prefill_problem *p;
     const struct prefill_results *expected;
-    struct tensor inputs[INPUTS]; /* as they were */
-    char text[1024];              /* what was measured or went wrong */
+    struct snapshot inputs;
+    char text[1024]; /* what was measured or went wrong */
 };
-
-static void input_list(const struct prefill_problem *p, const struct tensor *list[INPUTS]) {
-    const struct tensor *all[INPUTS] = {&p->q,
-                                        &p->k,
-                                        &p->v,
-                                        &p->g,
-                                        &p->beta,
-                                        &p->A_log,
-                                        &p->dt_bias,
-                                        &p->cu_seqlens,
-                                        &p->initial_state,
-                                        &p->state_indices,
-                                        &p->checkpoint_cu_starts,
-                                        &p->checkpoint_indices,
-                                        &p->checkpoint_offsets};
-    memcpy(list, all, sizeof all);
-}
-
-static bool inputs_unchanged(const struct comparison *c) {
-    const struct tensor *list[INPUTS];
-    input_list(c->p, list);
-    for (int i = 0; i < INPUTS; i++)
-        if (list[i]->block && memcmp(list[i]->block, c->inputs[i].block, list[i]->block_bytes) != 0)
-            return false;
-    return true;
-}
 
 static bool fail(struct comparison *c, const char *why) {
     snprintf(c->text, sizeof c->text, "%s", why);
@@ -160,7 +106,7 @@ static bool results_within(struct comparison *c, const struct prefill_results *r
     const struct prefill_problem *p = c->p;
     const struct prefill_results *expected = c->expected;
     bool good = within(c, "out", &r->out, &expected->out, &p->out,
-                       allowance(&p->c, level, p->c.bf16_tolerance.out, live_outputs(p)));
+                       allowance(p, level, p->c.bf16_tolerance.out, live_outputs(p)));
     good &= within(c, "state", &r->final, &expected->final, &p->final, state_allowance(p, level, &p->final));
     good &= within(c, "checkpoints", prefill_checkpoints(r), &expected->checkpoints, &p->checkpoints,
                    state_allowance(p, level, &p->checkpoints));
@@ -182,16 +128,11 @@ static bool rest_untouched(struct comparison *c, const struct prefill_results *r
     return true;
 }
 
-static bool same_bytes(const struct tensor *a, const struct tensor *b) {
-    return !a->block || memcmp(a->block, b->block, a->block_bytes) == 0;
-}
-
 static bool repeats(struct comparison *c, const struct prefill_results *first, flash_kda_backend backend) {
     struct prefill_results again;
     prefill_results_make(&again, c->p);
-    const char *wrong = prefill_run(c->p, &again, backend, WORKSPACE_ZERO);
-    if (!wrong && !(same_bytes(&first->out, &again.out) && same_bytes(&first->final, &again.final) &&
-                    same_bytes(&first->checkpoints, &again.checkpoints)))
+    const char *wrong = prefill_run(c->p, &again, backend, FILL_ALWAYS);
+    if (!wrong && !prefill_same(first, &again))
         wrong = "a second run, with other bytes in the workspace, gave other bits";
     prefill_results_free(&again);
     return !wrong || fail(c, wrong);
@@ -200,18 +141,21 @@ static bool repeats(struct comparison *c, const struct prefill_results *first, f
 static bool compare_results(struct comparison *c, struct prefill_results *r, const char *level) {
     struct prefill_results before;
     prefill_results_make(&before, c->p);
-    const char *wrong = prefill_run(c->p, r, prefill_backend(level), WORKSPACE_NAN);
+    const char *wrong = prefill_run(c->p, r, level_backend(level), FILL_NAN);
     bool good = !wrong || fail(c, wrong);
     good = good && rest_untouched(c, r, &before);
-    good = good && (inputs_unchanged(c) || fail(c, "changed an input"));
-    good = good && repeats(c, r, prefill_backend(level));
+    wrong = good ? snapshot_changed(&c->inputs) : NULL;
+    good = good && (!wrong || fail(c, wrong));
+    good = good && repeats(c, r, level_backend(level));
     prefill_results_free(&before);
     return good && results_within(c, r, level);
 }
 
 static void append_time(struct comparison *c, struct prefill_results *r, const char *level) {
     const struct prefill_problem *p = c->p;
-    double seconds = prefill_time(p, r, prefill_backend(level));
+    flash_kda_prefill_args args = prefill_bind(p, r, level_backend(level));
+    const struct arguments all = arguments_of_prefill(&args);
+    double seconds = seconds_of(&all);
     double rows = (double)(p->B * p->T * p->HV), flop = 8 * rows * (double)(p->c.K * p->c.V);
     append(c, "; %.3f ms, %.1f thousand tokens/s, %.1f GFLOP/s", seconds * 1e3,
            (double)(p->B * p->T) / seconds * 1e-3, flop / seconds * 1e-9);
@@ -219,7 +163,7 @@ static void append_time(struct comparison *c, struct prefill_results *r, const c
 
 static void compare_level(struct check *check, struct comparison *c, const char *level) {
     struct prefill_results r;
-    check_select_level(level);
+    level_select(level);
     prefill_results_make(&r, c->p);
     c->text[0] = '\0';
     bool good = compare_results(c, &r, level);
@@ -234,15 +178,11 @@ static void compare_level(struct check *check, struct comparison *c, const char 
 static void compare_problem(struct check *check, const struct prefill_problem *p,
                             const struct prefill_results *expected) {
     struct comparison c = {.p = p, .expected = expected};
-    const struct tensor *list[INPUTS];
-    input_list(p, list);
-    for (int i = 0; i < INPUTS; i++)
-        if (list[i]->block)
-            tensor_clone(&c.inputs[i], list[i]);
+    const struct arguments args = arguments_of_prefill(&p->args);
+    snapshot_take(&c.inputs, &args);
     for (int i = 0; i < check->level_count; i++)
         compare_level(check, &c, check->levels[i]);
-    for (int i = 0; i < INPUTS; i++)
-        tensor_free(&c.inputs[i]);
+    snapshot_free(&c.inputs);
 }
 
 void prefill_compare(struct check *check, const struct prefill_case *c) {
@@ -255,18 +195,38 @@ void prefill_compare(struct check *check, const struct prefill_case *c) {
     if (check->threads >= 0)
         p.args.num_threads = check->threads;
     prefill_results_make_exact(&expected, &p);
-    bool oracle_tested = prefill_backend(check->levels[0]) == FLASH_KDA_BACKEND_REFERENCE;
+    bool oracle_tested = level_backend(check->levels[0]) == FLASH_KDA_BACKEND_REFERENCE;
     const char *wrong = NULL;
     if (oracle_tested && !formula_feasible(&p))
         printf("note %-10s %s: too long for the formula, not run\n", "reference", c->name);
     else if (oracle_tested)
         formula_prefill(&p, &expected);
     else
-        wrong = prefill_run(&p, &expected, FLASH_KDA_BACKEND_REFERENCE, WORKSPACE_NAN);
+        wrong = prefill_run(&p, &expected, FLASH_KDA_BACKEND_REFERENCE, FILL_NAN);
     if (wrong)
         check_report(check, false, "reference", c->name, wrong);
     else if (!oracle_tested || formula_feasible(&p))
         compare_problem(check, &p, &expected);
     prefill_results_free(&expected);
+    prefill_problem_free(&p);
+}
+
+void prefill_examine(struct check *check, const struct prefill_case *c, prefill_property *property,
+                     const void *context) {
+    if (!check_wanted(check, c->name))
+        return;
+    struct random r = random_named(check->seed, c->name);
+    struct prefill_problem p;
+    struct prefill_results exact;
+    prefill_problem_make(&p, c, &r);
+    prefill_results_make_exact(&exact, &p);
+    const char *wrong = prefill_run(&p, &exact, FLASH_KDA_BACKEND_REFERENCE, FILL_NAN);
+    if (wrong)
+        check_report(check, false, "reference", c->name, wrong);
+    for (int i = 0; i < check->level_count && !wrong; i++) {
+        level_select(check->levels[i]);
+        property(check, &p, &exact, check->levels[i], context);
+    }
+    prefill_results_free(&exact);
     prefill_problem_free(&p);
 }

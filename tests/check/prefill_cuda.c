@@ -5,12 +5,11 @@
 #include "device.h"
 #include "prefill_compare.h"
 #include "prefill_families.h"
+#include "replay.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-enum { WORKSPACE_FILL = 0xff };
 
 /* A case whose calls have every index tensor that goes with its kind of checkpoints. */
 static struct prefill_case indexed_case(enum packing packing, enum checkpoints checkpoints, bool wide) {
@@ -59,14 +58,8 @@ static void report(struct check *check, const struct prefill_case *c, const char
     check_report(check, !wrong, "cuda", c->name, wrong ? wrong : right);
 }
 
-static bool same_bytes(const struct tensor *a, const struct tensor *b) {
-    return !a->block || memcmp(a->block, b->block, a->block_bytes) == 0;
-}
-
 static const char *differ(const struct prefill_results *a, const struct prefill_results *b) {
-    bool same = same_bytes(&a->out, &b->out) && same_bytes(&a->final, &b->final) &&
-                same_bytes(&a->checkpoints, &b->checkpoints);
-    return same ? NULL : "other bits than a call that was not captured";
+    return prefill_same(a, b) ? NULL : "other bits than a call that was not captured";
 }
 
 /* ---- Graphs ------------------------------------------------------------------------------------ */
@@ -81,9 +74,11 @@ static const char *replay_differs(const struct prefill_problem *captured,
     prefill_results_make(&called, changed);
     const flash_kda_prefill_args before = prefill_bind(captured, &first, FLASH_KDA_BACKEND_CUDA);
     const flash_kda_prefill_args after = prefill_bind(changed, &replayed, FLASH_KDA_BACKEND_CUDA);
-    const char *wrong = prefill_run(changed, &called, FLASH_KDA_BACKEND_CUDA, WORKSPACE_FILL);
+    const char *wrong = prefill_run(changed, &called, FLASH_KDA_BACKEND_CUDA, FILL_NAN);
+    const struct arguments captured_args = arguments_of_prefill(&before),
+                           changed_args = arguments_of_prefill(&after);
     if (!wrong)
-        wrong = device_prefill_replayed(&before, &after, WORKSPACE_FILL);
+        wrong = replay_changed(&captured_args, &changed_args, FILL_NAN);
     if (!wrong)
         wrong = differ(&replayed, &called);
     prefill_results_free(&first);
@@ -132,7 +127,7 @@ static const char *wild_indices_break(struct prefill_problem *p, struct random *
     prefill_results_make(&before, p);
     for (size_t i = 0; i < sizeof indices / sizeof *indices; i++)
         spoil(indices[i], r);
-    const char *wrong = prefill_run(p, &results, FLASH_KDA_BACKEND_CUDA, DEVICE_FILL_ALWAYS);
+    const char *wrong = prefill_run(p, &results, FLASH_KDA_BACKEND_CUDA, FILL_ALWAYS);
     /* What rows hold now means nothing, but slots and padding that no index names are as they were. */
     bool *any = p->out.written;
     for (int64_t row = 0; row < p->out.rows; row++)
@@ -182,17 +177,32 @@ static const struct {
              {fill_moving, 1, "what is not forgotten after all leaves cut chains"},
              {fill_remembering, 2, "slow gates leave all"}};
 
+/* Runs prefill, describes it, and copies the first word of its workspace from where the library begins to use it; 0xff bytes
+ * where it has none. */
+static const char *run_described(const flash_kda_prefill_args *args, char *text, size_t size, int32_t *word) {
+    enum { ALIGNMENT = 64 /* of what the library uses */ };
+    const struct arguments all = arguments_of_prefill(args);
+    struct call c;
+    bool ran = call_make(&c, &all, MEMORY_DEVICE, FILL_NAN) && call_launch(&c, NULL) && call_wait(&c);
+    if (ran && flash_kda_prefill_describe(&c.args.prefill, text, size))
+        ran = failed("%s", flash_kda_last_error());
+    *word = -1;
+    if (ran && c.workspace_bytes > ALIGNMENT)
+        ran = device_copy(word, c.workspace.data + -(uintptr_t)c.workspace.data % ALIGNMENT, sizeof *word);
+    return call_finish(&c, ran);
+}
+
 /* Of the way that is asked for, or would be. */
 static const char *parts_leave(const flash_kda_prefill_args *args, int32_t expected, bool *hopper) {
     static char other[80];
     char text[200] = "";
     int32_t left = 0;
-    const char *wrong = device_prefill_described(args, text, sizeof text, &left);
+    const char *wrong = run_described(args, text, sizeof text, &left);
     *hopper = strstr(text, "level sm90");
     if (wrong || !*hopper)
         return wrong;
     setenv("FLASH_KDA_CUDA", "sm90/stream_k", 1);
-    wrong = device_prefill_described(args, text, sizeof text, &left);
+    wrong = run_described(args, text, sizeof text, &left);
     snprintf(other, sizeof other, "left %d to other kernels, expected %d", left, expected);
     return wrong                       ? wrong
            : !strstr(text, "stream_k") ? "was not run by stream-K"
@@ -243,9 +253,10 @@ static void managed_memory(struct check *check) {
     prefill_results_make(&managed, &p);
     prefill_results_make(&plain, &p);
     const flash_kda_prefill_args args = prefill_bind(&p, &managed, FLASH_KDA_BACKEND_CUDA);
-    const char *wrong = device_prefill(&args, WORKSPACE_FILL, DEVICE_MANAGED);
+    const struct arguments all = arguments_of_prefill(&args);
+    const char *wrong = call_run(&all, MEMORY_MANAGED, FILL_NAN);
     if (!wrong)
-        wrong = prefill_run(&p, &plain, FLASH_KDA_BACKEND_CUDA, WORKSPACE_FILL);
+        wrong = prefill_run(&p, &plain, FLASH_KDA_BACKEND_CUDA, FILL_NAN);
     if (!wrong)
         wrong = differ(&managed, &plain);
     report(check, &c, wrong, "the same bits as in device memory");
@@ -256,36 +267,24 @@ static void managed_memory(struct check *check) {
 
 /* ---- Devices ----------------------------------------------------------------------------------- */
 
-enum { MEMBERS = 12, NO_SUCH_DEVICE = 99 };
+enum { NO_SUCH_DEVICE = 99 };
 
 /* A call whose tensors say that they are on devices; it must fail before it touches their memory, which is the
  * host's. */
 struct placed_call {
     flash_kda_prefill_args args;
-    DLTensor tensors[MEMBERS];
+    DLTensor tensors[PREFILL_ARGUMENTS];
 };
 
-static const char *const member_names[MEMBERS] = {"q",           "k",
-                                                  "v",           "g",
-                                                  "beta",        "A_log",
-                                                  "dt_bias",     "out",
-                                                  "cu_seqlens",  "initial_state",
-                                                  "final_state", "state_indices"};
-
 static void place_call(struct placed_call *call, const flash_kda_prefill_args *args, DLDevice device) {
+    struct argument list[MAX_ARGUMENTS];
     call->args = *args;
-    flash_kda_prefill_args *a = &call->args;
-    const DLTensor **const members[MEMBERS] = {&a->q,           &a->k,
-                                               &a->v,           &a->g,
-                                               &a->beta,        &a->A_log,
-                                               &a->dt_bias,     &a->out,
-                                               &a->cu_seqlens,  &a->initial_state,
-                                               &a->final_state, &a->state_indices};
-    for (int i = 0; i < MEMBERS; i++) {
-        call->tensors[i] = **members[i];
-        call->tensors[i].device = device;
-        *members[i] = &call->tensors[i];
-    }
+    for (int i = 0, count = prefill_list(&call->args, list); i < count; i++)
+        if (*list[i].tensor) {
+            call->tensors[i] = **list[i].tensor;
+            call->tensors[i].device = device;
+            *list[i].tensor = &call->tensors[i];
+        }
 }
 
 /* NULL if the call fails with this status and a sentence that has this word. */
@@ -303,12 +302,15 @@ static const char *not_refused(const struct placed_call *call, flash_kda_status 
 static const char *mixed_devices_pass(const flash_kda_prefill_args *args) {
     static const DLDevice elsewhere[] = {{kDLCPU, 0}, {kDLCUDA, 1}, {kDLCUDAManaged, 0}};
     const char *wrong = NULL;
-    for (int i = 1; i < MEMBERS && !wrong; i++)
+    for (int i = 0; i < PREFILL_ARGUMENTS && !wrong; i++)
         for (int n = 0; n < 3 && !wrong; n++) {
             struct placed_call call;
+            struct argument list[MAX_ARGUMENTS];
             place_call(&call, args, (DLDevice){kDLCUDA, 0});
+            prefill_list(&call.args, list);
             call.tensors[i].device = elsewhere[n];
-            wrong = not_refused(&call, FLASH_KDA_ERROR_INVALID_ARGUMENT, member_names[i]);
+            if (*list[i].tensor && list[i].tensor != &call.args.q)
+                wrong = not_refused(&call, FLASH_KDA_ERROR_INVALID_ARGUMENT, list[i].name);
         }
     return wrong;
 }
@@ -355,7 +357,7 @@ static void devices(struct check *check) {
     if (!wrong && differ(&results, &before))
         wrong = "wrote to a result of a call that failed";
     if (!wrong) /* an error that was reported is over */
-        wrong = prefill_run(&p, &results, FLASH_KDA_BACKEND_CUDA, WORKSPACE_FILL);
+        wrong = prefill_run(&p, &results, FLASH_KDA_BACKEND_CUDA, FILL_NAN);
     report(check, &c, wrong, "refused, with the tensor or CUDA's error named");
     prefill_results_free(&results);
     prefill_results_free(&before);
@@ -383,7 +385,7 @@ static void cluster_copies(struct check *check) {
 #endif
 
 void prefill_cuda(struct check *check) {
-    if (!prefill_tests_cuda(check))
+    if (!check_tests_cuda(check))
         return;
     graphs(check);
     wild_indices(check);

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /* From a case of prefill to its tensors: shapes, index tensors, values, and which rows a run writes. */
+#include "calls.h"
 #include "prefill_case.h"
 
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 
 struct prefill_case prefill_case_plain(void) {
@@ -43,15 +43,6 @@ void prefill_case_set_gate(struct prefill_case *c, flash_kda_gate gate) {
 
 /* ---- Sequences and slots ----------------------------------------------------------------------- */
 
-static void *allocate(int64_t count, size_t size) {
-    void *memory = calloc(count > 0 ? (size_t)count : 1, size);
-    if (!memory) {
-        fprintf(stderr, "out of memory for a test problem\n");
-        exit(2);
-    }
-    return memory;
-}
-
 static struct tensor_layout inputs_layout(const struct prefill_problem *p, int repeat_dim, bool loose_last) {
     return (struct tensor_layout){p->c.inputs, repeat_dim, loose_last};
 }
@@ -86,7 +77,7 @@ static void place_sequences(struct prefill_problem *p) {
 
 /* Numbers 0 .. count - 1 in random order. */
 static int64_t *shuffled(int64_t count, struct random *r) {
-    int64_t *order = allocate(count, sizeof *order);
+    int64_t *order = must_allocate(count, sizeof *order);
     for (int64_t i = 0; i < count; i++) {
         int64_t j = random_below(r, i + 1);
         order[i] = order[j];
@@ -120,7 +111,7 @@ static void describe_output(struct prefill_output *o, DLDataType type, int lead,
         o->rows *= o->shape[d] = lead_shape[d];
     for (int d = 0; d < inner; d++)
         o->shape[lead + d] = inner_shape[d];
-    o->written = allocate(o->rows, sizeof *o->written);
+    o->written = must_allocate(o->rows, sizeof *o->written);
 }
 
 static void state_shape(const struct prefill_problem *p, int64_t *shape) {
@@ -172,8 +163,8 @@ static void describe_checkpoints(struct prefill_problem *p, int lead, const int6
     if (p->c.checkpoints == CHECKPOINTS_SHARED_POOL)
         type = p->final.type;
     describe_output(&p->checkpoints, type, lead, lead_shape, 3, inner);
-    p->checkpoint_sequence = allocate(p->checkpoints.rows, sizeof *p->checkpoint_sequence);
-    p->checkpoint_position = allocate(p->checkpoints.rows, sizeof *p->checkpoint_position);
+    p->checkpoint_sequence = must_allocate(p->checkpoints.rows, sizeof *p->checkpoint_sequence);
+    p->checkpoint_position = must_allocate(p->checkpoints.rows, sizeof *p->checkpoint_position);
 }
 
 static void keep(struct prefill_problem *p, int64_t row, int64_t n, int64_t position) {
@@ -223,7 +214,7 @@ static void make_packed_checkpoints(struct prefill_problem *p, int64_t slots, co
 
 static void make_indexed_checkpoints(struct prefill_problem *p, int64_t rows, int64_t slots,
                                      const int64_t *targets, struct random *r) {
-    int64_t *target = allocate(rows, sizeof *target);
+    int64_t *target = must_allocate(rows, sizeof *target);
     int64_t skipped = rows > 1 ? random_below(r, rows) : -1;
     tensor_make(&p->checkpoint_indices, TYPE_INT32, 1, &rows, index_layout(p));
     for (int64_t i = 0; i < rows; i++) {
@@ -360,21 +351,8 @@ void prefill_problem_make(struct prefill_problem *p, const struct prefill_case *
 }
 
 void prefill_problem_free(struct prefill_problem *p) {
-    struct tensor *const tensors[] = {&p->q,
-                                      &p->k,
-                                      &p->v,
-                                      &p->g,
-                                      &p->beta,
-                                      &p->A_log,
-                                      &p->dt_bias,
-                                      &p->cu_seqlens,
-                                      &p->initial_state,
-                                      &p->state_indices,
-                                      &p->checkpoint_cu_starts,
-                                      &p->checkpoint_indices,
-                                      &p->checkpoint_offsets};
-    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
-        tensor_free(tensors[i]);
+    const struct arguments args = arguments_of_prefill(&p->args);
+    arguments_free(&args);
     free(p->out.written);
     free(p->final.written);
     free(p->checkpoints.written);

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /* What must hold between runs of prefill: with batch invariance, a sequence has the same bits alone, in any
  * batch and on any number of threads; and a sequence cut in two, its state carried over, is the whole one. */
+#include "call.h"
+#include "compare.h"
 #include "prefill_compare.h"
 #include "prefill_families.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-
-enum { WORKSPACE_FILL = 0xff };
 
 /* ---- A part of one sequence as a problem of its own -------------------------------------------- */
 
@@ -24,32 +24,23 @@ struct part {
 /* Runs a part; out [1, length, HV, V] and final [1, HV, ..] are of the problem's dtypes. */
 static const char *run_part(const struct part *part, struct tensor *out, struct tensor *final) {
     const struct prefill_problem *p = part->p;
-    const struct tensor *inputs[5] = {&p->q, &p->k, &p->v, &p->g, &p->beta};
-    struct tensor_view views[5], initial;
+    struct tensor views[TOKEN_ARGUMENTS], initial;
     bool dense = p->c.packing == PACKING_DENSE;
-    for (int i = 0; i < 5; i++) {
-        tensor_view_make(&views[i], inputs[i]);
-        tensor_view_skip(&views[i], 0, dense ? part->n : 0, 1);
-        tensor_view_skip(&views[i], 1, (dense ? 0 : p->starts[part->n]) + part->first, part->length);
-    }
-    tensor_view_make(&initial, &p->initial_state);
-    tensor_view_skip(&initial, 0, part->n, 1);
+    tensor_view(&initial, &p->initial_state.dl);
+    tensor_narrow(&initial, 0, part->n, 1);
     int64_t boundaries[2] = {0, part->length}, two = 2;
     DLTensor cu_seqlens = {
         .data = boundaries, .device = {kDLCPU, 0}, .ndim = 1, .dtype = TYPE_INT64, .shape = &two};
 
     flash_kda_prefill_args args = p->args;
-    args.q = &views[0].dl;
-    args.k = &views[1].dl;
-    args.v = &views[2].dl;
-    args.g = &views[3].dl;
-    args.beta = &views[4].dl;
+    prefill_narrow(&args, views, 0, dense ? part->n : 0, 1);
+    prefill_narrow(&args, views, 1, (dense ? 0 : p->starts[part->n]) + part->first, part->length);
     args.initial_state = part->initial ? part->initial : &initial.dl;
     args.cu_seqlens = part->packed ? &cu_seqlens : NULL;
     args.out = &out->dl;
     args.final_state = &final->dl;
     args.num_threads = part->threads;
-    return prefill_call(&args, WORKSPACE_FILL);
+    return prefill_call(&args, FILL_NAN);
 }
 
 static void make_part_results(const struct prefill_problem *p, int64_t length, struct tensor *out,
@@ -94,9 +85,8 @@ static const char *threads_differ(struct prefill_problem *p, const struct prefil
     struct prefill_results r;
     prefill_results_make(&r, p);
     p->args.num_threads = threads;
-    const char *wrong = prefill_run(p, &r, p->args.backend, WORKSPACE_FILL);
-    if (!wrong && (memcmp(r.out.block, batch->out.block, r.out.block_bytes) != 0 ||
-                   memcmp(r.final.block, batch->final.block, r.final.block_bytes) != 0))
+    const char *wrong = prefill_run(p, &r, p->args.backend, FILL_NAN);
+    if (!wrong && !prefill_same(&r, batch))
         wrong = "another number of threads gave other bits";
     prefill_results_free(&r);
     return wrong;
@@ -107,7 +97,7 @@ static const char *invariance_broken(struct prefill_problem *p) {
     enum { THREADS = sizeof threads / sizeof *threads };
     struct prefill_results batch;
     prefill_results_make(&batch, p);
-    const char *wrong = prefill_run(p, &batch, p->args.backend, WORKSPACE_FILL);
+    const char *wrong = prefill_run(p, &batch, p->args.backend, FILL_NAN);
     for (int i = 0; i < THREADS && !wrong; i++)
         wrong = threads_differ(p, &batch, threads[i]);
     for (int64_t n = 0; n < p->N && !wrong; n++)
@@ -127,8 +117,8 @@ static void invariance_case(struct check *check, const struct prefill_case *c) {
     struct prefill_problem p;
     prefill_problem_make(&p, c, &r);
     for (int i = 0; i < check->level_count; i++) {
-        check_select_level(check->levels[i]);
-        p.args.backend = prefill_backend(check->levels[i]);
+        level_select(check->levels[i]);
+        p.args.backend = level_backend(check->levels[i]);
         const char *wrong = invariance_broken(&p);
         check_report(check, !wrong, check->levels[i], c->name, wrong ? wrong : "the same bits");
     }
@@ -166,15 +156,9 @@ static void batch_invariance(struct check *check) {
 /* Rows of the whole that a part covers, as an output of its own. */
 static double part_error(const struct tensor *x, const struct tensor *ref, int64_t first_row) {
     struct tensor rows;
-    int64_t count = tensor_count(x), row = count / x->shape[1];
-    tensor_make(&rows, ref->dl.dtype, 4, x->shape, (struct tensor_layout){SPACING_COMPACT, 0, false});
-    for (int64_t i = 0; i < count; i++)
-        tensor_set(&rows, i, tensor_get(ref, first_row * row + i));
-    bool written = true;
-    const struct prefill_output o = {.rows = 1, .written = &written};
-    double error = prefill_error(x, &rows, &o, true);
-    tensor_free(&rows);
-    return error;
+    tensor_view(&rows, &ref->dl);
+    tensor_narrow(&rows, 1, first_row, x->shape[1]);
+    return tensor_error(x, &rows, true);
 }
 
 /* Error ratio of a sequence run in two parts, cut after `cut` tokens; *wrong says what failed. */
@@ -206,14 +190,15 @@ static double carried_error(const struct prefill_problem *p, const struct prefil
     return error;
 }
 
-static void carried_level(struct check *check, const struct prefill_problem *p,
-                          const struct prefill_results *expected, const char *level) {
+static void carried_level(struct check *check, struct prefill_problem *p,
+                          const struct prefill_results *expected, const char *level, const void *context) {
+    (void)context;
+    p->args.backend = level_backend(level);
     static const int64_t cuts[] = {1, 16, 31, 100, 256};
     const char *wrong = NULL;
     bool bf16_products = p->args.backend == FLASH_KDA_BACKEND_CUDA;
     double worst = 0, at_most = bf16_products ? TOLERANCE_BF16_MARGIN * BF16_ANY.out : p->c.fp32_tolerance;
     char text[100];
-    check_select_level(level);
     for (size_t i = 0; i < sizeof cuts / sizeof *cuts && !wrong; i++)
         worst = fmax(worst, carried_error(p, expected, cuts[i], &wrong));
     snprintf(text, sizeof text, "out and state %.1e", worst);
@@ -229,28 +214,13 @@ static void carried_state(struct check *check) {
         c.fill = fill_remembering;
         c.layout = gate == 1 ? FLASH_KDA_STATE_K_FIRST : FLASH_KDA_STATE_V_FIRST;
         snprintf(c.name, sizeof c.name, "a sequence in two calls, gate %d", gate);
-        if (!check_wanted(check, c.name))
-            continue;
-        struct random r = random_named(check->seed, c.name);
-        struct prefill_problem p;
-        struct prefill_results expected;
-        prefill_problem_make(&p, &c, &r);
-        prefill_results_make_exact(&expected, &p);
-        const char *wrong = prefill_run(&p, &expected, FLASH_KDA_BACKEND_REFERENCE, WORKSPACE_FILL);
-        for (int i = 0; i < check->level_count && !wrong; i++) {
-            p.args.backend = prefill_backend(check->levels[i]);
-            carried_level(check, &p, &expected, check->levels[i]);
-        }
-        if (wrong)
-            check_report(check, false, "reference", c.name, wrong);
-        prefill_results_free(&expected);
-        prefill_problem_free(&p);
+        prefill_examine(check, &c, carried_level, NULL);
     }
 }
 
 void prefill_properties(struct check *check) {
     /* The oracle runs token by token: these properties are its definition. */
-    if (prefill_backend(check->levels[0]) == FLASH_KDA_BACKEND_REFERENCE)
+    if (level_backend(check->levels[0]) == FLASH_KDA_BACKEND_REFERENCE)
         return;
     batch_invariance(check);
     carried_state(check);

@@ -1,13 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Runs a prefill problem through the public API and keeps its results. */
-#include "check.h"
-#include "device.h"
+#include "call.h"
 #include "prefill_case.h"
-
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 static void make_output(struct tensor *t, const struct prefill_output *o, DLDataType type,
                         enum spacing spacing) {
@@ -45,58 +39,14 @@ const struct tensor *prefill_checkpoints(const struct prefill_results *r) {
     return r->shared_pool ? &r->final : &r->checkpoints;
 }
 
-enum { WORKSPACE_GUARD = 64, GUARD_BYTE = 0xee };
-
-struct workspace {
-    unsigned char *block, *data; /* data is NULL if bytes is 0 */
-    size_t bytes;
-};
-
-static void workspace_make(struct workspace *w, size_t bytes, int fill) {
-    w->bytes = bytes;
-    w->block = malloc(bytes + 2 * WORKSPACE_GUARD + 1);
-    if (!w->block) {
-        fprintf(stderr, "out of memory: a workspace of %zu bytes\n", bytes);
-        exit(2);
-    }
-    memset(w->block, GUARD_BYTE, bytes + 2 * WORKSPACE_GUARD + 1);
-    /* Any alignment will do, says the header. */
-    w->data = bytes ? w->block + WORKSPACE_GUARD + 1 : NULL;
-    if (bytes)
-        memset(w->data, fill, bytes);
-}
-
-static bool workspace_guards_intact(const struct workspace *w) {
-    for (size_t i = 0; i < 2 * WORKSPACE_GUARD + 1; i++) {
-        size_t place = i <= WORKSPACE_GUARD ? i : i + w->bytes;
-        if (w->block[place] != GUARD_BYTE)
-            return false;
-    }
-    return true;
-}
-
-static const char *failed(const char *call) {
-    static char text[700];
-    snprintf(text, sizeof text, "%s: %s", call, flash_kda_last_error());
-    return text;
+bool prefill_same(const struct prefill_results *a, const struct prefill_results *b) {
+    return tensor_same(&a->out, &b->out) && tensor_same(&a->final, &b->final) &&
+           tensor_same(&a->checkpoints, &b->checkpoints);
 }
 
 const char *prefill_call(const flash_kda_prefill_args *args, int fill) {
-#ifdef CHECK_CUDA
-    if (args->backend == FLASH_KDA_BACKEND_CUDA)
-        return device_prefill(args, fill, DEVICE_MEMORY);
-#endif
-    struct workspace workspace;
-    size_t bytes;
-    if (flash_kda_prefill_workspace_size(args, &bytes))
-        return failed("workspace_size");
-    workspace_make(&workspace, bytes, fill);
-    flash_kda_status status = flash_kda_prefill(args, workspace.data, bytes);
-    bool intact = workspace_guards_intact(&workspace);
-    free(workspace.block);
-    if (status)
-        return failed("prefill");
-    return intact ? NULL : "wrote outside its workspace";
+    const struct arguments all = arguments_of_prefill(args);
+    return call_run(&all, memory_of(args->backend), fill);
 }
 
 flash_kda_prefill_args prefill_bind(const struct prefill_problem *p, struct prefill_results *r,
@@ -115,27 +65,4 @@ const char *prefill_run(const struct prefill_problem *p, struct prefill_results 
                         int fill) {
     flash_kda_prefill_args args = prefill_bind(p, r, backend);
     return prefill_call(&args, fill);
-}
-
-double prefill_time(const struct prefill_problem *p, struct prefill_results *r, flash_kda_backend backend) {
-    enum { MIN_RUNS = 5 };
-    flash_kda_prefill_args args = prefill_bind(p, r, backend);
-#ifdef CHECK_CUDA
-    if (backend == FLASH_KDA_BACKEND_CUDA) {
-        double seconds = 0;
-        return device_prefill_time(&args, &seconds) ? (double)NAN : seconds;
-    }
-#endif
-    struct workspace workspace;
-    size_t bytes = 0;
-    flash_kda_prefill_workspace_size(&args, &bytes);
-    workspace_make(&workspace, bytes, 0);
-    double begin = check_seconds(), best = HUGE_VAL;
-    for (int i = 0; i < MIN_RUNS || check_seconds() - begin < 0.2; i++) {
-        double start = check_seconds();
-        flash_kda_prefill(&args, workspace.data, bytes);
-        best = fmin(best, check_seconds() - start);
-    }
-    free(workspace.block);
-    return best;
 }

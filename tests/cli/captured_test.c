@@ -2,6 +2,7 @@
 /* Does a case made of a file hold the file's tokens and heads, again and again? */
 #include "captured.h"
 #include "case_file.h"
+#include "failure.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -28,9 +29,8 @@ static const struct case_spec source = {.batch = 1,
 
 /* Writes the case of a spec to the file that all tests read; the case is the caller's. */
 static void write_case(struct kda_case *c, const struct case_spec *spec) {
-    char error[256] = "";
-    assert_true(case_generate(c, spec, error, sizeof error));
-    assert_true(case_file_write(path, c, error, sizeof error));
+    assert_true(case_generate(c, spec));
+    assert_true(case_file_write(path, c));
 }
 
 /* [count, MADE_HEADS, row] repeats [from_count, HEADS, row]. */
@@ -50,15 +50,14 @@ static void test_repeats_tokens_and_heads(void **state) {
                              .initial_state = true,
                              .dtype = {kDLFloat, 32, 1},
                              .captured = path};
-    char error[256] = "";
     (void)state;
     write_case(&from, &source);
-    assert_true(captured_describe(&spec, error, sizeof error));
+    assert_true(captured_describe(&spec));
     assert_int_equal(spec.regime, REGIME_CAPTURED);
     assert_int_equal(spec.gate, FLASH_KDA_GATE_SIGMOID);
     assert_true(spec.lower_bound == -3);
-    assert_true(dtype_equal(spec.dtype, dtype_bf16));
-    assert_true(captured_generate(&made, &spec, error, sizeof error));
+    assert_true(type_equal(spec.dtype, TYPE_BF16));
+    assert_true(captured_generate(&made, &spec));
     assert_int_equal(tensor_count(&made.q), 2 * MADE_TOKENS * MADE_HEADS * KEY_DIM);
     assert_int_equal(tensor_count(&made.v), 2 * MADE_TOKENS * MADE_HEADS * VALUE_DIM);
     assert_repeats(&made.A_log, &from.A_log, 1);
@@ -78,16 +77,15 @@ static void test_repeats_tokens_and_heads(void **state) {
 static void test_refuses_what_it_cannot_repeat(void **state) {
     struct kda_case from;
     struct case_spec grouped = source, spec = {.batch = 1, .tokens = 1, .heads = 1, .captured = path};
-    char error[256] = "";
     (void)state;
     grouped.value_heads = 2 * HEADS;
     write_case(&from, &grouped);
     case_free(&from);
-    assert_false(captured_describe(&spec, error, sizeof error));
-    assert_non_null(strstr(error, "expected one sequence with as many value heads as heads"));
+    assert_false(captured_describe(&spec));
+    assert_non_null(strstr(failure(), "expected one sequence with as many value heads as heads"));
     remove(path);
-    assert_false(captured_describe(&spec, error, sizeof error));
-    assert_non_null(strstr(error, path));
+    assert_false(captured_describe(&spec));
+    assert_non_null(strstr(failure(), path));
 }
 
 int main(void) {

@@ -138,7 +138,7 @@ def solve(problem: Problem, every: int = 1 << 60):
 
 # ---- How far a result may be from it -------------------------------------------------------------
 
-# As in tests/check/tolerance.h.
+# As in tests/bench/tolerance.h.
 FP32 = 1e-5
 BF16_MARGIN, BF16_ANY, BF16_FEW = 1.15, 5.1e-3, 4
 

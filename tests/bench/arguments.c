@@ -1,0 +1,138 @@
+/* SPDX-License-Identifier: MIT */
+#include "arguments.h"
+
+#include <string.h>
+
+struct arguments arguments_of_prefill(const flash_kda_prefill_args *args) {
+    return (struct arguments){.decodes = false, .prefill = *args};
+}
+
+struct arguments arguments_of_decode(const flash_kda_decode_args *args) {
+    return (struct arguments){.decodes = true, .decode = *args};
+}
+
+int prefill_list(flash_kda_prefill_args *a, struct argument list[MAX_ARGUMENTS]) {
+    const struct argument all[PREFILL_ARGUMENTS] = {{"out", &a->out, true},
+                                                    {"final_state", &a->final_state, true},
+                                                    {"checkpoints", &a->checkpoints, true},
+                                                    {"q", &a->q, false},
+                                                    {"k", &a->k, false},
+                                                    {"v", &a->v, false},
+                                                    {"g", &a->g, false},
+                                                    {"beta", &a->beta, false},
+                                                    {"A_log", &a->A_log, false},
+                                                    {"dt_bias", &a->dt_bias, false},
+                                                    {"cu_seqlens", &a->cu_seqlens, false},
+                                                    {"initial_state", &a->initial_state, false},
+                                                    {"state_indices", &a->state_indices, false},
+                                                    {"checkpoint_cu_starts", &a->checkpoint_cu_starts, false},
+                                                    {"checkpoint_indices", &a->checkpoint_indices, false},
+                                                    {"checkpoint_offsets", &a->checkpoint_offsets, false}};
+    memcpy(list, all, sizeof all);
+    return PREFILL_ARGUMENTS;
+}
+
+int decode_list(flash_kda_decode_args *a, struct argument list[MAX_ARGUMENTS]) {
+    bool writes = !(a->flags & FLASH_KDA_KEEP_STATE);
+    const struct argument all[DECODE_ARGUMENTS] = {{"out", &a->out, true},
+                                                   {"state", &a->state, writes},
+                                                   {"q_conv_state", &a->q_conv_state, writes},
+                                                   {"k_conv_state", &a->k_conv_state, writes},
+                                                   {"v_conv_state", &a->v_conv_state, writes},
+                                                   {"q", &a->q, false},
+                                                   {"k", &a->k, false},
+                                                   {"v", &a->v, false},
+                                                   {"g", &a->g, false},
+                                                   {"beta", &a->beta, false},
+                                                   {"A_log", &a->A_log, false},
+                                                   {"dt_bias", &a->dt_bias, false},
+                                                   {"cu_seqlens", &a->cu_seqlens, false},
+                                                   {"accepted", &a->accepted, false},
+                                                   {"state_indices", &a->state_indices, false},
+                                                   {"num_accepted_tokens", &a->num_accepted_tokens, false},
+                                                   {"q_conv_weight", &a->q_conv_weight, false},
+                                                   {"q_conv_bias", &a->q_conv_bias, false},
+                                                   {"k_conv_weight", &a->k_conv_weight, false},
+                                                   {"k_conv_bias", &a->k_conv_bias, false},
+                                                   {"v_conv_weight", &a->v_conv_weight, false},
+                                                   {"v_conv_bias", &a->v_conv_bias, false},
+                                                   {"norm_weight", &a->norm_weight, false},
+                                                   {"norm_gate", &a->norm_gate, false}};
+    memcpy(list, all, sizeof all);
+    return DECODE_ARGUMENTS;
+}
+
+int arguments_list(struct arguments *a, struct argument list[MAX_ARGUMENTS]) {
+    return a->decodes ? decode_list(&a->decode, list) : prefill_list(&a->prefill, list);
+}
+
+/* ---- One tensor -------------------------------------------------------------------------------- */
+
+static struct tensor *find(const struct argument *list, int count, const char *name) {
+    for (int i = 0; i < count; i++)
+        if (!strcmp(list[i].name, name))
+            return (struct tensor *)*list[i].tensor;
+    return NULL;
+}
+
+struct tensor *prefill_tensor(const flash_kda_prefill_args *a, const char *name) {
+    flash_kda_prefill_args args = *a;
+    struct argument list[MAX_ARGUMENTS];
+    int count = prefill_list(&args, list);
+    return find(list, count, name);
+}
+
+struct tensor *decode_tensor(const flash_kda_decode_args *a, const char *name) {
+    flash_kda_decode_args args = *a;
+    struct argument list[MAX_ARGUMENTS];
+    int count = decode_list(&args, list);
+    return find(list, count, name);
+}
+
+/* ---- From one call to another ------------------------------------------------------------------ */
+
+flash_kda_decode_args decode_of_prefill(const flash_kda_prefill_args *args) {
+    return (flash_kda_decode_args){.struct_size = sizeof(flash_kda_decode_args),
+                                   .q = args->q,
+                                   .k = args->k,
+                                   .v = args->v,
+                                   .g = args->g,
+                                   .beta = args->beta,
+                                   .A_log = args->A_log,
+                                   .dt_bias = args->dt_bias,
+                                   .out = args->out,
+                                   .gate = args->gate,
+                                   .lower_bound = args->lower_bound,
+                                   .beta_mode = args->beta_mode,
+                                   .scale = args->scale,
+                                   .flags = args->flags,
+                                   .cu_seqlens = args->cu_seqlens,
+                                   .state_layout = args->state_layout,
+                                   .state = args->final_state,
+                                   .backend = args->backend,
+                                   .num_threads = args->num_threads,
+                                   .stream = args->stream};
+}
+
+static void narrow(const DLTensor **const tensors[TOKEN_ARGUMENTS], struct tensor *views, int dim,
+                   int64_t first, int64_t count) {
+    for (int i = 0; i < TOKEN_ARGUMENTS; i++)
+        if (*tensors[i]) {
+            if (*tensors[i] != &views[i].dl)
+                tensor_view(&views[i], *tensors[i]);
+            tensor_narrow(&views[i], dim, first, count);
+            *tensors[i] = &views[i].dl;
+        }
+}
+
+void prefill_narrow(flash_kda_prefill_args *a, struct tensor views[TOKEN_ARGUMENTS], int dim, int64_t first,
+                    int64_t count) {
+    const DLTensor **const tensors[TOKEN_ARGUMENTS] = {&a->q, &a->k, &a->v, &a->g, &a->beta, &a->out};
+    narrow(tensors, views, dim, first, count);
+}
+
+void decode_narrow(flash_kda_decode_args *a, struct tensor views[TOKEN_ARGUMENTS], int dim, int64_t first,
+                   int64_t count) {
+    const DLTensor **const tensors[TOKEN_ARGUMENTS] = {&a->q, &a->k, &a->v, &a->g, &a->beta, &a->out};
+    narrow(tensors, views, dim, first, count);
+}

@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: MIT */
+/* How far a result may be from the oracle. Everything here is an error ratio, RMS(x - ref) / RMS(ref). */
+#ifndef BENCH_TOLERANCE_H
+#define BENCH_TOLERANCE_H
+
+/* fp32 arithmetic. Of every difference of a bf16 or fp16 result, half a unit in the last place is forgiven: what
+ * rounding to nearest may cost. So those results are held to this too, and one that is truncated fails. */
+#define TOLERANCE_FP32 1e-5
+
+/* The oracle against the closed formula: both are fp64, what is left is that the expected values are kept in
+ * fp32 (2^-24 at worst) and the bits that terms of both signs cancel. */
+#define TOLERANCE_ORACLE 2e-7
+
+/* The same behind a convolution, whose outputs reach the formula in fp32. */
+#define TOLERANCE_ORACLE_CONVOLVED 1e-6
+
+/* fp32 arithmetic where keys nearly coincide: each token's correction is a small difference of large terms, which
+ * magnifies fp32's 6e-8 by the condition of I + L. */
+#define TOLERANCE_FP32_COLLINEAR 1e-3
+
+/* Results may flush numbers below the smallest normal fp32 one, 2^-126, to zero: a reference counts as at least
+ * so large that this stays within TOLERANCE_FP32. */
+#define TOLERANCE_SMALLEST_REFERENCE (0x1p-126 / TOLERANCE_FP32)
+
+/* bf16 products: what rounding every operand of them to bf16 costs, by emulation, on the inputs of the
+ * accuracy table (docs/maths.md), output rounded to bf16 / fp32 state; 1.15 times that is allowed.
+ * With few samples (of an output: tokens of a head; of a state: channels of a head) an error ratio is no
+ * average any more, since all values of a sample share the rounding of its operands, each 2^-8 at worst: the
+ * allowance grows by `few` over the square root of their number. The table's own rows have no such excuse. */
+#define TOLERANCE_BF16_MARGIN 1.15
+struct bf16_tolerance {
+    double out, state, few;
+};
+#define BF16_STRONG \
+    (struct bf16_tolerance) { 4.1e-3, 2.4e-3, 0 }
+#define BF16_SLOW \
+    (struct bf16_tolerance) { 5.1e-3, 4.2e-3, 0 }
+#define BF16_UNIFORM_8 \
+    (struct bf16_tolerance) { 4.0e-3, 5.1e-3, 0 }
+#define BF16_UNIFORM_4 \
+    (struct bf16_tolerance) { 3.2e-3, 3.8e-3, 0 }
+#define BF16_UNIFORM_0 \
+    (struct bf16_tolerance) { 3.5e-3, 3.2e-3, 0 }
+#define BF16_COLLINEAR \
+    (struct bf16_tolerance) { 1.5e-2, 2.4e-2, 0 }
+
+/* The trap of correlated keys with beta 1, output by the same emulation of what the CUDA levels round: every operand
+ * to bf16, but the inverse and X to tf32 and U to two terms (tf32 for the output in the fused kernel). CPU levels
+ * round less and are held to BF16_ANY. */
+#define BF16_CORRELATED \
+    (struct bf16_tolerance) { 6.8e-3, 5.1e-3, 0 }
+
+/* Any other input: the worst of the table's ordinary rows. */
+#define BF16_ANY \
+    (struct bf16_tolerance) { 5.1e-3, 5.1e-3, 4 }
+
+/* A state stored in bf16: RMS of rounding, 2^-8 / sqrt(3) averaged over a binade's mantissas. */
+#define ROUNDING_BF16_RMS 1.65e-3
+
+/* The serving loop with a state in bf16, whose oracle never rounds it, after dozens of calls; or with a prefill that takes
+ * bf16 products. What is lost or mixed up between slots is off by 1. */
+#define TOLERANCE_SOAK_BF16 3e-2
+
+#endif
