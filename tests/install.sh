@@ -50,6 +50,7 @@ with_find_package() {
     cmake -S "$examples" -B "$prefix/cmake-build" -DCMAKE_C_COMPILER="$CC" \
         -DCMAKE_PREFIX_PATH="$prefix" >/dev/null
     cmake --build "$prefix/cmake-build" >/dev/null
+    "$prefix/cmake-build/first" | grep -q '^the last token.s first output is -*0\.[0-9]' || fail 'first failed'
     prints_outputs "$prefix/cmake-build/prefill"
     prints_outputs "$prefix/cmake-build/prefill_static"
 }

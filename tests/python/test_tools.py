@@ -274,6 +274,13 @@ def test_a_package_is_missing(package, tmp_path):
 
 # ---- examples/ -----------------------------------------------------------------------------------
 
+def test_first():
+    result = run(ROOT / "examples" / "first.py")
+    assert result.returncode == 0, result.stderr
+    words, number = result.stdout.rsplit(" ", 1)
+    assert words == "the last token's first output is" and 0 < abs(float(number)) < 10
+
+
 
 def test_serve(device):
     result = run(ROOT / "examples" / "serve.py", "--device", device)
