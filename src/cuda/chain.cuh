@@ -56,7 +56,7 @@ inline __device__ void split_operand(const float (&left)[4], const float (&right
     }
 }
 
-/* An accumulator tile becomes a first operand of tf32, its columns in the order of tf32_place. */
+/* An accumulator tile becomes a first operand of tf32, its columns in the order of tf32_index. */
 inline __device__ void tf32_operand(const float (&tile)[4], uint32_t (&a)[4]) {
     a[0] = __float_as_uint(tile[0]), a[1] = __float_as_uint(tile[2]);
     a[2] = __float_as_uint(tile[1]), a[3] = __float_as_uint(tile[3]);

@@ -24,7 +24,7 @@ template <int rows, int width> __host__ __device__ constexpr int swizzled(int ro
 template <int KP> struct alignas(16) Operands {
     __nv_bfloat16 queries_keys[2 * CHUNK * KP]; /* rows of KT = k exp(G), then of QT = scale q exp(G) */
     __nv_bfloat16 keys_to_end[CHUNK * KP];      /* KR = k exp(G_C - G) */
-    float inverse[CHUNK * CHUNK];               /* (I + L)^-1 diag(beta), tf32, by tf32_place */
+    float inverse[CHUNK * CHUNK];               /* (I + L)^-1 diag(beta), tf32, by tf32_index */
     __nv_bfloat16 M[CHUNK * CHUNK];
     float carry[KP]; /* exp(G_C) - 1 */
     float growth;    /* log2 of what a state's length can grow by, a bound */
@@ -32,7 +32,7 @@ template <int KP> struct alignas(16) Operands {
 
 /* Index of element (row, token) of the inverse [CHUNK][CHUNK]. An accumulator holds tokens 2 t and 2 t + 1 where a tf32
  * operand wants columns t and t + 4, so each group of 8 tokens is stored even ones first. Swizzled as above. */
-__host__ __device__ constexpr int tf32_place(int row, int token) {
+__host__ __device__ constexpr int tf32_index(int row, int token) {
     int piece = token / 8 * 2 + token % 2;
     return row * CHUNK + (piece ^ (row & 7)) * 4 + token % 8 / 2;
 }

@@ -25,7 +25,7 @@ template <class Tile, int BATCH, Kind kind> constexpr int resident() {
  * which brings it into the cache and lets its loads be the first; the slot as it is then is compared with it. */
 template <class Tile, int BATCH, Kind kind>
 __global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH, kind>())
-    run(const __grid_constant__ Decode given) {
+    decode(const __grid_constant__ Decode given) {
     extern __shared__ __align__(16) char memory[];
     typename Tile::Token *tokens = reinterpret_cast<typename Tile::Token *>(memory); /* max_tokens of them */
     __shared__ typename Tile::Scratch scratch;
@@ -109,7 +109,7 @@ template <class Tile> int64_t count_parts(const kda_decode *d) {
 template <class Tile, int BATCH, Kind kind> cudaError_t launch_kind(const kda_decode *d, const Decode &s) {
     int bytes = (int)d->max_tokens * (int)sizeof(typename Tile::Token);
     dim3 grid((unsigned)count_parts<Tile>(d), (unsigned)d->tokens.value_heads);
-    return launch(run<Tile, BATCH, kind>, s, d, grid, Tile::THREADS, bytes,
+    return launch(decode<Tile, BATCH, kind>, s, d, grid, Tile::THREADS, bytes,
                   (int)sizeof(typename Tile::Scratch));
 }
 

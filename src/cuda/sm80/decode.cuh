@@ -382,7 +382,7 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
     float S[ROWS][ACROSS][VEC];
 
     /* Where channel c stands in shared memory: what eight lanes read at once is neighbours. */
-    __device__ static unsigned place(unsigned c) {
+    __device__ static unsigned index(unsigned c) {
         return (c / (LANES * VEC) * (VEC / 4) + c % VEC / 4) * (LANES * 4) + c / VEC % LANES * 4 + c % 4;
     }
     __device__ static int row(int i) {
@@ -438,19 +438,19 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
             load_channels(token, j, part, decay, k, q);
         }
         __device__ void load_decayed(int j, int part, float (&dk)[4], float (&dq)[4]) const {
-            load_shared(&token.dk[place(channel(j) + part)], dk);
-            load_shared(&token.dq[place(channel(j) + part)], dq);
+            load_shared(&token.dk[index(channel(j) + part)], dk);
+            load_shared(&token.dq[index(channel(j) + part)], dq);
         }
         __device__ void load_change(int j, int part, float (&decay)[4], float (&k)[4]) const {
-            load_shared(&token.decay[place(channel(j) + part)], decay);
-            load_shared(&token.k[place(channel(j) + part)], k);
+            load_shared(&token.decay[index(channel(j) + part)], decay);
+            load_shared(&token.k[index(channel(j) + part)], k);
         }
     };
 
     template <class AnyToken>
     __device__ static void load_channels(const AnyToken &token, int j, int part, float (&decay)[4],
                                          float (&k)[4], float (&q)[4]) {
-        unsigned at = place(channel(j) + part);
+        unsigned at = index(channel(j) + part);
         load_shared(&token.decay[at], decay);
         load_shared(&token.k[at], k);
         load_shared(&token.q[at], q);
@@ -543,7 +543,7 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
     };
     float S[PIECES][VEC];
 
-    __device__ static unsigned place(unsigned c) { return c; }
+    __device__ static unsigned index(unsigned c) { return c; }
     __device__ static int channel(int i) { return (int)threadIdx.x % LINE / LANES * PIECES + i; }
     __device__ static int first_column() {
         return (int)threadIdx.x / LINE * (LANES * VEC) + threadIdx.x % LANES * VEC;

@@ -110,7 +110,7 @@ __device__ void each_input(const Decode &d, const Convolution &conv, const Rows 
 template <class Tile>
 __device__ void prepare_keys(const Fused &d, const Sequence &s, int key_head, typename Tile::Token *tokens) {
     share_out<Tile::THREADS>(0, Tile::KP, [&](int c) {
-        unsigned at = Tile::place(c);
+        unsigned at = Tile::index(c);
         if (c < d.key_dim)
             each_input(d, d.q_conv, d.q, d.key_dim, s, key_head, c,
                        [&](int t, float x) { tokens[t].q[at] = x; });
@@ -119,7 +119,7 @@ __device__ void prepare_keys(const Fused &d, const Sequence &s, int key_head, ty
                 tokens[t].q[at] = tokens[t].k[at] = 0;
     });
     share_out<Tile::THREADS>(Tile::KP, d.key_dim, [&](int c) {
-        unsigned at = Tile::place(c);
+        unsigned at = Tile::index(c);
         each_input(d, d.k_conv, d.k, d.key_dim, s, key_head, c, [&](int t, float x) { tokens[t].k[at] = x; });
     });
 }
@@ -144,7 +144,7 @@ template <class Tile> __device__ bool multiply_keys(const Sequence &s, typename 
 template <class Tile>
 __device__ void prepare_gates(const Fused &d, const Sequence &s, int head, typename Tile::Token *tokens) {
     share_out<Tile::THREADS>(2 * Tile::KP, Tile::KP, [&](int c) {
-        unsigned at = Tile::place(c);
+        unsigned at = Tile::index(c);
         float A_log = 0, bias = 0;
         if (c >= d.key_dim) {
             for (int t = 0; t < s.length; t++)
@@ -223,7 +223,8 @@ template <class Tile> constexpr int resident() {
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::THREADS, resident<Tile>()) run(const __grid_constant__ Fused d) {
+__global__ void __launch_bounds__(Tile::THREADS, resident<Tile>())
+    decode_fused(const __grid_constant__ Fused d) {
     extern __shared__ __align__(16) char memory[];
     typename Tile::Token *tokens = reinterpret_cast<typename Tile::Token *>(memory); /* [max_tokens] */
     float *outputs = reinterpret_cast<float *>(tokens + d.max_tokens); /* [max_tokens][V], with a norm */
@@ -294,7 +295,7 @@ template <class Tile> cudaError_t launch_tile(const kda_decode *d) {
     s.norm_eps = d->norm_eps, s.norm_silu = d->norm_activation == FLASH_KDA_NORM_SILU;
     s.heads = heads_of_cta(d);
     int bytes = (int)sizeof(typename Tile::Token) + (s.norm_weight ? s.value_dim * (int)sizeof(float) : 0);
-    return launch(run<Tile>, s, d, dim3(1, (unsigned)(d->tokens.value_heads / s.heads)), Tile::THREADS,
+    return launch(decode_fused<Tile>, s, d, dim3(1, (unsigned)(d->tokens.value_heads / s.heads)), Tile::THREADS,
                   s.max_tokens * bytes, (int)sizeof(typename Tile::Scratch));
 }
 

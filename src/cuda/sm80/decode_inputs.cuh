@@ -192,7 +192,7 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
             float x[BATCH];
             from_raw(g[i], d.g.dtype, x);
             find_decays(d, biases[i], log_A[0], x);
-            for_each_token(count, [&](int t) { tokens[t].decay[Tile::place(c)] = c < d.key_dim ? x[t] : 0.f; });
+            for_each_token(count, [&](int t) { tokens[t].decay[Tile::index(c)] = c < d.key_dim ? x[t] : 0.f; });
         }
     }
 
@@ -211,7 +211,7 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
         for (int i = 0; i < CHANNELS; i++) {
             int c = channel(i);
             bool real = c < d.key_dim;
-            unsigned at = Tile::place(c);
+            unsigned at = Tile::index(c);
             float x[BATCH], keys[BATCH];
             from_raw(q[i], d.q.dtype, x);
             from_raw(k[i], d.k.dtype, keys);

@@ -80,7 +80,7 @@ template <> struct Pair<false> {
 };
 
 /* What a thread works on. */
-struct Place {
+struct Position {
     int64_t batch, token; /* of the block's first token in the tensors */
     int64_t head, key_head;
     int count;    /* tokens of the block that exist */
@@ -91,7 +91,7 @@ struct Place {
 /* The block's rows of q, k or g; for a missing token, the last one that exists. All loads are under way before the first
  * is used. */
 template <bool all_bf16>
-__device__ void load_rows(const kda_tensor &t, const Place &at, int64_t head, Pair<all_bf16> (&x)[BLOCK]) {
+__device__ void load_rows(const kda_tensor &t, const Position &at, int64_t head, Pair<all_bf16> (&x)[BLOCK]) {
     const char *row = kda_row(&t, at.batch, at.token, head) + (t.dtype == KDA_F32 ? 4 : 2) * at.c;
     int64_t stride = t.stride[1];
     bool pairs =
@@ -169,7 +169,7 @@ __device__ float sum_products(const Pair<all_bf16> (&k)[BLOCK], const Pair<all_b
 constexpr float LARGE = 0x1p100f, SMALLER = 0x1p-70f;
 
 template <int KP, bool all_bf16>
-__device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all_bf16> (&k)[BLOCK],
+__device__ void find_norms(const kda_prefill &p, const Position &at, const Pair<all_bf16> (&k)[BLOCK],
                            const Pair<all_bf16> (&q)[BLOCK], Shared<KP> &shared) {
     constexpr int PER_BLOCK = Shared<KP>::WARPS / BLOCKS;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = at.block * PER_BLOCK;
@@ -198,14 +198,14 @@ __device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all
         for (int w = 0; w < PER_BLOCK; w++)
             squares += shared.squares[first + w][lane];
     }
-    float scale = lane < BLOCK ? 1.f : p.scale, exponent = unit_factor(squares);
+    float scale = lane < BLOCK ? 1.f : p.scale, unit = unit_factor(squares);
     if (p.qk_norm)
-        exponent = large ? rsqrtf(squares) * SMALLER : rsqrtf(squares + 1e-6f);
+        unit = large ? rsqrtf(squares) * SMALLER : rsqrtf(squares + 1e-6f);
     bool exists = lane % BLOCK < at.count;
-    shared.factor[0][warp][lane] = exists ? (p.qk_norm ? exponent * scale : scale) : 0.f;
-    shared.factor[1][warp][lane] = exists ? exponent * (p.qk_norm ? scale : 1.f) : 0.f;
+    shared.factor[0][warp][lane] = exists ? (p.qk_norm ? unit * scale : scale) : 0.f;
+    shared.factor[1][warp][lane] = exists ? unit * (p.qk_norm ? scale : 1.f) : 0.f;
     if (warp % PER_BLOCK == 0)
-        shared.undo[lane / BLOCK][at.block * BLOCK + lane % BLOCK] = scale / exponent;
+        shared.undo[lane / BLOCK][at.block * BLOCK + lane % BLOCK] = scale / unit;
     __syncwarp();
     if (warp % PER_BLOCK == 0 && lane < BLOCK) {
         float product = 0;
@@ -219,7 +219,7 @@ __device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all
 
 /* g becomes x, the log2 decay of each token from the middle of its block, and the block's decays. */
 template <int KP, flash_kda_gate gate, bool all_bf16>
-__device__ void find_decays(const kda_prefill &p, const Place &at, const Pair<all_bf16> (&g)[BLOCK],
+__device__ void find_decays(const kda_prefill &p, const Position &at, const Pair<all_bf16> (&g)[BLOCK],
                             float2 (&x)[BLOCK], Decay &decay, Shared<KP> &shared) {
     const char *bias = p.dt_bias.data ? p.dt_bias.data + at.head * p.dt_bias.stride[0] : nullptr;
     float A =
@@ -279,38 +279,40 @@ __device__ uint32_t pack(float2 x) { return pack_bf16(x.x, x.y); }
 
 /* Decays of two channels between the middles and ends of blocks, as factors. A longer way is a product of these in turn
  * and not one factor, which could vanish though its product with a factor of a row does not. */
-struct Ways {
-    float2 from_start;         /* to the middle of the thread's own block */
-    float2 behind_0, before_1; /* from the middle of block 0 to its end, from there to the middle of block 1 */
-    float2 behind_1;
+struct DecayFactors {
+    float2 from_start;        /* to the middle of the thread's own block */
+    float2 after_0, before_1; /* from the middle of block 0 to its end, from there to the middle of block 1 */
+    float2 after_1;
 };
 
-template <int KP> __device__ Ways find_ways(const Shared<KP> &shared, const Place &at, Operands<KP> &out) {
+template <int KP>
+__device__ DecayFactors find_decay_factors(const Shared<KP> &shared, const Position &at, Operands<KP> &out) {
     const Decay &first = shared.decay[0][at.c / 2], &second = shared.decay[1][at.c / 2];
-    Ways ways;
-    ways.behind_0 = exp2_pair(first.after.x, first.after.y);
-    ways.before_1 = exp2_pair(second.before.x, second.before.y);
-    ways.behind_1 = exp2_pair(second.after.x, second.after.y);
+    DecayFactors decays;
+    decays.after_0 = exp2_pair(first.after.x, first.after.y);
+    decays.before_1 = exp2_pair(second.before.x, second.before.y);
+    decays.after_1 = exp2_pair(second.after.x, second.after.y);
     if (at.block == 0) {
-        ways.from_start = exp2_pair(first.before.x, first.before.y);
+        decays.from_start = exp2_pair(first.before.x, first.before.y);
         *reinterpret_cast<float2 *>(&out.carry[at.c]) =
             make_float2(expm1f((first.through.x + second.through.x) * LN2),
                         expm1f((first.through.y + second.through.y) * LN2));
     } else
-        ways.from_start =
-            times(exp2_pair(first.before.x + first.after.x, first.before.y + first.after.y), ways.before_1);
-    return ways;
+        decays.from_start =
+            times(exp2_pair(first.before.x + first.after.x, first.before.y + first.after.y), decays.before_1);
+    return decays;
 }
 
 template <int KP, bool all_bf16, bool normalised>
-__device__ void store_tiles(const Place &at, const Pair<all_bf16> (&k)[BLOCK], const Pair<all_bf16> (&q)[BLOCK],
-                            const float2 (&x)[BLOCK], Shared<KP> &shared, Operands<KP> &out) {
-    Ways ways = find_ways<KP>(shared, at, out);
+__device__ void store_tiles(const Position &at, const Pair<all_bf16> (&k)[BLOCK],
+                            const Pair<all_bf16> (&q)[BLOCK], const float2 (&x)[BLOCK], Shared<KP> &shared,
+                            Operands<KP> &out) {
+    DecayFactors decays = find_decay_factors<KP>(shared, at, out);
     const float *row_factor = shared.factor[0][threadIdx.x / 32];
-    float exponent[2 * BLOCK];
+    float unit[2 * BLOCK];
 #pragma unroll
     for (int t = 0; t < 2 * BLOCK; t += 4)
-        *reinterpret_cast<float4 *>(&exponent[t]) =
+        *reinterpret_cast<float4 *>(&unit[t]) =
             *reinterpret_cast<const float4 *>(&shared.factor[1][threadIdx.x / 32][t]);
     auto put = [](__nv_bfloat16 *tile, int i, float2 pair) {
         *reinterpret_cast<uint32_t *>(&tile[i]) = pack(pair);
@@ -320,14 +322,14 @@ __device__ void store_tiles(const Place &at, const Pair<all_bf16> (&k)[BLOCK], c
         int row = at.block * BLOCK + t;
         int i = swizzled<CHUNK, KP>(row, at.c), j = swizzled<2 * CHUNK, KP>(row, at.c);
         float2 decayed = exp2_pair(x[t].x, x[t].y), grown = exp2_pair(-x[t].x, -x[t].y);
-        float2 key_row = times(times(k[t].get(), exponent[t]), decayed);
-        float2 query_row = times(times(q[t].get(), exponent[BLOCK + t]), decayed);
-        float2 column = times(times(k[t].get(), exponent[t]), grown);
+        float2 key_row = times(times(k[t].get(), unit[t]), decayed);
+        float2 query_row = times(times(q[t].get(), unit[BLOCK + t]), decayed);
+        float2 column = times(times(k[t].get(), unit[t]), grown);
         put(shared.rows[0], i, key_row);
         put(shared.rows[1], i, query_row);
         put(shared.columns, i, column);
         if (at.block == 0) {
-            column = times(times(column, ways.behind_0), ways.before_1);
+            column = times(times(column, decays.after_0), decays.before_1);
             put(shared.across, swizzled<BLOCK, KP>(t, at.c), column);
         }
         if (!normalised) {
@@ -335,11 +337,11 @@ __device__ void store_tiles(const Place &at, const Pair<all_bf16> (&k)[BLOCK], c
             query_row = times(times(q[t].get(), row_factor[BLOCK + t]), decayed);
             column = times(times(k[t].get(), row_factor[t]), grown);
             if (at.block == 0)
-                column = times(times(column, ways.behind_0), ways.before_1);
+                column = times(times(column, decays.after_0), decays.before_1);
         }
-        put(out.queries_keys, j, times(key_row, ways.from_start));
-        put(out.queries_keys, j + CHUNK * PANEL, times(query_row, ways.from_start));
-        put(out.keys_to_end, i, times(column, ways.behind_1));
+        put(out.queries_keys, j, times(key_row, decays.from_start));
+        put(out.queries_keys, j + CHUNK * PANEL, times(query_row, decays.from_start));
+        put(out.keys_to_end, i, times(column, decays.after_1));
     }
 }
 
@@ -422,7 +424,7 @@ template <int KP> __device__ void invert(const Shared<KP> &shared, float (&inver
         x[j] = round_tf32(x[j] * shared.beta[j]);
 #pragma unroll
     for (int j = 0; j < CHUNK; j += j % 2 ? 7 : 1) /* even, then odd tokens of each group of 8 */
-        *reinterpret_cast<float4 *>(&inverse[tf32_place(lane, j)]) =
+        *reinterpret_cast<float4 *>(&inverse[tf32_index(lane, j)]) =
             make_float4(x[j], x[j + 2], x[j + 4], x[j + 6]);
 }
 
@@ -439,7 +441,7 @@ template <int KP> __device__ void bound_growth(const Shared<KP> &shared, Operand
 }
 
 template <int KP, bool all_bf16>
-__device__ void prepare_chunk(const kda_prefill &p, const Place &at, Shared<KP> &shared, Operands<KP> &out) {
+__device__ void prepare_chunk(const kda_prefill &p, const Position &at, Shared<KP> &shared, Operands<KP> &out) {
     Pair<all_bf16> k[BLOCK], q[BLOCK], g[BLOCK];
     load_rows(p.k, at, at.key_head, k);
     load_rows(p.q, at, at.key_head, q);
@@ -500,7 +502,7 @@ __global__ void __launch_bounds__(Shared<KP>::THREADS, 512 / Shared<KP>::THREADS
         span = kda_chunk_span(&p, low, s.length, chunk);
     if (s.slot < 0 || span.count == 0)
         return;
-    Place at;
+    Position at;
     at.block = threadIdx.x / Shared<KP>::PAIRS;
     at.batch = s.batch, at.token = s.first + span.first + at.block * BLOCK;
     at.count = (int)span.count - at.block * BLOCK;

@@ -39,7 +39,7 @@ static double steps(struct step step, int64_t chunks, int64_t ctas, int processo
     return (double)waves * ((double)chunks * (ctas <= processors ? step.alone : step.beside) + BEGIN);
 }
 
-static double cost(const struct kda_segment_problem *p, int segments) {
+static double general_cost(const struct kda_segment_problem *p, int segments) {
     double prepare = (double)(p->chains * p->chunks) * PREPARE / p->processors + LAUNCH;
     if (segments == 1)
         return prepare + steps(WITH_OUTPUTS, p->chunks, p->chains * p->ctas_per_chain, p->processors) + LAUNCH;
@@ -54,14 +54,14 @@ static double cost(const struct kda_segment_problem *p, int segments) {
 int kda_general_segments(const struct kda_segment_problem *problem) {
     int best = 1;
     for (int n = 3; problem->may_split && n <= KDA_MAX_SEGMENTS && problem->chunks / n >= MIN_CHUNKS; n++)
-        if (cost(problem, n) < cost(problem, best))
+        if (general_cost(problem, n) < general_cost(problem, best))
             best = n;
     return best;
 }
 
 static double cluster_cost(const struct kda_segment_problem *p, int segments) {
     double longest = (double)p->chunks * (p->packed ? LONGEST : 1);
-    int64_t pairs = p->processors / 2, waves = (p->chains * segments + pairs - 1) / pairs;
+    int64_t clusters = p->processors / 2, waves = (p->chains * segments + clusters - 1) / clusters;
     if (segments == 1)
         return (double)waves * (longest * STEP_CLUSTER + BEGIN) + LAUNCH;
     int64_t each = ((int64_t)longest + segments - 1) / segments;

@@ -31,7 +31,7 @@ template <kda_dtype DTYPE, int COLUMNS_, bool AHEAD_> struct Staged {
     static constexpr int BLOCKS = COLUMNS / Tile::COLUMNS, ROW = DIM * (DTYPE == KDA_F32 ? 4 : 2); /* bytes */
     static constexpr bool ONCE = false; /* tokens need no decayed keys, as Channels have them */
     using Token = decode::Token<KP, COLUMNS, Tile::PARTS, ONCE>;
-    __device__ static unsigned place(unsigned channel) { return Tile::place(channel); }
+    __device__ static unsigned index(unsigned channel) { return Tile::index(channel); }
 };
 
 template <class S> struct Shared {
@@ -42,12 +42,12 @@ template <class S> struct Shared {
 };
 
 /* Where a thread's part of what the token brings lies: of q, k, v and beta, or of g, dt_bias and A_log. */
-template <class S> struct Places {
+template <class S> struct Addresses {
     using Threads = Inputs<S, 1, USUAL>;
     static_assert(Threads::SHARED_OUT && S::THREADS == 2 * S::KP);
     const char *at[4];
 
-    __device__ Places(const Decode &d, const Sequence &s, int head, int column) {
+    __device__ Addresses(const Decode &d, const Sequence &s, int head, int column) {
         if (Threads::has_keys()) {
             int key_head = d.per_group ? (int)__umulhi(head, d.per_group) : head, channel = Threads::channel(0);
             at[0] = find_row_of<USUAL>(d.q, s, 0, key_head) + channel * 2;
@@ -151,7 +151,8 @@ template <class Tile> struct Channels {
     }
 };
 
-template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __grid_constant__ Decode given) {
+template <class S>
+__global__ void __launch_bounds__(S::THREADS, 2) decode(const __grid_constant__ Decode given) {
     using Tile = typename S::Tile;
     extern __shared__ __align__(128) char memory[];
     Shared<S> &shared = *reinterpret_cast<Shared<S> *>(memory);
@@ -172,13 +173,13 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __
     }
     Sequence s = find_sequence(d);
     Inputs<S, 1, USUAL> inputs;
-    Places<S> places(d, s, head, column);
-    places.prefetch();
+    Addresses<S> addresses(d, s, head, column);
+    addresses.prefetch();
     char *out = nullptr;
     if (d.out.data)
         out = find_row_of<USUAL>(d.out, s, 0, head) + column * 2;
     wait_for_inputs();
-    places.load(d, inputs);
+    addresses.load(d, inputs);
     int index = find_read_index(d, n);
     if (threadIdx.x == 0)
         bring(shared, hint, from);
@@ -217,7 +218,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __
 
 template <class S> cudaError_t launch_staged(const kda_decode *d) {
     dim3 grid((unsigned)(d->tokens.value_dim / S::COLUMNS), (unsigned)d->tokens.value_heads);
-    return launch(run<S>, shorten(d), d, grid, S::THREADS, (int)sizeof(Shared<S>), 0);
+    return launch(decode<S>, shorten(d), d, grid, S::THREADS, (int)sizeof(Shared<S>), 0);
 }
 
 /* States of which a multiprocessor has so many at most are few. */

@@ -225,7 +225,7 @@ static void lay_out_general(const struct kda_prefill *p, const struct kda_plan *
 }
 
 /* What the kernels after stream-K's read. */
-static void lay_out_verdict(const struct kda_prefill *p, struct kda_arena *arena,
+static void lay_out_outcome(const struct kda_prefill *p, struct kda_arena *arena,
                             struct kda_sm90_stream_k *stream_k) {
     stream_k->outcome = kda_take(arena, 1, sizeof *stream_k->outcome);
     stream_k->pending = kda_take(arena, (size_t)chains_of(p), sizeof *stream_k->pending);
@@ -278,7 +278,7 @@ size_t kda_sm90_lay_out(const struct kda_prefill *p, const struct kda_plan *plan
     struct kda_arena arena = {workspace, 0};
     *memory = (struct kda_sm90_memory){.stream_k.split = plan->stream_k, .cluster.segments = 1};
     if (plan->stream_k.ranges)
-        lay_out_verdict(p, &arena, &memory->stream_k);
+        lay_out_outcome(p, &arena, &memory->stream_k);
     struct kda_arena ranges = arena; /* done before the schedule's kernels begin, which use the same memory */
     if (plan->stream_k.ranges)
         lay_out_ranges(p, &ranges, &memory->stream_k);

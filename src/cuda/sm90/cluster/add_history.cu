@@ -120,7 +120,7 @@ __device__ void load_strip(const kda_prefill &p, const WorkTile &work, int numbe
 __device__ int low(uint32_t x) { return (int16_t)x; }
 __device__ int high(uint32_t x) { return (int)x >> 16; }
 
-__device__ void multiply_pairs(uint4 &piece, __half2 factor) {
+__device__ void scale_pairs(uint4 &piece, __half2 factor) {
     __half2 *pairs = reinterpret_cast<__half2 *>(&piece);
 #pragma unroll
     for (int i = 0; i < 4; i++)
@@ -139,7 +139,7 @@ __device__ int level(Strip &strip) {
         __half2 factor = __float2half2_rn(power_of_two(exponent - largest));
 #pragma unroll
         for (int m = 0; m < TOKENS; m++)
-            multiply_pairs(strip.pieces[i][m], factor);
+            scale_pairs(strip.pieces[i][m], factor);
     }
     return largest;
 }

@@ -80,7 +80,7 @@ template <bool split> struct ClusterPipelineState : PipelineState<STAGES<split>>
     __device__ explicit ClusterPipelineState(int chunk) : chunk(chunk) {
         this->stage = chunk % STAGES<split>, this->parity = chunk / STAGES<split> & 1;
     }
-    __device__ int info() const { return chunk % INFOS; }
+    __device__ int info_index() const { return chunk % INFOS; }
     __device__ void next() { chunk++, PipelineState<STAGES<split>>::next(); }
     /* Of a chunk made here: where the number of stages is odd, only every second one of a stage is. */
     __device__ uint32_t parity_of_grant() const {
@@ -118,10 +118,10 @@ template <bool split, bool bounded, bool keeps> struct Producer {
      * as there is room now for what the same group of the other CTA makes. */
     __device__ void open(int chunk) {
         bool own = chunk % CTAS == rank;
-        ClusterPipelineState<split> turn(chunk);
-        int s = turn.stage;
+        ClusterPipelineState<split> pipe(chunk);
+        int s = pipe.stage;
         ChunkInfo info = find_info<keeps>(p, shared.work, column(), chunk);
-        wait(shared.empty[s], turn.parity ^ 1);
+        wait(shared.empty[s], pipe.parity ^ 1);
         bool values = info.count > 0 && brings_values();
         if (values && !own && info.count < CHUNK) {
             load_tail(info, shared.values[s]);
@@ -135,7 +135,7 @@ template <bool split, bool bounded, bool keeps> struct Producer {
         __syncwarp();
         if (leads) {
             size_t bytes = own ? sizeof shared.tiles[s].panels : sizeof(Tiles<DIM>) + FACTORS;
-            shared.infos[turn.info()] = info;
+            shared.infos[pipe.info_index()] = info;
             if (!own)
                 ptx::mbarrier_arrive(&shared.empty[s]); /* nothing is passed on */
             ptx::mbarrier_arrive_expect_tx(
@@ -178,10 +178,10 @@ template <bool split, bool bounded, bool keeps> struct Producer {
     }
 
     /* Warp PUSH: a chunk's operands are made, and go to the other CTA. */
-    __device__ void pass_on(const ClusterPipelineState<split> &turn, int count) {
-        int s = turn.stage;
+    __device__ void pass_on(const ClusterPipelineState<split> &pipe, int count) {
+        int s = pipe.stage;
         if (count > 0) {
-            wait(shared.granted[s], turn.parity_of_grant());
+            wait(shared.granted[s], pipe.parity_of_grant());
             if (elected()) {
                 uint64_t *full = of_other(&shared.full[s], rank);
                 ptx::cp_async_bulk(ptx::space_cluster, ptx::space_shared, of_other(&shared.tiles[s], rank),
@@ -208,12 +208,12 @@ template <bool split, bool bounded, bool keeps> struct Producer {
         bool grows = false;
         Gate gate = find_gate<bounded>(p, shared.work.head, own_channel<DIM>(threadIdx.x));
 #pragma unroll 1
-        for (int next = rank + CTAS * group;; next += TURNS) {
-            const ClusterPipelineState<split> turn(next);
-            const ChunkInfo &info = shared.infos[turn.info()];
+        for (int next = rank + CTAS * group;; next += CHUNKS_PER_ROUND) {
+            const ClusterPipelineState<split> pipe(next);
+            const ChunkInfo &info = shared.infos[pipe.info_index()];
             uint32_t beta = 0;
             if (warp == SCOUT<DIM> || warp == HOST) {
-                int chunk = warp == HOST ? next - (rank ? 1 : TURNS - 1) : next;
+                int chunk = warp == HOST ? next - (rank ? 1 : CHUNKS_PER_ROUND - 1) : next;
                 if (chunk >= 0 && chunk <= chunks)
                     open(chunk);
                 if (warp == SCOUT<DIM> && next <= chunks)
@@ -224,7 +224,7 @@ template <bool split, bool bounded, bool keeps> struct Producer {
                     *grown = __any_sync(~0u, grows);
                 return;
             }
-            int s = turn.stage;
+            int s = pipe.stage;
             wait(shared.arrived[group], parity);
             int count = info.count;
             receive_chunk<VALUE_PANELS, true>(p, shared.tiles[s], shared.factors[s], shared.values[s], blocks,
@@ -242,7 +242,7 @@ template <bool split, bool bounded, bool keeps> struct Producer {
             slot ^= 1, parity ^= 1;
             if (warp == PUSH) {
                 barrier_wait(BARRIER_MADE + group, GROUP);
-                pass_on(turn, count);
+                pass_on(pipe, count);
             } else {
                 barrier_arrive(BARRIER_MADE + group, GROUP);
             }
@@ -289,7 +289,7 @@ template <bool keeps> struct TrueStatePolicy : DefaultPolicy<DIM> {
         load_values<GROUP_COLUMNS>(shared.values[stage], v);
     }
     __device__ kda_dtype finish(const ChunkInfo &, float (&o)[CHUNK / 8][4], int exponent) const {
-        leave_exponent(o, exponent);
+        unscale_outputs(o, exponent);
         return p.out.dtype;
     }
     __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
@@ -339,7 +339,7 @@ struct LocalPolicy : DefaultPolicy<DIM> {
     __device__ void load(int stage, uint32_t, Values &v) const { load_values<DIM>(shared.values[stage], v); }
     __device__ kda_dtype finish(const ChunkInfo &info, float (&o)[CHUNK / 8][4], int exponent) const {
         if (shared.work.segment == 0) {
-            leave_exponent(o, exponent);
+            unscale_outputs(o, exponent);
             return p.out.dtype;
         }
         exponent = fit_half(o, exponent);
@@ -372,18 +372,18 @@ struct LocalPolicy : DefaultPolicy<DIM> {
 
 /* A sequence's first segment needs no identity: its chunks only pass. */
 __device__ void let_pass(Shared<true> &shared) {
-    for (ClusterPipelineState<true> turn(0);; turn.next()) {
-        wait(shared.full[turn.stage], turn.parity);
-        if (shared.infos[turn.info()].flags & ENDS)
+    for (ClusterPipelineState<true> pipe(0);; pipe.next()) {
+        wait(shared.full[pipe.stage], pipe.parity);
+        if (shared.infos[pipe.info_index()].flags & ENDS)
             return;
-        ptx::mbarrier_arrive(&shared.empty[turn.stage]);
+        ptx::mbarrier_arrive(&shared.empty[pipe.stage]);
     }
 }
 
 /* ---- The kernel ----------------------------------------------------------------------------------- */
 
 /* O_A as a tensor, and its map. */
-struct Other {
+struct OutputsOfA {
     kda_tensor out;
     CUtensorMap map;
 };
@@ -393,8 +393,8 @@ template <bool split, bool bounded, bool keeps>
 __global__ void __cluster_dims__(CTAS) __maxnreg__(REGISTERS<split>)
     cluster(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
             const __grid_constant__ kda_sm90_stream_k stream_k,
-            const __grid_constant__ kda_sm90_cluster_memory memory, const __grid_constant__ Other other,
-            int64_t chunks) {
+            const __grid_constant__ kda_sm90_cluster_memory memory,
+            const __grid_constant__ OutputsOfA outputs_of_A, int64_t chunks) {
     let_next_begin();
     extern __shared__ __align__(1024) char all[];
     Shared<split> &shared = *reinterpret_cast<Shared<split> *>(all);
@@ -440,8 +440,9 @@ __global__ void __cluster_dims__(CTAS) __maxnreg__(REGISTERS<split>)
         else if (rank == 1 && shared.work.segment == 0)
             let_pass(shared);
         else
-            consume<DIM, true, bounded>(rank ? other.out : p.out, rank ? other.map : maps.out, shared,
-                                        ClusterPipelineState<true>(0), LocalPolicy(p, rank, memory, shared));
+            consume<DIM, true, bounded>(rank ? outputs_of_A.out : p.out, rank ? outputs_of_A.map : maps.out,
+                                        shared, ClusterPipelineState<true>(0),
+                                        LocalPolicy(p, rank, memory, shared));
     }
     ptx::barrier_cluster_arrive(); /* the other one may still write here */
     ptx::barrier_cluster_wait();
@@ -450,12 +451,12 @@ __global__ void __cluster_dims__(CTAS) __maxnreg__(REGISTERS<split>)
 template <bool split, bool bounded, bool keeps>
 cudaError_t launch_cluster(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
                            const kda_sm90_stream_k &stream_k, const kda_sm90_cluster_memory &memory,
-                           const Other &other) {
+                           const OutputsOfA &outputs_of_A) {
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(p, &maps);
     return error ? error
                  : launch_kernel(cluster<split, bounded, keeps>, *launch, THREADS<split>, sizeof(Shared<split>),
-                                 p->stream, *p, maps, stream_k, memory, other, split ? plan->chunks : 0);
+                                 p->stream, *p, maps, stream_k, memory, outputs_of_A, split ? plan->chunks : 0);
 }
 
 template <bool bounded>
@@ -486,7 +487,7 @@ cudaError_t kda_sm90_cluster_again(const kda_prefill *p, const kda_plan *plan, c
 cudaError_t kda_sm90_cluster_local(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
                                    const kda_sm90_memory *memory) {
     using namespace kda;
-    Other other = {};
+    OutputsOfA outputs_of_A = {};
     kda_prefill of_B = *p, of_A = *p;
     of_B.checkpoints.data = NULL; /* the second pass stores them */
     of_A.out.dtype = KDA_F16;
@@ -500,8 +501,8 @@ cudaError_t kda_sm90_cluster_local(const kda_prefill *p, const kda_plan *plan, c
     cudaError_t error = kda_sm90_map(&of_A, &maps);
     if (error)
         return error;
-    other.out = of_A.out, other.map = maps.out;
+    outputs_of_A.out = of_A.out, outputs_of_A.map = maps.out;
     return (is_bounded(p) ? launch_cluster<true, true, false>
                           : launch_cluster<true, false, false>)(&of_B, plan, launch, memory->stream_k,
-                                                                memory->cluster, other);
+                                                                memory->cluster, outputs_of_A);
 }

@@ -11,15 +11,16 @@
 namespace kda {
 namespace {
 
-constexpr int CTAS = 2, PRODUCERS = 2;  /* CTAs of a cluster; producer warpgroups of each */
-constexpr int TURNS = CTAS * PRODUCERS; /* chunks from one that a group makes to its next */
+constexpr int CTAS = 2, PRODUCERS = 2;             /* CTAs of a cluster; producer warpgroups of each */
+constexpr int CHUNKS_PER_ROUND = CTAS * PRODUCERS; /* chunks from one that a group makes to its next */
 /* The warps of a producer warpgroup that pass operands on, and that open stages to those which the other CTA makes. */
 constexpr int PUSH = 1, HOST = 2;
 
 template <bool split> constexpr int STAGES = split ? 5 : 6;
 constexpr int INFOS = 8; /* for two of each stage there is no room */
 static_assert(CTAS * PRODUCERS == sizeof *kda_sm90_cluster_memory::grown, "each has a byte");
-static_assert(INFOS > STAGES<true> && INFOS > STAGES<false>, "a chunk's info is read until the next chunk is done");
+static_assert(INFOS > STAGES<true> && INFOS > STAGES<false>,
+              "a chunk's info is read until the next chunk is done");
 template <bool split> constexpr int CONSUMERS = split ? 2 : 1;
 template <bool split> constexpr int THREADS = (CONSUMERS<split> + PRODUCERS) * GROUP;
 /* Registers of a thread at the start, then of consumers and producers. */

@@ -52,7 +52,7 @@ __device__ void multiply(const float *A, const float *S, int K, float *sums) {
 }
 
 __global__ void __launch_bounds__(QUARTERS *MAX_K / 2)
-    scan(const __grid_constant__ kda_prefill p, kda_sm90_general_memory segments) {
+    general_scan(const __grid_constant__ kda_prefill p, kda_sm90_general_memory segments) {
     let_next_begin();
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
@@ -92,6 +92,6 @@ __global__ void __launch_bounds__(QUARTERS *MAX_K / 2)
 cudaError_t kda_sm90_general_scan(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
                                   const kda_sm90_memory *memory) {
     using namespace kda;
-    return launch_kernel(scan, *launch, QUARTERS * (int)p->key_dim / 2, sizeof(Shared), p->stream, *p,
+    return launch_kernel(general_scan, *launch, QUARTERS * (int)p->key_dim / 2, sizeof(Shared), p->stream, *p,
                          memory->general);
 }

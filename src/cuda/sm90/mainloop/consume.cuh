@@ -181,7 +181,7 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
         scale_tiles(wy, power_of_two(exponent - next));
         exponent = next;
     }
-    uint32_t in_exponents = (uint32_t)(127 - exponent) * 0x800080; /* a pair of bf16 */
+    uint32_t downscale = (uint32_t)(127 - exponent) * 0x800080; /* a pair of bf16 */
     float U[CHUNK / 8][4];
     uint32_t x[CHUNK / 8][4];
 #pragma unroll
@@ -189,7 +189,7 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
         float tile[4];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            float2 pair = unpack_bf16(scale_pair(v[i / 2][i % 2 * 2 + n], in_exponents));
+            float2 pair = unpack_bf16(scale_pair(v[i / 2][i % 2 * 2 + n], downscale));
             tile[2 * n] = fmaf(-rk[2 * i], wy[i][2 * n], pair.x);
             tile[2 * n + 1] = fmaf(-rk[2 * i + 1], wy[i][2 * n + 1], pair.y);
         }
@@ -481,7 +481,7 @@ __device__ void place_outputs(kda_dtype dtype, const float (&o)[CHUNK / 8][4], _
 #pragma unroll
         for (int n = 0; n < 2; n++)
             pairs[i][n] = pack_output(dtype, o[i][2 * n], o[i][2 * n + 1]);
-    turn_over(pairs, rows);
+    transpose_outputs(pairs, rows);
 }
 
 /* And from there to memory. */
@@ -502,7 +502,7 @@ inline __device__ void send_outputs(const kda_tensor &out, const CUtensorMap &ma
 }
 
 /* Outputs in the warp's exponent become what they are. */
-inline __device__ void leave_exponent(float (&o)[CHUNK / 8][4], int exponent) {
+inline __device__ void unscale_outputs(float (&o)[CHUNK / 8][4], int exponent) {
     if (__builtin_expect(exponent != 0, 0))
         scale_tiles(o, power_of_two(exponent));
 }
@@ -526,19 +526,19 @@ template <int DIM> struct DefaultPolicy {
  * A rehearsal is a turn before the first one, on whatever lies in its stage: while the first chunk is on its way, the code
  * is, too. */
 template <int DIM, bool outputs, bool bounded, class Shared, class PipelineState, class Policy>
-__device__ void consume(const kda_tensor &out, const CUtensorMap &map, Shared &shared, PipelineState turn,
+__device__ void consume(const kda_tensor &out, const CUtensorMap &map, Shared &shared, PipelineState pipe,
                         Policy policy) {
     float S[DIM / 8][4];
     int exponent = 0;
-    constexpr int PLACES =
+    constexpr int BUFFERS =
         sizeof shared.outputs / sizeof shared.outputs[0]; /* for a chunk's outputs, in turn */
-    int place = 0;
-    auto rows = [&] { return shared.outputs[place][threadIdx.x / 32]; };
+    int buffer = 0;
+    auto rows = [&] { return shared.outputs[buffer][threadIdx.x / 32]; };
     const ChunkInfo *leaving =
         nullptr; /* whose outputs are in rows: they leave while the next first product runs */
     for (;;) {
-        wait(shared.full[turn.stage], turn.parity);
-        const ChunkInfo &info = shared.infos[turn.info()];
+        wait(shared.full[pipe.stage], pipe.parity);
+        const ChunkInfo &info = shared.infos[pipe.info_index()];
         uint32_t flags = info.flags;
         if (__builtin_expect(flags & (ENDS | BEGINS), 0)) {
             if (flags & ENDS)
@@ -547,28 +547,28 @@ __device__ void consume(const kda_tensor &out, const CUtensorMap &map, Shared &s
         }
         if (__builtin_expect(!(flags & EMPTY), 1))
             advance<outputs, bounded>(
-                shared.tiles[turn.stage], shared.factors[turn.stage], S, exponent,
-                [&](Values &v) { policy.load(turn.stage, flags, v); },
+                shared.tiles[pipe.stage], shared.factors[pipe.stage], S, exponent,
+                [&](Values &v) { policy.load(pipe.stage, flags, v); },
                 [&] {
                     if (outputs && leaving) {
                         send_outputs(out, map, *leaving, rows());
-                        place = (place + 1) % PLACES;
+                        buffer = (buffer + 1) % BUFFERS;
                     }
                 },
                 [&](float(&o)[CHUNK / 8][4]) {
                     kda_dtype dtype = policy.finish(info, o, exponent);
-                    place_outputs<PLACES - 1>(dtype, o, rows());
+                    place_outputs<BUFFERS - 1>(dtype, o, rows());
                     leaving = &info;
                 });
         if (__builtin_expect(flags & SPLIT, 0) && policy.again(info, S, exponent)) {
             leaving = nullptr;
             if (flags & REHEARSAL) {
-                ptx::mbarrier_arrive(&shared.empty[turn.stage]);
-                turn.next();
+                ptx::mbarrier_arrive(&shared.empty[pipe.stage]);
+                pipe.next();
             }
             continue;
         }
-        ptx::mbarrier_arrive(&shared.empty[turn.stage]);
+        ptx::mbarrier_arrive(&shared.empty[pipe.stage]);
         if (__builtin_expect(flags & (MEASURE | CHECKPOINT | LAST), 0)) {
             if (outputs && flags & CHECKPOINT && !(flags & EMPTY))
                 policy.keep(info, S, exponent);
@@ -577,7 +577,7 @@ __device__ void consume(const kda_tensor &out, const CUtensorMap &map, Shared &s
             if (flags & LAST)
                 policy.after(info, S, exponent);
         }
-        turn.next();
+        pipe.next();
     }
     if (outputs && leaving) {
         send_outputs(out, map, *leaving, rows());

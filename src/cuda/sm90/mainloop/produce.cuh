@@ -189,7 +189,7 @@ inline __device__ float size_of_row(float square) {
     return ldexpf(1.f, square < INFINITY ? ((__float_as_int(square) >> 23) - 127) / 2 : 120);
 }
 
-/* The warp finds scale / norm of every row of k or q, to be kept by token_place and, if `plain`, in order. Rows whose
+/* The warp finds scale / norm of every row of k or q, to be kept by token_index and, if `plain`, in order. Rows whose
  * norm is far from 1 are brought near it by a power of two, so that they keep their digits under any decay. */
 template <bool is_waited_for, int DIM>
 __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, float *plain) {
@@ -209,7 +209,7 @@ __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, floa
             norm = endless ? rsqrtf(again) * size * scale : norm;
         }
     }
-    scales[token_place(lane)] = norm;
+    scales[token_index(lane)] = norm;
     if (plain)
         plain[lane] = norm;
 }
@@ -235,7 +235,7 @@ inline __device__ float2 make_tiles(const Panel &panel, uint32_t channel, bool l
     /* Of token i from the middle; a token's 16-byte pieces are permuted by token % 8. */
     uint32_t first =
         shared_address(panel.keys) + (later ? HALF : HALF - 1) * ROW + (channel * 2 ^ (later ? 0 : 7 << 4));
-    auto place = [&](int n, int j) {
+    auto address = [&](int n, int j) {
         return ((first + n * TOGETHER * step) ^ (n * TOGETHER & 7) << 4 ^ j << 4) + j * step;
     };
     struct Tokens {
@@ -245,7 +245,7 @@ inline __device__ float2 make_tiles(const Panel &panel, uint32_t channel, bool l
         Tokens tokens;
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
-            uint32_t at = place(n, j);
+            uint32_t at = address(n, j);
             tokens.g[j] = load_shared(at + GATES), tokens.k[j] = load_shared(at),
             tokens.q[j] = load_shared(at + QUERIES);
         }
@@ -269,7 +269,7 @@ inline __device__ float2 make_tiles(const Panel &panel, uint32_t channel, bool l
         Tokens next = load(min(n + 1, HALF / TOGETHER - 1));
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
-            uint32_t at = place(n, j);
+            uint32_t at = address(n, j);
             float2 decayed = make_float2(exp2_approximate(x[j].x), exp2_approximate(x[j].y));
             float2 grown = make_float2(exp2_approximate(-x[j].x), exp2_approximate(-x[j].y));
             if (j + 2 < TOGETHER)
@@ -341,10 +341,10 @@ template <int DIM> __device__ void make_decays(Tiles<DIM> &tiles, Factors<DIM> &
         return;
     bool later = has_later<DIM>(threadIdx.x);
     int channel = own_channel<DIM>(threadIdx.x);
-    float2 way = make_tiles(tiles.panels[channel / PANEL], channel % PANEL, later, gate);
+    float2 decay = make_tiles(tiles.panels[channel / PANEL], channel % PANEL, later, gate);
     float *to = later ? factors.to_end : factors.to_middle;
-    *reinterpret_cast<float2 *>(&to[channel_place(own_channel<DIM>(thread()))]) =
-        make_float2(exp2_approximate(way.x), exp2_approximate(way.y));
+    *reinterpret_cast<float2 *>(&to[channel_index(own_channel<DIM>(thread()))]) =
+        make_float2(exp2_approximate(decay.x), exp2_approximate(decay.y));
 }
 
 /* [L0; M0], in the accumulators of the warpgroup: warps 0 and 1 have rows of L0, the others of M0. */
@@ -365,13 +365,13 @@ __device__ void multiply_pairs(const Panel (&panels)[PANELS], float (&d)[TILES][
     pin(d);
 }
 
-/* Where a thread's elements of a tile lie by tf32_place, whose 16-byte pieces are permuted by row % 8: an address
+/* Where a thread's elements of a tile lie by tf32_index, whose 16-byte pieces are permuted by row % 8: an address
  * costs one instruction. */
-struct Tf32Places {
+struct Tf32Addresses {
     uint32_t even, odd; /* of an even and of an odd token's element */
 
     /* Elements (row + lane / 4 + {0, 8}, token + lane % 4 * 2 + {0, 1}), as an accumulator has them. */
-    static __device__ Tf32Places of_accumulator(const float *tile, int row) {
+    static __device__ Tf32Addresses of_accumulator(const float *tile, int row) {
         uint32_t lane = thread() % 32, r = lane / 4;
         uint32_t at = shared_address(tile) + (row + r) * CHUNK * 4 + lane % 4 * 4;
         return {at + (r << 4), at + ((r ^ 1) << 4)};
@@ -388,7 +388,7 @@ inline __device__ void store_M(const float (&d)[CHUNK / 8][4], const float *quer
     uint32_t at = shared_address(M) + row * CHUNK * 2 + ((row / 2 % 4) << 4) + lane % 4 * 4;
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-        float rq = query_scale[token_place(row + n * 8)];
+        float rq = query_scale[token_index(row + n * 8)];
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; j++) {
             float left = ahead >= j * 8 - n * 8 ? d[j][2 * n] * rq : 0.f;
@@ -465,10 +465,10 @@ inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], int block, B
                      __float_as_uint(round_tf32((upper ? x[i + 4] : x[i]) * step * norms[i])));
     __syncwarp();
     /* Operands as in join_blocks. */
-    Tf32Places places = Tf32Places::of_accumulator(F, block * HALF + EIGHT);
+    Tf32Addresses addresses = Tf32Addresses::of_accumulator(F, block * HALF + EIGHT);
     float product[4] = {}, result[4] = {};
-    uint32_t a[4] = {load_shared(places.at(0, block * HALF + EIGHT)), 0,
-                     load_shared(places.at(0, block * HALF + EIGHT + 1)), 0};
+    uint32_t a[4] = {load_shared(addresses.at(0, block * HALF + EIGHT)), 0,
+                     load_shared(addresses.at(0, block * HALF + EIGHT + 1)), 0};
     const float *b = &blocks.Z_eight[block][part * 2 * PADDED_EIGHT + row];
     mma_tf32(product, a, __float_as_uint(b[0]), __float_as_uint(b[PADDED_EIGHT]));
     a[0] = __float_as_uint(round_tf32(product[0])), a[2] = __float_as_uint(round_tf32(product[1]));
@@ -478,20 +478,20 @@ inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], int block, B
              load_shared(above + CHUNK * 4 + ((column ^ (part * 2 + 1)) << 4)));
 #pragma unroll
     for (int n = 0; n < 2; n++)
-        store_shared(places.at(0, block * HALF + n), __float_as_uint(-round_tf32(result[n])));
+        store_shared(addresses.at(0, block * HALF + n), __float_as_uint(-round_tf32(result[n])));
 }
 
 /* The block of F below the diagonal blocks, -F11 Z F00. */
 inline __device__ void join_blocks(const Blocks &blocks, float *F) {
     uint32_t lane = thread() % 32, row = lane / 4, part = lane % 4;
     float product[2][4] = {}, result[2][4] = {};
-    Tf32Places places = Tf32Places::of_accumulator(F, HALF);
+    Tf32Addresses addresses = Tf32Addresses::of_accumulator(F, HALF);
 #pragma unroll
     for (int s = 0; s < 2; s++) {
         uint32_t a[4];
 #pragma unroll
         for (int n = 0; n < 4; n++) /* as tf32_operand has columns */
-            a[n] = load_shared(places.at(n % 2 * 8, HALF + s * 8 + n / 2));
+            a[n] = load_shared(addresses.at(n % 2 * 8, HALF + s * 8 + n / 2));
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const float *b = &blocks.Z[(s * 8 + part * 2) * PADDED + j * 8 + row];
@@ -518,7 +518,7 @@ inline __device__ void join_blocks(const Blocks &blocks, float *F) {
     for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int n = 0; n < 4; n++)
-            store_shared(places.at(n / 2 * 8, j * 8 + n % 2), __float_as_uint(-round_tf32(result[j][n])));
+            store_shared(addresses.at(n / 2 * 8, j * 8 + n % 2), __float_as_uint(-round_tf32(result[j][n])));
 }
 
 /* The rest of a chunk's operands, from [L0; M0]. */

@@ -90,7 +90,7 @@ __device__ void make_unbounded(Tiles<DIM> &tiles, Factors<DIM> &factors, Blocks 
     bool later = t >= GROUP / 2;
     HalfDecay own = make_half(tiles.panels[panel], later, gate);
     float2 outer = later ? own.after : own.before, inner = later ? own.before : own.after;
-    int channel = channel_place(panel * PANEL + t % 32 * 2);
+    int channel = channel_index(panel * PANEL + t % 32 * 2);
     *reinterpret_cast<float2 *>(&(later ? factors.to_end : factors.to_middle)[channel]) =
         make_float2(exp2_approximate(outer.x), exp2_approximate(outer.y));
     blocks.halves[t] = make_float4(inner.x, inner.y, own.rest.x, own.rest.y);

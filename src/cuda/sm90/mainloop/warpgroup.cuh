@@ -29,7 +29,7 @@ template <int STAGES> struct PipelineState {
     int stage = 0;
     uint32_t parity = 0;
     /* Place in a ring twice as long: what lies there is kept while the stage is used again. */
-    __device__ int info() const { return stage + (int)parity * STAGES; }
+    __device__ int info_index() const { return stage + (int)parity * STAGES; }
     __device__ void next(int chunks = 1) {
         stage += chunks;
         if (stage >= STAGES)
@@ -39,9 +39,9 @@ template <int STAGES> struct PipelineState {
 
 /* The turn before the first one: whoever waits for it does not wait. */
 template <int STAGES> __device__ PipelineState<STAGES> before_first() {
-    PipelineState<STAGES> turn;
-    turn.stage = STAGES - 1, turn.parity = 1;
-    return turn;
+    PipelineState<STAGES> pipe;
+    pipe.stage = STAGES - 1, pipe.parity = 1;
+    return pipe;
 }
 
 inline __device__ void wait(uint64_t &barrier, uint32_t parity) {
@@ -57,15 +57,15 @@ struct Outputs {
 
 /* Can outputs leave in pieces of 16 bytes? */
 inline __device__ __host__ bool in_pieces(const kda_tensor &out) {
-    uintptr_t places = reinterpret_cast<uintptr_t>(out.data);
+    uintptr_t bits = reinterpret_cast<uintptr_t>(out.data);
     for (int i = 0; i < 3; i++)
-        places |= out.shape[i] > 1 ? out.stride[i] : 0;
-    return out.dtype != KDA_F32 && places % 16 == 0;
+        bits |= out.shape[i] > 1 ? out.stride[i] : 0;
+    return out.dtype != KDA_F32 && bits % 16 == 0;
 }
 
 /* Where the lane's token of a chunk goes: columns of V from `column` on. */
-inline __device__ char *output_place(const kda_prefill &p, int64_t batch, int64_t token, int64_t count,
-                                     int64_t head, int column) {
+inline __device__ char *output_pointer(const kda_prefill &p, int64_t batch, int64_t token, int64_t count,
+                                       int64_t head, int column) {
     int lane = threadIdx.x % 32;
     return lane < count ? kda_row(&p.out, batch, token + lane, head) + column * 2 : nullptr;
 }
@@ -74,7 +74,7 @@ inline __device__ char *output_place(const kda_prefill &p, int64_t batch, int64_
 inline __device__ int output_piece(int token, int half) { return token * 16 + (half ^ (token >> 2 & 1)) * 8; }
 
 /* Turns a chunk's rounded outputs over in the warp's own `rows`, so that a token's columns are neighbours. */
-inline __device__ void turn_over(const uint32_t (&pairs)[CHUNK / 8][2], __nv_bfloat16 *rows) {
+inline __device__ void transpose_outputs(const uint32_t (&pairs)[CHUNK / 8][2], __nv_bfloat16 *rows) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < CHUNK / 8; i += 2)
@@ -91,7 +91,7 @@ inline __device__ void store_row(const __nv_bfloat16 *rows, char *to) {
 
 inline __device__ void store_pieces(const Outputs &outputs, __nv_bfloat16 *rows) {
     __syncwarp();
-    turn_over(outputs.pairs, rows);
+    transpose_outputs(outputs.pairs, rows);
     __syncwarp();
     if (outputs.to)
         store_row(rows, outputs.to);

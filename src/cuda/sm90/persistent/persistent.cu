@@ -42,8 +42,8 @@ template <class Config> __device__ void sort_sequences(const kda_prefill &p, Sha
 /* The (sequence, head) that the CTA works in a round: forwards and backwards in turn, so that who began with a long
  * one goes on with a short one. */
 __device__ int find_item(int round) {
-    int across = gridDim.x, place = blockIdx.x;
-    return round * across + (round % 2 ? across - 1 - place : place);
+    int ctas = gridDim.x, cta = blockIdx.x;
+    return round * ctas + (round % 2 ? ctas - 1 - cta : cta);
 }
 
 /* What a launch works: chains one by one, or ranges. */
@@ -80,7 +80,7 @@ __device__ bool next_chain(const kda_prefill &p, Shared<Config> &shared, const W
 }
 
 /* Enters what of the next chain is in the CTA's range. */
-__device__ bool next_of_range(const kda_prefill &p, const kda_sm90_stream_k &stream_k, Scout &scout) {
+__device__ bool next_slice(const kda_prefill &p, const kda_sm90_stream_k &stream_k, Scout &scout) {
     if (scout.round++ == 0)
         scout.slice = stream_k.firsts[blockIdx.x];
     else if (!kda_next_slice(&p, &stream_k.split, blockIdx.x, &scout.slice))
@@ -97,7 +97,7 @@ __device__ void find_next(const kda_prefill &p, Shared<Config> &shared, const Wo
     int chunk = scout.chunk + chunks;
     while (chunk >= scout.chunks) {
         chunk -= scout.chunks;
-        if (!(ranges ? next_of_range(p, work.stream_k, scout) : next_chain(p, shared, work, scout))) {
+        if (!(ranges ? next_slice(p, work.stream_k, scout) : next_chain(p, shared, work, scout))) {
             scout.count = -1;
             return;
         }
@@ -108,8 +108,8 @@ __device__ void find_next(const kda_prefill &p, Shared<Config> &shared, const Wo
 /* Sends the scout's chunk to all: what it is, and by the copy engine its tensors. */
 template <bool ranges, bool keeps, class Config>
 __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Config> &shared, Scout &scout,
-                     const PipelineState<Config::STAGES> &turn) {
-    int s = turn.stage, chunk = scout.chunk;
+                     const PipelineState<Config::STAGES> &pipe) {
+    int s = pipe.stage, chunk = scout.chunk;
     uint64_t *arrived = &shared.arrived[s];
     ChunkInfo info;
     info.n = scout.n, info.head = scout.head, info.batch = scout.batch, info.slot = scout.slot;
@@ -127,8 +127,8 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Con
         info.flags |= (first && scout.slice.begin ? SPLIT : 0) | (last && scout.slice.begin ? FROM_SPLIT : 0) |
                       (last && kda_split_after(&scout.slice) ? SPLIT_AFTER : 0);
     wait(shared.empty[s],
-         turn.parity ^ !(ranges && s == Config::STAGES - 1)); /* the last one is rehearsed in */
-    shared.infos[turn.info()] = info;
+         pipe.parity ^ !(ranges && s == Config::STAGES - 1)); /* the last one is rehearsed in */
+    shared.infos[pipe.info_index()] = info;
     scout.count = info.count;
     if (info.count <= 0) {
         ptx::mbarrier_arrive(arrived);
@@ -160,8 +160,8 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
     constexpr int DIM = Config::DIM;
     int warp = threadIdx.x % GROUP / 32;
     Scratch &scratch = shared.scratch[group];
-    PipelineState<Config::STAGES> turn, ahead;
-    turn.next(group), ahead.next(group);
+    PipelineState<Config::STAGES> pipe, ahead;
+    pipe.next(group), ahead.next(group);
     auto go_on = [&](int chunks) {
         Scout &scout = scratch.scout;
         __syncwarp(); /* all lanes have read what is overwritten now */
@@ -177,9 +177,9 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
         return load_beta(p, info.batch, info.token, info.head, info.count);
     };
     auto receive = [&](uint32_t beta, bool is_loaded) {
-        int s = turn.stage;
-        wait(shared.arrived[s], turn.parity);
-        const ChunkInfo &info = shared.infos[turn.info()];
+        int s = pipe.stage;
+        wait(shared.arrived[s], pipe.parity);
+        const ChunkInfo &info = shared.infos[pipe.info_index()];
         if (warp == Config::BETA) {
             if (!is_loaded)
                 beta = load(info);
@@ -197,7 +197,7 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
      * time to be fetched. In ranges one group fetches it while the other's scout works, by making operands of what lies in
      * its first stage. */
     for (int round = -Config::AHEAD - rehearses;; round++) {
-        const ChunkInfo &info = shared.infos[turn.info()];
+        const ChunkInfo &info = shared.infos[pipe.info_index()];
         if (round >= 0) {
             barrier_wait(Config::BARRIER_GROUP + group, GROUP);
             count = info.count;
@@ -208,15 +208,15 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
         bool next_is_known = count >= 0 && round >= Config::AHEAD - 2;
         uint32_t beta = 0; /* of the next chunk, on its way */
         if (warp == Config::BETA && next_is_known) {
-            PipelineState<Config::STAGES> next = turn;
+            PipelineState<Config::STAGES> next = pipe;
             if (round >= 0)
                 next.next(Config::PRODUCERS);
-            beta = load(shared.infos[next.info()]);
+            beta = load(shared.infos[next.info_index()]);
         }
         if (count > 0) {
             if (info.head != gate.head)
                 gate = find_gate<bounded>(p, info.head, own_channel<DIM>(threadIdx.x));
-            make_operands<bounded>(shared.tiles[turn.stage], shared.factors[turn.stage], scratch.blocks, slot,
+            make_operands<bounded>(shared.tiles[pipe.stage], shared.factors[pipe.stage], scratch.blocks, slot,
                                    Config::BARRIER_GROUP + group, Config::BARRIER_INVERSE + group, gate);
         }
         if (ranges && __builtin_expect(round < -Config::AHEAD, 0)) {
@@ -225,10 +225,10 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
             continue;
         }
         if (round >= 0) {
-            ptx::mbarrier_arrive(&shared.full[turn.stage]);
+            ptx::mbarrier_arrive(&shared.full[pipe.stage]);
             if (count < 0)
                 return;
-            turn.next(Config::PRODUCERS);
+            pipe.next(Config::PRODUCERS);
             slot ^= 1;
         }
         if (Config::AHEAD == 2 && warp == SCOUT<DIM>)
@@ -255,7 +255,7 @@ template <class Config, bool keeps> struct ChainPolicy : DefaultPolicy<Config::D
     }
     __device__ void load(int stage, uint32_t, Values &v) const { load_values<DIM>(shared.values[stage], v); }
     __device__ kda_dtype finish(const ChunkInfo &, float (&o)[CHUNK / 8][4], int exponent) const {
-        leave_exponent(o, exponent);
+        unscale_outputs(o, exponent);
         return p.out.dtype;
     }
     __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
@@ -343,7 +343,7 @@ struct RangePolicy {
         return true;
     }
     __device__ kda_dtype finish(const ChunkInfo &info, float (&o)[CHUNK / 8][4], int exponent) const {
-        leave_exponent(o, exponent);
+        unscale_outputs(o, exponent);
         return info.flags & SPLIT && shared.identity[thread() / 32] ? KDA_BF16 : p.out.dtype;
     }
     __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
@@ -417,7 +417,7 @@ __global__ void __maxnreg__(Config::REGISTERS)
 }
 
 template <class Config, bool ranges, bool bounded, bool keeps>
-cudaError_t launch_form(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
+cudaError_t launch_config(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
     const Work work = {ranges ? 0 : (int)(p->sequences * p->value_heads), memory->stream_k};
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(p, &maps);
@@ -428,8 +428,8 @@ cudaError_t launch_form(const kda_prefill *p, const kda_launch *launch, const kd
 
 template <class Config, bool bounded>
 cudaError_t launch_chains(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
-    return (p->checkpoints.data ? launch_form<Config, false, bounded, true>
-                                : launch_form<Config, false, bounded, false>)(p, launch, memory);
+    return (p->checkpoints.data ? launch_config<Config, false, bounded, true>
+                                : launch_config<Config, false, bounded, false>)(p, launch, memory);
 }
 
 } // namespace
@@ -438,15 +438,15 @@ cudaError_t launch_chains(const kda_prefill *p, const kda_launch *launch, const 
 cudaError_t kda_sm90_persistent(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
                                 const kda_sm90_memory *memory) {
     using namespace kda;
-    auto of_64 =
+    auto launch_64 =
         launch->config == Config64::CTAS ? launch_chains<Config64, true> : launch_chains<FewConfig64, true>;
-    auto of_128 = is_bounded(p) ? launch_chains<Config128, true> : launch_chains<Config128, false>;
-    return (p->key_dim == 128 ? of_128 : of_64)(p, launch, memory);
+    auto launch_128 = is_bounded(p) ? launch_chains<Config128, true> : launch_chains<Config128, false>;
+    return (p->key_dim == 128 ? launch_128 : launch_64)(p, launch, memory);
 }
 
 cudaError_t kda_sm90_ranges(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
                             const kda_sm90_memory *memory) {
     using namespace kda;
-    return (is_bounded(p) ? launch_form<Config128, true, true, true>
-                          : launch_form<Config128, true, false, true>)(p, launch, memory);
+    return (is_bounded(p) ? launch_config<Config128, true, true, true>
+                          : launch_config<Config128, true, false, true>)(p, launch, memory);
 }

@@ -26,8 +26,8 @@ __device__ int largest_of(const int16_t (&sizes)[KDA_SM90_EXPONENTS]) {
 /* What of the state before is left after the range's first chunk, |A S|, against the state from zero. Sizes are up to twice
  * the largest elements. */
 __device__ bool is_forgotten(const kda_sm90_proof &proof) {
-    int left = largest_of(proof.A) + largest_of(proof.before);
-    return left < EXACT_ZERO / 2 || left + MARGIN < largest_of(proof.kept);
+    int remaining = largest_of(proof.A) + largest_of(proof.before);
+    return remaining < EXACT_ZERO / 2 || remaining + MARGIN < largest_of(proof.kept);
 }
 
 /* What the CTA has to finish where a chain is split in front of its range: outputs of the range's first chunk, those from zero and
@@ -79,7 +79,7 @@ __device__ void load_first_chunk(const kda_sm90_stream_k &stream_k, FirstChunk &
 }
 
 /* Adds O_A S in the warp's columns of V. */
-__device__ void correct_outputs(kda_dtype dtype, const FirstChunk &first_chunk, const Rows &rows) {
+__device__ void add_history(kda_dtype dtype, const FirstChunk &first_chunk, const Rows &rows) {
     float sums[CHUNK / 16][2][4] = {};
     uint32_t lane = threadIdx.x % 32, at = shared_address(&rows[lane % 16][lane / 16 * 8]);
 #pragma unroll
@@ -103,7 +103,7 @@ __device__ void correct_outputs(kda_dtype dtype, const FirstChunk &first_chunk, 
 }
 
 /* Every chain begins in one range, and its first slice tells. */
-__device__ void say_what_is_pending(const kda_prefill &p, const kda_sm90_stream_k &stream_k, kda_slice slice) {
+__device__ void mark_pending(const kda_prefill &p, const kda_sm90_stream_k &stream_k, kda_slice slice) {
     do
         if (slice.begin == 0)
             stream_k.pending[slice.n * p.value_heads + slice.head] = kda_split_after(&slice);
@@ -111,31 +111,31 @@ __device__ void say_what_is_pending(const kda_prefill &p, const kda_sm90_stream_
 }
 
 /* Of all CTAs alike, once they have asked for what they will need. */
-__device__ Outcome judge(const kda_sm90_stream_k &stream_k, int probe) {
-    bool remembered = probe == FAST && !is_forgotten(stream_k.proofs[threadIdx.x]);
+__device__ Outcome verify(const kda_sm90_stream_k &stream_k, int seen) {
+    bool remembered = seen == FAST && !is_forgotten(stream_k.proofs[threadIdx.x]);
     return __syncthreads_or(remembered) ? SPLIT_CHAINS : NOTHING;
 }
 
 /* Outputs of the range's first chunk, if a chain is split in front of it. */
-__device__ void finish_outputs(const kda_prefill &p, const kda_sm90_stream_k &stream_k, int probe,
+__device__ void finish_outputs(const kda_prefill &p, const kda_sm90_stream_k &stream_k, int seen,
                                const kda_slice &first, const struct kda_sequence &sequence) {
     __shared__ alignas(16) Rows rows;
     FirstChunk first_chunk(p, first, sequence);
-    bool cut_before = kda_split_before(&first);
+    bool split_before = kda_split_before(&first);
     wait_for_kernel_before();
-    if (cut_before)
+    if (split_before)
         load_first_chunk(stream_k, first_chunk, rows);
-    Outcome outcome = judge(stream_k, probe);
+    Outcome outcome = verify(stream_k, seen);
     if (blockIdx.x == 0 && threadIdx.x == 0)
         *stream_k.outcome = outcome;
     if (outcome == SPLIT_CHAINS && threadIdx.x == 0)
-        say_what_is_pending(p, stream_k, first);
-    if (outcome == NOTHING && cut_before)
-        correct_outputs(p.out.dtype, first_chunk, rows);
+        mark_pending(p, stream_k, first);
+    if (outcome == NOTHING && split_before)
+        add_history(p.out.dtype, first_chunk, rows);
 }
 
 /* The state after a chain that is split in front of the range and ends there. */
-__device__ void finish_state(const kda_prefill &p, const kda_sm90_stream_k &stream_k, int probe,
+__device__ void finish_state(const kda_prefill &p, const kda_sm90_stream_k &stream_k, int seen,
                              const kda_slice &first, const struct kda_sequence &sequence) {
     if (!kda_split_before(&first) || kda_split_after(&first))
         return;
@@ -146,7 +146,7 @@ __device__ void finish_state(const kda_prefill &p, const kda_sm90_stream_k &stre
 #pragma unroll
     for (int c = 0; c < DIM / 8; c++)
         *reinterpret_cast<float4 *>(S[c]) = pieces[c * THREADS];
-    if (judge(stream_k, probe) == NOTHING)
+    if (verify(stream_k, seen) == NOTHING)
         store_whole(to, S, 0);
 }
 
@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(THREADS, 2)
     let_next_begin();
     bool state = blockIdx.y;
     /* All that probe has left is there already (persistent.cu); the rest, when the kernel before has ended. */
-    int probe = threadIdx.x < stream_k.split.ranges ? stream_k.probes[threadIdx.x] : UNSPLIT;
-    if (__syncthreads_or(probe == SLOW)) {
+    int seen = threadIdx.x < stream_k.split.ranges ? stream_k.probes[threadIdx.x] : UNSPLIT;
+    if (__syncthreads_or(seen == SLOW)) {
         wait_for_kernel_before();
         if (!state && blockIdx.x == 0 && threadIdx.x == 0)
             *stream_k.outcome = ALL_CHAINS;
@@ -166,9 +166,9 @@ __global__ void __launch_bounds__(THREADS, 2)
     const kda_slice first = stream_k.firsts[blockIdx.x];
     const struct kda_sequence sequence = kda_sequence(&p, first.n);
     if (state)
-        finish_state(p, stream_k, probe, first, sequence);
+        finish_state(p, stream_k, seen, first, sequence);
     else
-        finish_outputs(p, stream_k, probe, first, sequence);
+        finish_outputs(p, stream_k, seen, first, sequence);
 }
 
 } // namespace

@@ -45,8 +45,8 @@ inline __device__ uint4 *state_pieces(const kda_sm90_stream_k &stream_k, int ran
 inline __device__ float4 *final_pieces(const kda_prefill &p, const kda_sm90_stream_k &stream_k, int n, int head,
                                        uint32_t thread) {
     int chain = n * (int)p.value_heads + head;
-    int64_t place = kda_states_by_chain(&p, stream_k.split.ranges) ? chain : blockIdx.x;
-    return reinterpret_cast<float4 *>(stream_k.finals + place * DIM * DIM) + thread;
+    int64_t index = kda_states_by_chain(&p, stream_k.split.ranges) ? chain : blockIdx.x;
+    return reinterpret_cast<float4 *>(stream_k.finals + index * DIM * DIM) + thread;
 }
 
 } // namespace kda
