@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Takes the state of every sequence and value head through its chunks, on the operands that prepare.cu left.
+ * Takes the state of every sequence and value head through its chunks, with the operands that prepare.cu left.
  *
- * One CTA works a chain for 64 columns of V, one warp for 16 of them; warps never wait for each other but for the
- * copies of operands. Everything is transposed, so that what one product leaves in registers is, lane for lane,
+ * One CTA works a chain for 64 columns of V, and one warp 16 of them. Warps wait for each other only when
+ * operands arrive. Everything is transposed, so that what one product leaves in registers is, lane for lane,
  * the first operand of the next:
  *     [W | Y]^T = S^T [KT; QT]^T    X^T = V^T - W^T    U^T = X^T INV^T    O^T = Y^T + U^T M^T
  *     S^T <- S^T diag(1 + carry) + U^T KR
@@ -31,7 +31,7 @@ template <int KP> __host__ __device__ constexpr int stage_bytes(int size) {
     return (int)sizeof(Operands<KP>) + CHUNK * COLUMNS * size;
 }
 
-/* Starts the copies of one chunk's operands and values; nothing after the end of the sequence. */
+/* Starts to copy one chunk's operands and values; nothing after the sequence's end. */
 template <int KP>
 __device__ void fetch(const kda_prefill &p, const Chain &chain, const Operands<KP> *all, int64_t chunk,
                       struct kda_span span, Stage<KP> &stage) {

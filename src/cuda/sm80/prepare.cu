@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The part of a chunk that does not depend on the state, for every chunk of every value head at once: gate, norms,
- * KT, QT, KR, M and the inverse of I + L (docs/maths.md). One CTA a chunk and value head; a thread works two channels of
- * a block of 16 tokens.
+ * Finds what does not depend on the state, for every chunk of every value head at once: gates, norms, KT, QT,
+ * KR, M and the inverse of I + L (docs/maths.md). One CTA works one chunk of one value head, and a thread two
+ * channels of a block of 16 tokens.
  *
- * Pairs of tokens meet in tensor-core products of k or q decayed from the middle of their block and k grown back to
- * it. That product is exact in every exponent, but its factors reach 2^115: inside the blocks, a token's decay counts
- * for at most exp(-10), which changes a pair by at most 4.5e-5 and keeps any gate in range. The state's carry takes
- * the true sum, so that a hard reset clears.
+ * Pairs of tokens meet in tensor-core products: k or q decayed from the middle of its block, times k grown back
+ * to that middle. Such a product is exact in every exponent, but its factors reach 2^115. So within a block a
+ * token's decay counts for at most exp(-10), which changes a pair by at most 4.5e-5 and keeps any gate in
+ * range. The state's carry takes the true sum, so that a hard reset clears.
  */
 #include "cuda/floats.cuh"
 #include "cuda/launch.cuh"
@@ -24,27 +24,28 @@ constexpr int BLOCK = 16, BLOCKS = CHUNK / BLOCK,
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float STRONGEST = -10 * LOG2E; /* decay of a token in a pair, log2 */
 
-/* Decay of one channel of a block, log2: through all of it, and the part before and after its middle; these two with
- * every token's decay at most STRONGEST. */
+/* Log2 decay of one channel over a block: through all of it, before its middle, and after its middle. In the
+ * latter two a token counts for at most STRONGEST. */
 struct Decay {
     float2 through, before, after;
 };
 
 template <int KP> struct Shared {
     static constexpr int PAIRS = KP / 2, THREADS = BLOCKS * PAIRS, WARPS = THREADS / 32;
-    __nv_bfloat16 rows[2][CHUNK * KP]; /* exponent rows of k, then q, decayed from the middle of their block */
-    __nv_bfloat16 columns[CHUNK * KP]; /* exponent rows of k grown back to the middle of their block */
+    /* Unit rows of k, then q: scaled to a length of 1 or near it, and decayed from the middle of their block. */
+    __nv_bfloat16 rows[2][CHUNK * KP];
+    __nv_bfloat16 columns[CHUNK * KP]; /* unit rows of k grown back to the middle of their block */
     __nv_bfloat16 across[BLOCK * KP];  /* those of block 0, decayed to the middle of block 1 */
     Decay decay[BLOCKS][PAIRS];
     float diagonal[CHUNK];           /* of M */
     float products[WARPS][BLOCK];    /* of a warp's channels of q and k of one token */
     float squares[WARPS][2 * BLOCK]; /* of a warp's channels of k, then q */
     alignas(16) float factor
-        [2][WARPS][2 * BLOCK]; /* of a row of KT or QT, and of an exponent row; each warp has its own copy */
-    float undo[2][CHUNK];      /* |row| / |exponent row| of k, then q, where rows are not normalised */
+        [2][WARPS][2 * BLOCK]; /* for a row of KT or QT, then for a unit row; each warp has its own copy */
+    float undo[2][CHUNK];      /* |row| / |unit row| of k, then q, where rows are not normalised */
     float beta[CHUNK];
     float key_square[CHUNK]; /* |k|^2 as it is used */
-    float growth[BLOCKS];    /* log2, of the channel that grows most: 0 if every log decay is below it */
+    float growth[BLOCKS];    /* log2 of the channel that grows most; 0 if no log decay is above 0 */
     alignas(16) float L[CHUNK][CHUNK + 4]; /* transposed */
 };
 
@@ -88,8 +89,8 @@ struct Position {
     int channels; /* how many of them exist */
 };
 
-/* The block's rows of q, k or g; for a missing token, the last one that exists. All loads are under way before the first
- * is used. */
+/* Loads the block's rows of q, k or g; for a missing token, the last one that exists. All loads are issued
+ * before the first is used. */
 template <bool all_bf16>
 __device__ void load_rows(const kda_tensor &t, const Position &at, int64_t head, Pair<all_bf16> (&x)[BLOCK]) {
     const char *row = kda_row(&t, at.batch, at.token, head) + (t.dtype == KDA_F32 ? 4 : 2) * at.c;
@@ -110,7 +111,7 @@ __device__ void load_rows(const kda_tensor &t, const Position &at, int64_t head,
     }
 }
 
-/* Lane l ends with the sum of value l over the warp: halves of the values are exchanged for halves of the lanes. */
+/* Lane l ends with the sum of value l over the warp: in each step lanes exchange half of their values. */
 template <int half> __device__ void sum_by_lane(float (&x)[32]) {
     bool high = threadIdx.x & half;
 #pragma unroll
@@ -122,8 +123,8 @@ template <int half> __device__ void sum_by_lane(float (&x)[32]) {
         sum_by_lane<half / 2>(x);
 }
 
-/* Rows that are not normalised are made smaller by a power of two where their size could take a pair's factors out of
- * range; their squares are summed small for the same reason. */
+/* Rows that are not normalised are made smaller by a power of two where their size could take a pair's factors
+ * out of range. Their squares are summed small for the same reason. */
 constexpr int SHRINK_LOG2 = 40;
 constexpr float SHRINK = 0x1p-40f;
 
@@ -140,7 +141,8 @@ __device__ float unit_factor(float squares) {
     return half_exponent > 0 ? ldexpf(1.f, -half_exponent) : 1.f;
 }
 
-/* Squares of a warp's channels of k, then of q, token by token, each times `factor`: lane l has those of row l. */
+/* Squares of a warp's channels of k, then q, token by token, times `factor` squared: lane l has those of row
+ * l. */
 template <bool all_bf16>
 __device__ float sum_squares(const Pair<all_bf16> (&k)[BLOCK], const Pair<all_bf16> (&q)[BLOCK], float factor) {
     float sums[2 * BLOCK];
@@ -165,7 +167,7 @@ __device__ float sum_products(const Pair<all_bf16> (&k)[BLOCK], const Pair<all_b
     return sums[0];
 }
 
-/* Rows to be normalised whose squares could leave fp32 are made smaller before. */
+/* Rows to be normalised are made smaller first where their squares could leave fp32. */
 constexpr float LARGE = 0x1p100f, SMALLER = 0x1p-70f;
 
 template <int KP, bool all_bf16>
@@ -184,7 +186,7 @@ __device__ void find_norms(const kda_prefill &p, const Position &at, const Pair<
         (w / PER_BLOCK == at.block ? squares : others) += shared.squares[w][lane];
     bool large = p.qk_norm && !(squares < LARGE); /* or NaN */
     float up = 1;                                 /* what brings a product of such rows back, twice */
-    if (__any_sync(~0u, large || (p.qk_norm && !(others < LARGE)))) { /* of all warps or of none */
+    if (__any_sync(~0u, large || (p.qk_norm && !(others < LARGE)))) { /* the same for all warps */
         bool other = __shfl_xor_sync(~0u, large, BLOCK), large_row = large || other;
         __syncthreads(); /* all have read them */
         float small_squares = sum_squares(k, q, SMALLER), small_products = sum_products(k, q, SMALLER);
@@ -217,7 +219,7 @@ __device__ void find_norms(const kda_prefill &p, const Position &at, const Pair<
     }
 }
 
-/* g becomes x, the log2 decay of each token from the middle of its block, and the block's decays. */
+/* Turns g into x, the log2 decay of each token from the middle of its block, and finds the block's decays. */
 template <int KP, flash_kda_gate gate, bool all_bf16>
 __device__ void find_decays(const kda_prefill &p, const Position &at, const Pair<all_bf16> (&g)[BLOCK],
                             float2 (&x)[BLOCK], Decay &decay, Shared<KP> &shared) {
@@ -277,8 +279,8 @@ __device__ float2 exp2_pair(float x, float y) { return make_float2(exp2_approxim
 
 __device__ uint32_t pack(float2 x) { return pack_bf16(x.x, x.y); }
 
-/* Decays of two channels between the middles and ends of blocks, as factors. A longer way is a product of these in turn
- * and not one factor, which could vanish though its product with a factor of a row does not. */
+/* Decay factors of two channels between the middles and ends of blocks. A longer distance is multiplied step by
+ * step: one factor could vanish where its product with a row's factor does not. */
 struct DecayFactors {
     float2 from_start;        /* to the middle of the thread's own block */
     float2 after_0, before_1; /* from the middle of block 0 to its end, from there to the middle of block 1 */
@@ -359,7 +361,7 @@ __device__ void multiply_pairs(const MatrixRow<CHUNK, KP> &rows, int down, const
     }
 }
 
-/* A block of L (of k's rows) or M (of q's): row block `later`, column block `earlier`. */
+/* Makes a block of L (from k's rows) or M (from q's): row block `later`, column block `earlier`. */
 template <int KP>
 __device__ void make_block(bool normalised, bool of_queries, int later, int earlier, Shared<KP> &shared,
                            Operands<KP> &out) {
@@ -379,7 +381,7 @@ __device__ void make_block(bool normalised, bool of_queries, int later, int earl
             float undo = shared.undo[of_queries][i];
             x *= undo * shared.undo[0][j], y *= undo * shared.undo[0][j + 1];
         }
-        /* What lies above the diagonal may be infinite: it is replaced, never multiplied. */
+        /* Above the diagonal products may be infinite: they are replaced, never multiplied. */
         if (of_queries) {
             float own = shared.diagonal[i];
             uint32_t pair = pack_bf16(i == j ? own : i > j ? x : 0.f, i == j + 1 ? own : i > j ? y : 0.f);
@@ -428,8 +430,8 @@ template <int KP> __device__ void invert(const Shared<KP> &shared, float (&inver
             make_float4(x[j], x[j + 2], x[j + 4], x[j + 6]);
 }
 
-/* One warp: how much the chunk's transition can grow a state. A token's, (I - beta k k^T) diag(exp(a)), makes none longer by
- * more than |1 - beta |k|^2|, or 1, times the largest exp(a). */
+/* One warp: bounds how much the chunk's transition grows a state. A token's transition, (I - beta k k^T)
+ * diag(exp(a)), grows none by more than max(|1 - beta |k|^2|, 1) times the largest exp(a). */
 template <int KP> __device__ void bound_growth(const Shared<KP> &shared, Operands<KP> &out) {
     int token = threadIdx.x % 32;
     float growth = log2f(fmaxf(fabsf(1 - shared.beta[token] * shared.key_square[token]), 1.f));

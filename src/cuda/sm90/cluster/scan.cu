@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Gives every segment of a chain its true state: S after segment s is A_s S + B_s, with S before it.
+ * Gives every segment of a chain its true state: the state after segment s is A_s S + B_s, with S the state
+ * before it.
  *
- * A CTA takes some columns of V through all segments, for which nothing else is needed. A step's length is what counts:
- * eight warps do nothing but multiply, each makes 16 channels, with which all multiply in the next step. For that S is
- * split into two terms of fp16, as good as fp32, that lie as rows of one first operand. Every 16 channels of a column
- * have an exponent of their own, so that no warp waits to know the others'; their products are weighed as they are summed.
- * Four other warps write the states, which are first terms, and one brings A and B some segments ahead.
+ * A CTA takes some columns of V through all segments and needs no others. The length of a step is what counts,
+ * so eight warps, the makers, do nothing but multiply: each makes 16 channels of the state, by which all
+ * multiply in the next step. S is split into two terms of fp16, together as good as fp32, that lie as rows of
+ * one first operand. Every 16 channels of a column have an exponent of their own, so that no warp waits for the
+ * others' sizes; products are scaled as they are summed. Four other warps write the first terms as the states,
+ * and one warp fetches A and B some segments ahead.
  */
 #include "cuda/launch.cuh"
 #include "cuda/sm90/cluster/segments.cuh"
@@ -21,11 +23,11 @@ namespace {
 constexpr int BLOCKS = DIM / KDA_SM90_EXPONENT_COLUMNS; /* of channels, each made by a warp */
 constexpr int MAKERS = BLOCKS * 32, WRITERS = 4 * 32, THREADS = MAKERS + WRITERS + 32;
 constexpr int ROWS = KDA_SM90_CLUSTER_SCAN_COLUMNS; /* columns of V in a first operand, each in two terms */
-constexpr int TOP = 14; /* log2: of elements in exponents, the largest is below 2^(TOP + 1) */
-/* Of A and B: segments on their way or in use, as many as there is room for. */
+constexpr int TOP = 14;                             /* log2: scaled elements are below 2^(TOP + 1) */
+/* Segments whose A and B are on their way or in use: as many as there is room for. */
 template <int TILES> constexpr int STAGES = TILES < 4 ? 4 : 3;
 
-/* One number for each block of each of a tile's columns. */
+/* A number for each block of each column of a tile. */
 using Rows = float4[BLOCKS / 4][ROWS];
 
 template <int TILES> struct Stage {
@@ -35,7 +37,7 @@ template <int TILES> struct Stage {
 
 template <int TILES> struct Shared {
     Stage<TILES> stages[STAGES<TILES>];
-    /* Of S: before the next barrier the next step writes to the other one of two. */
+    /* The state, in two buffers: before the next barrier the next step writes to the other one. */
     uint4 state[2][TILES][BLOCKS][32]; /* as first operands */
     Rows exponents[2][TILES];          /* their exponents, as powers of two */
     Rows factors[2][TILES];            /* of their products with A */
@@ -43,16 +45,16 @@ template <int TILES> struct Shared {
     uint64_t arrived[STAGES<TILES>];
 };
 
-/* A CTA's columns, and where a maker's elements are: of tile i the column i * ROWS further, and of it two channels and the
- * two 8 further. */
+/* A CTA's columns, and where a maker's elements are: in tile i the column i * ROWS further, and in it two
+ * channels and the two that are 8 further. */
 struct Position {
-    int64_t first, matrices; /* of the chain's segments; of their A, less one */
+    int64_t first, matrices; /* the chain's first segment; its first transition, less one */
     int first_column, column, channel;
 };
 
 template <int TILES> using Elements = float2[TILES][2];
 
-/* Where a segment's A and B lie, and the parity of the barrier's phase in which they come. Segment 0 has no A. */
+/* Where a segment's A and B lie, and the parity of their barrier's phase. Segment 0 has no A. */
 template <int TILES> __device__ int stage_of(int segment) { return (segment - 1) % STAGES<TILES>; }
 template <int TILES> __device__ uint32_t parity_of(int segment) { return (segment - 1) / STAGES<TILES> % 2; }
 
@@ -70,7 +72,7 @@ template <int TILES, class F> __device__ void each_pair(float2 (&S)[TILES][2], c
 /* Second operands: the warp's channels by 16 columns of A each. */
 using TransitionOperands = uint32_t[BLOCKS][4];
 
-/* The lane's row of the first one. */
+/* The lane's row of the first of them. */
 template <int TILES> __device__ uint32_t row_of_A(const Shared<TILES> &shared, int segment) {
     return MatrixRow<DIM, DIM>(shared.stages[stage_of<TILES>(segment)].A, true).at(0, threadIdx.x / 32 * 16);
 }
@@ -79,7 +81,7 @@ __device__ void load_A(uint32_t row, int j, TransitionOperands &A) {
     ldmatrix_transposed(A[j], row + j * 16 * PANEL * sizeof(__half));
 }
 
-/* The exponent in which elements are below 2^(TOP + 1); its powers stay within fp32. */
+/* The exponent that scales elements to below 2^(TOP + 1); its powers stay within fp32. */
 __device__ int exponent_below(float largest) {
     return max((int)(__float_as_uint(largest) >> 23) - 127 - TOP, -126);
 }
@@ -90,7 +92,7 @@ __device__ float largest_of_block(const float2 (&S)[2]) {
     return fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
 }
 
-/* Two elements as two terms. */
+/* Splits each of two elements into two terms. */
 __device__ void split(float2 x, float factor, uint32_t &high, uint32_t &low) {
     x.x *= factor, x.y *= factor;
     high = pack_half(x.x, x.y);
@@ -102,7 +104,7 @@ __device__ float &of_block(Rows &rows, int row, int block) {
     return reinterpret_cast<float *>(&rows[block / 4][row])[block % 4];
 }
 
-/* The warp's channels of S become operands of all. */
+/* Makes the warp's channels of S operands of all warps. */
 template <int TILES> __device__ void share_state(const Elements<TILES> &S, int segment, Shared<TILES> &shared) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, buffer = segment % 2;
     float scale_of_A = power_of_two(shared.transition_exponents[segment][warp]);
@@ -119,7 +121,7 @@ template <int TILES> __device__ void share_state(const Elements<TILES> &S, int s
     }
 }
 
-/* S = A S + B; meanwhile the next segment's A comes. */
+/* S = A S + B. Meanwhile the next segment's A is loaded. */
 template <int TILES>
 __device__ void take_through(Shared<TILES> &shared, const Position &position, int segment, int next,
                              const TransitionOperands &A, TransitionOperands &next_A, Elements<TILES> &S) {
@@ -187,8 +189,8 @@ __device__ uint32_t scale_halves(uint32_t pair, __half2 factor) {
 
 __device__ float largest_of(const float4 &x) { return fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)); }
 
-/* Of two blocks, lane t of four has pair t of the low 8 channels and pair t of the high ones; it gets all four pairs of
- * one half of one block. */
+/* Lane t of four has, of two blocks each, pair t of the low 8 channels and pair t of the high ones. It gets all
+ * four pairs of one half of one block. */
 __device__ uint4 transpose_halves(const uint32_t (&low)[2], const uint32_t (&high)[2]) {
     bool odd = threadIdx.x % 2, upper = threadIdx.x % 4 / 2;
     uint2 pairs[2];
@@ -202,7 +204,7 @@ __device__ uint4 transpose_halves(const uint32_t (&low)[2], const uint32_t (&hig
     return upper ? make_uint4(others.x, others.y, own.x, own.y) : make_uint4(own.x, own.y, others.x, others.y);
 }
 
-/* The first terms to states, where a column has one exponent; a warp two blocks. */
+/* Stores the first terms as states, in which a column has one exponent. A warp stores two blocks. */
 template <int TILES>
 __device__ void store_states(const kda_sm90_cluster_memory &memory, const Position &position, int segment,
                              Shared<TILES> &shared) {
@@ -230,8 +232,8 @@ __device__ void store_states(const kda_sm90_cluster_memory &memory, const Positi
 
 /* ---- The fetching warp ---------------------------------------------------------------------------------- */
 
-/* A thread starts to bring what takes S through a segment, if there is one. B in rows that lie in different banks would
- * need as many copies, which costs more. */
+/* One thread starts to fetch A and B of a segment, if there is one. Padding against bank conflicts would take a
+ * copy for every row of B, which costs more. */
 template <int TILES>
 __device__ void fetch(const kda_sm90_cluster_memory &memory, const Position &position, int segment,
                       Shared<TILES> &shared) {
@@ -258,8 +260,8 @@ template <int TILES> __device__ void wait_for_segment(Shared<TILES> &shared, int
 
 enum class Role { MAKER, WRITER, FETCHER };
 
-/* All steps. Between two barriers a maker takes S through a segment and shares it, writers write what it was, and the fetcher
- * probes that the next segment is there. */
+/* All steps. Between two barriers makers take S through a segment and share it, writers write what it was
+ * before, and the fetcher waits until the next segment is there. */
 template <int TILES>
 __device__ void step_through(const kda_sm90_cluster_memory &memory, const Position &position, Role role,
                              const kda_state &to, Shared<TILES> &shared) {
@@ -286,7 +288,7 @@ __device__ void step_through(const kda_sm90_cluster_memory &memory, const Positi
                 share_state(S, s, shared);
             else if (role == Role::FETCHER)
                 wait_for_segment(shared, next);
-            /* S and the next segment are there for all, the one before is no longer read */
+            /* S and the next segment are there for all, and the one before is no longer read */
             __syncthreads();
             if (role == Role::WRITER)
                 store_states(memory, position, s, shared);

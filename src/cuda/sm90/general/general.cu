@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Takes the state of every sequence and value head through its chunks, as sm80/chain.cu does, on wgmma.
+ * Takes the state of every sequence and value head through its chunks, as sm80/general.cu does, with wgmma.
  *
- * A CTA works a chain for 64 columns of V in each of its consumer warpgroups, which share nothing but the operands;
- * a warp of one more warpgroup, the loader, brings these and the values some chunks ahead. A consumer's state stays in
- * its accumulators. Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand:
+ * A CTA works a chain for 64 columns of V in each of its consumer warpgroups, which share nothing but the
+ * operands. A warp of one more warpgroup, the loader, brings these and the values some chunks ahead. A
+ * consumer's state stays in its accumulators. Everything is transposed, so that an accumulator is, lane for
+ * lane, the next product's first operand:
  *     [W | Y]^T = S^T [KT; QT]^T    X^T = V^T - W^T    U^T = X^T INV^T    O^T = Y^T + U^T M^T
  *     S^T <- S^T diag(1 + carry) + U^T KR
  */
@@ -47,7 +48,7 @@ __device__ void load(const kda_prefill &p, const WorkTile &work, const Operands<
     }
 }
 
-/* One chunk: S goes on, o becomes its outputs. `meanwhile` is done while the first product runs. */
+/* Takes S through one chunk; o becomes its outputs. `meanwhile` runs during the first product. */
 template <int KP, int GROUPS, Pass pass, class F>
 __device__ void advance(const Stage<KP, GROUPS> &stage, float (&S)[KP / 8][4], float (&o)[CHUNK / 8][4],
                         F meanwhile) {

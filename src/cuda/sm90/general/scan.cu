@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Gives every segment of a chain its true state: S after segment s is A_s S + B_s, with S before it.
+ * Gives every segment of a chain its true state: the state after segment s is A_s S + B_s, with S the state
+ * before it.
  *
- * A CTA works ROWS columns of V, for which nothing else is needed; a thread has two channels of all of them and a quarter
- * of the sum. The next A comes while one is used.
+ * A CTA works ROWS columns of V and needs no others. A thread has two channels of all of them and a quarter of
+ * the sum. The next A arrives while one is used.
  */
 #include "cuda/launch.cuh"
 #include "cuda/ptx/sm80.cuh"
@@ -27,7 +28,7 @@ __device__ void fetch(const float *A, int K, float *to) {
     copy_async_commit();
 }
 
-/* A quarter of A S, to sums. */
+/* Puts a quarter of A S into sums. */
 __device__ void multiply(const float *A, const float *S, int K, float *sums) {
     int quarter = threadIdx.x / (K / 2), channel = threadIdx.x % (K / 2) * 2;
     float2 sum[ROWS] = {};
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(QUARTERS *MAX_K / 2)
     Shared &shared = *reinterpret_cast<Shared *>(memory);
     int64_t chain = blockIdx.x;
     int K = (int)p.key_dim,
-        own = threadIdx.x * 4;      /* its elements of S, in rows of K; ROWS K are 4 to a thread */
+        own = threadIdx.x * 4;      /* the thread's elements of S, in rows of K: of ROWS K every thread has 4 */
     int count = segments.count - 1; /* summaries */
     wait_for_kernel_before();
     if (kda_sequence(&p, chain / p.value_heads).slot < 0) /* padding has no summaries */

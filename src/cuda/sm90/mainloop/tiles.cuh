@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* A chunk's operands in the form of three tiles around its middle (docs/maths.md), K = V = DIM, a multiple of 64, as they lie
- * in shared memory: what producers make and consumers take the state through. */
+/* A chunk's operands as three tiles around its middle (docs/maths.md), as they lie in shared memory: producers
+ * make them, and consumers take the state through them. K = V = DIM, a multiple of 64. */
 #ifndef KDA_CUDA_SM90_TILES_CUH
 #define KDA_CUDA_SM90_TILES_CUH
 
@@ -35,7 +35,7 @@ template <int DIM> struct alignas(16) Factors {
 inline __device__ int channel_index(int channel) {
     return channel / 16 * 16 + channel % 8 / 2 * 4 + channel / 8 % 2 * 2 + channel % 2;
 }
-/* And tokens i * 8 + lane % 4 * 2 + {0, 1}. */
+/* It also needs tokens i * 8 + lane % 4 * 2 + {0, 1}. */
 inline __device__ int token_index(int token) { return token % 8 / 2 * 8 + token / 8 * 2 + token % 2; }
 
 } // namespace kda

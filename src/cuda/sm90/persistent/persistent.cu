@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Prefill in one kernel, for K = V = 128 or 64, bf16, normalised q and k, the sigmoid gate or, for 128, the softplus gate
- * (docs/hopper.md).
+ * Prefill in one kernel, for K = V = 128 or 64, bf16, normalised q and k, the sigmoid gate or, for 128, the
+ * softplus gate (docs/hopper.md).
  *
- * A CTA works one chain after another; or a range of all chains end to end (stream_k/ranges.cuh), which begins from zero. There it takes
- * the identity through the range's first chunk before: it shows whether the past is forgotten by then, and how the chunk's
- * outputs depend on it. Producer warpgroups take turns at making a chunk's operands, in place of its
- * q, k and g; consumer warpgroups, with 64 columns of V each, take the state through them in their accumulators.
- * When a chunk's tiles are made, warps of its group go on to the next one as they get free: one finds the norms of k,
- * another those of q, and the scout finds the chunk after that, describes it to all others and has the copy engine bring
- * it.
+ * A CTA works one chain after another, or a range of all chains end to end (stream_k/ranges.cuh). A range that
+ * starts inside a chain runs its first chunk twice: from S = I for A and O_A, then from S = 0. A shows whether
+ * the past is forgotten by then, and O_A how the chunk's outputs depend on it.
+ *
+ * Producer warpgroups alternately make a chunk's operands, in place of its q, k and g. Consumer warpgroups,
+ * with 64 columns of V each, take the state through them in their accumulators. When a chunk's tiles are made,
+ * warps of its group go on to the group's next chunk as they get free: one finds the norms of k, another those
+ * of q. The scout finds the chunk after that, describes it to all others and has the copy engine bring it.
  */
 #include "cuda/launch.cuh"
 #include "cuda/sm90/kernels.h"
@@ -39,8 +40,8 @@ template <class Config> __device__ void sort_sequences(const kda_prefill &p, Sha
     __syncthreads();
 }
 
-/* The (sequence, head) that the CTA works in a round: forwards and backwards in turn, so that who began with a long
- * one goes on with a short one. */
+/* The (sequence, head) that the CTA works in a round. Rounds run forwards and backwards alternately, so that a
+ * CTA that had a long one first has a short one next. */
 __device__ int find_item(int round) {
     int ctas = gridDim.x, cta = blockIdx.x;
     return round * ctas + (round % 2 ? ctas - 1 - cta : cta);
@@ -52,7 +53,7 @@ struct Work {
     kda_sm90_stream_k stream_k;
 };
 
-/* The scout's chain becomes that of n and head. Returns its chunks: none where it is not to be worked. */
+/* Moves the scout to the chain of n and head. Returns its chunks: 0 where it is not to be worked. */
 __device__ int enter_chain(const kda_prefill &p, int n, int head, Scout &scout) {
     struct kda_sequence sequence = kda_sequence(&p, n);
     scout.n = n, scout.head = head;
@@ -79,7 +80,7 @@ __device__ bool next_chain(const kda_prefill &p, Shared<Config> &shared, const W
     return true;
 }
 
-/* Enters what of the next chain is in the CTA's range. */
+/* Enters the next slice of the CTA's range, if there is one. */
 __device__ bool next_slice(const kda_prefill &p, const kda_sm90_stream_k &stream_k, Scout &scout) {
     if (scout.round++ == 0)
         scout.slice = stream_k.firsts[blockIdx.x];
@@ -90,7 +91,7 @@ __device__ bool next_slice(const kda_prefill &p, const kda_sm90_stream_k &stream
     return true;
 }
 
-/* Goes some chunks on, through the chains of the CTA. */
+/* Moves some chunks on, through the chains of the CTA. */
 template <bool ranges, class Config>
 __device__ void find_next(const kda_prefill &p, Shared<Config> &shared, const Work &work, Scout &scout,
                           int chunks) {
@@ -105,7 +106,7 @@ __device__ void find_next(const kda_prefill &p, Shared<Config> &shared, const Wo
     scout.chunk = chunk;
 }
 
-/* Sends the scout's chunk to all: what it is, and by the copy engine its tensors. */
+/* Sends the scout's chunk to all: its info, and by the copy engine its tensors. */
 template <bool ranges, bool keeps, class Config>
 __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Config> &shared, Scout &scout,
                      const PipelineState<Config::STAGES> &pipe) {
@@ -127,7 +128,7 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Con
         info.flags |= (first && scout.slice.begin ? SPLIT : 0) | (last && scout.slice.begin ? FROM_SPLIT : 0) |
                       (last && kda_split_after(&scout.slice) ? SPLIT_AFTER : 0);
     wait(shared.empty[s],
-         pipe.parity ^ !(ranges && s == Config::STAGES - 1)); /* the last one is rehearsed in */
+         pipe.parity ^ !(ranges && s == Config::STAGES - 1)); /* ranges rehearse in the last stage */
     shared.infos[pipe.info_index()] = info;
     scout.count = info.count;
     if (info.count <= 0) {
@@ -193,9 +194,9 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
     Gate gate;
     bool rehearses = ranges && group == Config::PRODUCERS - 1;
     int count = rehearses ? CHUNK : 0;
-    /* Every step stands once, also those before the first chunk is made: code competes for the instruction cache, and takes
-     * time to be fetched. In ranges one group fetches it while the other's scout works, by making operands of what lies in
-     * its first stage. */
+    /* The loop has every step once, also for rounds before the first chunk is made: code competes for the
+     * instruction cache and takes time to be fetched. With ranges one group fetches it while the other's scout
+     * works: it makes operands of whatever lies in its first stage. */
     for (int round = -Config::AHEAD - rehearses;; round++) {
         const ChunkInfo &info = shared.infos[pipe.info_index()];
         if (round >= 0) {
@@ -240,7 +241,7 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
 
 /* ---- Consumers ------------------------------------------------------------------------------------ */
 
-/* Chains from the state before them to the one after. */
+/* Takes chains from the state before them to the one after. */
 template <class Config, bool keeps> struct ChainPolicy : DefaultPolicy<Config::DIM> {
     static constexpr int DIM = Config::DIM;
     const kda_prefill &p;
@@ -267,8 +268,8 @@ template <class Config, bool keeps> struct ChainPolicy : DefaultPolicy<Config::D
     }
 };
 
-/* log2 of a number between the largest element of the warp's columns that counts and its double; EXACT_ZERO if it is 0. broken:
- * is one not finite? */
+/* log2 of a number between the largest finite element of the warp's columns and its double; EXACT_ZERO if that
+ * is 0. broken: is an element not finite? */
 __device__ int16_t size_of_state(const float (&S)[DIM / 8][4], int exponent, bool &broken) {
     float largest = 0;
 #pragma unroll
@@ -282,7 +283,7 @@ __device__ int16_t size_of_state(const float (&S)[DIM / 8][4], int exponent, boo
                                   : exponent + max((int)(__float_as_uint(largest) >> 23), 1) - 126);
 }
 
-/* Stores a state that kernel fixup will read, in 16 bytes of each thread at a time. */
+/* Stores a state for the fixup, 16 bytes of each thread at a time. */
 __device__ void store_pieces(uint4 *to, const float (&S)[DIM / 8][4], int exponent) {
     float factor = power_of_two(exponent);
 #pragma unroll
@@ -299,7 +300,7 @@ __device__ void store_pieces(float4 *to, const float (&S)[DIM / 8][4], int expon
         *to = make_float4(S[c][0] * factor, S[c][1] * factor, S[c][2] * factor, S[c][3] * factor);
 }
 
-/* The CTA's range, in which only the first chain can be split in front. */
+/* Works the CTA's range, in which only the first chain can be split in front. */
 struct RangePolicy {
     const kda_prefill &p;
     Shared<Config128> &shared;
@@ -368,8 +369,8 @@ struct RangePolicy {
     }
 };
 
-/* Chains without checkpoints, `keeps` false, have the code of these left out of a loop that competes for the instruction cache;
- * ranges have it in any case. */
+/* Without checkpoints (keeps is false) their code is left out of a loop that competes for the instruction
+ * cache. Ranges have it in any case. */
 template <class Config, bool ranges, bool bounded, bool keeps>
 __global__ void __maxnreg__(Config::REGISTERS)
     persistent(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
@@ -396,7 +397,7 @@ __global__ void __maxnreg__(Config::REGISTERS)
     if (!ranges && sorts(p))
         sort_sequences(p, shared);
     wait_for_kernel_before();
-    let_next_begin(); /* not earlier: fixup reads what probe has left without waiting */
+    let_next_begin(); /* not earlier: the fixup reads what the probe left without waiting */
     bool slow = ranges && threadIdx.x < work.stream_k.split.ranges &&
                 __ldcg(&work.stream_k.probes[threadIdx.x]) == SLOW;
     if (__syncthreads_or(slow) || (!ranges && nothing_pending(work.stream_k)))
