@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What the levels' chain kernels share: where a warp's part of a state lies in its registers and in memory.
+ * What kernel general of both levels shares: how a warp's share of a state lies in registers and in memory.
  *
- * A warp works 16 columns of V of one chain, transposed: accumulator tiles of mma and wgmma alike, S^T [16][K] as
- * S[K / 8][4] and outputs O^T [16][CHUNK] as o[CHUNK / 8][4].
+ * A warp works 16 columns of V of one chain, transposed. Accumulator tiles of mma and wgmma are alike: S^T
+ * [16][K] is S[K / 8][4], and outputs O^T [16][CHUNK] are o[CHUNK / 8][4].
  */
 #ifndef KDA_CUDA_CHAIN_CUH
 #define KDA_CUDA_CHAIN_CUH
@@ -24,7 +24,7 @@ struct Chain {
     int columns;                     /* how many of them exist */
 };
 
-/* Chain number `number` for a CTA whose second index is its part of V. */
+/* Chain number `number`. The CTA's second index tells which columns of V it works. */
 template <int COLUMNS> __device__ Chain find_chain(const kda_prefill &p, int64_t number, int64_t chunks) {
     Chain chain;
     chain.n = number / p.value_heads, chain.head = number % p.value_heads;
@@ -56,7 +56,7 @@ inline __device__ void split_operand(const float (&left)[4], const float (&right
     }
 }
 
-/* An accumulator tile becomes a first operand of tf32, its columns in the order of tf32_place. */
+/* An accumulator tile becomes a first operand of tf32, its columns in the order of tf32_index. */
 inline __device__ void tf32_operand(const float (&tile)[4], uint32_t (&a)[4]) {
     a[0] = __float_as_uint(tile[0]), a[1] = __float_as_uint(tile[2]);
     a[2] = __float_as_uint(tile[1]), a[3] = __float_as_uint(tile[3]);
@@ -71,7 +71,8 @@ inline __device__ float2 unpack_output(kda_dtype dtype, uint32_t pair) {
     return dtype == KDA_BF16 ? unpack_bf16(pair) : __half22float2(*reinterpret_cast<__half2 *>(&pair));
 }
 
-/* O^T of one chunk to memory. Pairs of 2-byte outputs are transposed first, so that a lane holds neighbours in V. */
+/* Stores O^T of one chunk. Pairs of 2-byte outputs are transposed first, so that a lane holds neighbours in
+ * V. */
 template <int COLUMNS>
 __device__ void store_outputs(const kda_prefill &p, const Chain &chain, struct kda_span span,
                               const float (&o)[CHUNK / 8][4]) {

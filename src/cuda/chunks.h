@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * How sequences are cut into chunks, for the host that sizes a grid and for the kernels that run it.
+ * How sequences are divided into chunks. The host sizes grids by these functions, and kernels find their work
+ * by them.
  *
- * A chunk has up to KDA_CUDA_CHUNK tokens and never crosses a checkpoint. Chunks of all sequences are numbered
- * through; those of a packed batch leave gaps, so that a sequence's first number follows from its first token and
- * nothing has to be summed over sequences.
+ * A chunk has up to KDA_CUDA_CHUNK tokens and never crosses a checkpoint. Chunks of all sequences share one
+ * numbering. It has gaps in a packed batch: a sequence's first number then follows from its first token, and no
+ * sum over sequences is needed.
  */
 #ifndef KDA_CUDA_CHUNKS_H
 #define KDA_CUDA_CHUNKS_H
@@ -19,18 +20,18 @@ struct kda_span {
 
 KDA_INLINE int64_t kda_chunks_of(int64_t tokens) { return (tokens + KDA_CUDA_CHUNK - 1) / KDA_CUDA_CHUNK; }
 
-/* Does cutting at every checkpoint_every tokens move chunks off their usual places? */
+/* Do checkpoints every checkpoint_every tokens fall between whole chunks? */
 KDA_INLINE bool kda_splits_chunks(const struct kda_prefill *p) {
     return p->checkpoints.data && p->checkpoint_every > 0 && p->checkpoint_every % KDA_CUDA_CHUNK != 0;
 }
 
-/* Cuts of one sequence at explicit offsets, at most. */
+/* At most so many times do explicit checkpoint offsets split chunks of one sequence. */
 KDA_INLINE int64_t kda_checkpoint_splits(const struct kda_prefill *p) {
     return p->checkpoints.data && p->checkpoint_offsets.data ? kda_checkpoint_count(p, 0) : 0;
 }
 
-/* Number of the first chunk of sequence n, which starts at token `first` of a packed batch. For n = N and first = T:
- * the number of chunks. */
+/* The number of sequence n's first chunk; `first` is the sequence's first token in a packed batch. For n = N
+ * and first = T it is the number of chunks. */
 KDA_INLINE int64_t kda_first_chunk(const struct kda_prefill *p, int64_t first, int64_t n) {
     int64_t every = kda_splits_chunks(p) ? p->checkpoint_every : 0;
     if (p->cu_seqlens.data)
@@ -39,7 +40,7 @@ KDA_INLINE int64_t kda_first_chunk(const struct kda_prefill *p, int64_t first, i
     return n * each;
 }
 
-/* Chunk number `chunk` of sequence n, counted within the sequence. */
+/* The tokens of chunk number `chunk`, counted within sequence n. */
 KDA_INLINE struct kda_span kda_chunk_span(const struct kda_prefill *p, int64_t n, int64_t length,
                                           int64_t chunk) {
     int64_t begin = 0, end = length;
@@ -69,16 +70,16 @@ KDA_INLINE struct kda_span kda_chunk_span(const struct kda_prefill *p, int64_t n
     return span;
 }
 
-/* The chunk that a segment of a sequence of `chunks` begins with, which may be after the last one. The first segment takes
- * no identity along and needs a sixteenth less time for a chunk, so it is longer; the others have as many each, but for the
- * last ones, which have what is left. */
+/* The first chunk of a segment; it may lie after the sequence's last chunk. The first segment does not
+ * propagate the identity, so its chunks take a sixteenth less time and it is longer. The others are equally
+ * long, but the last ones have what is left. */
 KDA_INLINE int kda_begin_of_segment(int chunks, int segments, int segment) {
     int each = (16 * chunks + 16 * segments) / (16 * segments + 1); /* rounded up */
     int first = chunks - (segments - 1) * each;
     return segment == 0 ? 0 : (first > each ? first : each) + (segment - 1) * each;
 }
 
-/* Chunks of sequence n, at least 1: the state of a sequence without tokens is passed on, too. */
+/* Chunks of sequence n: at least 1, because the state of an empty sequence is passed on, too. */
 KDA_INLINE int64_t kda_chunk_count(const struct kda_prefill *p, int64_t n, int64_t length) {
     int64_t chunks = 0;
     if (kda_checkpoint_splits(p))

@@ -8,7 +8,7 @@
 
 #include <cuda_runtime_api.h>
 
-/* The status of a call whose part `what` ended with this error. */
+/* Turns a CUDA error into a status; `what` names the step that ended with it. */
 flash_kda_status kda_cuda_status(cudaError_t error, const char *what);
 
 struct kda_cuda_device {
@@ -17,13 +17,13 @@ struct kda_cuda_device {
     struct kda_override override;
 };
 
-/* Describes the device; an error where the environment asks for a level that cannot run. what: the operation. */
+/* Describes the device. Fails if the environment asks for a level that cannot run. what: the operation. */
 flash_kda_status kda_cuda_query(int device, const char *what, struct kda_cuda_device *found);
 
 /* Can a grid's second dimension hold the value heads? */
 flash_kda_status kda_cuda_check_heads(const struct kda_prefill *p);
 
-/* Makes a device the thread's current one; *previous is for kda_cuda_leave, which makes it that again. */
+/* Makes a device the thread's current one. kda_cuda_leave makes *previous the current one again. */
 flash_kda_status kda_cuda_enter(int device, int *previous);
 void kda_cuda_leave(int device, int previous);
 

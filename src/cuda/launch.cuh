@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
-/* How a kernel of a plan is launched. Kernels that overlap follow each other closely: the next one's CTAs begin as soon as
- * there is room beside the last ones of the kernel before. Each calls let_next_begin() at once, and wait_for_kernel_before()
- * before it reads what that kernel wrote. */
+/* Launches a kernel of a plan. The CTAs of a kernel that overlaps start as soon as there is room beside the
+ * last CTAs of the kernel before it. So each kernel calls let_next_begin() at its start, and
+ * wait_for_kernel_before() before it reads what that kernel wrote. */
 #ifndef KDA_CUDA_LAUNCH_CUH
 #define KDA_CUDA_LAUNCH_CUH
 
@@ -14,7 +14,7 @@ namespace kda {
 inline __device__ void let_next_begin() { cudaTriggerProgrammaticLaunchCompletion(); }
 inline __device__ void wait_for_kernel_before() { cudaGridDependencySynchronize(); }
 
-/* bytes: of dynamic shared memory of a CTA. */
+/* bytes: a CTA's dynamic shared memory. */
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), const kda_launch &launch, int threads, size_t bytes,
                           void *stream, const Arguments &...arguments) {

@@ -11,7 +11,7 @@ const struct kda_cuda_level *const kda_cuda_levels[] = {
     NULL,
 };
 
-/* What a level does not take goes to those below it, also where it is forced. */
+/* A forced level still leaves what it does not take to the levels below it. */
 bool kda_level_allowed(const struct kda_cuda_level *level, const struct kda_cuda_device *device) {
     const char *forced = device->override.level;
     const struct kda_cuda_level *const *above = kda_cuda_levels;

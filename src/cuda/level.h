@@ -6,25 +6,25 @@
 #include "api/decode_problem.h"
 #include "cuda/device.h"
 
-/* How one decode is run: by one kernel. */
+/* How one decode runs: in one kernel. */
 struct kda_decode_plan {
     const char *kernel, *does; /* its name, and what it does in words */
     int multiprocessors;
-    bool aligned; /* the states' rows are whole pieces of 16 bytes */
+    bool aligned; /* every row of the states is whole pieces of 16 bytes */
 };
 
 struct kda_cuda_level {
     const char *name;
     bool (*runs_on)(const struct kda_cuda_device *device);
 
-    /* Prefill: whether it takes a problem; the plan, of which the level's name and the number of chunks are filled in; its
-     * launch number i. */
+    /* Prefill. takes: does the level take this problem? plan: completes a plan that kda_plan_begin has started.
+     * launch: launches the plan's kernel number i. */
     bool (*takes)(const struct kda_prefill *p);
     void (*plan)(const struct kda_prefill *p, int multiprocessors, const struct kda_override *override,
                  struct kda_plan *plan);
     cudaError_t (*launch)(const struct kda_prefill *p, const struct kda_plan *plan, int i, void *workspace);
 
-    /* Decode. The plan comes with what the problem and the device say. */
+    /* Decode. The caller has filled in what the problem and the device say; the level adds the rest. */
     bool (*decode_plan)(const struct kda_decode *d, struct kda_decode_plan *plan); /* false: not taken */
     cudaError_t (*decode)(const struct kda_decode *d, const struct kda_decode_plan *plan);
 };
@@ -34,10 +34,10 @@ extern const struct kda_cuda_level kda_sm80_level;
 extern const struct kda_cuda_level kda_sm90_level;
 #endif
 
-/* The best first, up to NULL. The last takes every problem. */
+/* Best first, up to NULL. The last one takes every problem. */
 extern const struct kda_cuda_level *const kda_cuda_levels[];
 
-/* May a call use this level? Nothing but its name may forbid it. */
+/* May a call use this level? An override forbids the levels above the one that it names. */
 bool kda_level_allowed(const struct kda_cuda_level *level, const struct kda_cuda_device *device);
 
 #endif

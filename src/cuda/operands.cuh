@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* What prepare leaves for chain: the operands of one chunk of one value head, as they will lie in shared memory. */
+/* What kernel prepare leaves for kernel general: operands of one chunk of one value head, as they lie in shared
+ * memory. */
 #ifndef KDA_CUDA_OPERANDS_CUH
 #define KDA_CUDA_OPERANDS_CUH
 
@@ -12,9 +13,9 @@ namespace kda {
 constexpr int CHUNK = KDA_CUDA_CHUNK; /* tokens */
 constexpr int PANEL = 64;             /* elements of 2 bytes in the longest row of a tile */
 
-/* A tile [rows][width] of 2-byte elements lies in panels of 64 columns, each [rows][64]. A row's 16-byte pieces are
- * permuted by its number, so that the eight rows of an ldmatrix never meet in a bank: wgmma's 128-byte swizzle, and
- * for tiles 32 wide its 64-byte one. */
+/* A tile [rows][width] of 2-byte elements lies in panels of 64 columns, each [rows][64]. A row's 16-byte pieces
+ * are permuted by its number, so that the eight rows of an ldmatrix never meet in a bank. This is wgmma's
+ * 128-byte swizzle, and for tiles 32 wide its 64-byte one. */
 template <int rows, int width> __host__ __device__ constexpr int swizzled(int row, int column) {
     constexpr int length = width < PANEL ? width : PANEL;
     int permutation = length == PANEL ? row & 7 : row >> 1 & 3;
@@ -24,21 +25,22 @@ template <int rows, int width> __host__ __device__ constexpr int swizzled(int ro
 template <int KP> struct alignas(16) Operands {
     __nv_bfloat16 queries_keys[2 * CHUNK * KP]; /* rows of KT = k exp(G), then of QT = scale q exp(G) */
     __nv_bfloat16 keys_to_end[CHUNK * KP];      /* KR = k exp(G_C - G) */
-    float inverse[CHUNK * CHUNK];               /* (I + L)^-1 diag(beta), tf32, by tf32_place */
+    float inverse[CHUNK * CHUNK];               /* (I + L)^-1 diag(beta), tf32, by tf32_index */
     __nv_bfloat16 M[CHUNK * CHUNK];
     float carry[KP]; /* exp(G_C) - 1 */
-    float growth;    /* log2 of what a state's length can grow by, a bound */
+    float growth;    /* log2 of a bound on what the chunk grows a state by */
 };
 
-/* Index of element (row, token) of the inverse [CHUNK][CHUNK]. An accumulator holds tokens 2 t and 2 t + 1 where a tf32
- * operand wants columns t and t + 4, so each group of 8 tokens is stored even ones first. Swizzled as above. */
-__host__ __device__ constexpr int tf32_place(int row, int token) {
+/* The index of element (row, token) of the inverse [CHUNK][CHUNK]. An accumulator holds tokens 2 t and 2 t + 1
+ * where a tf32 operand wants columns t and t + 4, so each group of 8 tokens is stored even ones first. Swizzled
+ * as above. */
+__host__ __device__ constexpr int tf32_index(int row, int token) {
     int piece = token / 8 * 2 + token % 2;
     return row * CHUNK + (piece ^ (row & 7)) * 4 + token % 8 / 2;
 }
 
-/* The lane's row in an ldmatrix of four neighbouring 8x8 matrices of a swizzled tile: the second lies below the first
- * or, if !below, beside it. The tile's rows and columns are reached by constants, so that an address costs one
+/* The lane's row in an ldmatrix of four neighbouring 8x8 matrices of a swizzled tile. The second matrix lies
+ * below the first or, if !below, beside it. Tile rows and columns are constants, so that an address costs one
  * instruction. */
 template <int rows, int width> struct MatrixRow {
     static constexpr int LENGTH = width < PANEL ? width : PANEL;

@@ -15,7 +15,7 @@ static const struct name {
 } names[] = {{"general", KDA_SCHEDULE_GENERAL, true},
              {"persistent", KDA_SCHEDULE_PERSISTENT, false},
              {"cluster", KDA_SCHEDULE_CLUSTER, true},
-             /* As they were called in version 0.1; sm90/N was general/N, spread stream_k. */
+             /* Names of version 0.1, in which sm90/N was general/N and spread was stream_k. */
              {"fused", KDA_SCHEDULE_PERSISTENT, false},
              {"pairs", KDA_SCHEDULE_CLUSTER, true}};
 enum { NAMES = sizeof names / sizeof *names };
@@ -83,7 +83,7 @@ flash_kda_status kda_read_override(struct kda_override *override, const char *va
 }
 
 void kda_plan_name(const struct kda_plan *plan, char *text, size_t size) {
-    if (plan->schedule == KDA_SCHEDULE_ANY) { /* the level has one */
+    if (plan->schedule == KDA_SCHEDULE_ANY) { /* the level has only one */
         snprintf(text, size, "%s", plan->level);
         return;
     }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What the environment asks of the CUDA backend: a level, and a schedule of it, by the names that plans print. */
+/* What FLASH_KDA_CUDA asks for: a level and one of its schedules, by the names that plans print. */
 #ifndef KDA_CUDA_OVERRIDE_H
 #define KDA_CUDA_OVERRIDE_H
 
@@ -12,8 +12,8 @@
 struct kda_override {
     const char *level; /* NULL: any */
     enum kda_schedule schedule;
-    int segments;  /* 0: as is fastest */
-    bool stream_k; /* before the schedule */
+    int segments;  /* 0: the fastest number */
+    bool stream_k; /* stream-K before the schedule */
 };
 
 /* Reads the variable's value; NULL and "" ask for nothing. */

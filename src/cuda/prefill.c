@@ -2,7 +2,7 @@
 /*
  * The CUDA backend's prefill: level, plan, launch.
  *
- * Device memory is neither read nor allocated here and nothing waits, so that a call can be captured in a graph and
+ * Nothing here reads or allocates device memory, and nothing waits. So a call can be captured in a graph and
  * replayed with other contents, those of cu_seqlens and of every index included.
  */
 #include "api/backend.h"

@@ -1,56 +1,57 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * All chains end to end, stream_k in equal ranges over multiprocessors (sm90/kernels.h): where ranges begin, for the host that
- * sizes them and for the kernels that work them.
+ * Stream-K: all chains lie end to end and are divided into equal ranges, one for a multiprocessor
+ * (sm90/kernels.h). The host sizes ranges by these functions, and kernels find their work by them.
  *
- * A position counts chunks: head by head, within one sequence by sequence, numbered as in chunks.h. Where a range begins within
- * a chain, this is split; but its last chunk, which may be short, is not split off. A range in which one chain ends and another
- * begins has two states more to load and store: where it makes ranges hardly longer, every chain begins with a range of its own,
- * and after it positions are left empty.
+ * A position counts chunks: head by head, and in a head sequence by sequence, numbered as in chunks.h. A range
+ * that begins within a chain splits it there, but never splits off only the chain's last chunk, which may be
+ * short. A range in which one chain ends and another begins has two more states to load and store. So where
+ * ranges get hardly longer by it, every chain begins with a range of its own; the positions after the chain
+ * that this leaves empty are its gap.
  */
 #ifndef KDA_CUDA_STREAM_K_H
 #define KDA_CUDA_STREAM_K_H
 
 #include "cuda/chunks.h"
 
-enum { KDA_MAX_RANGES = 256 }; /* a kernel's threads see one each */
+enum { KDA_MAX_RANGES = 256 }; /* in kernels a thread looks at one range */
 
 struct kda_stream_k {
-    int ranges; /* 0: chains are not stream_k */
-    int length; /* of all chains: the position after them */
-    int each;   /* of every range, rounded down: the first ones have a chunk more */
-    int gap;    /* positions left empty after every chain */
+    int ranges; /* 0: no stream-K */
+    int length; /* the position after all chains */
+    int each;   /* chunks of every range, rounded down: the first ranges have one more */
+    int gap;    /* empty positions after every chain */
 };
 
-/* What of a chain is in a range: chunks from begin on, after which the next chain or range begins. */
+/* What of a chain is in a range: chunks from begin to end, without end. */
 struct kda_slice {
     int n, head;
-    int begin, end, chunks; /* chunks: of the chain; 0 where there is nothing to do */
+    int begin, end, chunks; /* chunks: of the whole chain; 0 where there is nothing to do */
 };
 
-/* Of chains that are all as long. */
+/* Chunks of a chain, where all chains are equally long. */
 KDA_INLINE int kda_chunks_of_each(const struct kda_prefill *p) { return (int)kda_first_chunk(p, 0, 1); }
 
-/* Chunks of all sequences, as numbered, of one head, and gaps. */
+/* Positions of one head: chunks of all sequences, as numbered, and gaps. */
 KDA_INLINE int kda_positions_of_head(const struct kda_prefill *p, const struct kda_stream_k *stream_k) {
     return (int)kda_first_chunk(p, p->tokens, p->sequences) + (int)p->sequences * stream_k->gap;
 }
 
-/* Positions are to fit an int; a gap is shorter than its chain. */
+/* Do all positions fit an int? A gap is shorter than its chain. */
 KDA_INLINE bool kda_can_stream_k(const struct kda_prefill *p) {
     return kda_first_chunk(p, p->tokens, p->sequences) <= INT32_MAX / 2 / (p->value_heads ? p->value_heads : 1);
 }
 
-/* In so many ranges, or somewhat fewer. */
+/* Divides all chains into `ranges` ranges, or somewhat fewer. */
 KDA_INLINE struct kda_stream_k kda_split_evenly(const struct kda_prefill *p, int ranges) {
-    enum { STATES = 1 /* chunks that take as long as another chain's states */ };
+    enum { STATES = 1 /* chunks that take as long as the states of one more chain */ };
     struct kda_stream_k stream_k = {ranges, 0, 0, 0};
     int64_t chains = p->sequences * p->value_heads;
-    int most = p->cu_seqlens.data || !chains ? 0 : (int)(ranges / chains); /* of one chain */
+    int most = p->cu_seqlens.data || !chains ? 0 : (int)(ranges / chains); /* ranges of one chain */
     if (most > 0) {
         int chunks = kda_chunks_of_each(p);
         int each = (chunks + most - 1) / most, count = (chunks + each - 1) / each;
-        int longest = each + (chunks % each == 1); /* as the last one is not split off */
+        int longest = each + (chunks % each == 1); /* a last chunk is never alone */
         if (longest <= (chunks * chains + ranges - 1) / ranges + STATES) {
             stream_k.ranges = (int)chains * count;
             stream_k.gap = count * each - chunks;
@@ -61,7 +62,8 @@ KDA_INLINE struct kda_stream_k kda_split_evenly(const struct kda_prefill *p, int
     return stream_k;
 }
 
-/* States after chains that a range ends with: is there a position for every chain, or for every range, as these are fewer? */
+/* Is a final state that ranges keep aside stored by its chain? Else by the range in which the chain ends. The
+ * fewer of the two need memory. */
 KDA_INLINE bool kda_states_by_chain(const struct kda_prefill *p, int ranges) {
     return p->value_heads * p->sequences <= ranges;
 }
@@ -71,13 +73,13 @@ KDA_INLINE int kda_begin_of_range(const struct kda_stream_k *stream_k, int range
     return range * stream_k->each + (range < more ? range : more);
 }
 
-/* Where a sequence begins in its head. */
+/* A sequence's first position in its head. */
 KDA_INLINE int kda_position_of_sequence(const struct kda_prefill *p, const struct kda_stream_k *stream_k,
                                         int n) {
     return (int)kda_first_chunk(p, p->cu_seqlens.data ? kda_sequence(p, n).first : 0, n) + n * stream_k->gap;
 }
 
-/* The sequence that is at a position of its head, or after which this is empty. */
+/* The sequence at a position of its head. A gap belongs to the sequence before it. */
 KDA_INLINE int kda_sequence_at(const struct kda_prefill *p, const struct kda_stream_k *stream_k, int position) {
     int first = 0, after = (int)p->sequences;
     if (!p->cu_seqlens.data)
@@ -92,12 +94,14 @@ KDA_INLINE int kda_sequence_at(const struct kda_prefill *p, const struct kda_str
     return first;
 }
 
-/* How many of a chain's chunks come before the position so far after its beginning, or before that by wild indices. */
+/* A chain's chunks before a split so far after its beginning. Clamped, as wild indices may place chains
+ * anywhere. Never splits off only the last chunk. */
 KDA_INLINE int kda_chunks_before(int chunks, int distance) {
     return distance <= 0 ? 0 : distance + 1 >= chunks ? chunks : distance;
 }
 
-/* Finds what of the chain of n and head is in the range; false if that begins after it, or is no chain. */
+/* Finds the slice of the chain of slice->n and slice->head. False if there is no such chain, or it begins after
+ * the range. first: it is the range's first slice. */
 KDA_INLINE bool kda_enter_slice(const struct kda_prefill *p, const struct kda_stream_k *stream_k, int range,
                                 bool first, struct kda_slice *slice) {
     int position =
@@ -122,7 +126,7 @@ KDA_INLINE void kda_first_slice(const struct kda_prefill *p, const struct kda_st
     kda_enter_slice(p, stream_k, range, true, slice);
 }
 
-/* And each one's next; false after the range's last one. */
+/* The slice after this one; false if this was the range's last. */
 KDA_INLINE bool kda_next_slice(const struct kda_prefill *p, const struct kda_stream_k *stream_k, int range,
                                struct kda_slice *slice) {
     if (++slice->n == p->sequences)
@@ -130,7 +134,7 @@ KDA_INLINE bool kda_next_slice(const struct kda_prefill *p, const struct kda_str
     return kda_enter_slice(p, stream_k, range, false, slice);
 }
 
-/* Is the chain split in front of the slice, after it? */
+/* Is the chain split in front of the slice? After it? */
 KDA_INLINE bool kda_split_before(const struct kda_slice *s) { return s->begin > 0 && s->begin < s->end; }
 KDA_INLINE bool kda_split_after(const struct kda_slice *s) { return s->end < s->chunks; }
 

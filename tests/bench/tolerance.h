@@ -45,7 +45,7 @@ struct bf16_tolerance {
     (struct bf16_tolerance) { 1.5e-2, 2.4e-2, 0 }
 
 /* The trap of correlated keys with beta 1, output by the same emulation of what the CUDA levels round: every operand
- * to bf16, but the inverse and X to tf32 and U to two terms (tf32 for the output in the fused kernel). CPU levels
+ * to bf16, but the inverse and X to tf32 and U to two terms (tf32 for the output in the persistent kernel). CPU levels
  * round less and are held to BF16_ANY. */
 #define BF16_CORRELATED \
     (struct bf16_tolerance) { 6.8e-3, 5.1e-3, 0 }

@@ -11,7 +11,7 @@ namespace {
 namespace ptx = cuda::ptx;
 
 constexpr int PAIR = 2, THREADS = 256, ROUNDS = 1000;
-constexpr int WORDS = 6656; /* a chunk's operands in sm90/pairs.cu are about as many bytes */
+constexpr int WORDS = 6656; /* a chunk's operands in sm90/cluster/cluster.cu are about as many bytes */
 constexpr uint32_t SENT = 0xa0000000u, BEHIND = 0xb0000000u;
 
 struct Shared {

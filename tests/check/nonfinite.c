@@ -122,7 +122,7 @@ static void prefill_all(struct check *check, struct prefill_case c) {
     prefill_one(check, c, "dt_bias", &nan_or_inf[0]);
 }
 
-/* Short sequences, and some that are cut into segments where there are threads or multiprocessors enough. */
+/* Short sequences, and some that are split into segments where there are threads or multiprocessors enough. */
 void prefill_nonfinite(struct check *check) {
     static const struct {
         bool bf16, cut;

@@ -167,14 +167,14 @@ static void fill_strong(struct prefill_problem *p, struct random *r) {
     tensor_fill(&p->g, 100);
 }
 
-/* What parts leave to the kernels after them is the first word of their workspace, Hopper's enum Outcome. Results are right
- * in any case: only this tells who made them. */
+/* What stream-K leaves to the schedule's kernels is the first word of its workspace, Hopper's enum Outcome. Results are
+ * right in any case: only this tells who made them. */
 static const struct {
     void (*fill)(struct prefill_problem *, struct random *);
     int32_t left;
     const char *name;
 } gates[] = {{fill_strong, 0, "strong gates leave nothing"},
-             {fill_moving, 1, "what is not forgotten after all leaves cut chains"},
+             {fill_moving, 1, "what is not forgotten after all leaves split chains"},
              {fill_remembering, 2, "slow gates leave all"}};
 
 /* Runs prefill, describes it, and copies the first word of its workspace from where the library begins to use it; 0xff bytes
@@ -192,8 +192,8 @@ static const char *run_described(const flash_kda_prefill_args *args, char *text,
     return call_finish(&c, ran);
 }
 
-/* Of the way that is asked for, or would be. */
-static const char *parts_leave(const flash_kda_prefill_args *args, int32_t expected, bool *hopper) {
+/* NULL if stream-K left what is expected. hopper: did level sm90 take the call? */
+static const char *stream_k_leaves(const flash_kda_prefill_args *args, int32_t expected, bool *hopper) {
     static char other[80];
     char text[200] = "";
     int32_t left = 0;
@@ -210,7 +210,7 @@ static const char *parts_leave(const flash_kda_prefill_args *args, int32_t expec
                                        : NULL;
 }
 
-static void parts(struct check *check) {
+static void stream_k(struct check *check) {
     const char *forced = getenv("FLASH_KDA_CUDA");
     if (forced && strcmp(forced, "sm90/stream_k") != 0)
         return;
@@ -220,7 +220,7 @@ static void parts(struct check *check) {
         c.lengths[0] = 257;
         c.q_type = c.k_type = c.v_type = c.g_type = c.beta_type = c.out_type = TYPE_BF16;
         c.fill = gates[i].fill;
-        snprintf(c.name, sizeof c.name, "parts: %s", gates[i].name);
+        snprintf(c.name, sizeof c.name, "stream-K: %s", gates[i].name);
         if (!check_wanted(check, c.name))
             continue;
         struct random r = random_named(check->seed, c.name);
@@ -230,7 +230,7 @@ static void parts(struct check *check) {
         prefill_results_make(&results, &p);
         const flash_kda_prefill_args args = prefill_bind(&p, &results, FLASH_KDA_BACKEND_CUDA);
         bool hopper = false;
-        const char *wrong = parts_leave(&args, gates[i].left, &hopper);
+        const char *wrong = stream_k_leaves(&args, gates[i].left, &hopper);
         if (!forced)
             unsetenv("FLASH_KDA_CUDA");
         if (wrong || hopper)
@@ -389,7 +389,7 @@ void prefill_cuda(struct check *check) {
         return;
     graphs(check);
     wild_indices(check);
-    parts(check);
+    stream_k(check);
     managed_memory(check);
     devices(check);
 #ifdef CHECK_SM90

@@ -25,7 +25,7 @@ static int segments(int64_t chains, int64_t chunks) {
     return kda_general_segments(&problem);
 }
 
-static int pairs(int64_t chains, int64_t chunks, double *microseconds) {
+static int clusters(int64_t chains, int64_t chunks, double *microseconds) {
     struct kda_segment_problem problem = problem_of(chains, chunks);
     return kda_cluster_segments(&problem, microseconds);
 }
@@ -36,12 +36,12 @@ static void test_many_chains_stay_whole(void **state) {
     for (int64_t chains = PROCESSORS / PARTS; chains < 1000; chains += 7) {
         struct kda_segment_problem problem = problem_of(chains, 256);
         assert_int_equal(segments(chains, 256), 1);
-        int count = pairs(chains, 256, &time);
-        if (chains == PROCESSORS / PARTS) /* a pair each */
+        int count = clusters(chains, 256, &time);
+        if (chains == PROCESSORS / PARTS) /* a cluster each */
             assert_int_equal(count, 1);
-        else if (chains <= PROCESSORS) /* the fused kernel is taken, which cuts nothing */
+        else if (chains <= PROCESSORS) /* the persistent schedule is taken, which splits nothing */
             assert_true(kda_persistent_cost(&problem) < time);
-        else /* in whole rounds of either kernel pairs are at best as fast, as measured */
+        else /* in whole rounds of either kernel clusters are at best as fast, as measured */
             assert_true(kda_persistent_cost(&problem) < time * 1.02);
     }
 }
@@ -52,7 +52,7 @@ static void test_short_sequences_stay_whole(void **state) {
     for (int64_t chunks = 0; chunks < 12; chunks++)
         assert_int_equal(segments(1, chunks), 1);
     for (int64_t chunks = 0; chunks < 8; chunks++)
-        assert_int_equal(pairs(1, chunks, &time), 1);
+        assert_int_equal(clusters(1, chunks, &time), 1);
 }
 
 static void test_a_long_chain_uses_the_device(void **state) {
@@ -60,7 +60,7 @@ static void test_a_long_chain_uses_the_device(void **state) {
     double time;
     int count = segments(1, 4096);
     assert_true(count >= 16 && count <= KDA_MAX_SEGMENTS);
-    count = pairs(1, 4096, &time);
+    count = clusters(1, 4096, &time);
     assert_true(count >= 32 && count <= KDA_MAX_SEGMENTS);
     assert_true(time < 4096 / 10.0); /* not split, a step takes more than a microsecond */
 }
@@ -78,7 +78,7 @@ static void test_longer_is_never_expected_faster(void **state) {
     for (int64_t chains = 1; chains < 100; chains += 3) {
         double last = 0, time;
         for (int64_t chunks = 64; chunks < 100000; chunks *= 2) {
-            pairs(chains, chunks, &time);
+            clusters(chains, chunks, &time);
             assert_true(time > last);
             last = time;
         }
@@ -107,11 +107,11 @@ static const struct measured {
 enum { MEASURED = sizeof measured / sizeof *measured };
 
 /* What is chosen was measured, is the fastest or nearly so, and takes about as long as is expected. */
-static void test_pairs_as_measured(void **state) {
+static void test_clusters_as_measured(void **state) {
     (void)state;
     for (const struct measured *i = measured; i < measured + MEASURED; i++) {
         double expected, fastest = i->time, chosen = 0;
-        int count = pairs(i->chains, i->chunks, &expected);
+        int count = clusters(i->chains, i->chunks, &expected);
         for (const struct measured *j = measured; j < measured + MEASURED; j++) {
             if (j->chains != i->chains || j->chunks != i->chunks)
                 continue;
@@ -124,13 +124,13 @@ static void test_pairs_as_measured(void **state) {
 }
 
 /* As measured before. */
-static void test_48_chains_are_not_cut(void **state) {
+static void test_48_chains_are_not_split(void **state) {
     (void)state;
     double time;
-    assert_int_equal(pairs(48, 64, &time), 1);
+    assert_int_equal(clusters(48, 64, &time), 1);
 }
 
-static void test_not_where_it_may_not_cut(void **state) {
+static void test_not_where_it_may_not_split(void **state) {
     (void)state;
     double time;
     struct kda_segment_problem problem = problem_of(1, 4096);
@@ -151,7 +151,7 @@ static void test_checkpoints_cost(void **state) {
 }
 
 /* As measured on an H200. */
-static void test_fused_where_there_are_many_chains(void **state) {
+static void test_persistent_where_there_are_many_chains(void **state) {
     (void)state;
     double otherwise;
     const struct {
@@ -169,7 +169,7 @@ static void test_fused_where_there_are_many_chains(void **state) {
     }
 }
 
-/* Segments of pairs: one after the other, all of a sequence, and the first one the longest. */
+/* Segments of the cluster schedule: one after the other, all of a sequence, and the first one the longest. */
 static void test_segments_meet(void **state) {
     (void)state;
     for (int chunks = 1; chunks < 300; chunks++)
@@ -186,8 +186,8 @@ static void test_segments_meet(void **state) {
     assert_int_equal(kda_begin_of_segment(256, 2, 2), 256);
 }
 
-/* Where ranges gain more with strong gates than looking costs with slow ones, as measured on an H200. */
-static void test_parts_where_they_pay(void **state) {
+/* Where ranges gain more with strong gates than probing costs with slow ones, as measured on an H200. */
+static void test_stream_k_where_it_pays(void **state) {
     (void)state;
     const struct {
         int64_t chains, chunks;
@@ -200,11 +200,12 @@ static void test_parts_where_they_pay(void **state) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct kda_segment_problem problem = problem_of(cases[i].chains, cases[i].chunks);
         problem.packed = cases[i].packed;
-        double paired, fused = kda_persistent_cost(&problem);
-        kda_cluster_segments(&problem, &paired);
+        double cluster, persistent = kda_persistent_cost(&problem);
+        kda_cluster_segments(&problem, &cluster);
         int ranges = kda_stream_k_ranges(&problem);
         assert_in_range(ranges, 2, PROCESSORS);
-        assert_int_equal(kda_stream_k_pays(&problem, ranges, fused < paired ? fused : paired), cases[i].pay);
+        assert_int_equal(kda_stream_k_pays(&problem, ranges, persistent < cluster ? persistent : cluster),
+                         cases[i].pay);
         assert_false(kda_stream_k_pays(&problem, 0, 1e9));
     }
 }
@@ -216,12 +217,12 @@ int main(void) {
         cmocka_unit_test(test_a_long_chain_uses_the_device),
         cmocka_unit_test(test_never_two),
         cmocka_unit_test(test_longer_is_never_expected_faster),
-        cmocka_unit_test(test_pairs_as_measured),
-        cmocka_unit_test(test_48_chains_are_not_cut),
-        cmocka_unit_test(test_not_where_it_may_not_cut),
+        cmocka_unit_test(test_clusters_as_measured),
+        cmocka_unit_test(test_48_chains_are_not_split),
+        cmocka_unit_test(test_not_where_it_may_not_split),
         cmocka_unit_test(test_checkpoints_cost),
-        cmocka_unit_test(test_fused_where_there_are_many_chains),
-        cmocka_unit_test(test_parts_where_they_pay),
+        cmocka_unit_test(test_persistent_where_there_are_many_chains),
+        cmocka_unit_test(test_stream_k_where_it_pays),
         cmocka_unit_test(test_segments_meet),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Ranges of all chains end to end: is every chunk in one of them, and does everybody see the same cuts? */
+/* Ranges of all chains end to end: is every chunk in one of them, and does everybody see the same splits? */
 #include "cuda/stream_k.h"
 
 #include <setjmp.h>
@@ -27,7 +27,7 @@ static struct kda_tensor indices(int64_t *data, int64_t count) {
         .data = (char *)data, .dtype = KDA_I64, .rank = 1, .shape = {count}, .stride = {sizeof *data}};
 }
 
-/* Walks all ranges; every chunk that is to be worked is met once, in order, and cuts fit. */
+/* Walks all ranges; every chunk that is to be worked is met once, in order, and splits fit. */
 static void check(const struct kda_prefill *p, int ranges) {
     static int met[SEQUENCES][HEADS];
     static bool split[SEQUENCES][HEADS];
@@ -62,7 +62,7 @@ static void check(const struct kda_prefill *p, int ranges) {
         }
 }
 
-static void check_parts(const struct kda_prefill *p) {
+static void check_all_counts(const struct kda_prefill *p) {
     int length = kda_split_evenly(p, 1).length;
     for (int ranges = 1; ranges <= length / 2 && ranges <= 132; ranges++)
         check(p, ranges);
@@ -74,12 +74,12 @@ static void test_batches(void **state) {
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
         for (int batches = 1; batches <= 3; batches++) {
             struct kda_prefill p = whole(batches, lengths[i]);
-            check_parts(&p);
+            check_all_counts(&p);
         }
 }
 
 /* Where it makes ranges hardly longer, a range has chunks of one chain alone. */
-static void test_chains_begin_with_parts(void **state) {
+static void test_chains_begin_with_ranges(void **state) {
     (void)state;
     const struct {
         int64_t heads, tokens;
@@ -130,13 +130,13 @@ static void test_packed(void **state) {
         p.initial_state.data = (char *)starts; /* never read */
         p.initial_state.shape[0] = count;
         if (p.tokens)
-            check_parts(&p);
+            check_all_counts(&p);
     }
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_batches),
-                                       cmocka_unit_test(test_chains_begin_with_parts),
+                                       cmocka_unit_test(test_chains_begin_with_ranges),
                                        cmocka_unit_test(test_packed)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

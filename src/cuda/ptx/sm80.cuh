@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* Instructions of sm_80 and later: tensor-core products on fragments in registers, their loads from shared memory,
- * asynchronous copies. Fragment layouts are those of PTX ISA, "Matrix Fragments for mma.m16n8k16". */
+/* Instructions of sm_80 and later: tensor-core products on fragments in registers, their loads from shared
+ * memory, asynchronous copies. Fragment layouts are those of PTX ISA, "Matrix Fragments for mma.m16n8k16". */
 #ifndef KDA_CUDA_PTX_SM80_CUH
 #define KDA_CUDA_PTX_SM80_CUH
 

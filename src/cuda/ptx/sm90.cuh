@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
-/* Instructions of sm_90a that cuda::ptx does not wrap: wgmma with its first operand in registers, the sharing out of
- * registers, the election of a lane, the copy engine with a cache policy or to a cache, an arrival at another CTA that waits
- * for no memory. A warpgroup's accumulator d [64][N] is, warp by warp, 16 rows of mma's accumulator tiles (sm80.cuh). */
+/* Instructions of sm_90a that cuda::ptx does not wrap: wgmma with its first operand in registers, moving
+ * registers between warpgroups, electing a lane, copies with a cache policy or to a cache, and an arrival at
+ * another CTA that waits for no memory. A warpgroup's accumulator d [64][N] is, warp by warp, 16 rows of mma's
+ * accumulator tiles (sm80.cuh). */
 #ifndef KDA_CUDA_PTX_SM90_CUH
 #define KDA_CUDA_PTX_SM90_CUH
 
@@ -13,8 +14,8 @@ namespace kda {
 /* How a second operand's 16-byte pieces are permuted in shared memory. */
 enum Swizzle : uint64_t { SWIZZLE_128 = 1, SWIZZLE_64 = 2 };
 
-/* Describes a second operand at `tile`: `leading` bytes between panels of columns (read along them only), `stride`
- * bytes between groups of eight rows. PTX ISA, "Shared Memory Matrix Layout". */
+/* Describes a second operand at `tile`: `leading` bytes between panels of columns (read along them only),
+ * `stride` bytes between groups of eight rows. PTX ISA, "Shared Memory Matrix Layout". */
 __device__ __forceinline__ uint64_t wgmma_operand(const void *tile, uint32_t leading, uint32_t stride,
                                                   Swizzle swizzle) {
     uint64_t address = (uint32_t)__cvta_generic_to_shared(tile);
@@ -27,7 +28,7 @@ __device__ __forceinline__ uint64_t advanced(uint64_t operand, uint32_t bytes) {
     return operand + (bytes >> 4);
 }
 
-/* Before the first wgmma after registers were written. */
+/* Needed before the first wgmma after registers were written. */
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -60,19 +61,20 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
 /* Makes what the thread wrote to shared memory visible to wgmma and to the copy engine. */
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/* True in one lane of the warp, all of which ask: what the copy engine is told there needs no loop over lanes. */
+/* True in one lane of the warp; all lanes must call it. The compiler then makes no loop over lanes around
+ * copies. */
 __device__ __forceinline__ bool elected() {
     uint32_t one;
     asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
     return one;
 }
 
-/* Has a tensor's map brought to where the copy engine reads it. */
+/* Prefetches a tensor's map for the copy engine. */
 __device__ __forceinline__ void prefetch_map(const CUtensorMap &map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-/* What is read once is the first that the L2 cache gives up: else it would give up the kernels' code. */
+/* Data that is read once is the first that the L2 cache gives up; else it would give up the kernels' code. */
 __device__ __forceinline__ uint64_t read_once() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -95,12 +97,12 @@ __device__ __forceinline__ void bring_box(void *to, const CUtensorMap &map, cons
         : "memory");
 }
 
-/* Has the copy engine bring so many bytes to the L2 cache, a multiple of 16 from such an address on. */
+/* Has the copy engine bring bytes to the L2 cache: address and number are multiples of 16. */
 __device__ __forceinline__ void bring_to_cache(const void *from, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
-/* Named barriers of `threads` threads: wait for all, come by without waiting. */
+/* Named barriers of `threads` threads: one waits for all, the other only arrives. */
 __device__ __forceinline__ void barrier_wait(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -108,8 +110,9 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-/* Arrives at a barrier of the cluster's CTA `rank`, which lies there as `barrier` does here, after what has been read: no write
- * is made visible there. cuda::ptx knows this with a release to the cluster only, which waits for all memory. */
+/* Arrives at the barrier of the cluster's CTA `rank` that lies where `barrier` does here, after all earlier
+ * reads. It makes no write visible there: cuda::ptx has only a release to the cluster, which waits for all
+ * memory. */
 __device__ __forceinline__ void arrive_at(uint64_t &barrier, int rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                  "mbarrier.arrive.release.cta.shared::cluster.b64 _, [there];\n}" ::"r"(
@@ -118,7 +121,7 @@ __device__ __forceinline__ void arrive_at(uint64_t &barrier, int rank) {
                  : "memory");
 }
 
-/* Four 8x8 matrices of 2-byte elements, transposed; lane i gives the place of row i % 8 of matrix i / 8. */
+/* Four 8x8 matrices of 2-byte elements, transposed; lane i gives the address of row i % 8 of matrix i / 8. */
 __device__ __forceinline__ void stmatrix_transposed(void *row, const uint32_t (&a)[2], const uint32_t (&b)[2]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                      (uint32_t)__cvta_generic_to_shared(row)),
@@ -170,8 +173,8 @@ __device__ __forceinline__ void wgmma(float (&d)[TILES][4], const uint32_t (&a)[
         static_assert(TILES == 4, "4, 8 or 16 tiles");
 }
 
-/* d [64][32] += a [64][16] b [16][32], fp16 operands, fp32 sums; = if !accumulate. The columns of b lie contiguous in
- * memory. */
+/* d [64][32] += a [64][16] b [16][32], fp16 operands, fp32 sums; = if !accumulate. The columns of b lie
+ * contiguous in memory. */
 template <bool accumulate>
 __device__ __forceinline__ void wgmma_half(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
@@ -194,8 +197,8 @@ __device__ __forceinline__ void wgmma_tf32(float (&d)[4][4], const uint32_t (&a)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
 }
 
-/* d [64][32] += a [64][16] b [16][32], bf16 operands both in shared memory, fp32 sums; = if !accumulate. The rows of
- * a and the columns of b lie contiguous in memory. */
+/* d [64][32] += a [64][16] b [16][32], bf16 operands both in shared memory, fp32 sums; = if !accumulate. The
+ * rows of a and the columns of b lie contiguous in memory. */
 template <bool accumulate>
 __device__ __forceinline__ void wgmma_shared(float (&d)[4][4], uint64_t a, uint64_t b) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
-/* Loads and stores for a kernel that reads and writes everything once. Those of a state pass through the caches and have a
- * condition instead of a branch, so that none of many waits for another; small loads stay where they are written. */
+/* Loads and stores for a kernel that reads and writes everything once. Those of a state pass through the caches
+ * and have a condition instead of a branch, so that none of many waits for another. Small loads stay where they
+ * are written. */
 #ifndef KDA_CUDA_PTX_STREAM_CUH
 #define KDA_CUDA_PTX_STREAM_CUH
 
@@ -46,19 +47,19 @@ __device__ __forceinline__ uint32_t load_here(const void *from, bool four) {
     return x;
 }
 
-/* As it is in the L2 cache, and left out of the L1 cache: what is read twice may have changed between. */
+/* Reads the L2 cache, not the L1 cache: what is read twice may have changed between. */
 __device__ __forceinline__ int load_index(const int32_t *from) {
     int x;
     asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
     return x;
 }
 
-/* Into the L2 cache. */
+/* Prefetches a line into the L2 cache. */
 __device__ __forceinline__ void prefetch_line(const void *at) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
-/* 0, which the compiler does not know. */
+/* A 0 that the compiler does not know. */
 __device__ __forceinline__ uint32_t some_zero() {
     uint32_t zero;
     asm volatile("mov.b32 %0, 0;" : "=r"(zero));

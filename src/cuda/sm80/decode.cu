@@ -2,8 +2,8 @@
 /*
  * Decode alone. One CTA works some columns of V of one state.
  *
- * With few states the time is that of one CTA from its first instruction to its last: addresses are made of few products,
- * and conditions are on instructions instead of branches around them.
+ * With few states the time is that of one CTA from its first instruction to its last. So addresses take few
+ * multiplications, and instructions have conditions instead of branches around them.
  */
 #include "cuda/sm80/decode_inputs.cuh"
 #include "cuda/sm80/kernels.h"
@@ -14,18 +14,19 @@ namespace {
 
 /* ---- The kernel ----------------------------------------------------------------------------------- */
 
-/* CTAs of a multiprocessor, as registers allow: threads with 16-bit states hold twice as many elements, and several tokens
- * under way take some too. FEW: one, and that of the next call. */
+/* CTAs of a multiprocessor, as registers allow. Threads with 16-bit states hold twice as many elements, and
+ * several tokens on their way take registers, too. FEW: one CTA, and that of the next call. */
 template <class Tile, int BATCH, Kind kind> constexpr int resident() {
     int threads = Tile::PIECES == SMALL ? 1024 : Tile::VEC == 8 || Tile::KP > 128 ? 512 : BATCH > 1 ? 640 : 768;
     return kind == FEW ? 2 : threads / Tile::THREADS;
 }
 
-/* FEW: where to read the state is found out before the kernel may know it, while the work before it ends. That is a hint,
- * which brings it into the cache and lets its loads be the first; the slot as it is then is compared with it. */
+/* FEW: the kernel guesses where the state is while the work before it ends, when it may not yet rely on that.
+ * The guess brings the state into the cache and lets its loads be the first. Later it is compared with the slot
+ * as it is then. */
 template <class Tile, int BATCH, Kind kind>
 __global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH, kind>())
-    run(const __grid_constant__ Decode given) {
+    decode(const __grid_constant__ Decode given) {
     extern __shared__ __align__(16) char memory[];
     typename Tile::Token *tokens = reinterpret_cast<typename Tile::Token *>(memory); /* max_tokens of them */
     __shared__ typename Tile::Scratch scratch;
@@ -48,13 +49,14 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH, kind>())
         tile.load(d, at, columns);
     else
         index = find_read_index(d, n);
-    __syncwarp(); /* or the compiler would ask for it later, and the state waits for it */
+    __syncwarp(); /* or the compiler would issue it later, and the state waits for it */
     Sequence s = find_sequence(d);
     inputs.load(d, s, head, column, columns, 0); /* before it is known whether there is a state, or a token */
     if (HINT) {
         index = find_read_index(d, n);
     } else {
-        /* The warp has asked for all that when it probes at the index: a mere look, at no other lanes', would be moved up. */
+        /* The warp issues all of that before it reads the index. A read that spans no other lanes would be
+         * moved up. */
         __syncwarp();
         s.slot = in_pool(d, __reduce_max_sync(~0u, index));
         if (s.slot < 0 || s.length < 1)
@@ -109,11 +111,11 @@ template <class Tile> int64_t count_parts(const kda_decode *d) {
 template <class Tile, int BATCH, Kind kind> cudaError_t launch_kind(const kda_decode *d, const Decode &s) {
     int bytes = (int)d->max_tokens * (int)sizeof(typename Tile::Token);
     dim3 grid((unsigned)count_parts<Tile>(d), (unsigned)d->tokens.value_heads);
-    return launch(run<Tile, BATCH, kind>, s, d, grid, Tile::THREADS, bytes,
+    return launch(decode<Tile, BATCH, kind>, s, d, grid, Tile::THREADS, bytes,
                   (int)sizeof(typename Tile::Scratch));
 }
 
-/* few: so few states that FEW is wanted, if it is made. */
+/* few: there are so few states that FEW is wanted, if it is made. */
 template <class Tile, int BATCH> cudaError_t launch_tile(const kda_decode *d, bool few) {
     Decode s = shorten(d);
     if constexpr (Tile::KP == 128 && !std::is_same_v<typename Tile::Access, Elementwise>)
@@ -126,7 +128,7 @@ template <class Tile, int BATCH> cudaError_t launch_tile(const kda_decode *d, bo
     return launch_kind<Tile, BATCH, GENERAL>(d, s);
 }
 
-/* Small: tiles of small pieces, or void. They are for one token, and so few states that all CTAs run at once. */
+/* Small: tiles of few pieces, or void. They are for one token, and so few states that all CTAs run at once. */
 template <class Tile, class Small> cudaError_t launch_batch(const kda_decode *d) {
     if constexpr (!std::is_void_v<Small>) {
         int processors = 0;

@@ -1,18 +1,20 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What the kernels of decode share: the problem in short, how a state lies in registers, a token's step, the launch.
+ * What the kernels of decode share: a short form of the problem, a state's layout in registers, a token's step,
+ * the launch.
  *
- * A state is read once, taken through the few tokens of its sequence in registers, and written back. Nothing
- * but the speed of memory should matter, so a thread has PIECES loads of 16 bytes under way before it waits, and eight
- * lanes share a line of 128 bytes.
+ * A state is read once, taken through the few tokens of its sequence in registers, and written back. Only the
+ * speed of memory should matter. So a thread issues PIECES loads of 16 bytes before it waits, and eight lanes
+ * share a line of 128 bytes.
  *
- * What tokens bring is prepared once for all threads of a CTA, while the state is on its way: every channel's decay, and k
- * and q as given. Their norms are sums over the channels, which are not waited for: with rk = 1 / |k| and rq = scale / |q|,
+ * What tokens bring is prepared once for all threads of a CTA, while the state is on its way: every channel's
+ * decay, and k and q as given. Their norms are sums over the channels, which are not waited for: with rk = 1 /
+ * |k| and rq = scale / |q|,
  *     S <- diag(exp(a)) S     u = rk beta (v - rk S^T k)     o = rq (S^T q + (k . q) u)     S <- S + k u^T
  *
- * A state in fp32 becomes S + ((D - 1) S + k u^T) with D = diag(exp(a)), rounded once: two roundings a token would drift, as that
- * of a slow decay goes the same way for thousands of tokens. For that k and q are decayed instead, S^T D k. In 16 bits storing
- * a state costs more than either.
+ * A state in fp32 becomes S + ((D - 1) S + k u^T) with D = diag(exp(a)), rounded once. Two roundings a token
+ * would drift, as the rounding of a slow decay goes the same way for thousands of tokens. For this k and q are
+ * decayed instead, S^T D k. In 16 bits storing a state costs more than either.
  */
 #ifndef KDA_CUDA_SM80_DECODE_CUH
 #define KDA_CUDA_SM80_DECODE_CUH
@@ -28,7 +30,7 @@ namespace decode {
 
 constexpr int LANES = 8; /* that share a line of 128 bytes */
 constexpr int MAX_GRID_Z = 65535;
-constexpr int DEFAULT_SHARED = 48 << 10; /* bytes of shared memory that need no leave */
+constexpr int DEFAULT_SHARED = 48 << 10; /* bytes of shared memory that need no permission */
 
 /* ---- The problem in short ------------------------------------------------------------------------- */
 
@@ -39,7 +41,7 @@ struct Rows {
     kda_dtype dtype;
 };
 
-/* What struct kda_decode says, in a fifth of its bytes: a CTA's first steps wait for them. */
+/* What struct kda_decode says, in a fifth of its bytes: the first steps of a CTA wait for them. */
 struct Decode {
     const int32_t *state_indices, *num_accepted_tokens, *accepted; /* NULL: not given; strides in elements */
     int64_t index_stride, column_stride, num_accepted_stride, accepted_stride;
@@ -74,7 +76,7 @@ struct Sequence {
     int length, slot;
 };
 
-/* What state_indices say, which has yet to be looked at by in_pool: who probes waits for it. */
+/* What state_indices say. in_pool has yet to check it, and waits for it. */
 inline __device__ int find_index(const Decode &d, int n, int column) {
     if (!d.state_indices)
         return n;
@@ -83,7 +85,7 @@ inline __device__ int find_index(const Decode &d, int n, int column) {
 
 inline __device__ int in_pool(const Decode &d, int index) { return index < d.slots ? index : -1; }
 
-/* That of the state of sequence n which is read. */
+/* The index of the state of sequence n that is read. */
 inline __device__ int find_read_index(const Decode &d, int n) {
     int column = 0;
     if (d.num_accepted_tokens)
@@ -125,13 +127,13 @@ inline __device__ char *find_row(const Rows &rows, const Sequence &s, int t, int
     return rows.data + times(s.position, rows.position) + times(head, rows.head) + times(t, rows.token);
 }
 
-/* An element as its bits, so that many are under way before the first is looked at. */
+/* An element as its bits, so that many are on their way before the first is used. */
 inline __device__ uint32_t load_raw(const char *row, kda_dtype dtype, int i) {
     const char *at = row + (unsigned)(i * size_of(dtype));
     return dtype == KDA_F32 ? *reinterpret_cast<const uint32_t *>(at) : *reinterpret_cast<const uint16_t *>(at);
 }
 
-/* The same, here and now: a plain load is put off until it is wanted. */
+/* The same with a load that stays here: a plain load is put off until its result is used. */
 inline __device__ uint32_t load_now(const char *row, kda_dtype dtype, int i) {
     return load_here(row + (unsigned)(i * size_of(dtype)), dtype == KDA_F32);
 }
@@ -148,8 +150,8 @@ template <int N> __device__ void from_raw(const uint32_t (&raw)[N], kda_dtype dt
 
 /* ---- Pieces of a state ---------------------------------------------------------------------------- */
 
-/* VEC neighbours in memory: 16 bytes, aligned; rows end at a whole piece. What is loaded stays packed in the first
- * registers of its piece until it is unpacked there, so that nothing waits for it before. */
+/* VEC neighbours in memory: 16 bytes, aligned; rows end at a whole piece. A loaded piece stays packed in its
+ * first registers until it is unpacked, so that nothing waits for it before. */
 template <kda_dtype DTYPE> struct Aligned {
     static constexpr int VEC = DTYPE == KDA_F32 ? 4 : 8;
 
@@ -215,8 +217,8 @@ struct Products {
     __device__ void add(float k, float q) { kk = fmaf(k, k, kk), qq = fmaf(q, q, qq), kq = fmaf(k, q, kq); }
 };
 
-/* What a token brings, in shared memory. k and q are as given; channels that do not exist are 0. once: those two decayed are
- * wanted, too. */
+/* What a token brings, in shared memory. k and q are as given; channels that do not exist are 0. once: k and q
+ * are wanted decayed, too. */
 template <int KP, int COLUMNS, int PARTS, bool once> struct Token {
     alignas(16) float decay[KP]; /* exp(a) - 1: decay close to 1 would lose its digits otherwise */
     alignas(16) float k[KP];
@@ -246,17 +248,18 @@ struct Factors {
           q(d.qk_norm ? rsqrtf(sums.qq + EPSILON) * d.scale : d.scale) {}
 };
 
-/* Rows of q and k whose square is at least so much, or not finite, are normalised beforehand, brought near 1 by SMALLER at first:
- * the square, or products with S, could leave fp32. */
+/* Rows of q and k whose square is at least so large, or not finite, are normalised beforehand, as the square or
+ * products with S could leave fp32. SMALLER first brings them near 1. */
 constexpr float LARGE_SQUARE = 0x1p92f, SMALLER = 0x1p-96f;
 
-/* Has one of 256 parts of such a row as much of it? */
+/* Is one of 256 parts of such a row so large? */
 inline __device__ bool are_large(const Products &part) { return !(part.kk + part.qq < LARGE_SQUARE / 256); }
 
-/* Is it so for any thread of the CTA? A barrier; the vote tells the compiler that all of a warp agree. */
+/* Is it so for any thread of the CTA? This is a barrier; the vote tells the compiler that all of a warp
+ * agree. */
 inline __device__ bool any_of_cta(bool x) { return __any_sync(~0u, __syncthreads_or(x)); }
 
-/* All of a CTA's threads, after a barrier. */
+/* Normalises such rows. All threads of a CTA call it, after a barrier. */
 template <int THREADS, class Token> __device__ __noinline__ void normalise_large(Token *tokens, int count) {
     constexpr int KP = sizeof Token::k / sizeof(float), PARTS = sizeof Token::products / sizeof(float4);
 #pragma unroll 1
@@ -283,7 +286,7 @@ template <int THREADS, class Token> __device__ __noinline__ void normalise_large
     }
 }
 
-/* Likewise: keys and queries as S is to meet them. */
+/* Decays keys and queries as S is to meet them. Called likewise. */
 template <class Tile> __device__ void decay_keys(typename Tile::Token *tokens, int count) {
     if constexpr (Tile::ONCE) {
         for (int i = threadIdx.x; i < count * Tile::KP; i += Tile::THREADS) {
@@ -297,8 +300,8 @@ template <class Tile> __device__ void decay_keys(typename Tile::Token *tokens, i
     }
 }
 
-/* Sums COUNT values over the lanes that differ in bits BIT .. LAST: halves of the values are exchanged for halves of the
- * lanes while there are any, so that a lane ends with the values that its bits name, the highest first. */
+/* Sums COUNT values over the lanes that differ in bits BIT .. LAST. In each step lanes exchange half of their
+ * values while there are several, so that a lane ends with the values that its bits name, the highest first. */
 template <int COUNT, int BIT, int LAST, int N> __device__ void sum_over_lanes(float (&x)[N]) {
     if constexpr (COUNT > 1) {
         bool high = threadIdx.x & BIT;
@@ -314,7 +317,7 @@ template <int COUNT, int BIT, int LAST, int N> __device__ void sum_over_lanes(fl
         sum_over_lanes<(COUNT > 1 ? COUNT / 2 : 1), BIT / 2, LAST>(x);
 }
 
-/* A warp's part of the products of tokens 0 .. count - 1, of which each lane has a part. */
+/* Finds a warp's part of the products of tokens 0 .. count - 1, of which each lane has a part. */
 template <int N, class Token>
 __device__ void store_products(const Products (&own)[N], int part, int count, Token *tokens) {
     float x[4 * N];
@@ -329,7 +332,7 @@ __device__ void store_products(const Products (&own)[N], int part, int count, To
 
 inline __device__ float logistic(float x) { return __fdividef(1.f, 1.f + expf(-x)); }
 
-/* A channel's log decays of some tokens, in place of g. A is exp(A_log). */
+/* Turns g of some tokens into a channel's log decays. A is exp(A_log). */
 template <flash_kda_gate gate, int N>
 __device__ void find_log_decays(const Decode &d, float dt_bias, float A, float (&g)[N]) {
 #pragma unroll
@@ -340,9 +343,9 @@ __device__ void find_log_decays(const Decode &d, float dt_bias, float A, float (
     }
 }
 
-/* A channel's decays of some tokens, less 1, in place of g. */
+/* Turns g of some tokens into a channel's decays, less 1. */
 template <int N> __device__ void find_decays(const Decode &d, float dt_bias, float A_log, float (&g)[N]) {
-    float A = min_or_nan(max_or_nan(expf(A_log), 1e-30f), 1e38f); /* within what makes no NaN of any g */
+    float A = min_or_nan(max_or_nan(expf(A_log), 1e-30f), 1e38f); /* clamped so that no g makes a NaN of it */
     if (d.gate == FLASH_KDA_GATE_SOFTPLUS)
         find_log_decays<FLASH_KDA_GATE_SOFTPLUS>(d, dt_bias, A, g);
     else if (d.gate == FLASH_KDA_GATE_SIGMOID)
@@ -366,7 +369,8 @@ template <int N> __device__ void load_shared(const float *from, float (&x)[N]) {
 
 /* ---- Tiles ---------------------------------------------------------------------------------------- */
 
-/* V first: eight lanes share a row of K channels, a thread has ROWS rows. PIECES: of 16 bytes of the state, of one thread. */
+/* V first: eight lanes share a row of K channels, and a thread has ROWS rows. PIECES: a thread's 16-byte pieces
+ * of the state. */
 template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
     using Access = Access_;
     static constexpr int KP = KP_, THREADS = THREADS_, PIECES = PIECES_, VEC = Access::VEC;
@@ -375,21 +379,21 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
     static constexpr int ROWS = PIECES / ACROSS, COLUMNS = ROWS * THREADS / LANES;
     static constexpr int STEP = 32 / LANES; /* rows from one of a thread's rows to the next */
     static constexpr int CHAINS =
-        ROWS < 4 ? 4 / ROWS : 1;           /* sums of a row, so that an addition need not wait for the last */
+        ROWS < 4 ? 4 / ROWS : 1; /* sums of a row, so that an addition need not wait for the one before */
     static constexpr bool ONCE = VEC == 4; /* fp32, decayed and written in one step */
     using Token = decode::Token<KP, COLUMNS, PARTS, ONCE>;
     struct Scratch {};
     float S[ROWS][ACROSS][VEC];
 
-    /* Where channel c stands in shared memory: what eight lanes read at once is neighbours. */
-    __device__ static unsigned place(unsigned c) {
+    /* Where channel c lies in shared memory: what eight lanes read at once are neighbours. */
+    __device__ static unsigned index(unsigned c) {
         return (c / (LANES * VEC) * (VEC / 4) + c % VEC / 4) * (LANES * 4) + c / VEC % LANES * 4 + c % 4;
     }
     __device__ static int row(int i) {
         return threadIdx.x / 32 * (STEP * ROWS) + i * STEP + threadIdx.x % 32 / LANES;
     }
     __device__ static int channel(int j) { return (j * LANES + threadIdx.x % LANES) * VEC; }
-    /* Lanes of a row take its lines in turn. state: at its offset. */
+    /* Prefetches the state's lines, which lanes of a row share out. state: at its offset. */
     __device__ static void prefetch(const Decode &d, const char *state) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++, state += STEP * d.row_stride)
@@ -400,7 +404,7 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
     __device__ static int64_t offset(const Decode &d, int column) {
         return times(column + row(0), d.row_stride) + threadIdx.x % LANES * Access::bytes(d.state_dtype);
     }
-    /* state: at its offset, with `columns` columns from the tile's first on. */
+    /* Loads the tile. state: at its offset, with `columns` columns from the tile's first on. */
     __device__ void load(const Decode &d, const char *state, int columns) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++, state += STEP * d.row_stride)
@@ -423,14 +427,14 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
                               row(i) < columns ? d.key_dim : 0, d.state_dtype, S[i][j]);
     }
 
-    /* Token t; out: its row from the tile's first column on, or NULL. */
+    /* Takes the tile through token t. out: the token's row from the tile's first column on, or NULL. */
     __device__ void step(const Decode &d, const Token &token, Scratch &, int, char *out, kda_dtype dtype,
                          int columns) {
         Products sums = token.all_products();
         step_columns(SharedChannels{token}, sums, Factors(d, sums), token.beta, token.v, out, dtype, columns);
     }
 
-    /* A thread's channels of a token, four at a time, from shared memory each time they are wanted. */
+    /* A thread's channels of a token, four at a time, read from shared memory whenever they are needed. */
     struct SharedChannels {
         const Token &token;
 
@@ -438,19 +442,19 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
             load_channels(token, j, part, decay, k, q);
         }
         __device__ void load_decayed(int j, int part, float (&dk)[4], float (&dq)[4]) const {
-            load_shared(&token.dk[place(channel(j) + part)], dk);
-            load_shared(&token.dq[place(channel(j) + part)], dq);
+            load_shared(&token.dk[index(channel(j) + part)], dk);
+            load_shared(&token.dq[index(channel(j) + part)], dq);
         }
         __device__ void load_change(int j, int part, float (&decay)[4], float (&k)[4]) const {
-            load_shared(&token.decay[place(channel(j) + part)], decay);
-            load_shared(&token.k[place(channel(j) + part)], k);
+            load_shared(&token.decay[index(channel(j) + part)], decay);
+            load_shared(&token.k[index(channel(j) + part)], k);
         }
     };
 
     template <class AnyToken>
     __device__ static void load_channels(const AnyToken &token, int j, int part, float (&decay)[4],
                                          float (&k)[4], float (&q)[4]) {
-        unsigned at = place(channel(j) + part);
+        unsigned at = index(channel(j) + part);
         load_shared(&token.decay[at], decay);
         load_shared(&token.k[at], k);
         load_shared(&token.q[at], q);
@@ -528,7 +532,7 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileVFirst {
     }
 };
 
-/* K first: eight lanes share a line of columns, a thread has VEC columns of PIECES channels. */
+/* K first: eight lanes share a line of columns, and a thread has VEC columns of PIECES channels. */
 template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
     using Access = Access_;
     static constexpr int KP = KP_, THREADS = THREADS_, PIECES = PIECES_, VEC = Access::VEC;
@@ -537,13 +541,14 @@ template <class Access_, int KP_, int THREADS_, int PIECES_> struct TileKFirst {
     static constexpr int WARPS = LINE / 32, COLUMNS = THREADS / LINE * LANES * VEC;
     static constexpr bool ONCE = VEC == 4; /* as above */
     using Token = decode::Token<KP, COLUMNS, PARTS, ONCE>;
-    /* Sums over a warp's channels, of the WARPS that share a line. Every other token has its own, so that a step waits only once. */
+    /* Sums over a warp's channels, for the WARPS that share a line. There are two for alternate tokens, so that
+     * a step waits only once. */
     struct Scratch {
         alignas(16) float sums[2][2][WARPS][COLUMNS]; /* S^T k, then S^T q */
     };
     float S[PIECES][VEC];
 
-    __device__ static unsigned place(unsigned c) { return c; }
+    __device__ static unsigned index(unsigned c) { return c; }
     __device__ static int channel(int i) { return (int)threadIdx.x % LINE / LANES * PIECES + i; }
     __device__ static int first_column() {
         return (int)threadIdx.x / LINE * (LANES * VEC) + threadIdx.x % LANES * VEC;
@@ -680,8 +685,8 @@ template <class F> cudaError_t with_access(const kda_decode *d, bool aligned, F 
                                         : with_key_dim(Aligned<KDA_F16>());
 }
 
-/* May the kernel have begun while the work before it in its stream ends? Then it uses nothing of what memory holds, but for
- * hints, before wait_for_inputs(), which lets the next one begin so as well. */
+/* May the kernel begin while the work before it in its stream ends? Until wait_for_inputs() it then uses
+ * nothing of what memory holds except for hints. wait_for_inputs() lets the next kernel begin as early. */
 #if __CUDA_ARCH__ >= 900
 constexpr bool BEGINS_EARLY = true;
 #else
@@ -695,8 +700,8 @@ inline __device__ void wait_for_inputs() {
 #endif
 }
 
-/* Launches a kernel for all sequences, grid.z of them at once; s is its argument. fixed: bytes of shared memory beside the
- * dynamic ones. */
+/* Launches a kernel for all sequences, grid.z of them at once; s is its argument. fixed: bytes of its static
+ * shared memory. */
 template <class Problem>
 cudaError_t launch(void (*kernel)(Problem), Problem s, const kda_decode *d, dim3 grid, int threads, int bytes,
                    int fixed) {

@@ -2,10 +2,10 @@
 /*
  * Decode between short convolutions and a gated norm, in one kernel.
  *
- * A norm needs a head's whole row, and a convolution's state may be written only when all have read it, who may be the value
- * heads that share a key head. So one CTA works all columns of a head, tile by tile, and with a convolution of q or k all
- * value heads of a key head, one after the other; a channel belongs to one of its threads, which alone reads and
- * writes its state.
+ * A norm needs a head's whole row. A convolution's state may be written only when all have read it, and value
+ * heads that share a key head share it. So one CTA works all columns of a head, tile by tile. With a
+ * convolution of q or k it works all value heads of a key head, one after the other. A channel belongs to one
+ * thread, which alone reads and writes its state.
  */
 #include "cuda/sm80/decode.cuh"
 #include "cuda/sm80/kernels.h"
@@ -14,11 +14,11 @@ namespace kda {
 namespace decode {
 namespace {
 
-/* Threads of a CTA, at most: few states are each worked by many at once; of many, several share a multiprocessor, so that one
- * loads while another computes. */
+/* Threads of a CTA, at most. Few states get many threads each. Of many states, several share a multiprocessor,
+ * so that one loads while another computes. */
 constexpr int WIDE = 512, NARROW = 256;
 constexpr int PIECES = 8;       /* of 16 bytes of the state, of one thread */
-constexpr int BATCH = 2;        /* tokens that a thread has under way */
+constexpr int BATCH = 2;        /* tokens that a thread loads at a time */
 constexpr int NORM_LANES = 128; /* threads that share a row of out */
 
 /* ---- The problem in short ------------------------------------------------------------------------- */
@@ -42,7 +42,7 @@ struct Fused : Decode {
 
 /* ---- Before --------------------------------------------------------------------------------------- */
 
-/* Calls f(i) for every i < count, shared out among the threads from thread `first` on. */
+/* Calls f(i) for every i < count. The threads from `first` on share them out. */
 template <int THREADS, class F> __device__ void share_out(int first, int count, F f) {
     for (int i = ((int)threadIdx.x - first) & (THREADS - 1); i < count; i += THREADS)
         f(i);
@@ -66,7 +66,8 @@ template <class F> __device__ void each_token(const Rows &rows, const Sequence &
     }
 }
 
-/* The same after the convolution and SiLU, if it has a convolution, whose state goes on with the tokens. */
+/* The same after the convolution, if there is one, and SiLU. The convolution's state goes on with the
+ * tokens. */
 template <class F>
 __device__ void each_input(const Decode &d, const Convolution &conv, const Rows &rows, int dim,
                            const Sequence &s, int head, int c, F f) {
@@ -106,11 +107,11 @@ __device__ void each_input(const Decode &d, const Convolution &conv, const Rows 
     });
 }
 
-/* q and k of a key head. */
+/* Loads q and k of a key head. */
 template <class Tile>
 __device__ void prepare_keys(const Fused &d, const Sequence &s, int key_head, typename Tile::Token *tokens) {
     share_out<Tile::THREADS>(0, Tile::KP, [&](int c) {
-        unsigned at = Tile::place(c);
+        unsigned at = Tile::index(c);
         if (c < d.key_dim)
             each_input(d, d.q_conv, d.q, d.key_dim, s, key_head, c,
                        [&](int t, float x) { tokens[t].q[at] = x; });
@@ -119,12 +120,13 @@ __device__ void prepare_keys(const Fused &d, const Sequence &s, int key_head, ty
                 tokens[t].q[at] = tokens[t].k[at] = 0;
     });
     share_out<Tile::THREADS>(Tile::KP, d.key_dim, [&](int c) {
-        unsigned at = Tile::place(c);
+        unsigned at = Tile::index(c);
         each_input(d, d.k_conv, d.k, d.key_dim, s, key_head, c, [&](int t, float x) { tokens[t].k[at] = x; });
     });
 }
 
-/* After a barrier: all of q and k is there. Returns whether rows are to be normalised beforehand, by what the thread has seen. */
+/* Called after a barrier, when all of q and k is there. Returns whether rows are to be normalised beforehand,
+ * by what the thread has seen. */
 template <class Tile> __device__ bool multiply_keys(const Sequence &s, typename Tile::Token *tokens) {
     bool large = false;
     constexpr int WARPS = Tile::THREADS / 32;
@@ -140,11 +142,11 @@ template <class Tile> __device__ bool multiply_keys(const Sequence &s, typename 
     return large;
 }
 
-/* Decays and steps of a value head. */
+/* Loads decays and betas of a value head. */
 template <class Tile>
 __device__ void prepare_gates(const Fused &d, const Sequence &s, int head, typename Tile::Token *tokens) {
     share_out<Tile::THREADS>(2 * Tile::KP, Tile::KP, [&](int c) {
-        unsigned at = Tile::place(c);
+        unsigned at = Tile::index(c);
         float A_log = 0, bias = 0;
         if (c >= d.key_dim) {
             for (int t = 0; t < s.length; t++)
@@ -166,7 +168,7 @@ __device__ void prepare_gates(const Fused &d, const Sequence &s, int head, typen
             find_step(d, load_float(find_row(d.beta, s, threadIdx.x, head), d.beta.dtype, 0));
 }
 
-/* v of the columns of a tile. */
+/* Loads v for the columns of a tile. */
 template <class Tile>
 __device__ void prepare_values(const Fused &d, const Sequence &s, int head, int column,
                                typename Tile::Token *tokens) {
@@ -182,7 +184,7 @@ __device__ void prepare_values(const Fused &d, const Sequence &s, int head, int 
 
 /* ---- After ---------------------------------------------------------------------------------------- */
 
-/* Of a row times `size`; every warp all of the row. */
+/* The sum of squares of a row times `size`. Every warp sums all of the row. */
 __device__ float sum_squares(const float *row, int dim, float size) {
     float squares = 0;
     for (int j = threadIdx.x % 32; j < dim; j += 32) {
@@ -195,7 +197,7 @@ __device__ float sum_squares(const float *row, int dim, float size) {
     return squares;
 }
 
-/* outputs [length][V] of a head. */
+/* Applies the norm and its gate to outputs [length][V] of a head, and stores them. */
 template <int THREADS>
 __device__ void normalise(const Fused &d, const Sequence &s, int head, const float *outputs) {
     for (int t = threadIdx.x / NORM_LANES; t < s.length; t += THREADS / NORM_LANES) {
@@ -223,7 +225,8 @@ template <class Tile> constexpr int resident() {
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::THREADS, resident<Tile>()) run(const __grid_constant__ Fused d) {
+__global__ void __launch_bounds__(Tile::THREADS, resident<Tile>())
+    decode_fused(const __grid_constant__ Fused d) {
     extern __shared__ __align__(16) char memory[];
     typename Tile::Token *tokens = reinterpret_cast<typename Tile::Token *>(memory); /* [max_tokens] */
     float *outputs = reinterpret_cast<float *>(tokens + d.max_tokens); /* [max_tokens][V], with a norm */
@@ -294,7 +297,7 @@ template <class Tile> cudaError_t launch_tile(const kda_decode *d) {
     s.norm_eps = d->norm_eps, s.norm_silu = d->norm_activation == FLASH_KDA_NORM_SILU;
     s.heads = heads_of_cta(d);
     int bytes = (int)sizeof(typename Tile::Token) + (s.norm_weight ? s.value_dim * (int)sizeof(float) : 0);
-    return launch(run<Tile>, s, d, dim3(1, (unsigned)(d->tokens.value_heads / s.heads)), Tile::THREADS,
+    return launch(decode_fused<Tile>, s, d, dim3(1, (unsigned)(d->tokens.value_heads / s.heads)), Tile::THREADS,
                   s.max_tokens * bytes, (int)sizeof(typename Tile::Scratch));
 }
 

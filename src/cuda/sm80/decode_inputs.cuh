@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What kernels of decode alone know of a problem beforehand, and what tokens bring to them. */
+/* What kernels of plain decode know of a problem beforehand, and what tokens bring to them. */
 #ifndef KDA_CUDA_SM80_DECODE_INPUTS_CUH
 #define KDA_CUDA_SM80_DECODE_INPUTS_CUH
 
@@ -10,19 +10,20 @@
 namespace kda {
 namespace decode {
 
-/* Pieces of 16 bytes of the state of a thread: enough under way to fill the memory's pipes; or few, for a short way when there
- * are few states. */
+/* A thread's 16-byte pieces of the state: enough on their way to keep memory busy; or few, which take less time
+ * where there are few states. */
 constexpr int LARGE = 8, SMALL = 4;
 
 /* ---- What is known beforehand --------------------------------------------------------------------- */
 
-/* What a kernel is made for: any problem; the usual one, of which the compiler knows so much that it takes two thirds of the
- * instructions; that with so few states that the next call's CTAs wait on the same multiprocessors. */
+/* What a kernel is made for. GENERAL: any problem. USUAL: the usual one, of which the compiler knows so much
+ * that it takes two thirds of the instructions. FEW: that with so few states that the next call's CTAs wait on
+ * the same multiprocessors. */
 enum Kind { GENERAL, USUAL, FEW };
 
 inline bool near(int64_t stride) { return stride >= 0 && stride <= UINT32_MAX; }
 
-/* bf16, and within 4 GiB? */
+/* Is it bf16, and within 4 GiB? */
 inline bool is_near(const Rows &rows, const Decode &d, const kda_decode *full) {
     return rows.dtype == KDA_BF16 && near(rows.position) && near(rows.token) && near(rows.head) &&
            (double)rows.position * (double)(full->tokens.batches * full->tokens.tokens) +
@@ -70,11 +71,12 @@ template <Kind kind> __device__ char *find_row_of(const Rows &rows, const Sequen
 
 /* ---- What tokens bring ---------------------------------------------------------------------------- */
 
-/* A thread's part of what some tokens bring, under way: channels of g, and of q and k, a column of v, a token of beta. What
- * does not exist is loaded from where the last one is, so that no load waits for a decision. */
+/* A thread's part of what some tokens bring, on its way: channels of g, channels of q and k, a column of v, a
+ * token's beta. What does not exist is loaded from where the last one is, so that no load waits for a
+ * decision. */
 template <class Tile, int BATCH, Kind kind> struct Inputs {
     static constexpr int CHANNELS = (Tile::KP + Tile::THREADS - 1) / Tile::THREADS;
-    /* With threads enough, those that have q and k do not have g as well. */
+    /* With enough threads, those that have q and k do not have g as well. */
     static constexpr bool SHARED_OUT = Tile::THREADS >= 2 * Tile::KP;
     static constexpr int GATES = SHARED_OUT ? Tile::KP : 0; /* first thread that has channels of g */
     static constexpr int VALUES =
@@ -84,7 +86,7 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
     uint32_t q[CHANNELS][BATCH], k[CHANNELS][BATCH], g[CHANNELS][BATCH], v[BATCH];
     uint32_t bias[CHANNELS], beta[1], A_log[1];
 
-    /* Were they known to be 0, what is loaded would be converted, and waited for, where it is loaded. */
+    /* If the compiler knew that these are 0, it would convert loaded values at once and wait for them there. */
     __device__ Inputs() {
         uint32_t zero = some_zero();
         beta[0] = A_log[0] = zero;
@@ -107,15 +109,15 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
         return !SHARED_OUT || (threadIdx.x >= GATES && threadIdx.x < GATES + Tile::KP);
     }
 
-    /* Of the tokens from token `begin` of the sequence on; if there is none, of one that can be read. columns: of v that there
-     * are from the tile's first on. */
+    /* Loads the tokens from token `begin` of the sequence on; if there is none, one that can be read. columns:
+     * how many of v exist from the tile's first on. */
     __device__ void load(const Decode &d, const Sequence &s, int head, int column, int columns, int begin) {
         int count = max(min(BATCH, s.length - begin), 1);
         if (has_gates())
             load_gates(d, s, head, begin, count);
         if (has_keys())
             load_keys(d, s, head, begin, count);
-        if (has_keys() || (int)threadIdx.x < VALUES) /* and not each of them by itself: it would be later */
+        if (has_keys() || (int)threadIdx.x < VALUES) /* one condition: with two, loads would come later */
             load_values(d, s, head, column, columns, begin, count);
     }
 
@@ -172,8 +174,8 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
         beta[0] = load_now(find_row_of<kind>(d.beta, s, token, head), d.beta.dtype, 0);
     }
 
-    /* Writes what has arrived to shared memory; each thread what it has loaded. Returns whether rows that it has a part of are
-     * to be normalised beforehand. */
+    /* Each thread writes what it has loaded to shared memory. Returns whether rows that it has a part of are to
+     * be normalised beforehand. */
     __device__ bool prepare(const Decode &d, int count, typename Tile::Token *tokens) {
         if (has_gates())
             prepare_gates(d, count, tokens);
@@ -192,7 +194,7 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
             float x[BATCH];
             from_raw(g[i], d.g.dtype, x);
             find_decays(d, biases[i], log_A[0], x);
-            for_each_token(count, [&](int t) { tokens[t].decay[Tile::place(c)] = c < d.key_dim ? x[t] : 0.f; });
+            for_each_token(count, [&](int t) { tokens[t].decay[Tile::index(c)] = c < d.key_dim ? x[t] : 0.f; });
         }
     }
 
@@ -211,7 +213,7 @@ template <class Tile, int BATCH, Kind kind> struct Inputs {
         for (int i = 0; i < CHANNELS; i++) {
             int c = channel(i);
             bool real = c < d.key_dim;
-            unsigned at = Tile::place(c);
+            unsigned at = Tile::index(c);
             float x[BATCH], keys[BATCH];
             from_raw(q[i], d.q.dtype, x);
             from_raw(k[i], d.k.dtype, keys);

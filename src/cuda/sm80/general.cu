@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Takes the state of every sequence and value head through its chunks, on the operands that prepare.cu left.
+ * Takes the state of every sequence and value head through its chunks, with the operands that prepare.cu left.
  *
- * One CTA works a chain for 64 columns of V, one warp for 16 of them; warps never wait for each other but for the
- * copies of operands. Everything is transposed, so that what one product leaves in registers is, lane for lane,
+ * One CTA works a chain for 64 columns of V, and one warp 16 of them. Warps wait for each other only when
+ * operands arrive. Everything is transposed, so that what one product leaves in registers is, lane for lane,
  * the first operand of the next:
  *     [W | Y]^T = S^T [KT; QT]^T    X^T = V^T - W^T    U^T = X^T INV^T    O^T = Y^T + U^T M^T
  *     S^T <- S^T diag(1 + carry) + U^T KR
@@ -31,7 +31,7 @@ template <int KP> __host__ __device__ constexpr int stage_bytes(int size) {
     return (int)sizeof(Operands<KP>) + CHUNK * COLUMNS * size;
 }
 
-/* Starts the copies of one chunk's operands and values; nothing after the end of the sequence. */
+/* Starts to copy one chunk's operands and values; nothing after the sequence's end. */
 template <int KP>
 __device__ void fetch(const kda_prefill &p, const Chain &chain, const Operands<KP> *all, int64_t chunk,
                       struct kda_span span, Stage<KP> &stage) {
@@ -95,7 +95,7 @@ __device__ void multiply_inverse(float (&u)[CHUNK / 8][4], const float (&x)[CHUN
         for (int j = 0; j <= i; j += 2) { /* its columns, 16 at a time */
             uint32_t a[4], b[4],
                 row = (uint32_t)__cvta_generic_to_shared(
-                    &inverse[tf32_place(i * 8 + lane % 8, j * 8 + lane / 16 * 8 + lane / 8 % 2)]);
+                    &inverse[tf32_index(i * 8 + lane % 8, j * 8 + lane / 16 * 8 + lane / 8 % 2)]);
             ldmatrix(b, row);
             tf32_operand(x[j], a);
             mma_tf32(u[i], a, b[0], b[1]);
@@ -163,10 +163,10 @@ __device__ void advance(const kda_prefill &p, const Chain &chain, const Stage<KP
     for (int i = 0; i < CHUNK / 16; i++)
         split_operand(U[2 * i], U[2 * i + 1], u[i]);
     multiply_M(o, u, operands.M);
-    int part = threadIdx.x % 4 * 2;
+    int channel = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int c = 0; c < KP / 8; c++) {
-        float2 carry = *reinterpret_cast<const float2 *>(&operands.carry[c * 8 + part]);
+        float2 carry = *reinterpret_cast<const float2 *>(&operands.carry[c * 8 + channel]);
         S[c][0] = fmaf(S[c][0], carry.x, S[c][0]), S[c][1] = fmaf(S[c][1], carry.y, S[c][1]);
         S[c][2] = fmaf(S[c][2], carry.x, S[c][2]), S[c][3] = fmaf(S[c][3], carry.y, S[c][3]);
     }
@@ -185,7 +185,7 @@ __device__ void advance(const kda_prefill &p, const Chain &chain, const Stage<KP
 
 template <int KP>
 __global__ void __launch_bounds__(THREADS)
-    run(const __grid_constant__ kda_prefill p, const Operands<KP> *operands, int64_t chunks) {
+    general(const __grid_constant__ kda_prefill p, const Operands<KP> *operands, int64_t chunks) {
     extern __shared__ __align__(16) char memory[];
     int bytes = stage_bytes<KP>(p.v.dtype == KDA_F32 ? 4 : 2);
     auto stage = [&](int64_t i) -> Stage<KP> & {
@@ -229,7 +229,7 @@ static cudaError_t launch_padded(const kda_prefill *p, const kda_plan *plan, con
                                  const void *operands) {
     using namespace kda;
     int bytes = STAGES * stage_bytes<KP>(p->v.dtype == KDA_F32 ? 4 : 2);
-    return launch_kernel(run<KP>, *launch, THREADS, bytes, p->stream, *p,
+    return launch_kernel(general<KP>, *launch, THREADS, bytes, p->stream, *p,
                          static_cast<const Operands<KP> *>(operands), plan->chunks);
 }
 

@@ -19,13 +19,13 @@ typedef cudaError_t kda_sm80_launcher(const struct kda_prefill *p, const struct 
 /* Writes the operands of all chunks of every value head. */
 kda_sm80_launcher kda_sm80_prepare;
 
-/* Takes every state through its chunks: writes out, final_state and checkpoints at whole chunks. */
+/* Takes every state through its chunks: writes out, final_state and checkpoints. */
 kda_sm80_launcher kda_sm80_general;
 
-/* Takes every state through its sequence's tokens. aligned: every row of the states is whole pieces of 16 bytes. */
+/* Takes every state through its sequence's tokens. aligned: the states' rows are whole pieces of 16 bytes. */
 cudaError_t kda_sm80_decode(const struct kda_decode *d, bool aligned);
 
-/* The same between convolutions and a norm, as far as they are given. */
+/* The same between convolutions and a norm, those of them that are given. */
 cudaError_t kda_sm80_decode_fused(const struct kda_decode *d, bool aligned);
 
 #ifdef __cplusplus

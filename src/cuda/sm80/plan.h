@@ -13,8 +13,8 @@ extern "C" {
 /* Columns of V that a CTA of the kernel `general` works. */
 enum { KDA_SM80_COLUMNS = 64 };
 
-/* Bytes of the operands of one chunk of one value head, whose K is padded to KP (operands.cuh): KT, QT and KR, the inverse,
- * M, the carry, and the growth. */
+/* Bytes of the operands of one chunk of one value head, whose K is padded to KP (operands.cuh): KT, QT and KR,
+ * the inverse, M, the carry, and the growth. */
 #define KDA_SM80_OPERANDS(KP) \
     (3 * KDA_CUDA_CHUNK * (KP)*2 + KDA_CUDA_CHUNK * KDA_CUDA_CHUNK * (4 + 2) + (KP)*4 + 16)
 

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The part of a chunk that does not depend on the state, for every chunk of every value head at once: gate, norms,
- * KT, QT, KR, M and the inverse of I + L (docs/maths.md). One CTA a chunk and value head; a thread works two channels of
- * a block of 16 tokens.
+ * Finds what does not depend on the state, for every chunk of every value head at once: gates, norms, KT, QT,
+ * KR, M and the inverse of I + L (docs/maths.md). One CTA works one chunk of one value head, and a thread two
+ * channels of a block of 16 tokens.
  *
- * Pairs of tokens meet in tensor-core products of k or q decayed from the middle of their block and k grown back to
- * it. That product is exact in every exponent, but its factors reach 2^115: inside the blocks, a token's decay counts
- * for at most exp(-10), which changes a pair by at most 4.5e-5 and keeps any gate in range. The state's carry takes
- * the true sum, so that a hard reset clears.
+ * Pairs of tokens meet in tensor-core products: k or q decayed from the middle of its block, times k grown back
+ * to that middle. Such a product is exact in every exponent, but its factors reach 2^115. So within a block a
+ * token's decay counts for at most exp(-10), which changes a pair by at most 4.5e-5 and keeps any gate in
+ * range. The state's carry takes the true sum, so that a hard reset clears.
  */
 #include "cuda/floats.cuh"
 #include "cuda/launch.cuh"
@@ -24,27 +24,28 @@ constexpr int BLOCK = 16, BLOCKS = CHUNK / BLOCK,
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float STRONGEST = -10 * LOG2E; /* decay of a token in a pair, log2 */
 
-/* Decay of one channel of a block, log2: through all of it, and the part before and after its middle; these two with
- * every token's decay at most STRONGEST. */
+/* Log2 decay of one channel over a block: through all of it, before its middle, and after its middle. In the
+ * latter two a token counts for at most STRONGEST. */
 struct Decay {
     float2 through, before, after;
 };
 
 template <int KP> struct Shared {
     static constexpr int PAIRS = KP / 2, THREADS = BLOCKS * PAIRS, WARPS = THREADS / 32;
-    __nv_bfloat16 rows[2][CHUNK * KP]; /* exponent rows of k, then q, decayed from the middle of their block */
-    __nv_bfloat16 columns[CHUNK * KP]; /* exponent rows of k grown back to the middle of their block */
+    /* Unit rows of k, then q: scaled to a length of 1 or near it, and decayed from the middle of their block. */
+    __nv_bfloat16 rows[2][CHUNK * KP];
+    __nv_bfloat16 columns[CHUNK * KP]; /* unit rows of k grown back to the middle of their block */
     __nv_bfloat16 across[BLOCK * KP];  /* those of block 0, decayed to the middle of block 1 */
     Decay decay[BLOCKS][PAIRS];
     float diagonal[CHUNK];           /* of M */
     float products[WARPS][BLOCK];    /* of a warp's channels of q and k of one token */
     float squares[WARPS][2 * BLOCK]; /* of a warp's channels of k, then q */
     alignas(16) float factor
-        [2][WARPS][2 * BLOCK]; /* of a row of KT or QT, and of an exponent row; each warp has its own copy */
-    float undo[2][CHUNK];      /* |row| / |exponent row| of k, then q, where rows are not normalised */
+        [2][WARPS][2 * BLOCK]; /* for a row of KT or QT, then for a unit row; each warp has its own copy */
+    float undo[2][CHUNK];      /* |row| / |unit row| of k, then q, where rows are not normalised */
     float beta[CHUNK];
     float key_square[CHUNK]; /* |k|^2 as it is used */
-    float growth[BLOCKS];    /* log2, of the channel that grows most: 0 if every log decay is below it */
+    float growth[BLOCKS];    /* log2 of the channel that grows most; 0 if no log decay is above 0 */
     alignas(16) float L[CHUNK][CHUNK + 4]; /* transposed */
 };
 
@@ -80,7 +81,7 @@ template <> struct Pair<false> {
 };
 
 /* What a thread works on. */
-struct Place {
+struct Position {
     int64_t batch, token; /* of the block's first token in the tensors */
     int64_t head, key_head;
     int count;    /* tokens of the block that exist */
@@ -88,10 +89,10 @@ struct Place {
     int channels; /* how many of them exist */
 };
 
-/* The block's rows of q, k or g; for a missing token, the last one that exists. All loads are under way before the first
- * is used. */
+/* Loads the block's rows of q, k or g; for a missing token, the last one that exists. All loads are issued
+ * before the first is used. */
 template <bool all_bf16>
-__device__ void load_rows(const kda_tensor &t, const Place &at, int64_t head, Pair<all_bf16> (&x)[BLOCK]) {
+__device__ void load_rows(const kda_tensor &t, const Position &at, int64_t head, Pair<all_bf16> (&x)[BLOCK]) {
     const char *row = kda_row(&t, at.batch, at.token, head) + (t.dtype == KDA_F32 ? 4 : 2) * at.c;
     int64_t stride = t.stride[1];
     bool pairs =
@@ -110,7 +111,7 @@ __device__ void load_rows(const kda_tensor &t, const Place &at, int64_t head, Pa
     }
 }
 
-/* Lane l ends with the sum of value l over the warp: halves of the values are exchanged for halves of the lanes. */
+/* Lane l ends with the sum of value l over the warp: in each step lanes exchange half of their values. */
 template <int half> __device__ void sum_by_lane(float (&x)[32]) {
     bool high = threadIdx.x & half;
 #pragma unroll
@@ -122,8 +123,8 @@ template <int half> __device__ void sum_by_lane(float (&x)[32]) {
         sum_by_lane<half / 2>(x);
 }
 
-/* Rows that are not normalised are made smaller by a power of two where their size could take a pair's factors out of
- * range; their squares are summed small for the same reason. */
+/* Rows that are not normalised are made smaller by a power of two where their size could take a pair's factors
+ * out of range. Their squares are summed small for the same reason. */
 constexpr int SHRINK_LOG2 = 40;
 constexpr float SHRINK = 0x1p-40f;
 
@@ -140,7 +141,8 @@ __device__ float unit_factor(float squares) {
     return half_exponent > 0 ? ldexpf(1.f, -half_exponent) : 1.f;
 }
 
-/* Squares of a warp's channels of k, then of q, token by token, each times `factor`: lane l has those of row l. */
+/* Squares of a warp's channels of k, then q, token by token, times `factor` squared: lane l has those of row
+ * l. */
 template <bool all_bf16>
 __device__ float sum_squares(const Pair<all_bf16> (&k)[BLOCK], const Pair<all_bf16> (&q)[BLOCK], float factor) {
     float sums[2 * BLOCK];
@@ -165,11 +167,11 @@ __device__ float sum_products(const Pair<all_bf16> (&k)[BLOCK], const Pair<all_b
     return sums[0];
 }
 
-/* Rows to be normalised whose squares could leave fp32 are made smaller before. */
+/* Rows to be normalised are made smaller first where their squares could leave fp32. */
 constexpr float LARGE = 0x1p100f, SMALLER = 0x1p-70f;
 
 template <int KP, bool all_bf16>
-__device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all_bf16> (&k)[BLOCK],
+__device__ void find_norms(const kda_prefill &p, const Position &at, const Pair<all_bf16> (&k)[BLOCK],
                            const Pair<all_bf16> (&q)[BLOCK], Shared<KP> &shared) {
     constexpr int PER_BLOCK = Shared<KP>::WARPS / BLOCKS;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = at.block * PER_BLOCK;
@@ -184,7 +186,7 @@ __device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all
         (w / PER_BLOCK == at.block ? squares : others) += shared.squares[w][lane];
     bool large = p.qk_norm && !(squares < LARGE); /* or NaN */
     float up = 1;                                 /* what brings a product of such rows back, twice */
-    if (__any_sync(~0u, large || (p.qk_norm && !(others < LARGE)))) { /* of all warps or of none */
+    if (__any_sync(~0u, large || (p.qk_norm && !(others < LARGE)))) { /* the same for all warps */
         bool other = __shfl_xor_sync(~0u, large, BLOCK), large_row = large || other;
         __syncthreads(); /* all have read them */
         float small_squares = sum_squares(k, q, SMALLER), small_products = sum_products(k, q, SMALLER);
@@ -198,14 +200,14 @@ __device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all
         for (int w = 0; w < PER_BLOCK; w++)
             squares += shared.squares[first + w][lane];
     }
-    float scale = lane < BLOCK ? 1.f : p.scale, exponent = unit_factor(squares);
+    float scale = lane < BLOCK ? 1.f : p.scale, unit = unit_factor(squares);
     if (p.qk_norm)
-        exponent = large ? rsqrtf(squares) * SMALLER : rsqrtf(squares + 1e-6f);
+        unit = large ? rsqrtf(squares) * SMALLER : rsqrtf(squares + 1e-6f);
     bool exists = lane % BLOCK < at.count;
-    shared.factor[0][warp][lane] = exists ? (p.qk_norm ? exponent * scale : scale) : 0.f;
-    shared.factor[1][warp][lane] = exists ? exponent * (p.qk_norm ? scale : 1.f) : 0.f;
+    shared.factor[0][warp][lane] = exists ? (p.qk_norm ? unit * scale : scale) : 0.f;
+    shared.factor[1][warp][lane] = exists ? unit * (p.qk_norm ? scale : 1.f) : 0.f;
     if (warp % PER_BLOCK == 0)
-        shared.undo[lane / BLOCK][at.block * BLOCK + lane % BLOCK] = scale / exponent;
+        shared.undo[lane / BLOCK][at.block * BLOCK + lane % BLOCK] = scale / unit;
     __syncwarp();
     if (warp % PER_BLOCK == 0 && lane < BLOCK) {
         float product = 0;
@@ -217,9 +219,9 @@ __device__ void find_norms(const kda_prefill &p, const Place &at, const Pair<all
     }
 }
 
-/* g becomes x, the log2 decay of each token from the middle of its block, and the block's decays. */
+/* Turns g into x, the log2 decay of each token from the middle of its block, and finds the block's decays. */
 template <int KP, flash_kda_gate gate, bool all_bf16>
-__device__ void find_decays(const kda_prefill &p, const Place &at, const Pair<all_bf16> (&g)[BLOCK],
+__device__ void find_decays(const kda_prefill &p, const Position &at, const Pair<all_bf16> (&g)[BLOCK],
                             float2 (&x)[BLOCK], Decay &decay, Shared<KP> &shared) {
     const char *bias = p.dt_bias.data ? p.dt_bias.data + at.head * p.dt_bias.stride[0] : nullptr;
     float A =
@@ -277,40 +279,42 @@ __device__ float2 exp2_pair(float x, float y) { return make_float2(exp2_approxim
 
 __device__ uint32_t pack(float2 x) { return pack_bf16(x.x, x.y); }
 
-/* Decays of two channels between the middles and ends of blocks, as factors. A longer way is a product of these in turn
- * and not one factor, which could vanish though its product with a factor of a row does not. */
-struct Ways {
-    float2 from_start;         /* to the middle of the thread's own block */
-    float2 behind_0, before_1; /* from the middle of block 0 to its end, from there to the middle of block 1 */
-    float2 behind_1;
+/* Decay factors of two channels between the middles and ends of blocks. A longer distance is multiplied step by
+ * step: one factor could vanish where its product with a row's factor does not. */
+struct DecayFactors {
+    float2 from_start;        /* to the middle of the thread's own block */
+    float2 after_0, before_1; /* from the middle of block 0 to its end, from there to the middle of block 1 */
+    float2 after_1;
 };
 
-template <int KP> __device__ Ways find_ways(const Shared<KP> &shared, const Place &at, Operands<KP> &out) {
+template <int KP>
+__device__ DecayFactors find_decay_factors(const Shared<KP> &shared, const Position &at, Operands<KP> &out) {
     const Decay &first = shared.decay[0][at.c / 2], &second = shared.decay[1][at.c / 2];
-    Ways ways;
-    ways.behind_0 = exp2_pair(first.after.x, first.after.y);
-    ways.before_1 = exp2_pair(second.before.x, second.before.y);
-    ways.behind_1 = exp2_pair(second.after.x, second.after.y);
+    DecayFactors decays;
+    decays.after_0 = exp2_pair(first.after.x, first.after.y);
+    decays.before_1 = exp2_pair(second.before.x, second.before.y);
+    decays.after_1 = exp2_pair(second.after.x, second.after.y);
     if (at.block == 0) {
-        ways.from_start = exp2_pair(first.before.x, first.before.y);
+        decays.from_start = exp2_pair(first.before.x, first.before.y);
         *reinterpret_cast<float2 *>(&out.carry[at.c]) =
             make_float2(expm1f((first.through.x + second.through.x) * LN2),
                         expm1f((first.through.y + second.through.y) * LN2));
     } else
-        ways.from_start =
-            times(exp2_pair(first.before.x + first.after.x, first.before.y + first.after.y), ways.before_1);
-    return ways;
+        decays.from_start =
+            times(exp2_pair(first.before.x + first.after.x, first.before.y + first.after.y), decays.before_1);
+    return decays;
 }
 
 template <int KP, bool all_bf16, bool normalised>
-__device__ void store_tiles(const Place &at, const Pair<all_bf16> (&k)[BLOCK], const Pair<all_bf16> (&q)[BLOCK],
-                            const float2 (&x)[BLOCK], Shared<KP> &shared, Operands<KP> &out) {
-    Ways ways = find_ways<KP>(shared, at, out);
+__device__ void store_tiles(const Position &at, const Pair<all_bf16> (&k)[BLOCK],
+                            const Pair<all_bf16> (&q)[BLOCK], const float2 (&x)[BLOCK], Shared<KP> &shared,
+                            Operands<KP> &out) {
+    DecayFactors decays = find_decay_factors<KP>(shared, at, out);
     const float *row_factor = shared.factor[0][threadIdx.x / 32];
-    float exponent[2 * BLOCK];
+    float unit[2 * BLOCK];
 #pragma unroll
     for (int t = 0; t < 2 * BLOCK; t += 4)
-        *reinterpret_cast<float4 *>(&exponent[t]) =
+        *reinterpret_cast<float4 *>(&unit[t]) =
             *reinterpret_cast<const float4 *>(&shared.factor[1][threadIdx.x / 32][t]);
     auto put = [](__nv_bfloat16 *tile, int i, float2 pair) {
         *reinterpret_cast<uint32_t *>(&tile[i]) = pack(pair);
@@ -320,14 +324,14 @@ __device__ void store_tiles(const Place &at, const Pair<all_bf16> (&k)[BLOCK], c
         int row = at.block * BLOCK + t;
         int i = swizzled<CHUNK, KP>(row, at.c), j = swizzled<2 * CHUNK, KP>(row, at.c);
         float2 decayed = exp2_pair(x[t].x, x[t].y), grown = exp2_pair(-x[t].x, -x[t].y);
-        float2 key_row = times(times(k[t].get(), exponent[t]), decayed);
-        float2 query_row = times(times(q[t].get(), exponent[BLOCK + t]), decayed);
-        float2 column = times(times(k[t].get(), exponent[t]), grown);
+        float2 key_row = times(times(k[t].get(), unit[t]), decayed);
+        float2 query_row = times(times(q[t].get(), unit[BLOCK + t]), decayed);
+        float2 column = times(times(k[t].get(), unit[t]), grown);
         put(shared.rows[0], i, key_row);
         put(shared.rows[1], i, query_row);
         put(shared.columns, i, column);
         if (at.block == 0) {
-            column = times(times(column, ways.behind_0), ways.before_1);
+            column = times(times(column, decays.after_0), decays.before_1);
             put(shared.across, swizzled<BLOCK, KP>(t, at.c), column);
         }
         if (!normalised) {
@@ -335,11 +339,11 @@ __device__ void store_tiles(const Place &at, const Pair<all_bf16> (&k)[BLOCK], c
             query_row = times(times(q[t].get(), row_factor[BLOCK + t]), decayed);
             column = times(times(k[t].get(), row_factor[t]), grown);
             if (at.block == 0)
-                column = times(times(column, ways.behind_0), ways.before_1);
+                column = times(times(column, decays.after_0), decays.before_1);
         }
-        put(out.queries_keys, j, times(key_row, ways.from_start));
-        put(out.queries_keys, j + CHUNK * PANEL, times(query_row, ways.from_start));
-        put(out.keys_to_end, i, times(column, ways.behind_1));
+        put(out.queries_keys, j, times(key_row, decays.from_start));
+        put(out.queries_keys, j + CHUNK * PANEL, times(query_row, decays.from_start));
+        put(out.keys_to_end, i, times(column, decays.after_1));
     }
 }
 
@@ -357,7 +361,7 @@ __device__ void multiply_pairs(const MatrixRow<CHUNK, KP> &rows, int down, const
     }
 }
 
-/* A block of L (of k's rows) or M (of q's): row block `later`, column block `earlier`. */
+/* Makes a block of L (from k's rows) or M (from q's): row block `later`, column block `earlier`. */
 template <int KP>
 __device__ void make_block(bool normalised, bool of_queries, int later, int earlier, Shared<KP> &shared,
                            Operands<KP> &out) {
@@ -377,7 +381,7 @@ __device__ void make_block(bool normalised, bool of_queries, int later, int earl
             float undo = shared.undo[of_queries][i];
             x *= undo * shared.undo[0][j], y *= undo * shared.undo[0][j + 1];
         }
-        /* What lies above the diagonal may be infinite: it is replaced, never multiplied. */
+        /* Above the diagonal products may be infinite: they are replaced, never multiplied. */
         if (of_queries) {
             float own = shared.diagonal[i];
             uint32_t pair = pack_bf16(i == j ? own : i > j ? x : 0.f, i == j + 1 ? own : i > j ? y : 0.f);
@@ -422,12 +426,12 @@ template <int KP> __device__ void invert(const Shared<KP> &shared, float (&inver
         x[j] = round_tf32(x[j] * shared.beta[j]);
 #pragma unroll
     for (int j = 0; j < CHUNK; j += j % 2 ? 7 : 1) /* even, then odd tokens of each group of 8 */
-        *reinterpret_cast<float4 *>(&inverse[tf32_place(lane, j)]) =
+        *reinterpret_cast<float4 *>(&inverse[tf32_index(lane, j)]) =
             make_float4(x[j], x[j + 2], x[j + 4], x[j + 6]);
 }
 
-/* One warp: how much the chunk's transition can grow a state. A token's, (I - beta k k^T) diag(exp(a)), makes none longer by
- * more than |1 - beta |k|^2|, or 1, times the largest exp(a). */
+/* One warp: bounds how much the chunk's transition grows a state. A token's transition, (I - beta k k^T)
+ * diag(exp(a)), grows none by more than max(|1 - beta |k|^2|, 1) times the largest exp(a). */
 template <int KP> __device__ void bound_growth(const Shared<KP> &shared, Operands<KP> &out) {
     int token = threadIdx.x % 32;
     float growth = log2f(fmaxf(fabsf(1 - shared.beta[token] * shared.key_square[token]), 1.f));
@@ -439,7 +443,7 @@ template <int KP> __device__ void bound_growth(const Shared<KP> &shared, Operand
 }
 
 template <int KP, bool all_bf16>
-__device__ void prepare_chunk(const kda_prefill &p, const Place &at, Shared<KP> &shared, Operands<KP> &out) {
+__device__ void prepare_chunk(const kda_prefill &p, const Position &at, Shared<KP> &shared, Operands<KP> &out) {
     Pair<all_bf16> k[BLOCK], q[BLOCK], g[BLOCK];
     load_rows(p.k, at, at.key_head, k);
     load_rows(p.q, at, at.key_head, q);
@@ -500,7 +504,7 @@ __global__ void __launch_bounds__(Shared<KP>::THREADS, 512 / Shared<KP>::THREADS
         span = kda_chunk_span(&p, low, s.length, chunk);
     if (s.slot < 0 || span.count == 0)
         return;
-    Place at;
+    Position at;
     at.block = threadIdx.x / Shared<KP>::PAIRS;
     at.batch = s.batch, at.token = s.first + span.first + at.block * BLOCK;
     at.count = (int)span.count - at.block * BLOCK;

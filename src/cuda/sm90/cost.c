@@ -1,35 +1,37 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The cost model of cutting sequences into segments, in microseconds, fitted to what an H200 does with K = V = 128.
+ * The cost model, in microseconds, fitted to what an H200 does with K = V = 128.
  *
- * Not split, a chain's steps follow each other. Cut, a first pass finds each segment's (A, B), which takes its columns of A
- * beside those of V, a scan gives every segment its true state, and a second pass writes the outputs. Before either,
- * every multiprocessor prepares operands. The fused kernel needs none of this, but its steps take longer.
+ * In the general schedule all multiprocessors first prepare operands. Unsplit, a chain's steps then follow each
+ * other. Split, a first pass finds each segment's (A, B), working the columns of A beside those of V; a scan
+ * gives every segment its true state; a second pass writes the outputs. The persistent schedule needs none of
+ * this, but its steps take longer.
  */
 #include "cuda/sm90/cost.h"
 
-/* A step of every CTA: with one warpgroup of consumers to a multiprocessor, and with two. */
+/* A step of every CTA: with one consumer warpgroup on a multiprocessor, and with two. */
 struct step {
     double alone, beside;
 };
 static const struct step WITH_OUTPUTS = {1.2, 2.0}, SUMMARISING = {0.95, 1.4};
 #define PREPARE         2.7 /* a chunk of one head, on one multiprocessor */
 #define STEP_PERSISTENT 2.15
-#define BEGIN           8.2 /* of a CTA's chain or segment, and its end */
+#define BEGIN           8.2 /* the start and the end of a CTA's chain or segment */
 #define SCAN_STEP       2.1
-#define LAUNCH          3.75 /* a kernel, and its ramp */
-/* Of pairs: a step, not split and split; where they are split, a segment's beginning and end with those of the kernels after, and its
- * composition. What is not of first segments has the identity to be taken through, too, and its outputs corrected. */
+#define LAUNCH          3.75 /* a kernel's launch and ramp */
+/* Cluster schedule: time per chunk, unsplit and split; start-up per segment, with that of the kernels after it;
+ * a segment's step of the scan. Later segments also propagate the identity and have history added, NOT_FIRST
+ * per chunk. */
 #define STEP_CLUSTER      1.395
 #define STEP_SPLIT        1.74
 #define BEGIN_SPLIT       13.5
 #define CLUSTER_SCAN_STEP 0.4
-#define NOT_FIRST         1.78 /* a chunk, on one multiprocessor */
-/* Of ranges: a step; all kernels and the first chunk's identity; looking, in vain. */
+#define NOT_FIRST         1.78 /* on one multiprocessor */
+/* Stream-K: time per chunk; all its kernels and the identity through the first chunk; a probe in vain. */
 #define STEP_RANGE 2.40
 #define STREAM_K   30.0
 #define FRUITLESS  9.0
-/* The longest sequence of a packed batch, in average ones, and what it costs that CTAs do not end together. */
+/* A packed batch: its longest sequence, in average ones; what it costs that CTAs do not end together. */
 #define LONGEST   2.4
 #define IMBALANCE 1.15
 enum { MIN_CHUNKS = 4 /* of a segment */, MIN_RANGE = 3 };
@@ -39,7 +41,7 @@ static double steps(struct step step, int64_t chunks, int64_t ctas, int processo
     return (double)waves * ((double)chunks * (ctas <= processors ? step.alone : step.beside) + BEGIN);
 }
 
-static double cost(const struct kda_segment_problem *p, int segments) {
+static double general_cost(const struct kda_segment_problem *p, int segments) {
     double prepare = (double)(p->chains * p->chunks) * PREPARE / p->processors + LAUNCH;
     if (segments == 1)
         return prepare + steps(WITH_OUTPUTS, p->chunks, p->chains * p->ctas_per_chain, p->processors) + LAUNCH;
@@ -54,14 +56,14 @@ static double cost(const struct kda_segment_problem *p, int segments) {
 int kda_general_segments(const struct kda_segment_problem *problem) {
     int best = 1;
     for (int n = 3; problem->may_split && n <= KDA_MAX_SEGMENTS && problem->chunks / n >= MIN_CHUNKS; n++)
-        if (cost(problem, n) < cost(problem, best))
+        if (general_cost(problem, n) < general_cost(problem, best))
             best = n;
     return best;
 }
 
 static double cluster_cost(const struct kda_segment_problem *p, int segments) {
     double longest = (double)p->chunks * (p->packed ? LONGEST : 1);
-    int64_t pairs = p->processors / 2, waves = (p->chains * segments + pairs - 1) / pairs;
+    int64_t clusters = p->processors / 2, waves = (p->chains * segments + clusters - 1) / clusters;
     if (segments == 1)
         return (double)waves * (longest * STEP_CLUSTER + BEGIN) + LAUNCH;
     int64_t each = ((int64_t)longest + segments - 1) / segments;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Into how many segments sequences are split so that few chains use many multiprocessors (docs/maths.md). */
+/* Into how many segments sequences are split, so that few chains use many multiprocessors (docs/maths.md). */
 #ifndef KDA_CUDA_SM90_COST_H
 #define KDA_CUDA_SM90_COST_H
 
@@ -16,19 +16,23 @@ struct kda_segment_problem {
     int processors;         /* multiprocessors, each of which holds two CTAs */
 };
 
-/* 1, or the number of segments, at least 3, that the cost model below expects to be fastest with prepared operands. */
+/* The number of segments that the cost model expects to be fastest for the general schedule: 1, or at least
+ * 3. */
 int kda_general_segments(const struct kda_segment_problem *problem);
 
-/* The same for pairs of multiprocessors, each of which works one chain or segment at a time: 1, or at least 2;
- * *microseconds becomes what it expects of the kernels. */
+/* The same for the cluster schedule, where two multiprocessors work one chain or segment at a time: 1, or at
+ * least 2. *microseconds becomes the time that the model expects. */
 int kda_cluster_segments(const struct kda_segment_problem *problem, double *microseconds);
 
-/* What it expects of the fused kernel, which works a chain in one CTA, one CTA on a multiprocessor. */
+/* The microseconds that the model expects of the persistent schedule, where a CTA has a multiprocessor to
+ * itself. */
 double kda_persistent_cost(const struct kda_segment_problem *problem);
 
-/* Ranges of all chains end to end, at most one to a multiprocessor, that are long enough to be worth it; 0: none. Where gates
- * are strong they are worked instead of all else, which takes `otherwise`: does it pay to look? */
+/* How many stream-K ranges to use, each long enough to be worth it: at most one for a multiprocessor. 0:
+ * none. */
 int kda_stream_k_ranges(const struct kda_segment_problem *problem);
+
+/* Does it pay to probe? Where gates are strong, ranges replace kernels that take `otherwise` microseconds. */
 bool kda_stream_k_pays(const struct kda_segment_problem *problem, int ranges, double otherwise);
 
 #endif

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Decode of one token, its states brought by the copy engine. One CTA works 64 or 128 columns of V of one state.
+ * Decode of one token, whose states the copy engine brings. One CTA works 64 or 128 columns of V of one state.
  *
- * With few states the time is that of one CTA, from when it may read what the work before has written to its last store.
- * So everything is asked for at once: first what the token brings, then the state, which would keep it waiting; where all
- * that lies is found before. A CTA has more of a state than registers hold, and so prepares a token for more columns; it
- * takes them from shared memory in blocks, as they come.
+ * With few states the time is that of one CTA, from when it may read what the work before has written to its
+ * last store. So it asks for everything at once: first for what the token brings, then for the state, which
+ * would keep it waiting. It finds all addresses before. A CTA has more of a state than registers hold, so it
+ * prepares a token for more columns, and takes these from shared memory block by block as they arrive.
  */
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/sm80/decode_inputs.cuh"
@@ -21,9 +21,9 @@ namespace ptx = cuda::ptx;
 
 constexpr int DIM = 128;
 
-/* Threads and columns of V of a CTA; these come in blocks of as many as a tile has. AHEAD: the state that it is expected to be
- * is brought to the L2 cache while the work before the kernel ends. That pays where multiprocessors or the memory have
- * nothing else to do then. */
+/* Threads and columns of V of a CTA; the columns come in blocks of a tile's size. AHEAD: the expected state is
+ * brought to the L2 cache while the work before the kernel ends. That pays where multiprocessors or memory are
+ * idle then. */
 template <kda_dtype DTYPE, int COLUMNS_, bool AHEAD_> struct Staged {
     static constexpr bool AHEAD = AHEAD_;
     static constexpr int KP = DIM, THREADS = 2 * DIM, COLUMNS = COLUMNS_;
@@ -31,7 +31,7 @@ template <kda_dtype DTYPE, int COLUMNS_, bool AHEAD_> struct Staged {
     static constexpr int BLOCKS = COLUMNS / Tile::COLUMNS, ROW = DIM * (DTYPE == KDA_F32 ? 4 : 2); /* bytes */
     static constexpr bool ONCE = false; /* tokens need no decayed keys, as Channels have them */
     using Token = decode::Token<KP, COLUMNS, Tile::PARTS, ONCE>;
-    __device__ static unsigned place(unsigned channel) { return Tile::place(channel); }
+    __device__ static unsigned index(unsigned channel) { return Tile::index(channel); }
 };
 
 template <class S> struct Shared {
@@ -41,13 +41,13 @@ template <class S> struct Shared {
     int slot; /* whose state is brought; -1: none is */
 };
 
-/* Where a thread's part of what the token brings lies: of q, k, v and beta, or of g, dt_bias and A_log. */
-template <class S> struct Places {
+/* Addresses of a thread's part of what the token brings: of q, k, v and beta, or of g, dt_bias and A_log. */
+template <class S> struct Addresses {
     using Threads = Inputs<S, 1, USUAL>;
     static_assert(Threads::SHARED_OUT && S::THREADS == 2 * S::KP);
     const char *at[4];
 
-    __device__ Places(const Decode &d, const Sequence &s, int head, int column) {
+    __device__ Addresses(const Decode &d, const Sequence &s, int head, int column) {
         if (Threads::has_keys()) {
             int key_head = d.per_group ? (int)__umulhi(head, d.per_group) : head, channel = Threads::channel(0);
             at[0] = find_row_of<USUAL>(d.q, s, 0, key_head) + channel * 2;
@@ -62,7 +62,7 @@ template <class S> struct Places {
         }
     }
 
-    /* Finds them here and now: the compiler would when they are wanted. */
+    /* Computes them here: the compiler would put that off until they are used. */
     __device__ void prefetch() const {
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -85,7 +85,7 @@ template <class S> struct Places {
     }
 };
 
-/* Asks for a state that lies at `from`, or for none if there is no slot. */
+/* Asks for the state at `from`, or for none if there is no slot. */
 template <class S> __device__ void bring(Shared<S> &shared, int slot, const char *from) {
     shared.slot = slot;
     if (slot < 0)
@@ -99,7 +99,7 @@ template <class S> __device__ void bring(Shared<S> &shared, int slot, const char
     }
 }
 
-/* A thread's part of a block. */
+/* Takes a thread's part of a block. */
 template <class S> __device__ void take(const Shared<S> &shared, int block, typename S::Tile &tile) {
     using Tile = typename S::Tile;
     const char *at = &shared.state[block][Tile::row(0)][threadIdx.x % LANES * 16];
@@ -151,7 +151,8 @@ template <class Tile> struct Channels {
     }
 };
 
-template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __grid_constant__ Decode given) {
+template <class S>
+__global__ void __launch_bounds__(S::THREADS, 2) decode(const __grid_constant__ Decode given) {
     using Tile = typename S::Tile;
     extern __shared__ __align__(128) char memory[];
     Shared<S> &shared = *reinterpret_cast<Shared<S> *>(memory);
@@ -159,7 +160,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __
     int n = d.first_sequence + blockIdx.z, head = blockIdx.y, column = blockIdx.x * S::COLUMNS;
     char *state = d.state + times(head, d.state_head_stride) + column * S::ROW, *from = state; /* of slot 0 */
     int hint = -1;
-    /* The slot may yet change before this kernel may know it. */
+    /* A guess: the work before may still write the index. */
     if (threadIdx.x == 0) {
         hint = in_pool(d, find_read_index(d, n));
         from += times(max(hint, 0), d.slot_stride);
@@ -172,13 +173,13 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __
     }
     Sequence s = find_sequence(d);
     Inputs<S, 1, USUAL> inputs;
-    Places<S> places(d, s, head, column);
-    places.prefetch();
+    Addresses<S> addresses(d, s, head, column);
+    addresses.prefetch();
     char *out = nullptr;
     if (d.out.data)
         out = find_row_of<USUAL>(d.out, s, 0, head) + column * 2;
     wait_for_inputs();
-    places.load(d, inputs);
+    addresses.load(d, inputs);
     int index = find_read_index(d, n);
     if (threadIdx.x == 0)
         bring(shared, hint, from);
@@ -195,7 +196,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __
 #pragma unroll
     for (int block = 0; block < S::BLOCKS; block++) {
         Tile tile;
-        if (brought >= 0) /* what is under way is waited for in any case */
+        if (brought >= 0) /* what is on its way is waited for in any case */
             while (!ptx::mbarrier_try_wait_parity(&shared.arrived[block], 0))
                 ;
         if (s.slot < 0)
@@ -217,17 +218,17 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) run(const __
 
 template <class S> cudaError_t launch_staged(const kda_decode *d) {
     dim3 grid((unsigned)(d->tokens.value_dim / S::COLUMNS), (unsigned)d->tokens.value_heads);
-    return launch(run<S>, shorten(d), d, grid, S::THREADS, (int)sizeof(Shared<S>), 0);
+    return launch(decode<S>, shorten(d), d, grid, S::THREADS, (int)sizeof(Shared<S>), 0);
 }
 
-/* States of which a multiprocessor has so many at most are few. */
+/* So many states to a multiprocessor, at most, are few. */
 constexpr int FEW_STATES = 4;
 
 int64_t count_states(const kda_decode *d) {
     return d->tokens.sequences * d->tokens.value_heads * (d->tokens.value_dim / DIM);
 }
 
-/* Half a state to a CTA where there are multiprocessors enough for all halves. */
+/* A CTA has half a state where there are multiprocessors enough for all halves. */
 template <kda_dtype DTYPE> cudaError_t launch_dtype(const kda_decode *d, int processors) {
     int64_t states = count_states(d);
     if (2 * states <= processors)

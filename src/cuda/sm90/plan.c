@@ -30,9 +30,9 @@ static bool can_map(const struct kda_tensor *t) {
     return good && t->shape[3] % PANEL == 0;
 }
 
-/* Can operands have the form of three tiles, as all schedules but the general one want? K = V = 64 or 128, q, k, v and g in
- * bf16 with rows that start at multiples of 16 bytes, outputs of 2 bytes likewise, normalised q and k, the sigmoid gate or,
- * for 128, the softplus gate. */
+/* Can the operands have the form of three tiles, which all schedules but the general one need? It takes K = V =
+ * 64 or 128, q, k, v and g in bf16 with rows that start at multiples of 16 bytes, outputs of 2 bytes likewise,
+ * normalised q and k, the sigmoid gate or, for 128, the softplus gate. */
 static bool has_tiles(const struct kda_prefill *p) {
     const struct kda_tensor *brought[] = {&p->q, &p->k, &p->v, &p->g};
     bool dims = p->key_dim == 128 || (p->key_dim == 64 && p->gate == FLASH_KDA_GATE_SIGMOID);
@@ -43,8 +43,8 @@ static bool has_tiles(const struct kda_prefill *p) {
     return good;
 }
 
-/* Sequences are not split where a sequence's bits must not depend on the others, nor at checkpoints that fall between
- * whole chunks. */
+/* No sequence is split if its bits may not depend on the others, or where checkpoints fall between whole
+ * chunks. */
 static bool may_split(const struct kda_prefill *p) {
     return !p->batch_invariant && p->tokens && p->sequences && !kda_splits_chunks(p) &&
            !kda_checkpoint_splits(p) && p->key_dim % 4 == 0; /* the scan copies 16 bytes at a time */
@@ -74,7 +74,8 @@ static void choose(const struct kda_prefill *p, int multiprocessors, const struc
         plan->schedule = KDA_SCHEDULE_GENERAL;
         plan->segments = kda_general_segments(&problem);
     } else if (p->key_dim != KDA_SM90_DIM) {
-        /* A rule, not a model: where nothing would be split, or enough of the device is used. */
+        /* A rule, not the cost model: persistent where general would not be split, or chains use enough of the
+         * device. */
         plan->segments = kda_general_segments(&problem);
         bool many = plan->segments == 1 || problem.chains >= multiprocessors / 3;
         plan->schedule =
@@ -82,7 +83,7 @@ static void choose(const struct kda_prefill *p, int multiprocessors, const struc
     } else {
         double persistent = kda_persistent_cost(&problem);
         plan->segments = kda_cluster_segments(&problem, &cost);
-        /* What is in the batch beside a sequence may not decide. */
+        /* If bits may not depend on the batch, neither may the schedule. */
         plan->schedule = asked                                     ? asked
                          : p->batch_invariant || persistent < cost ? KDA_SCHEDULE_PERSISTENT
                                                                    : KDA_SCHEDULE_CLUSTER;
@@ -105,7 +106,7 @@ static void plan_general(const struct kda_prefill *p, int multiprocessors, struc
              segments = chains * (unsigned)plan->segments;
     kda_sm80_plan_prepare(p, plan);
     if (plan->segments == 1) {
-        /* Two warpgroups of consumers share what a CTA fetches, where that leaves no multiprocessor without one. */
+        /* Two consumer warpgroups share what a CTA fetches, if that leaves no multiprocessor without a CTA. */
         bool two = (int64_t)chains * value_ctas > multiprocessors && value_ctas % 2 == 0;
         kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_GENERAL,
                                                  .config = two ? 2 : 1,
@@ -135,8 +136,8 @@ static void plan_stream_k(struct kda_plan *plan) {
 
 static void plan_persistent(const struct kda_prefill *p, int multiprocessors, struct kda_plan *plan) {
     int64_t chains = chains_of(p);
-    /* Two CTAs on a multiprocessor where K = V = 64, but one with twice the producers where there is one for every chain.
-     * Which kernel it is may not depend on the batch if bits may not. */
+    /* With K = V = 64 a multiprocessor holds two CTAs. It holds one with twice the producers where every chain
+     * has a multiprocessor. The kernel may not depend on the batch if bits may not. */
     bool few = !p->batch_invariant && chains <= multiprocessors;
     int config = p->key_dim == 128 || few ? 1 : 2;
     kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_PERSISTENT,
@@ -145,12 +146,12 @@ static void plan_persistent(const struct kda_prefill *p, int multiprocessors, st
                                              .overlaps = plan->stream_k.ranges > 0});
 }
 
-/* Columns of V that a CTA scans, in eights: as few as let all CTAs of an H200 run at once. */
+/* Columns of V that a CTA scans, in eights: as few as still let all CTAs of an H200 run at once. */
 static int scan_columns(int64_t chains) { return chains <= 8 ? 1 : chains <= 16 ? 2 : 4; }
 
 static void plan_history(const struct kda_prefill *p, int multiprocessors, struct kda_plan *plan) {
     int64_t states = chains_of(p) * (plan->segments - 1);
-    int64_t each = plan->chunks / (p->sequences * plan->segments) + 1; /* chunks, about */
+    int64_t each = plan->chunks / (p->sequences * plan->segments) + 1; /* chunks of a segment, about */
     int64_t strips = each * (KDA_CUDA_CHUNK / KDA_SM90_HISTORY_TOKENS);
     int64_t pieces = kda_clamp(KDA_SM90_HISTORY_CTAS * multiprocessors / states, 1,
                                (strips + KDA_SM90_HISTORY_WARPS - 1) / KDA_SM90_HISTORY_WARPS);
@@ -164,8 +165,8 @@ static void plan_cluster(const struct kda_prefill *p, int multiprocessors, struc
     enum { SHORT = 1024 /* tokens of a segment */ };
     int64_t chains = chains_of(p);
     int64_t tokens = p->tokens / (p->cu_seqlens.data ? p->sequences : 1) / plan->segments;
-    /* A cluster that overlaps the kernel before takes what is free just then, often no neighbours: steps are 2% slower,
-     * for a microsecond that is gained in the beginning. */
+    /* A cluster that starts while the kernel before it ends takes multiprocessors that happen to be free, often
+     * no neighbours. It gains a microsecond at the start, but its steps are 2% slower. */
     const struct kda_launch cluster = {.kernel = KDA_KERNEL_CLUSTER,
                                        .grid = {(unsigned)(chains * plan->segments * CLUSTER), 1},
                                        .overlaps = plan->stream_k.ranges && tokens < SHORT};
@@ -183,13 +184,13 @@ static void plan_cluster(const struct kda_prefill *p, int multiprocessors, struc
                                   .grid = {(unsigned)chains,
                                            (unsigned)(KDA_SM90_DIM / columns / KDA_SM90_CLUSTER_SCAN_COLUMNS)},
                                   .overlaps = true});
-    if (p->checkpoints.data) { /* which take true states all the way */
+    if (p->checkpoints.data) { /* they need true states within segments */
         kda_add_launch(plan, cluster);
         return;
     }
     plan_history(p, multiprocessors, plan);
     if (p->beta_mode != FLASH_KDA_BETA_GIVEN)
-        return; /* it is between 0 and 2, and no segment grows a state */
+        return; /* a computed beta is between 0 and 2 and grows no state */
     again.kernel = KDA_KERNEL_CLUSTER_AGAIN;
     again.grid[0] = (unsigned)(chains * CLUSTER);
     again.overlaps = true;
@@ -224,8 +225,8 @@ static void lay_out_general(const struct kda_prefill *p, const struct kda_plan *
     memory->general.growth = kda_take(arena, segments, sizeof *memory->general.growth);
 }
 
-/* What the kernels after stream-K's read. */
-static void lay_out_verdict(const struct kda_prefill *p, struct kda_arena *arena,
+/* The prefix that the schedule's kernels read after stream-K and must preserve. */
+static void lay_out_outcome(const struct kda_prefill *p, struct kda_arena *arena,
                             struct kda_sm90_stream_k *stream_k) {
     stream_k->outcome = kda_take(arena, 1, sizeof *stream_k->outcome);
     stream_k->pending = kda_take(arena, (size_t)chains_of(p), sizeof *stream_k->pending);
@@ -258,7 +259,7 @@ static void lay_out_cluster(const struct kda_prefill *p, const struct kda_plan *
         return;
     cluster->skipped = tokens_of_first(p, plan->segments);
     size_t chains = (size_t)chains_of(p), segments = chains * (size_t)plan->segments;
-    size_t others = segments - chains; /* than first segments */
+    size_t others = segments - chains; /* all but first segments */
     size_t chunks = (size_t)(plan->chunks * p->value_heads), K = (size_t)p->key_dim, V = (size_t)p->value_dim;
     size_t rows = (size_t)(p->batches * (p->tokens - cluster->skipped) * p->value_heads);
     cluster->local_states = kda_take(arena, segments * V * K, sizeof *cluster->local_states);
@@ -278,8 +279,8 @@ size_t kda_sm90_lay_out(const struct kda_prefill *p, const struct kda_plan *plan
     struct kda_arena arena = {workspace, 0};
     *memory = (struct kda_sm90_memory){.stream_k.split = plan->stream_k, .cluster.segments = 1};
     if (plan->stream_k.ranges)
-        lay_out_verdict(p, &arena, &memory->stream_k);
-    struct kda_arena ranges = arena; /* done before the schedule's kernels begin, which use the same memory */
+        lay_out_outcome(p, &arena, &memory->stream_k);
+    struct kda_arena ranges = arena; /* used before the schedule's kernels start; these reuse it */
     if (plan->stream_k.ranges)
         lay_out_ranges(p, &ranges, &memory->stream_k);
     if (plan->schedule == KDA_SCHEDULE_GENERAL)

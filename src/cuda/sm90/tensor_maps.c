@@ -10,7 +10,7 @@ typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32
 
 enum { RANK = 4, PANEL = 64, PIECE = 16 /* channels brought, and taken away */, ALIGNMENT = 16 };
 
-/* The driver's, asked for at run time, once: the library is not linked with it. */
+/* The driver's function, asked for once at run time: the library is not linked with the driver. */
 static encode_function find_encode(void) {
     static _Atomic(encode_function) known;
     encode_function encode = known;

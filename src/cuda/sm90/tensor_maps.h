@@ -12,17 +12,17 @@
 extern "C" {
 #endif
 
-/* Of tensors [B, T, heads, dim] with elements of 2 bytes. A copy brings [32 tokens][64 channels], swizzled by 128
- * bytes, with zeros for tokens after T, or takes [32 tokens][16 channels] of out away, swizzled by 32. Coordinates:
- * channel, head, token, batch. */
+/* Maps of tensors [B, T, heads, dim] with elements of 2 bytes. A copy brings [32 tokens][64 channels], swizzled
+ * by 128 bytes, with zeros for tokens after T; or it takes [32 tokens][16 channels] of out away, swizzled by
+ * 32. Coordinates: channel, head, token, batch. */
 struct kda_sm90_maps {
     CUtensorMap q, k, v, g, out;
 };
 
-/* Has the driver what makes them? */
+/* Does the driver have the function that makes maps? */
 bool kda_sm90_can_make_maps(void);
 
-/* Of a problem that the level plans with them. No access to the device. */
+/* Makes the maps of a problem that the level plans with them. Does not access the device. */
 cudaError_t kda_sm90_map(const struct kda_prefill *p, struct kda_sm90_maps *maps);
 
 #ifdef __cplusplus

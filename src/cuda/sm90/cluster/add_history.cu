@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Finishes the outputs of all segments but the first: what each segment's kernel left from a state of zero, O_B, and O_A
+ * Finishes the outputs of all but first segments: O_B, which the local pass left from a zero state, plus O_A
  * times the segment's true state.
  *
- * Limited by memory. The state lies in shared memory, a warp takes one strip after another by itself. Which element is
- * which row or column of a product is chosen so that a lane's pieces of 16 bytes of O_A are its first operands, and its
- * sums a piece of 16 bytes of the outputs: everything goes from memory to registers and back.
+ * It is limited by memory. The state lies in shared memory, and each warp takes one strip of tokens after
+ * another. Elements are rows and columns of a product in such an order that a lane's 16-byte pieces of O_A are
+ * its first operands, and its sums are a 16-byte piece of the outputs. So everything goes from memory to
+ * registers and back.
  */
 #include "cuda/launch.cuh"
 #include "cuda/ptx/stream.cuh"
@@ -27,15 +28,15 @@ constexpr int PIECE = 16;                                      /* bytes */
 constexpr int EXPONENTS = 2 * DIM / KDA_SM90_EXPONENT_COLUMNS; /* of a chunk: of O_A, then of O_B */
 
 struct Shared {
-    uint4 state[SPANS][TILES][SPANS][32]; /* second operands, of columns, then of channels */
+    uint4 state[SPANS][TILES][SPANS][32]; /* second operands: columns, then channels */
     float factors[DIM];                   /* of a column */
 };
 
-/* What a CTA works on, some strips of a segment, and where its sequence begins. */
+/* What a CTA works on: some strips of a segment, and where its sequence begins. */
 struct WorkTile {
     int64_t state;        /* chain * segments + segment */
     int64_t length;       /* of the sequence, in tokens */
-    int begin, end, step; /* strips of the sequence; of those from begin to end every step-th is a warp's */
+    int begin, end, step; /* strips of the sequence: a warp works every step-th from begin to end */
     const char *of_A;     /* the lane's first piece */
     char *out;
     const int16_t *exponents;
@@ -68,7 +69,8 @@ __device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &str
     return work;
 }
 
-/* Column 8 i + 2 t + b of a span, where accumulators of tile t have it: in lane i of four, b = 0, 1. */
+/* Columns of a span are permuted: accumulators of tile t have column 8 i + 2 t + b in lane i of four, b = 0,
+ * 1. */
 __device__ void load_state(const kda_sm90_cluster_memory &memory, int64_t state, Shared &shared) {
     const uint4 *rows = reinterpret_cast<const uint4 *>(state_before(memory, state, 0));
     int lane = threadIdx.x % 32, row = lane / 4;
@@ -89,12 +91,12 @@ struct Strip {
     uint4 exponents;
 };
 
-/* Is there token t of a strip? */
+/* Does token t of a strip exist? */
 __device__ bool has_token(const WorkTile &work, int number, int t) {
     return number * (int64_t)STRIP + t < work.length;
 }
 
-/* Brings a strip's outputs near: a lane half a row. */
+/* Prefetches a strip's outputs: a lane half a row. */
 __device__ void prefetch_outputs(const kda_prefill &p, const WorkTile &work, int number) {
     int token = threadIdx.x % 32 / 2;
     if (has_token(work, number, token))
@@ -120,14 +122,14 @@ __device__ void load_strip(const kda_prefill &p, const WorkTile &work, int numbe
 __device__ int low(uint32_t x) { return (int16_t)x; }
 __device__ int high(uint32_t x) { return (int)x >> 16; }
 
-__device__ void multiply_pairs(uint4 &piece, __half2 factor) {
+__device__ void scale_pairs(uint4 &piece, __half2 factor) {
     __half2 *pairs = reinterpret_cast<__half2 *>(&piece);
 #pragma unroll
     for (int i = 0; i < 4; i++)
         pairs[i] = __hmul2(pairs[i], factor);
 }
 
-/* Brings all channels of a strip to the largest exponent, which it returns. */
+/* Scales all channels of a strip to the largest of their exponents, which it returns. */
 __device__ int level(Strip &strip) {
     uint4 exponents = strip.exponents;
     uint32_t most = __vmaxs2(__vmaxs2(exponents.x, exponents.y), __vmaxs2(exponents.z, exponents.w));
@@ -139,7 +141,7 @@ __device__ int level(Strip &strip) {
         __half2 factor = __float2half2_rn(power_of_two(exponent - largest));
 #pragma unroll
         for (int m = 0; m < TOKENS; m++)
-            multiply_pairs(strip.pieces[i][m], factor);
+            scale_pairs(strip.pieces[i][m], factor);
     }
     return largest;
 }
@@ -162,7 +164,7 @@ __device__ void multiply(const Strip &strip, const uint4 (&state)[TILES][SPANS][
         }
 }
 
-/* Of 8 columns of a token: O_B in its exponent and the sums in theirs. */
+/* The finished outputs of 8 columns of a token, from scaled O_B and scaled sums. */
 __device__ uint4 finish(kda_dtype dtype, uint4 piece, float factor, const float (&sums)[TILES][4], int lower,
                         float factor_of_sums, const float2 (&of_columns)[TILES]) {
     const uint32_t pairs[TILES] = {piece.x, piece.y, piece.z, piece.w};

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Prefill by cluster of multiprocessors, for few chains (docs/hopper.md): what kernel persistent takes, where chains or their
- * segments are no more than cluster.
+ * Prefill by clusters of two CTAs, for few chains (docs/hopper.md): for problems of K = V = 128 that kernel
+ * persistent takes, where chains or their segments are no more than clusters.
  *
- * A cluster of two CTAs works a chain. Both make operands, of every second chunk, and pass them on to the other, so that
- * each has all of them. Then each takes 64 columns of V through them; or, where sequences are split, one takes all of V
- * through a segment from zero, and the other the identity: scan.cu and add_history.cu make of that what it is from the
- * true state.
+ * Each CTA of a cluster makes the operands of every second chunk and passes them on to the other, so that both
+ * have all. Unsplit, each then takes 64 columns of V through them. Where sequences are split, one takes all of
+ * V through a segment from zero, and the other the identity. From that scan.cu and add_history.cu find what
+ * becomes of the true state.
  */
 #include "cuda/launch.cuh"
 #include "cuda/sm90/cluster/config.cuh"
@@ -21,7 +21,7 @@ __host__ __device__ int segments_of(const kda_sm90_cluster_memory &memory) {
     return memory.again ? 1 : memory.segments;
 }
 
-/* whole: the chain grows, and is worked as a first segment. */
+/* whole: the chain has a segment that may grow a state, and is worked whole, as a first segment. */
 __device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &stream_k,
                               const kda_sm90_cluster_memory &memory, int64_t all_chunks, bool whole) {
     int segments = segments_of(memory), chain = blockIdx.x / CTAS / segments;
@@ -45,15 +45,15 @@ __device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &str
     return work;
 }
 
-/* The row of the checkpoint at a position, where they are in equal steps; -1: there is none. For loaders to find, as consumers
- * are what is waited for. */
+/* The row of the checkpoint at a position, where checkpoints are in equal steps; -1: there is none. Scouts find
+ * it, because consumers are what all wait for. */
 __device__ int find_checkpoint(const kda_prefill &p, int n, int position, int length) {
     int every = (int)kda_min64(p.checkpoint_every, INT32_MAX), row = (position - 1) / every;
     bool here = position > 0 && (position - row * every == every || position == length);
     return here && row < kda_checkpoint_count(&p, n) ? row : -1;
 }
 
-/* Chunk number i of the work, or what says that there is none. */
+/* Describes chunk number i of the work, or says that there is none. */
 template <bool keeps>
 __device__ ChunkInfo find_info(const kda_prefill &p, const WorkTile &work, int column, int i) {
     ChunkInfo info;
@@ -80,9 +80,9 @@ template <bool split> struct ClusterPipelineState : PipelineState<STAGES<split>>
     __device__ explicit ClusterPipelineState(int chunk) : chunk(chunk) {
         this->stage = chunk % STAGES<split>, this->parity = chunk / STAGES<split> & 1;
     }
-    __device__ int info() const { return chunk % INFOS; }
+    __device__ int info_index() const { return chunk % INFOS; }
     __device__ void next() { chunk++, PipelineState<STAGES<split>>::next(); }
-    /* Of a chunk made here: where the number of stages is odd, only every second one of a stage is. */
+    /* For a chunk made here. With an odd number of stages, only every second chunk of a stage is. */
     __device__ uint32_t parity_of_grant() const {
         constexpr int PERIOD = STAGES<split> % CTAS ? STAGES<split> * CTAS : STAGES<split>;
         return chunk / PERIOD & 1;
@@ -97,7 +97,7 @@ template <class T> __device__ T *of_other(T *mine, int rank) {
 
 template <bool split, bool bounded, bool keeps> struct Producer {
     static constexpr int VALUE_PANELS = CONSUMERS<split>;
-    /* Bytes that are passed on of a chunk's factors. */
+    /* Bytes of a chunk's factors that are passed on. */
     static constexpr size_t FACTORS = bounded ? offsetof(Factors<DIM>, across) : sizeof(Factors<DIM>);
 
     const kda_prefill &p;
@@ -114,14 +114,15 @@ template <bool split, bool bounded, bool keeps> struct Producer {
         const int32_t at[4] = {channel, head, info.token, info.batch};
         bring_box(to, map, at, *barrier, policy);
     }
-    /* Says what a chunk is and has it brought: by the scout one whose operands this group makes; by the host its values alone,
-     * as there is room now for what the same group of the other CTA makes. */
+    /* Describes a chunk and has it brought. The scout opens a chunk whose operands this group makes. The host
+     * opens one that the same group of the other CTA makes: it brings the values alone, and grants room for the
+     * operands. */
     __device__ void open(int chunk) {
         bool own = chunk % CTAS == rank;
-        ClusterPipelineState<split> turn(chunk);
-        int s = turn.stage;
+        ClusterPipelineState<split> pipe(chunk);
+        int s = pipe.stage;
         ChunkInfo info = find_info<keeps>(p, shared.work, column(), chunk);
-        wait(shared.empty[s], turn.parity ^ 1);
+        wait(shared.empty[s], pipe.parity ^ 1);
         bool values = info.count > 0 && brings_values();
         if (values && !own && info.count < CHUNK) {
             load_tail(info, shared.values[s]);
@@ -129,15 +130,15 @@ template <bool split, bool bounded, bool keeps> struct Producer {
         }
         uint64_t *barrier = own ? &shared.arrived[group] : &shared.full[s];
         bool leads = elected();
-        if (!own) /* every lane, as each may have written values; in all as many as arrive of a group that makes it */
+        if (!own) /* every lane, as each may have written values; as many as of a group that makes a chunk */
             ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier,
                                  GROUP / 32u - leads);
         __syncwarp();
         if (leads) {
             size_t bytes = own ? sizeof shared.tiles[s].panels : sizeof(Tiles<DIM>) + FACTORS;
-            shared.infos[turn.info()] = info;
+            shared.infos[pipe.info_index()] = info;
             if (!own)
-                ptx::mbarrier_arrive(&shared.empty[s]); /* nothing is passed on */
+                ptx::mbarrier_arrive(&shared.empty[s]); /* this CTA does not pass it on */
             ptx::mbarrier_arrive_expect_tx(
                 ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier,
                 info.count > 0 ? (uint32_t)(bytes + (values ? sizeof shared.values[s] : 0)) : 0);
@@ -164,7 +165,7 @@ template <bool split, bool bounded, bool keeps> struct Producer {
         }
     }
 
-    /* Rows of v, and zeros after the sequence's end. */
+    /* Loads rows of v, with zeros after the sequence's end. */
     __device__ void load_tail(const ChunkInfo &info, __nv_bfloat16 *values) const {
         constexpr int COLUMNS = GROUP_COLUMNS * VALUE_PANELS, PIECES = COLUMNS / 8;
         const char *rows = kda_row(&p.v, info.batch, info.token, info.head) + info.column * 2;
@@ -177,19 +178,19 @@ template <bool split, bool bounded, bool keeps> struct Producer {
         }
     }
 
-    /* Warp PUSH: a chunk's operands are made, and go to the other CTA. */
-    __device__ void pass_on(const ClusterPipelineState<split> &turn, int count) {
-        int s = turn.stage;
+    /* Warp PUSH: copies a chunk's operands to the other CTA when they are made. */
+    __device__ void pass_on(const ClusterPipelineState<split> &pipe, int count) {
+        int s = pipe.stage;
         if (count > 0) {
-            wait(shared.granted[s], turn.parity_of_grant());
+            wait(shared.granted[s], pipe.parity_of_grant());
             if (elected()) {
                 uint64_t *full = of_other(&shared.full[s], rank);
                 ptx::cp_async_bulk(ptx::space_cluster, ptx::space_shared, of_other(&shared.tiles[s], rank),
                                    &shared.tiles[s], (uint32_t)sizeof(Tiles<DIM>), full);
                 ptx::cp_async_bulk(ptx::space_cluster, ptx::space_shared, of_other(&shared.factors[s], rank),
                                    &shared.factors[s], (uint32_t)FACTORS, full);
-                /* PTX speaks of bulk groups for copies to global memory only. On Hopper they hold for these too, which
-                 * tests/check/cluster_copy.cu keeps checking. */
+                /* PTX speaks of bulk groups for copies to global memory only. On Hopper they hold for these
+                 * too, which tests/check/cluster_copy.cu keeps checking. */
                 ptx::cp_async_bulk_commit_group();
                 ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
             }
@@ -199,8 +200,8 @@ template <bool split, bool bounded, bool keeps> struct Producer {
             ptx::mbarrier_arrive(&shared.empty[s]);
     }
 
-    /* Chunks rank and rank + 2 of every four are this CTA's, one for each group. When one is made, the group goes on to the
-     * next: every step stands in the loop once, as code competes for the instruction cache. */
+    /* Of every four chunks, rank and rank + 2 are this CTA's, one for each group. When one is made, the group
+     * goes on to the next. The loop has every step once, as code competes for the instruction cache. */
     __device__ void produce() {
         int warp = threadIdx.x % GROUP / 32, chunks = shared.work.chunks, slot = 0;
         Blocks &blocks = shared.blocks[group];
@@ -208,12 +209,12 @@ template <bool split, bool bounded, bool keeps> struct Producer {
         bool grows = false;
         Gate gate = find_gate<bounded>(p, shared.work.head, own_channel<DIM>(threadIdx.x));
 #pragma unroll 1
-        for (int next = rank + CTAS * group;; next += TURNS) {
-            const ClusterPipelineState<split> turn(next);
-            const ChunkInfo &info = shared.infos[turn.info()];
+        for (int next = rank + CTAS * group;; next += CHUNKS_PER_ROUND) {
+            const ClusterPipelineState<split> pipe(next);
+            const ChunkInfo &info = shared.infos[pipe.info_index()];
             uint32_t beta = 0;
             if (warp == SCOUT<DIM> || warp == HOST) {
-                int chunk = warp == HOST ? next - (rank ? 1 : TURNS - 1) : next;
+                int chunk = warp == HOST ? next - (rank ? 1 : CHUNKS_PER_ROUND - 1) : next;
                 if (chunk >= 0 && chunk <= chunks)
                     open(chunk);
                 if (warp == SCOUT<DIM> && next <= chunks)
@@ -224,7 +225,7 @@ template <bool split, bool bounded, bool keeps> struct Producer {
                     *grown = __any_sync(~0u, grows);
                 return;
             }
-            int s = turn.stage;
+            int s = pipe.stage;
             wait(shared.arrived[group], parity);
             int count = info.count;
             receive_chunk<VALUE_PANELS, true>(p, shared.tiles[s], shared.factors[s], shared.values[s], blocks,
@@ -232,7 +233,7 @@ template <bool split, bool bounded, bool keeps> struct Producer {
             if (warp == SCOUT<DIM>) {
                 float step = find_beta(p, count, beta);
                 blocks.beta[slot][threadIdx.x % 32] = step;
-                grows = grows || step < 0 || step > 2; /* keys are of length 1: else |1 - beta| is at most 1 */
+                grows = grows || step < 0 || step > 2; /* keys have length 1: else |1 - beta| is at most 1 */
             }
             barrier_wait(BARRIER_GROUP + group, GROUP);
             if (count > 0)
@@ -242,7 +243,7 @@ template <bool split, bool bounded, bool keeps> struct Producer {
             slot ^= 1, parity ^= 1;
             if (warp == PUSH) {
                 barrier_wait(BARRIER_MADE + group, GROUP);
-                pass_on(turn, count);
+                pass_on(pipe, count);
             } else {
                 barrier_arrive(BARRIER_MADE + group, GROUP);
             }
@@ -252,7 +253,7 @@ template <bool split, bool bounded, bool keeps> struct Producer {
 
 /* ---- Consumers ------------------------------------------------------------------------------------ */
 
-/* The state before a segment that is not the first. */
+/* Loads the true state before a segment that is not the first. */
 __device__ void load_scanned(const kda_sm90_cluster_memory &memory, int first_column, float (&S)[DIM / 8][4]) {
     int64_t segment = blockIdx.x / CTAS;
     const int16_t *exponents = memory.state_exponents + segment * DIM;
@@ -265,7 +266,7 @@ __device__ void load_scanned(const kda_sm90_cluster_memory &memory, int first_co
     });
 }
 
-/* 64 columns of V from the true state before the work to the one after it. */
+/* Takes 64 columns of V from the true state before the work to the one after it. */
 template <bool keeps> struct TrueStatePolicy : DefaultPolicy<DIM> {
     const kda_prefill &p;
     const kda_sm90_cluster_memory &memory;
@@ -289,7 +290,7 @@ template <bool keeps> struct TrueStatePolicy : DefaultPolicy<DIM> {
         load_values<GROUP_COLUMNS>(shared.values[stage], v);
     }
     __device__ kda_dtype finish(const ChunkInfo &, float (&o)[CHUNK / 8][4], int exponent) const {
-        leave_exponent(o, exponent);
+        unscale_outputs(o, exponent);
         return p.out.dtype;
     }
     __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
@@ -298,14 +299,14 @@ template <bool keeps> struct TrueStatePolicy : DefaultPolicy<DIM> {
     }
     __device__ void after(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
         kda_state to = kda_state_at(&p, &p.final_state, shared.work.slot, info.head);
-        if (shared.work.to_end) /* else it is there already */
+        if (shared.work.to_end) /* else the scan has stored it */
             store_whole(from_column(to, info.column), S, exponent);
     }
 };
 
-/* Brings a segment's outputs to where fp16 is exact enough; returns their exponent. */
+/* Scales a segment's outputs to where fp16 is exact enough; returns their exponent. */
 __device__ int fit_half(float (&o)[CHUNK / 8][4], int exponent) {
-    constexpr float LEAST = 0x1p-12f, GREATEST = 0x1p15f; /* of the largest one */
+    constexpr float LEAST = 0x1p-12f, GREATEST = 0x1p15f; /* for the largest one */
     float largest = largest_of_tiles(o);
     if (__builtin_expect(__any_sync(~0u, largest >= LEAST) && !__any_sync(~0u, largest >= GREATEST), 1))
         return exponent;
@@ -314,8 +315,9 @@ __device__ int fit_half(float (&o)[CHUNK / 8][4], int exponent) {
     return exponent + further;
 }
 
-/* All of V from zero, or in a sequence's first segment from the state before it; or the identity. One version of the
- * code, because neighbouring multiprocessors share an instruction cache. The states are not the true ones, so none is kept. */
+/* Takes all of V from zero, or through a first segment from the state before it; or takes the identity. The
+ * code is there once, because neighbouring multiprocessors share an instruction cache. The states are not the
+ * true ones, so no checkpoint is stored. */
 struct LocalPolicy : DefaultPolicy<DIM> {
     const kda_prefill &p;
     bool identity;
@@ -339,7 +341,7 @@ struct LocalPolicy : DefaultPolicy<DIM> {
     __device__ void load(int stage, uint32_t, Values &v) const { load_values<DIM>(shared.values[stage], v); }
     __device__ kda_dtype finish(const ChunkInfo &info, float (&o)[CHUNK / 8][4], int exponent) const {
         if (shared.work.segment == 0) {
-            leave_exponent(o, exponent);
+            unscale_outputs(o, exponent);
             return p.out.dtype;
         }
         exponent = fit_half(o, exponent);
@@ -370,31 +372,32 @@ struct LocalPolicy : DefaultPolicy<DIM> {
     }
 };
 
-/* A sequence's first segment needs no identity: its chunks only pass. */
+/* A first segment needs no identity: its chunks only pass. */
 __device__ void let_pass(Shared<true> &shared) {
-    for (ClusterPipelineState<true> turn(0);; turn.next()) {
-        wait(shared.full[turn.stage], turn.parity);
-        if (shared.infos[turn.info()].flags & ENDS)
+    for (ClusterPipelineState<true> pipe(0);; pipe.next()) {
+        wait(shared.full[pipe.stage], pipe.parity);
+        if (shared.infos[pipe.info_index()].flags & ENDS)
             return;
-        ptx::mbarrier_arrive(&shared.empty[turn.stage]);
+        ptx::mbarrier_arrive(&shared.empty[pipe.stage]);
     }
 }
 
 /* ---- The kernel ----------------------------------------------------------------------------------- */
 
 /* O_A as a tensor, and its map. */
-struct Other {
+struct OutputsOfA {
     kda_tensor out;
     CUtensorMap map;
 };
 
-/* Without checkpoints, `keeps` false, their code is left out of a loop that competes for the instruction cache. */
+/* Without checkpoints (keeps is false) their code is left out of a loop that competes for the instruction
+ * cache. */
 template <bool split, bool bounded, bool keeps>
 __global__ void __cluster_dims__(CTAS) __maxnreg__(REGISTERS<split>)
     cluster(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
             const __grid_constant__ kda_sm90_stream_k stream_k,
-            const __grid_constant__ kda_sm90_cluster_memory memory, const __grid_constant__ Other other,
-            int64_t chunks) {
+            const __grid_constant__ kda_sm90_cluster_memory memory,
+            const __grid_constant__ OutputsOfA outputs_of_A, int64_t chunks) {
     let_next_begin();
     extern __shared__ __align__(1024) char all[];
     Shared<split> &shared = *reinterpret_cast<Shared<split> *>(all);
@@ -440,22 +443,23 @@ __global__ void __cluster_dims__(CTAS) __maxnreg__(REGISTERS<split>)
         else if (rank == 1 && shared.work.segment == 0)
             let_pass(shared);
         else
-            consume<DIM, true, bounded>(rank ? other.out : p.out, rank ? other.map : maps.out, shared,
-                                        ClusterPipelineState<true>(0), LocalPolicy(p, rank, memory, shared));
+            consume<DIM, true, bounded>(rank ? outputs_of_A.out : p.out, rank ? outputs_of_A.map : maps.out,
+                                        shared, ClusterPipelineState<true>(0),
+                                        LocalPolicy(p, rank, memory, shared));
     }
-    ptx::barrier_cluster_arrive(); /* the other one may still write here */
+    ptx::barrier_cluster_arrive(); /* the other CTA may still write here */
     ptx::barrier_cluster_wait();
 }
 
 template <bool split, bool bounded, bool keeps>
 cudaError_t launch_cluster(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
                            const kda_sm90_stream_k &stream_k, const kda_sm90_cluster_memory &memory,
-                           const Other &other) {
+                           const OutputsOfA &outputs_of_A) {
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(p, &maps);
     return error ? error
                  : launch_kernel(cluster<split, bounded, keeps>, *launch, THREADS<split>, sizeof(Shared<split>),
-                                 p->stream, *p, maps, stream_k, memory, other, split ? plan->chunks : 0);
+                                 p->stream, *p, maps, stream_k, memory, outputs_of_A, split ? plan->chunks : 0);
 }
 
 template <bool bounded>
@@ -486,22 +490,21 @@ cudaError_t kda_sm90_cluster_again(const kda_prefill *p, const kda_plan *plan, c
 cudaError_t kda_sm90_cluster_local(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
                                    const kda_sm90_memory *memory) {
     using namespace kda;
-    Other other = {};
+    OutputsOfA outputs_of_A = {};
     kda_prefill of_B = *p, of_A = *p;
-    of_B.checkpoints.data = NULL; /* the second pass stores them */
+    of_B.checkpoints.data = NULL; /* kernel cluster stores them afterwards, from true states */
     of_A.out.dtype = KDA_F16;
     for (int i = 3; i >= 0; i--)
         of_A.out.stride[i] = i == 3 ? 2 : of_A.out.stride[i + 1] * of_A.out.shape[i + 1];
-    int64_t skipped =
-        memory->cluster.skipped * of_A.out.stride[1]; /* no segment there has the identity's outputs */
+    int64_t skipped = memory->cluster.skipped * of_A.out.stride[1]; /* these segments have no O_A */
     of_A.out.stride[0] -= skipped;
     of_A.out.data = reinterpret_cast<char *>(memory->cluster.outputs) - skipped;
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(&of_A, &maps);
     if (error)
         return error;
-    other.out = of_A.out, other.map = maps.out;
+    outputs_of_A.out = of_A.out, outputs_of_A.map = maps.out;
     return (is_bounded(p) ? launch_cluster<true, true, false>
                           : launch_cluster<true, false, false>)(&of_B, plan, launch, memory->stream_k,
-                                                                memory->cluster, other);
+                                                                memory->cluster, outputs_of_A);
 }

@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Gives every segment of a chain its true state: S after segment s is A_s S + B_s, with S before it.
+ * Gives every segment of a chain its true state: the state after segment s is A_s S + B_s, with S the state
+ * before it.
  *
- * A CTA takes some columns of V through all segments, for which nothing else is needed. A step's length is what counts:
- * eight warps do nothing but multiply, each makes 16 channels, with which all multiply in the next step. For that S is
- * split into two terms of fp16, as good as fp32, that lie as rows of one first operand. Every 16 channels of a column
- * have an exponent of their own, so that no warp waits to know the others'; their products are weighed as they are summed.
- * Four other warps write the states, which are first terms, and one brings A and B some segments ahead.
+ * A CTA takes some columns of V through all segments and needs no others. The length of a step is what counts,
+ * so eight warps, the makers, do nothing but multiply: each makes 16 channels of the state, by which all
+ * multiply in the next step. S is split into two terms of fp16, together as good as fp32, that lie as rows of
+ * one first operand. Every 16 channels of a column have an exponent of their own, so that no warp waits for the
+ * others' sizes; products are scaled as they are summed. Four other warps write the first terms as the states,
+ * and one warp fetches A and B some segments ahead.
  */
 #include "cuda/launch.cuh"
 #include "cuda/sm90/cluster/segments.cuh"
@@ -21,11 +23,11 @@ namespace {
 constexpr int BLOCKS = DIM / KDA_SM90_EXPONENT_COLUMNS; /* of channels, each made by a warp */
 constexpr int MAKERS = BLOCKS * 32, WRITERS = 4 * 32, THREADS = MAKERS + WRITERS + 32;
 constexpr int ROWS = KDA_SM90_CLUSTER_SCAN_COLUMNS; /* columns of V in a first operand, each in two terms */
-constexpr int TOP = 14; /* log2: of elements in exponents, the largest is below 2^(TOP + 1) */
-/* Of A and B: segments on their way or in use, as many as there is room for. */
+constexpr int TOP = 14;                             /* log2: scaled elements are below 2^(TOP + 1) */
+/* Segments whose A and B are on their way or in use: as many as there is room for. */
 template <int TILES> constexpr int STAGES = TILES < 4 ? 4 : 3;
 
-/* One number for each block of each of a tile's columns. */
+/* A number for each block of each column of a tile. */
 using Rows = float4[BLOCKS / 4][ROWS];
 
 template <int TILES> struct Stage {
@@ -35,51 +37,51 @@ template <int TILES> struct Stage {
 
 template <int TILES> struct Shared {
     Stage<TILES> stages[STAGES<TILES>];
-    /* Of S: before the next barrier the next step writes to the other one of two. */
+    /* The state, in two buffers: before the next barrier the next step writes to the other one. */
     uint4 state[2][TILES][BLOCKS][32]; /* as first operands */
     Rows exponents[2][TILES];          /* their exponents, as powers of two */
     Rows factors[2][TILES];            /* of their products with A */
-    int16_t units_of_A[KDA_MAX_SEGMENTS][BLOCKS];
+    int16_t transition_exponents[KDA_MAX_SEGMENTS][BLOCKS];
     uint64_t arrived[STAGES<TILES>];
 };
 
-/* A CTA's columns, and where a maker's elements are: of tile i the column i * ROWS further, and of it two channels and the
- * two 8 further. */
-struct Place {
-    int64_t first, matrices; /* of the chain's segments; of their A, less one */
+/* A CTA's columns, and where a maker's elements are: in tile i the column i * ROWS further, and in it two
+ * channels and the two that are 8 further. */
+struct Position {
+    int64_t first, matrices; /* the chain's first segment; its first transition, less one */
     int first_column, column, channel;
 };
 
 template <int TILES> using Elements = float2[TILES][2];
 
-/* Where a segment's A and B lie, and the parity of the barrier's phase in which they come. Segment 0 has no A. */
+/* Where a segment's A and B lie, and the parity of their barrier's phase. Segment 0 has no A. */
 template <int TILES> __device__ int stage_of(int segment) { return (segment - 1) % STAGES<TILES>; }
 template <int TILES> __device__ uint32_t parity_of(int segment) { return (segment - 1) / STAGES<TILES> % 2; }
 
 /* ---- Makers ------------------------------------------------------------------------------------------- */
 
 /* Runs f(two neighbours, column, channel) over the thread's elements. */
-template <int TILES, class F> __device__ void each_pair(float2 (&S)[TILES][2], const Place &place, F f) {
+template <int TILES, class F> __device__ void each_pair(float2 (&S)[TILES][2], const Position &position, F f) {
 #pragma unroll
     for (int i = 0; i < TILES; i++)
 #pragma unroll
         for (int n = 0; n < 2; n++)
-            f(S[i][n], place.column + i * ROWS, place.channel + n * 8);
+            f(S[i][n], position.column + i * ROWS, position.channel + n * 8);
 }
 
 /* Second operands: the warp's channels by 16 columns of A each. */
-using Operands_of_A = uint32_t[BLOCKS][4];
+using TransitionOperands = uint32_t[BLOCKS][4];
 
-/* The lane's row of the first one. */
+/* The lane's row of the first of them. */
 template <int TILES> __device__ uint32_t row_of_A(const Shared<TILES> &shared, int segment) {
     return MatrixRow<DIM, DIM>(shared.stages[stage_of<TILES>(segment)].A, true).at(0, threadIdx.x / 32 * 16);
 }
 
-__device__ void load_A(uint32_t row, int j, Operands_of_A &A) {
+__device__ void load_A(uint32_t row, int j, TransitionOperands &A) {
     ldmatrix_transposed(A[j], row + j * 16 * PANEL * sizeof(__half));
 }
 
-/* The exponent in which elements are below 2^(TOP + 1); its powers stay within fp32. */
+/* The exponent that scales elements to below 2^(TOP + 1); its powers stay within fp32. */
 __device__ int exponent_below(float largest) {
     return max((int)(__float_as_uint(largest) >> 23) - 127 - TOP, -126);
 }
@@ -90,7 +92,7 @@ __device__ float largest_of_block(const float2 (&S)[2]) {
     return fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
 }
 
-/* Two elements as two terms. */
+/* Splits each of two elements into two terms. */
 __device__ void split(float2 x, float factor, uint32_t &high, uint32_t &low) {
     x.x *= factor, x.y *= factor;
     high = pack_half(x.x, x.y);
@@ -102,32 +104,32 @@ __device__ float &of_block(Rows &rows, int row, int block) {
     return reinterpret_cast<float *>(&rows[block / 4][row])[block % 4];
 }
 
-/* The warp's channels of S become operands of all. */
+/* Makes the warp's channels of S operands of all warps. */
 template <int TILES> __device__ void share_state(const Elements<TILES> &S, int segment, Shared<TILES> &shared) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, turn = segment % 2;
-    float unit_of_A = power_of_two(shared.units_of_A[segment][warp]);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, buffer = segment % 2;
+    float scale_of_A = power_of_two(shared.transition_exponents[segment][warp]);
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
         int exponent = exponent_below(largest_of_block(S[i]));
         uint4 operand;
         split(S[i][0], power_of_two(-exponent), operand.x, operand.y);
         split(S[i][1], power_of_two(-exponent), operand.z, operand.w);
-        shared.state[turn][i][warp][lane] = operand;
+        shared.state[buffer][i][warp][lane] = operand;
         float power = power_of_two(exponent); /* the same in the four lanes of a row */
-        of_block(shared.exponents[turn][i], lane / 4, warp) = power;
-        of_block(shared.factors[turn][i], lane / 4, warp) = fminf(power * unit_of_A, 0x1p127f);
+        of_block(shared.exponents[buffer][i], lane / 4, warp) = power;
+        of_block(shared.factors[buffer][i], lane / 4, warp) = fminf(power * scale_of_A, 0x1p127f);
     }
 }
 
-/* S = A S + B; meanwhile the next segment's A comes. */
+/* S = A S + B. Meanwhile the next segment's A is loaded. */
 template <int TILES>
-__device__ void take_through(Shared<TILES> &shared, const Place &place, int segment, int next,
-                             const Operands_of_A &A, Operands_of_A &next_A, Elements<TILES> &S) {
-    int lane = threadIdx.x % 32, turn = segment % 2;
+__device__ void take_through(Shared<TILES> &shared, const Position &position, int segment, int next,
+                             const TransitionOperands &A, TransitionOperands &next_A, Elements<TILES> &S) {
+    int lane = threadIdx.x % 32, buffer = segment % 2;
     uint32_t row = row_of_A(shared, next);
-    each_pair(S, place, [&](float2 &x, int column, int channel) {
+    each_pair(S, position, [&](float2 &x, int column, int channel) {
         x = *reinterpret_cast<const float2 *>(
-            &shared.stages[stage_of<TILES>(segment)].B[column - place.first_column][channel]);
+            &shared.stages[stage_of<TILES>(segment)].B[column - position.first_column][channel]);
     });
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
@@ -135,10 +137,10 @@ __device__ void take_through(Shared<TILES> &shared, const Place &place, int segm
         float4 factors[BLOCKS / 4];
 #pragma unroll
         for (int j = 0; j < BLOCKS; j++)
-            terms[j] = shared.state[turn][i][j][lane];
+            terms[j] = shared.state[buffer][i][j][lane];
 #pragma unroll
         for (int j = 0; j < BLOCKS / 4; j++)
-            factors[j] = shared.factors[turn][i][j][lane / 4];
+            factors[j] = shared.factors[buffer][i][j][lane / 4];
         float products[BLOCKS][2][4]; /* rows of first terms, then of second ones */
 #pragma unroll
         for (int j = 0; j < BLOCKS; j++) {
@@ -163,9 +165,9 @@ __device__ void take_through(Shared<TILES> &shared, const Place &place, int segm
 }
 
 template <int TILES>
-__device__ void store_final(const kda_state &state, Elements<TILES> &S, const Place &place) {
+__device__ void store_final(const kda_state &state, Elements<TILES> &S, const Position &position) {
     bool pairs = as_pairs(state);
-    each_pair(S, place, [&](float2 x, int column, int channel) {
+    each_pair(S, position, [&](float2 x, int column, int channel) {
         char *to = element(state, column, channel);
         if (pairs && state.dtype == KDA_F32) {
             *reinterpret_cast<float2 *>(to) = x;
@@ -187,9 +189,9 @@ __device__ uint32_t scale_halves(uint32_t pair, __half2 factor) {
 
 __device__ float largest_of(const float4 &x) { return fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)); }
 
-/* Of two blocks, lane t of four has pair t of the low 8 channels and pair t of the high ones; it gets all four pairs of
- * one half of one block. */
-__device__ uint4 turn_over_halves(const uint32_t (&low)[2], const uint32_t (&high)[2]) {
+/* Lane t of four has, of two blocks each, pair t of the low 8 channels and pair t of the high ones. It gets all
+ * four pairs of one half of one block. */
+__device__ uint4 transpose_halves(const uint32_t (&low)[2], const uint32_t (&high)[2]) {
     bool odd = threadIdx.x % 2, upper = threadIdx.x % 4 / 2;
     uint2 pairs[2];
 #pragma unroll
@@ -202,14 +204,14 @@ __device__ uint4 turn_over_halves(const uint32_t (&low)[2], const uint32_t (&hig
     return upper ? make_uint4(others.x, others.y, own.x, own.y) : make_uint4(own.x, own.y, others.x, others.y);
 }
 
-/* The first terms to states, where a column has one exponent; a warp two blocks. */
+/* Stores the first terms as states, in which a column has one exponent. A warp stores two blocks. */
 template <int TILES>
-__device__ void store_states(const kda_sm90_cluster_memory &memory, const Place &place, int segment,
+__device__ void store_states(const kda_sm90_cluster_memory &memory, const Position &position, int segment,
                              Shared<TILES> &shared) {
-    int turn = segment % 2, lane = threadIdx.x % 32, warp = (threadIdx.x - MAKERS) / 32;
+    int buffer = segment % 2, lane = threadIdx.x % 32, warp = (threadIdx.x - MAKERS) / 32;
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
-        Rows &exponents = shared.exponents[turn][i];
+        Rows &exponents = shared.exponents[buffer][i];
         float most = fmaxf(largest_of(exponents[0][lane / 4]), largest_of(exponents[1][lane / 4]));
         int exponent = (int)(__float_as_uint(most) >> 23) - 127;
         uint32_t low[2], high[2];
@@ -217,35 +219,37 @@ __device__ void store_states(const kda_sm90_cluster_memory &memory, const Place 
         for (int b = 0; b < 2; b++) {
             int block = warp * 2 + b;
             __half2 factor = __float2half2_rn(of_block(exponents, lane / 4, block) * power_of_two(-exponent));
-            uint4 terms = shared.state[turn][i][block][lane];
+            uint4 terms = shared.state[buffer][i][block][lane];
             low[b] = scale_halves(terms.x, factor), high[b] = scale_halves(terms.z, factor);
         }
-        int column = place.first_column + i * ROWS + lane / 4;
-        uint16_t *row = state_before(memory, place.first + segment, column);
-        *reinterpret_cast<uint4 *>(&row[warp * 32 + lane % 4 * 8]) = turn_over_halves(low, high);
+        int column = position.first_column + i * ROWS + lane / 4;
+        uint16_t *row = state_before(memory, position.first + segment, column);
+        *reinterpret_cast<uint4 *>(&row[warp * 32 + lane % 4 * 8]) = transpose_halves(low, high);
         if (warp == 0 && lane % 4 == 0)
-            memory.state_exponents[(place.first + segment) * DIM + column] = (int16_t)exponent;
+            memory.state_exponents[(position.first + segment) * DIM + column] = (int16_t)exponent;
     }
 }
 
 /* ---- The fetching warp ---------------------------------------------------------------------------------- */
 
-/* A thread starts to bring what takes S through a segment, if there is one. B in rows that lie in different banks would
- * need as many copies, which costs more. */
+/* One thread starts to fetch A and B of a segment, if there is one. Padding against bank conflicts would take a
+ * copy for every row of B, which costs more. */
 template <int TILES>
-__device__ void fetch(const kda_sm90_cluster_memory &memory, const Place &place, int segment,
+__device__ void fetch(const kda_sm90_cluster_memory &memory, const Position &position, int segment,
                       Shared<TILES> &shared) {
     if (segment >= memory.segments)
         return;
     Stage<TILES> &stage = shared.stages[stage_of<TILES>(segment)];
     uint64_t &arrived = shared.arrived[stage_of<TILES>(segment)];
-    int64_t part = place.first + segment;
+    int64_t index = position.first + segment;
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &arrived,
                                    sizeof stage.A + sizeof stage.B);
     ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, stage.A,
-                       memory.transitions + (place.matrices + segment) * DIM * DIM, sizeof stage.A, &arrived);
+                       memory.transitions + (position.matrices + segment) * DIM * DIM, sizeof stage.A,
+                       &arrived);
     ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, stage.B,
-                       memory.local_states + (part * DIM + place.first_column) * DIM, sizeof stage.B, &arrived);
+                       memory.local_states + (index * DIM + position.first_column) * DIM, sizeof stage.B,
+                       &arrived);
 }
 
 template <int TILES> __device__ void wait_for_segment(Shared<TILES> &shared, int segment) {
@@ -256,17 +260,17 @@ template <int TILES> __device__ void wait_for_segment(Shared<TILES> &shared, int
 
 enum class Role { MAKER, WRITER, FETCHER };
 
-/* All steps. Between two barriers a maker takes S through a segment and shares it, writers write what it was, and the fetcher
- * probes that the next segment is there. */
+/* All steps. Between two barriers makers take S through a segment and share it, writers write what it was
+ * before, and the fetcher waits until the next segment is there. */
 template <int TILES>
-__device__ void step_through(const kda_sm90_cluster_memory &memory, const Place &place, Role role,
+__device__ void step_through(const kda_sm90_cluster_memory &memory, const Position &position, Role role,
                              const kda_state &to, Shared<TILES> &shared) {
     Elements<TILES> S;
-    Operands_of_A A[2];
+    TransitionOperands A[2];
     if (role == Role::MAKER) {
-        each_pair(S, place, [&](float2 &x, int column, int channel) {
+        each_pair(S, position, [&](float2 &x, int column, int channel) {
             x = __ldcg(reinterpret_cast<const float2 *>(
-                &memory.local_states[(place.first * DIM + column) * DIM + channel]));
+                &memory.local_states[(position.first * DIM + column) * DIM + channel]));
         });
         uint32_t row = row_of_A(shared, 1);
 #pragma unroll
@@ -284,23 +288,23 @@ __device__ void step_through(const kda_sm90_cluster_memory &memory, const Place 
                 share_state(S, s, shared);
             else if (role == Role::FETCHER)
                 wait_for_segment(shared, next);
-            /* S and the next segment are there for all, the one before is no longer read */
+            /* S and the next segment are there for all, and the one before is no longer read */
             __syncthreads();
             if (role == Role::WRITER)
-                store_states(memory, place, s, shared);
+                store_states(memory, position, s, shared);
             else if (role == Role::FETCHER && threadIdx.x % 32 == 0)
-                fetch(memory, place, s + STAGES<TILES> - 1, shared);
+                fetch(memory, position, s + STAGES<TILES> - 1, shared);
             else if (role == Role::MAKER && (s < last || to.data))
-                take_through(shared, place, s, next, A[i], A[1 - i], S);
+                take_through(shared, position, s, next, A[i], A[1 - i], S);
         }
     if (role == Role::MAKER && to.data)
-        store_final(to, S, place);
+        store_final(to, S, position);
 }
 
 template <int TILES>
 __global__ void __launch_bounds__(THREADS, 1)
-    scan(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_stream_k stream_k,
-         const __grid_constant__ kda_sm90_cluster_memory memory) {
+    cluster_scan(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_stream_k stream_k,
+                 const __grid_constant__ kda_sm90_cluster_memory memory) {
     let_next_begin();
     wait_for_kernel_before();
     if (nothing_pending(stream_k))
@@ -318,27 +322,28 @@ __global__ void __launch_bounds__(THREADS, 1)
         grows(memory, chain))
         return;
     int lane = threadIdx.x % 32, first_column = (int)blockIdx.y * TILES * ROWS;
-    Place place = {chain * memory.segments, before_matrices(memory, chain), first_column,
-                   first_column + lane / 4, (int)threadIdx.x / 32 * 16 + lane % 4 * 2};
+    Position position = {chain * memory.segments, before_matrices(memory, chain), first_column,
+                         first_column + lane / 4, (int)threadIdx.x / 32 * 16 + lane % 4 * 2};
     Role role = threadIdx.x < MAKERS             ? Role::MAKER
                 : threadIdx.x < MAKERS + WRITERS ? Role::WRITER
                                                  : Role::FETCHER;
     if (role == Role::FETCHER && lane == 0)
         for (int s = 1; s < STAGES<TILES>; s++)
-            fetch(memory, place, s, shared);
+            fetch(memory, position, s, shared);
     if (threadIdx.x > 0 && threadIdx.x < memory.segments)
-        *reinterpret_cast<uint4 *>(shared.units_of_A[threadIdx.x]) = __ldcg(reinterpret_cast<const uint4 *>(
-            &memory.transition_exponents[(place.matrices + threadIdx.x) * BLOCKS]));
+        *reinterpret_cast<uint4 *>(shared.transition_exponents[threadIdx.x]) =
+            __ldcg(reinterpret_cast<const uint4 *>(
+                &memory.transition_exponents[(position.matrices + threadIdx.x) * BLOCKS]));
     if (role == Role::FETCHER)
         wait_for_segment(shared, 1);
     __syncthreads();
-    step_through(memory, place, role, kda_state_at(&p, &p.final_state, slot, chain % p.value_heads), shared);
+    step_through(memory, position, role, kda_state_at(&p, &p.final_state, slot, chain % p.value_heads), shared);
 }
 
 template <int TILES>
-cudaError_t launch_compose(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
-    return launch_kernel(scan<TILES>, *launch, THREADS, sizeof(Shared<TILES>), p->stream, *p, memory->stream_k,
-                         memory->cluster);
+cudaError_t launch_scan(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
+    return launch_kernel(cluster_scan<TILES>, *launch, THREADS, sizeof(Shared<TILES>), p->stream, *p,
+                         memory->stream_k, memory->cluster);
 }
 
 } // namespace
@@ -346,8 +351,8 @@ cudaError_t launch_compose(const kda_prefill *p, const kda_launch *launch, const
 
 cudaError_t kda_sm90_cluster_scan(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
                                   const kda_sm90_memory *memory) {
-    auto launch_columns = launch->config == 1   ? kda::launch_compose<1>
-                          : launch->config == 2 ? kda::launch_compose<2>
-                                                : kda::launch_compose<4>;
+    auto launch_columns = launch->config == 1   ? kda::launch_scan<1>
+                          : launch->config == 2 ? kda::launch_scan<2>
+                                                : kda::launch_scan<4>;
     return launch_columns(p, launch, memory);
 }

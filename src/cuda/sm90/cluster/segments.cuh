@@ -9,15 +9,17 @@
 
 namespace kda {
 
-/* S before a segment that is not a sequence's first, of all chains' segments: a column of V, fp16 in its exponent. It takes the
- * place of the segment before's B, which is used by then: the first half of each row. */
+/* The true state before a segment that is not a sequence's first, numbered over all chains: a column of V in
+ * scaled fp16. It lies in place of the B of the segment before, which is used by then: in the first half of
+ * each row. */
 inline __device__ uint16_t *state_before(const kda_sm90_cluster_memory &memory, int64_t segment, int column) {
     return reinterpret_cast<uint16_t *>(memory.local_states +
                                         ((segment - 1) * KDA_SM90_DIM + column) * KDA_SM90_DIM);
 }
 constexpr int STATE_ROW = KDA_SM90_DIM * sizeof(float); /* bytes from column to column */
 
-/* May a segment's A grow a state? Then the chain is worked whole, for what is lost in A would grow likewise. Asked by a warp. */
+/* May a segment's A grow a state? Then the chain is worked whole, as errors of A would grow likewise. All lanes
+ * of a warp ask. */
 inline __device__ bool grows(const kda_sm90_cluster_memory &memory, int64_t chain) {
     bool found = false;
     if (memory.grown)
@@ -27,7 +29,7 @@ inline __device__ bool grows(const kda_sm90_cluster_memory &memory, int64_t chai
     return __any_sync(~0u, found);
 }
 
-/* Where a chain's matrices A begin, less one: first segments have none. */
+/* Where a chain's transitions begin, less one: its first segment has none. */
 inline __device__ int64_t before_matrices(const kda_sm90_cluster_memory &memory, int64_t chain) {
     return chain * (memory.segments - 1) - 1;
 }

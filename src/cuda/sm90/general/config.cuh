@@ -8,7 +8,7 @@
 namespace kda {
 namespace {
 
-/* As many as leave room for two CTAs of one group, or one of two. */
+/* As many as leave room for two CTAs with one consumer warpgroup each, or one CTA with two. */
 template <int GROUPS> constexpr int STAGES = GROUPS == 1 ? 3 : 4;
 
 template <int KP, int GROUPS> struct alignas(1024) Stage {

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Takes the state of every sequence and value head through its chunks, as sm80/chain.cu does, on wgmma.
+ * Takes the state of every sequence and value head through its chunks, as sm80/general.cu does, with wgmma.
  *
- * A CTA works a chain for 64 columns of V in each of its consumer warpgroups, which share nothing but the operands;
- * a warp of one more warpgroup, the loader, brings these and the values some chunks ahead. A consumer's state stays in
- * its accumulators. Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand:
+ * A CTA works a chain for 64 columns of V in each of its consumer warpgroups, which share nothing but the
+ * operands. A warp of one more warpgroup, the loader, brings these and the values some chunks ahead. A
+ * consumer's state stays in its accumulators. Everything is transposed, so that an accumulator is, lane for
+ * lane, the next product's first operand:
  *     [W | Y]^T = S^T [KT; QT]^T    X^T = V^T - W^T    U^T = X^T INV^T    O^T = Y^T + U^T M^T
  *     S^T <- S^T diag(1 + carry) + U^T KR
  */
@@ -21,15 +22,15 @@ __device__ void load(const kda_prefill &p, const WorkTile &work, const Operands<
     const Chain &chain = work.chain;
     constexpr int COLUMNS = GROUP_COLUMNS * GROUPS, PIECES = COLUMNS / 8;
     int lane = threadIdx.x % 32;
-    PipelineState<STAGES<GROUPS>> turn;
-    for (int64_t chunk = work.begin; chunk < work.end; chunk++, turn.next()) {
+    PipelineState<STAGES<GROUPS>> pipe;
+    for (int64_t chunk = work.begin; chunk < work.end; chunk++, pipe.next()) {
         struct kda_span span = kda_chunk_span(&p, chain.n, chain.sequence.length, chunk);
         if (!span.count)
             return;
         int64_t rows_given = work.identity ? 0 : span.count;
-        Stage<KP, GROUPS> &stage = shared.stages[turn.stage];
-        uint64_t &full = shared.full[turn.stage];
-        wait(shared.empty[turn.stage], turn.parity ^ 1);
+        Stage<KP, GROUPS> &stage = shared.stages[pipe.stage];
+        uint64_t &full = shared.full[pipe.stage];
+        wait(shared.empty[pipe.stage], pipe.parity ^ 1);
         if (lane == 0) {
             ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &full,
                                            (uint32_t)sizeof(Operands<KP>));
@@ -47,7 +48,7 @@ __device__ void load(const kda_prefill &p, const WorkTile &work, const Operands<
     }
 }
 
-/* One chunk: S goes on, o becomes its outputs. `meanwhile` is done while the first product runs. */
+/* Takes S through one chunk; o becomes its outputs. `meanwhile` runs during the first product. */
 template <int KP, int GROUPS, Pass pass, class F>
 __device__ void advance(const Stage<KP, GROUPS> &stage, float (&S)[KP / 8][4], float (&o)[CHUNK / 8][4],
                         F meanwhile) {
@@ -78,10 +79,10 @@ __device__ void advance(const Stage<KP, GROUPS> &stage, float (&S)[KP / 8][4], f
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
         ldmatrix_transposed(v[t], values.at(t * 16, threadIdx.x / 32 * 16));
-    int work = threadIdx.x % 4 * 2;
+    int channel = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int c = 0; c < KP / 8; c++) {
-        float2 carry = *reinterpret_cast<const float2 *>(&operands.carry[c * 8 + work]);
+        float2 carry = *reinterpret_cast<const float2 *>(&operands.carry[c * 8 + channel]);
         S[c][0] = fmaf(S[c][0], carry.x, S[c][0]), S[c][1] = fmaf(S[c][1], carry.y, S[c][1]);
         S[c][2] = fmaf(S[c][2], carry.x, S[c][2]), S[c][3] = fmaf(S[c][3], carry.y, S[c][3]);
     }
@@ -162,16 +163,16 @@ __device__ void consume(const kda_prefill &p, const WorkTile &work, const kda_sm
     bool pieces = in_pieces(p.out);
     Outputs outputs; /* of the chunk before */
     float growth = 0;
-    PipelineState<STAGES<GROUPS>> turn;
-    for (int64_t chunk = work.begin; chunk < work.end; chunk++, turn.next()) {
+    PipelineState<STAGES<GROUPS>> pipe;
+    for (int64_t chunk = work.begin; chunk < work.end; chunk++, pipe.next()) {
         struct kda_span span = kda_chunk_span(&p, chain.n, chain.sequence.length, chunk);
         if (!span.count)
             break;
-        wait(shared.full[turn.stage], turn.parity);
-        advance<KP, GROUPS, pass>(shared.stages[turn.stage], S, o, [&] { store_pieces(outputs, rows); });
+        wait(shared.full[pipe.stage], pipe.parity);
+        advance<KP, GROUPS, pass>(shared.stages[pipe.stage], S, o, [&] { store_pieces(outputs, rows); });
         if (pass == LOCAL)
-            growth += shared.stages[turn.stage].operands.growth;
-        ptx::mbarrier_arrive(&shared.empty[turn.stage]);
+            growth += shared.stages[pipe.stage].operands.growth;
+        ptx::mbarrier_arrive(&shared.empty[pipe.stage]);
         if (pass == LOCAL)
             continue;
         if (pieces) {
@@ -180,8 +181,8 @@ __device__ void consume(const kda_prefill &p, const WorkTile &work, const kda_sm
                 outputs.pairs[i][0] = pack_output(p.out.dtype, o[i][0], o[i][1]);
                 outputs.pairs[i][1] = pack_output(p.out.dtype, o[i][2], o[i][3]);
             }
-            outputs.to = output_place(p, chain.sequence.batch, chain.sequence.first + span.first, span.count,
-                                      chain.head, chain.column + threadIdx.x / 32 * 16);
+            outputs.to = output_pointer(p, chain.sequence.batch, chain.sequence.first + span.first, span.count,
+                                        chain.head, chain.column + threadIdx.x / 32 * 16);
         } else
             store_outputs<GROUP_COLUMNS * GROUPS>(p, chain, span, o);
         store_checkpoints<KP>(p, chain, span.first + span.count, S);
@@ -197,8 +198,8 @@ __device__ void consume(const kda_prefill &p, const WorkTile &work, const kda_sm
 
 template <int KP, int GROUPS, Pass pass>
 __global__ void __launch_bounds__((GROUPS + 1) * GROUP, 3 - GROUPS)
-    run(const __grid_constant__ kda_prefill p, const Operands<KP> *operands, int64_t chunks,
-        kda_sm90_general_memory segments) {
+    general(const __grid_constant__ kda_prefill p, const Operands<KP> *operands, int64_t chunks,
+            kda_sm90_general_memory segments) {
     extern __shared__ __align__(1024) char memory[];
     Shared<KP, GROUPS> &shared = *reinterpret_cast<Shared<KP, GROUPS> *>(memory);
     WorkTile work = find_work<GROUP_COLUMNS * GROUPS, pass>(p, chunks, segments);
@@ -227,11 +228,12 @@ cudaError_t launch_pass(const kda_prefill *p, const kda_plan *plan, const kda_la
                         const kda_sm90_memory *memory) {
     constexpr int THREADS = (GROUPS + 1) * GROUP;
     if (p->key_dim <= 64)
-        return launch_kernel(run<64, GROUPS, pass>, *launch, THREADS, sizeof(Shared<64, GROUPS>), p->stream, *p,
-                             static_cast<const Operands<64> *>(memory->operands), plan->chunks,
+        return launch_kernel(general<64, GROUPS, pass>, *launch, THREADS, sizeof(Shared<64, GROUPS>), p->stream,
+                             *p, static_cast<const Operands<64> *>(memory->operands), plan->chunks,
                              memory->general);
-    return launch_kernel(run<128, GROUPS, pass>, *launch, THREADS, sizeof(Shared<128, GROUPS>), p->stream, *p,
-                         static_cast<const Operands<128> *>(memory->operands), plan->chunks, memory->general);
+    return launch_kernel(general<128, GROUPS, pass>, *launch, THREADS, sizeof(Shared<128, GROUPS>), p->stream,
+                         *p, static_cast<const Operands<128> *>(memory->operands), plan->chunks,
+                         memory->general);
 }
 
 } // namespace

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Gives every segment of a chain its true state: S after segment s is A_s S + B_s, with S before it.
+ * Gives every segment of a chain its true state: the state after segment s is A_s S + B_s, with S the state
+ * before it.
  *
- * A CTA works ROWS columns of V, for which nothing else is needed; a thread has two channels of all of them and a quarter
- * of the sum. The next A comes while one is used.
+ * A CTA works ROWS columns of V and needs no others. A thread has two channels of all of them and a quarter of
+ * the sum. The next A arrives while one is used.
  */
 #include "cuda/launch.cuh"
 #include "cuda/ptx/sm80.cuh"
@@ -27,7 +28,7 @@ __device__ void fetch(const float *A, int K, float *to) {
     copy_async_commit();
 }
 
-/* A quarter of A S, to sums. */
+/* Puts a quarter of A S into sums. */
 __device__ void multiply(const float *A, const float *S, int K, float *sums) {
     int quarter = threadIdx.x / (K / 2), channel = threadIdx.x % (K / 2) * 2;
     float2 sum[ROWS] = {};
@@ -52,13 +53,13 @@ __device__ void multiply(const float *A, const float *S, int K, float *sums) {
 }
 
 __global__ void __launch_bounds__(QUARTERS *MAX_K / 2)
-    scan(const __grid_constant__ kda_prefill p, kda_sm90_general_memory segments) {
+    general_scan(const __grid_constant__ kda_prefill p, kda_sm90_general_memory segments) {
     let_next_begin();
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
     int64_t chain = blockIdx.x;
     int K = (int)p.key_dim,
-        own = threadIdx.x * 4;      /* its elements of S, in rows of K; ROWS K are 4 to a thread */
+        own = threadIdx.x * 4;      /* the thread's elements of S, in rows of K: of ROWS K every thread has 4 */
     int count = segments.count - 1; /* summaries */
     wait_for_kernel_before();
     if (kda_sequence(&p, chain / p.value_heads).slot < 0) /* padding has no summaries */
@@ -92,6 +93,6 @@ __global__ void __launch_bounds__(QUARTERS *MAX_K / 2)
 cudaError_t kda_sm90_general_scan(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
                                   const kda_sm90_memory *memory) {
     using namespace kda;
-    return launch_kernel(scan, *launch, QUARTERS * (int)p->key_dim / 2, sizeof(Shared), p->stream, *p,
+    return launch_kernel(general_scan, *launch, QUARTERS * (int)p->key_dim / 2, sizeof(Shared), p->stream, *p,
                          memory->general);
 }

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Which work of a chain a CTA of kernel chain works.
+ * Which part of a chain a CTA of kernel general works.
  *
- * Where there are few chains, sequences are cut into segments, and the kernel passes over them twice: to find each
- * one's (A, B), A as the state that comes of the identity and no values, and again from their true states.
+ * Where there are few chains, sequences are split into segments, and the kernel passes over them twice. The
+ * first pass finds each segment's (A, B); A is what becomes of the identity without values. The second starts
+ * from the true states.
  */
 #ifndef KDA_CUDA_SM90_GENERAL_SEGMENTS_CUH
 #define KDA_CUDA_SM90_GENERAL_SEGMENTS_CUH
@@ -24,16 +25,18 @@ struct WorkTile {
     bool last;          /* the chain ends with it */
 };
 
-/* log2 of what a segment's A may grow a state by. What is lost in A grows likewise, whatever becomes of the state itself. */
+/* log2 of what a segment's A may grow a state by. Errors of A grow likewise, whatever becomes of the state
+ * itself. */
 constexpr float MOST_GROWTH = 4;
 
-/* Of a segment, by the first pass. */
+/* A segment's growth, found by the first pass. */
 inline __device__ float &growth_of(const kda_sm90_general_memory &segments, const kda_prefill &p,
                                    const Chain &chain, int segment) {
     return segments.growth[(chain.n * p.value_heads + chain.head) * segments.count + segment];
 }
 
-/* Has the chain a segment whose A is not to be used? Then it is worked whole, as a first segment. Asked by a whole CTA. */
+/* Does the chain have a segment whose A may not be used? Then it is worked whole, as a first segment. All
+ * threads of a CTA ask. */
 inline __device__ bool grows(const kda_sm90_general_memory &segments, const kda_prefill &p,
                              const Chain &chain) {
     int segment = (int)threadIdx.x; /* the first needs no A, the last none either */
@@ -46,7 +49,7 @@ __device__ WorkTile find_work(const kda_prefill &p, int64_t chunks, const kda_sm
     WorkTile work;
     work.chain = find_chain<COLUMNS>(p, blockIdx.x / segments.count, chunks);
     work.segment = blockIdx.x % segments.count;
-    int64_t all = INT64_MAX; /* up to where spans are empty */
+    int64_t all = INT64_MAX; /* to the end: spans are empty there */
     if (pass != WHOLE)
         all = (kda_chunks_of(work.chain.sequence.length) + segments.count - 1) / segments.count;
     work.begin = work.segment * all, work.end = work.begin + all;
@@ -64,7 +67,7 @@ __device__ WorkTile find_work(const kda_prefill &p, int64_t chunks, const kda_sm
     return work;
 }
 
-/* Does the first pass leave this work out? The last segment acts on nothing; the first has its state. */
+/* Does the first pass skip this work? Nothing follows a last segment, and a first one has its true state. */
 inline __device__ bool left_out(const WorkTile &work) {
     return work.last || (work.identity && work.segment == 0);
 }
@@ -77,19 +80,19 @@ inline __device__ struct kda_state summary_state(const kda_prefill &p, const kda
     return {reinterpret_cast<char *>(rows), KDA_F32, p.key_dim * (int64_t)sizeof(float), true};
 }
 
-/* Where a work's state comes from in a pass; not in the identity's. */
+/* The state that a work starts from in a pass; not for the identity. */
 template <Pass pass>
 __device__ struct kda_state state_before(const kda_prefill &p, const WorkTile &work,
                                          const kda_sm90_general_memory &segments) {
     struct kda_state from = kda_state_at(&p, &p.initial_state, work.chain.sequence.slot, work.chain.head);
-    if (pass == RESUME) /* also the first one's: its slot may be another CTA's to write */
+    if (pass == RESUME) /* also of a first segment: another CTA may write its slot */
         from = summary_state(p, segments, work, work.segment == 0 ? segments.count - 1 : work.segment - 1);
     if (pass == LOCAL && work.segment > 0)
         from.data = nullptr;
     return from;
 }
 
-/* And where it goes; without data: nowhere. */
+/* Where the state after it goes; without data: nowhere. */
 template <Pass pass>
 __device__ struct kda_state state_after(const kda_prefill &p, const WorkTile &work,
                                         const kda_sm90_general_memory &segments) {

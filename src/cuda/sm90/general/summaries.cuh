@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* What the first pass over segments leaves: of every chain and segment B^T [V][K], then A^T [K][K], where a segment
- * takes a state S to A S + B. The last segment needs none: its B^T holds the state the chain starts from. */
+/* What the first pass leaves for every chain and segment: B^T [V][K], then A^T [K][K]. A segment takes a state
+ * S to A S + B. The last one needs none: its B^T holds the state that the chain starts from. */
 #ifndef KDA_CUDA_SM90_SUMMARIES_CUH
 #define KDA_CUDA_SM90_SUMMARIES_CUH
 

@@ -3,8 +3,10 @@
  * Consumers: a warpgroup takes 64 columns of V of the state, in its accumulators, through a chunk's operands
  * (tiles.cuh).
  *
- * S is in the coordinates of the chunk's middle in between, or of its first one and then the second (unbounded.cuh):
- *     [W | Y] = S^T [RK; RQ]^T   U^T = (V^T - W^T diag(rk)) F^T   O^T = Y^T diag(rq) + U^T M^T   S^T <- S^T + U^T CK
+ * Within a chunk S is relative to the chunk's middle, or to its first middle and then its second
+ * (unbounded.cuh):
+ *     [W | Y] = S^T [RK; RQ]^T   U^T = (V^T - W^T diag(rk)) F^T   O^T = Y^T diag(rq) + U^T M^T
+ *     S^T <- S^T + U^T CK
  * Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand.
  */
 #ifndef KDA_CUDA_SM90_CONSUME_CUH
@@ -16,7 +18,7 @@
 
 namespace kda {
 
-constexpr int EDGE = 4; /* log2: v and S stay below 2^EDGE of the warp's exponent */
+constexpr int EDGE = 4; /* log2: scaled v and S stay below 2^EDGE */
 
 /* to_middle or to_end of the thread's channels. */
 template <int COUNT> __device__ void load_factors(const float *factors, float4 (&own)[COUNT]) {
@@ -43,13 +45,14 @@ inline __device__ void load_scales(const float *scales, float (&own)[CHUNK / 4])
 }
 
 /*
- * A warp keeps S and v in an exponent of its own, 2^exponent, in which the largest element is near 1: in the middle of a chunk
- * S is up to 2^115 times smaller, and what is added to it up to 2^115 times larger, than in the end. The exponent is raised
- * at once when v needs it, and is measured again, by S, every MEASURED tokens.
+ * A warp scales S and v by a power of two of its own: they are multiples of 2^exponent, and the largest element
+ * is near 1. In the middle of a chunk S is up to 2^115 times smaller than at its end, and what is added to it
+ * up to 2^115 times larger. The exponent is raised at once when v needs it, and is measured again by S every
+ * MEASURED tokens.
  */
 constexpr int MEASURED = 512, LEAST_EXPONENT = -120, GREATEST_EXPONENT = 120;
 
-/* 0 where fp32 has none so small. */
+/* 2^exponent, or 0 where that is below fp32's normal numbers. */
 inline __device__ float power_of_two(int exponent) {
     return exponent < -126 ? 0.f : __int_as_float((exponent + 127) << 23);
 }
@@ -74,7 +77,7 @@ template <int TILES> __device__ void scale_tiles(float (&d)[TILES][4], float fac
             d[c][n] *= factor;
 }
 
-/* Of the thread's elements, without sign. */
+/* The largest of the thread's elements, without sign. */
 template <int TILES> __device__ float largest_of_tiles(const float (&d)[TILES][4]) {
     float largest = 0;
 #pragma unroll
@@ -85,13 +88,13 @@ template <int TILES> __device__ float largest_of_tiles(const float (&d)[TILES][4
     return largest;
 }
 
-/* Of the warp. A thread that has an infinite one is left out: it is of a column whose neighbours may not be taken out of what a
- * exponent can hold. */
+/* The warp's largest element. A thread that has an infinite one is left out: it spoils its own column, and the
+ * exponent must still suit the neighbours. */
 inline __device__ float largest_that_counts(float of_thread) {
     return largest_of_warp(of_thread < INFINITY ? of_thread : 0.f);
 }
 
-/* Goes over to an exponent in which S is near 1. */
+/* Changes to an exponent that brings S near 1. */
 template <int TILES> __device__ void measure_exponent(float (&S)[TILES][4], int &exponent) {
     float largest = largest_that_counts(largest_of_tiles(S));
     if (largest >= 0.25f && largest <= power_of_two(EDGE))
@@ -102,17 +105,17 @@ template <int TILES> __device__ void measure_exponent(float (&S)[TILES][4], int 
     exponent = next;
 }
 
-/* The exponent of a state that is in none yet. */
+/* Scales a state that is not scaled yet; returns its exponent. */
 template <int TILES> __device__ int measured(float (&S)[TILES][4]) {
     int exponent = 0;
     measure_exponent(S, exponent);
     return exponent;
 }
 
-/* V^T of a chunk, 16 tokens and the warp's 16 columns at a time, as first operands. */
+/* V^T of a chunk as first operands: 16 tokens and the warp's 16 columns at a time. */
 using Values = uint32_t[CHUNK / 16][4];
 
-/* The largest of the thread's values, as bf16 without its sign: those are ordered as integers are. */
+/* The largest of the thread's values, as bf16 without its sign: such bits are ordered as integers are. */
 inline __device__ uint32_t largest_value(const Values &v) {
     uint32_t largest = 0; /* of each half */
 #pragma unroll
@@ -123,14 +126,14 @@ inline __device__ uint32_t largest_value(const Values &v) {
     return max(largest & 0xffff, largest >> 16);
 }
 
-/* bf16 values by a power of two. */
+/* Multiplies bf16 values by powers of two. */
 inline __device__ uint32_t scale_pair(uint32_t pair, uint32_t factors) {
     uint32_t scaled;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(scaled) : "r"(pair), "r"(factors));
     return scaled;
 }
 
-/* From rows of COLUMNS that all of the CTA's warps share. */
+/* Loads values from rows of COLUMNS that all of the CTA's warps share. */
 template <int COLUMNS> __device__ void load_values(const __nv_bfloat16 *rows, Values &v) {
     MatrixRow<CHUNK, COLUMNS> values(rows, false);
 #pragma unroll
@@ -138,8 +141,9 @@ template <int COLUMNS> __device__ void load_values(const __nv_bfloat16 *rows, Va
         ldmatrix_transposed(v[t], values.at(t * 16, threadIdx.x / 32 * 16));
 }
 
-/* One chunk: S goes on, in the warp's exponent. Something is done while each of the products runs: load(v) loads the chunk's
- * values, send() sends what the chunk before has left, leave(o) takes the chunk's outputs, in that exponent. */
+/* Takes S through one chunk, in the warp's exponent. While products run, load(v) loads the chunk's values,
+ * send() sends the outputs of the chunk before, and leave(o) takes the chunk's outputs, which are scaled like
+ * S. */
 template <bool outputs, bool bounded, int DIM, class F, class G, class H>
 __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, float (&S)[DIM / 8][4],
                         int &exponent, F load, G send, H leave) {
@@ -174,14 +178,14 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
     pin(wy);
     if (__builtin_expect(__any_sync(~0u, largest >= (uint32_t)(127 + exponent + EDGE) << 7), 0)) {
         constexpr uint32_t NOT_FINITE =
-            0x7f80; /* and all above, of which an exponent does not follow: see above */
+            0x7f80; /* bf16 from here on: the exponent does not follow it (largest_that_counts) */
         largest = __reduce_max_sync(~0u, largest < NOT_FINITE ? largest : 0);
         int next = max(exponent_of(__uint_as_float(largest << 16)), exponent);
         scale_tiles(S, power_of_two(exponent - next));
         scale_tiles(wy, power_of_two(exponent - next));
         exponent = next;
     }
-    uint32_t in_exponents = (uint32_t)(127 - exponent) * 0x800080; /* a pair of bf16 */
+    uint32_t downscale = (uint32_t)(127 - exponent) * 0x800080; /* 2^-exponent in bf16, twice */
     float U[CHUNK / 8][4];
     uint32_t x[CHUNK / 8][4];
 #pragma unroll
@@ -189,7 +193,7 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
         float tile[4];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            float2 pair = unpack_bf16(scale_pair(v[i / 2][i % 2 * 2 + n], in_exponents));
+            float2 pair = unpack_bf16(scale_pair(v[i / 2][i % 2 * 2 + n], downscale));
             tile[2 * n] = fmaf(-rk[2 * i], wy[i][2 * n], pair.x);
             tile[2 * n + 1] = fmaf(-rk[2 * i + 1], wy[i][2 * n + 1], pair.y);
         }
@@ -249,8 +253,8 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
     decay_state(S, decays);
 }
 
-/* Runs f(two neighbours of S in a row of V, channel, column) over a thread's share of the state. The thread is to be read
- * anew (warpgroup.cuh) where registers are short. */
+/* Runs f(two neighbours of S in a row of V, channel, column) over a thread's share of the state. Pass thread()
+ * where registers are short (warpgroup.cuh). */
 template <class S, int TILES, class F>
 __device__ void each_pair(S (&state)[TILES][4], F f, uint32_t thread = threadIdx.x) {
     int t = (int)thread, lane = t % 32, column = t / 32 * 16 + lane / 4;
@@ -261,14 +265,15 @@ __device__ void each_pair(S (&state)[TILES][4], F f, uint32_t thread = threadIdx
             f(state[c][2 * n], state[c][2 * n + 1], c * 8 + lane % 4 * 2, column + n * 8);
 }
 
-/* The identity times x. The thread has elements on the diagonal only of two tiles, which follow from its warp. */
+/* Makes S the identity times x. A thread has diagonal elements in two tiles only, which follow from its
+ * warp. */
 template <int TILES> __device__ void make_diagonal(float (&S)[TILES][4], float x) {
     uint32_t warp = thread() / 32, row = thread() % 32 / 4, channel = thread() % 4 * 2;
     const float on[2] = {row == channel ? x : 0.f, row == channel + 1 ? x : 0.f};
 #pragma unroll
     for (uint32_t c = 0; c < TILES; c++)
 #pragma unroll
-        for (uint32_t n = 0; n < 4; n++) /* columns 0 to 8 of the warp's, then the others */
+        for (uint32_t n = 0; n < 4; n++) /* columns 0 to 7 of the warp's, then the others */
             S[c][n] = c % 2 == n / 2 && c / 2 == warp ? on[n % 2] : 0.f;
 }
 
@@ -285,21 +290,21 @@ inline __device__ kda_state from_column(kda_state state, int column) {
     return state;
 }
 
-/* Can a pair be accessed at once? */
+/* Can two neighbouring channels be accessed at once? */
 inline __device__ bool as_pairs(const kda_state &state) {
     return state.v_first &&
            (reinterpret_cast<uintptr_t>(state.data) | state.stride) % (state.dtype == KDA_F32 ? 8 : 4) == 0;
 }
 
-/* As load_float, but states are never fp16: its branch would cost registers that the products need. */
+/* As load_float without fp16, which no state has: its branch would cost registers that the products need. */
 inline __device__ float load_one(const kda_state &state, int column, int channel) {
     const char *at = element(state, column, channel);
     return state.dtype == KDA_F32 ? *reinterpret_cast<const float *>(at)
                                   : kda_from_bf16(*reinterpret_cast<const uint16_t *>(at));
 }
 
-/* As each_pair, f(two neighbours of S, where they are as elements of type E) over a state accessed as pairs: few addresses, for
- * few instructions, which are fetched for every chain. */
+/* As each_pair, over a state accessed as pairs: f(two neighbours of S, where they lie as elements of type E).
+ * It has few addresses and few instructions, as these are fetched for every chain. */
 template <class E, class S, int TILES, class F>
 __device__ void each_pair_at(const kda_state &state, S (&S_own)[TILES][4], F f, uint32_t thread) {
     int lane = (int)thread % 32, column = (int)thread / 32 * 16 + lane / 4;
@@ -361,7 +366,8 @@ __device__ void store_whole(const kda_state &state, const float (&S)[TILES][4], 
             thread);
 }
 
-/* Stores a state in bf16, 16 bytes at a time: of four tiles' pairs, each of four lanes gets those that make one tile's row. */
+/* Stores a state in bf16, 16 bytes at a time. Four lanes exchange pairs of four tiles, so that each gets a row
+ * of one tile. */
 template <int TILES>
 __device__ void store_in_pieces(const kda_state &state, const float (&S)[TILES][4], int exponent) {
     float factor = power_of_two(exponent);
@@ -391,8 +397,8 @@ __device__ void store_in_pieces(const kda_state &state, const float (&S)[TILES][
     }
 }
 
-/* Checkpoints at a position: at 0 the state that the chain starts from, else the one after that token. In few registers, for
- * loops that are short of them: see store_checkpoints. */
+/* Stores checkpoints at a position: at 0 the state that the chain starts from, else the one after that token.
+ * It takes few registers, for loops that are short of them; store_checkpoints is faster. */
 template <int TILES>
 __device__ void store_whole_checkpoints(const kda_prefill &p, int n, int head, int column, int position,
                                         float (&S)[TILES][4], int exponent, uint32_t thread = threadIdx.x) {
@@ -406,37 +412,37 @@ __device__ void store_whole_checkpoints(const kda_prefill &p, int n, int head, i
     }
 }
 
-/* What of a chunk is out of the ordinary, for consumers to test at once. */
+/* What is special about a chunk; consumers test all of it at once. */
 enum : uint32_t {
-    ENDS = 1,    /* there is none: the CTA's work is done */
-    BEGINS = 2,  /* the first that the CTA works of its sequence */
-    EMPTY = 4,   /* of a sequence without tokens */
-    PARTIAL = 8, /* fewer tokens than a chunk's */
-    MEASURE = 16 /* S, after it */,
+    ENDS = 1,    /* there is no chunk: the CTA's work is done */
+    BEGINS = 2,  /* the CTA's first chunk of its sequence */
+    EMPTY = 4,   /* its sequence has no tokens */
+    PARTIAL = 8, /* fewer than CHUNK tokens */
+    MEASURE = 16 /* S is to be measured after it */,
     CHECKPOINT = 32, /* there may be one after it */
-    LAST = 64,       /* that the CTA works of its sequence */
-    /* Of parts (stream_k/ranges.cuh): */
-    SPLIT = 128, /* the chain is cut in front of it */
+    LAST = 64,       /* the CTA's last chunk of its sequence */
+    /* In stream-K's ranges (stream_k/ranges.cuh): */
+    SPLIT = 128, /* the chain is split in front of it */
     SPLIT_AFTER = 256,
-    FROM_SPLIT = 512, /* LAST, and the chain was cut where the CTA began */
-    REHEARSAL = 1024  /* with SPLIT and BEGINS: no chunk at all */
+    FROM_SPLIT = 512, /* LAST, and the CTA's part of the chain starts at a split */
+    REHEARSAL = 1024  /* with SPLIT and BEGINS: no real chunk */
 };
 
-/* What a loader says of a chunk. */
+/* What a scout says of a chunk. */
 struct ChunkInfo {
     int n, head;      /* of its chain */
     int batch, token; /* where it begins in the tensors */
     int position;     /* where it ends in its sequence */
     union {
         int slot; /* of its state */
-        int row;  /* in kernel pairs, which knows that: of the checkpoint after the chunk, or -1 */
+        int row;  /* in kernel cluster, which knows the slot: of the checkpoint after the chunk, or -1 */
     };
     int column; /* first of the CTA's columns of V */
     int count;  /* tokens; -1: see ENDS */
     uint32_t flags;
 };
 
-/* `keeps`: checkpoints are asked for. */
+/* keeps: checkpoints are asked for. */
 inline __device__ uint32_t find_flags(const ChunkInfo &info, bool first, bool last, bool keeps) {
     if (info.count < 0)
         return ENDS;
@@ -444,7 +450,7 @@ inline __device__ uint32_t find_flags(const ChunkInfo &info, bool first, bool la
            (info.position % MEASURED < CHUNK ? MEASURE : 0) | (keeps ? CHECKPOINT : 0) | (last ? LAST : 0);
 }
 
-/* Checkpoints after a chunk, faster: the one of `row`, if that is known, or all that are there. */
+/* Stores checkpoints after a chunk, faster: the one of `row`, if that is known, or all that are there. */
 template <int TILES>
 __device__ void store_checkpoints(const kda_prefill &p, const ChunkInfo &info, int row, float (&S)[TILES][4],
                                   int exponent) {
@@ -464,13 +470,13 @@ __device__ void store_checkpoints(const kda_prefill &p, const ChunkInfo &info, i
     } while (row < 0);
 }
 
-/* Until rows are free: what was sent has left, but for the last `later` times. */
+/* Waits until rows are free: what was sent has left them, but for the last `later` times. */
 template <int later> __device__ void wait_for_rows() {
     if (elected())
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<later>());
 }
 
-/* The warp's outputs of a chunk [CHUNK][16 columns], from o^T, to its own `rows`. */
+/* Puts the warp's outputs of a chunk [CHUNK][16 columns], from o^T, into its own `rows`. */
 template <int later>
 __device__ void place_outputs(kda_dtype dtype, const float (&o)[CHUNK / 8][4], __nv_bfloat16 *rows) {
     wait_for_rows<later>();
@@ -481,10 +487,10 @@ __device__ void place_outputs(kda_dtype dtype, const float (&o)[CHUNK / 8][4], _
 #pragma unroll
         for (int n = 0; n < 2; n++)
             pairs[i][n] = pack_output(dtype, o[i][2 * n], o[i][2 * n + 1]);
-    turn_over(pairs, rows);
+    transpose_outputs(pairs, rows);
 }
 
-/* And from there to memory. */
+/* Sends them from there to memory. */
 inline __device__ void send_outputs(const kda_tensor &out, const CUtensorMap &map, const ChunkInfo &info,
                                     const __nv_bfloat16 *rows) {
     int lane = threadIdx.x % 32, column = info.column + threadIdx.x / 32 * 16;
@@ -501,44 +507,42 @@ inline __device__ void send_outputs(const kda_tensor &out, const CUtensorMap &ma
     }
 }
 
-/* Outputs in the warp's exponent become what they are. */
-inline __device__ void leave_exponent(float (&o)[CHUNK / 8][4], int exponent) {
+/* Takes the warp's exponent out of outputs. */
+inline __device__ void unscale_outputs(float (&o)[CHUNK / 8][4], int exponent) {
     if (__builtin_expect(exponent != 0, 0))
         scale_tiles(o, power_of_two(exponent));
 }
 
-/* What a schedule's policy does unless it says otherwise: no chunk is worked twice, no checkpoints are stored. */
+/* The defaults of a schedule's policy: no chunk is worked twice, and no checkpoints are stored. */
 template <int DIM> struct DefaultPolicy {
     __device__ bool again(const ChunkInfo &, float (&)[DIM / 8][4], int) const { return false; }
     __device__ void keep(const ChunkInfo &, float (&)[DIM / 8][4], int) const {}
 };
 
-/* A consumer warpgroup's work: all chunks that a loader sends through `shared`, from `turn` on, their outputs to `out`,
- * which `map` maps. The schedule's policy has
- *   before(info, S)            makes S what it is before a first chunk, and returns its exponent
+/* A consumer warpgroup's work: all chunks that scouts send through `shared`, from `pipe` on. Outputs go to
+ * `out`, which `map` maps. The schedule's policy has
+ *   before(info, S)            makes S the state before a first chunk, and returns its exponent
  *   load(stage, flags, v)      loads a chunk's values
- *   again(info, S, exponent)   is called after a chunk in front of which the chain is split: is it to be worked once more, for
- *                              which the policy takes the outputs itself?
- *   finish(info, o, exponent)  makes outputs what is to be stored, and returns as which dtype
+ *   again(info, S, exponent)   is called after a chunk in front of which the chain is split: true if it is to
+ *                              be worked once more; the policy then takes the outputs itself
+ *   finish(info, o, exponent)  turns scaled outputs into those to be stored, and returns their dtype
  *   keep(info, S, exponent)    stores checkpoints after a chunk
- *   after(info, S, exponent)   stores what is after a last one.
+ *   after(info, S, exponent)   stores the state after a last chunk
  *
- * A rehearsal is a turn before the first one, on whatever lies in its stage: while the first chunk is on its way, the code
- * is, too. */
+ * A rehearsal is a step before the first chunk, on whatever lies in its stage. It fetches the code while the
+ * first chunk is on its way. */
 template <int DIM, bool outputs, bool bounded, class Shared, class PipelineState, class Policy>
-__device__ void consume(const kda_tensor &out, const CUtensorMap &map, Shared &shared, PipelineState turn,
+__device__ void consume(const kda_tensor &out, const CUtensorMap &map, Shared &shared, PipelineState pipe,
                         Policy policy) {
     float S[DIM / 8][4];
     int exponent = 0;
-    constexpr int PLACES =
-        sizeof shared.outputs / sizeof shared.outputs[0]; /* for a chunk's outputs, in turn */
-    int place = 0;
-    auto rows = [&] { return shared.outputs[place][threadIdx.x / 32]; };
-    const ChunkInfo *leaving =
-        nullptr; /* whose outputs are in rows: they leave while the next first product runs */
+    constexpr int BUFFERS = sizeof shared.outputs / sizeof shared.outputs[0]; /* of outputs, used alternately */
+    int buffer = 0;
+    auto rows = [&] { return shared.outputs[buffer][threadIdx.x / 32]; };
+    const ChunkInfo *leaving = nullptr; /* its outputs are in rows and leave during the next first product */
     for (;;) {
-        wait(shared.full[turn.stage], turn.parity);
-        const ChunkInfo &info = shared.infos[turn.info()];
+        wait(shared.full[pipe.stage], pipe.parity);
+        const ChunkInfo &info = shared.infos[pipe.info_index()];
         uint32_t flags = info.flags;
         if (__builtin_expect(flags & (ENDS | BEGINS), 0)) {
             if (flags & ENDS)
@@ -547,28 +551,28 @@ __device__ void consume(const kda_tensor &out, const CUtensorMap &map, Shared &s
         }
         if (__builtin_expect(!(flags & EMPTY), 1))
             advance<outputs, bounded>(
-                shared.tiles[turn.stage], shared.factors[turn.stage], S, exponent,
-                [&](Values &v) { policy.load(turn.stage, flags, v); },
+                shared.tiles[pipe.stage], shared.factors[pipe.stage], S, exponent,
+                [&](Values &v) { policy.load(pipe.stage, flags, v); },
                 [&] {
                     if (outputs && leaving) {
                         send_outputs(out, map, *leaving, rows());
-                        place = (place + 1) % PLACES;
+                        buffer = (buffer + 1) % BUFFERS;
                     }
                 },
                 [&](float(&o)[CHUNK / 8][4]) {
                     kda_dtype dtype = policy.finish(info, o, exponent);
-                    place_outputs<PLACES - 1>(dtype, o, rows());
+                    place_outputs<BUFFERS - 1>(dtype, o, rows());
                     leaving = &info;
                 });
         if (__builtin_expect(flags & SPLIT, 0) && policy.again(info, S, exponent)) {
             leaving = nullptr;
             if (flags & REHEARSAL) {
-                ptx::mbarrier_arrive(&shared.empty[turn.stage]);
-                turn.next();
+                ptx::mbarrier_arrive(&shared.empty[pipe.stage]);
+                pipe.next();
             }
             continue;
         }
-        ptx::mbarrier_arrive(&shared.empty[turn.stage]);
+        ptx::mbarrier_arrive(&shared.empty[pipe.stage]);
         if (__builtin_expect(flags & (MEASURE | CHECKPOINT | LAST), 0)) {
             if (outputs && flags & CHECKPOINT && !(flags & EMPTY))
                 policy.keep(info, S, exponent);
@@ -577,7 +581,7 @@ __device__ void consume(const kda_tensor &out, const CUtensorMap &map, Shared &s
             if (flags & LAST)
                 policy.after(info, S, exponent);
         }
-        turn.next();
+        pipe.next();
     }
     if (outputs && leaving) {
         send_outputs(out, map, *leaving, rows());

@@ -17,32 +17,32 @@
 
 namespace kda {
 
-/* F is made of diagonal blocks of 8 tokens, which are joined to two of 16 and these to one. Floats from row to row of
- * scratch matrices: no two in a bank. */
+/* F is built from diagonal blocks of 8 tokens, which are joined to two of 16 and these to one. PADDED and
+ * PADDED_EIGHT are the floats from row to row of scratch matrices, of which no two rows meet in a bank. */
 constexpr int EIGHT = 8, PADDED = HALF + 4, PADDED_EIGHT = EIGHT + 4;
-constexpr float SMALL = 0x1p-4f, LARGE = 0x1p22f; /* squared norms of k and q that meet factors of 2^115 well */
+constexpr float SMALL = 0x1p-4f, LARGE = 0x1p22f; /* squared norms of k and q that suit factors of 2^115 */
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr uint32_t NO_DECAY = 0xff7fff7f; /* two raw gates, the least of bf16, whose decay is nothing */
+constexpr uint32_t NO_DECAY = 0xff7fff7f; /* two raw gates, the least of bf16, which decay nothing */
 
 /* A producer warpgroup's own memory. */
 struct Blocks {
     union {
         struct {
             alignas(16) float L[2][2][EIGHT * PADDED_EIGHT]; /* diagonal blocks of beta rk L0 rk, transposed */
-            float Z_eight[2][EIGHT * PADDED_EIGHT];          /* below them, rk L0 */
-            float Z[HALF * PADDED];                          /* and below two of them */
+            float Z_eight[2][EIGHT * PADDED_EIGHT];          /* the blocks below them, of rk L0 */
+            float Z[HALF * PADDED];                          /* the block below two of them */
         };
-        float4 halves[GROUP]; /* of unbounded.cuh, before that */
+        float4 halves[GROUP]; /* for unbounded.cuh, before the others are used */
     };
-    alignas(16) float rk[2][CHUNK]; /* of this chunk or the group's next one, in turn */
+    alignas(16) float rk[2][CHUNK]; /* of this chunk and of the group's next one, alternately */
     float beta[2][CHUNK];
 };
 
-/* Has the gate a bound, for which factors around one middle of a chunk are within bf16's range? */
+/* Does the gate have a bound, so that factors around one middle of a chunk are within bf16's range? */
 inline __device__ __host__ bool is_bounded(const kda_prefill *p) { return p->gate == FLASH_KDA_GATE_SIGMOID; }
 
-/* The gate of a thread's two channels, log2 decay = bound / (1 + exp2(slope g + offset)); or without a bound, rate
- * log2(1 + exp2(slope g + offset)), with the rate in its place. */
+/* The gate of a thread's two channels: log2 decay = bound / (1 + exp2(slope g + offset)). Without a bound it is
+ * bound log2(1 + exp2(slope g + offset)), where `bound` holds the negated rate. */
 struct Gate {
     int head = -1;
     float bound, slope;
@@ -50,7 +50,7 @@ struct Gate {
 };
 
 template <bool bounded> __device__ Gate find_gate(const kda_prefill &p, int head, int channel) {
-    /* Within what leaves NO_DECAY without any, whatever the bias. */
+    /* Clamped so that NO_DECAY decays nothing, whatever the bias. */
     float rate =
         p.A_log.data
             ? min_or_nan(max_or_nan(expf(load_float(p.A_log.data + head * p.A_log.stride[0], p.A_log.dtype, 0)),
@@ -79,7 +79,7 @@ inline __device__ float share_of_bound(const Gate &gate, float raw, float offset
 template <bool bounded> __device__ float log2_decay(const Gate &gate, float raw, float offset) {
     if (bounded)
         return share_of_bound(gate, raw, offset) * gate.bound;
-    /* log2(1 + 2^x) = max(x, 0) + y P(y), y = 2^-|x|: to 9e-6 of it, however small it is. */
+    /* log2(1 + 2^x) = max(x, 0) + y P(y), y = 2^-|x|. The error is 9e-6 of it, however small it is. */
     constexpr float P[] = {1.44268298f,   -0.720428526f, 0.469187111f,
                            -0.303065836f, 0.146062374f,  -0.0344465896f};
     float x = fmaf(raw, gate.slope, offset), y = exp2_approximate(-fabsf(x)), sum = P[5];
@@ -89,7 +89,7 @@ template <bool bounded> __device__ float log2_decay(const Gate &gate, float raw,
     return gate.bound * fmaf(sum, y, fmaxf(x, 0.f));
 }
 
-/* By one thread, before the first chunk is found. */
+/* One thread calls it, before the first chunk is found. */
 inline __device__ void prefetch_maps(const kda_sm90_maps &maps) {
     prefetch_map(maps.k), prefetch_map(maps.q), prefetch_map(maps.g), prefetch_map(maps.v),
         prefetch_map(maps.out);
@@ -101,16 +101,17 @@ inline __device__ void clear_rows(__nv_bfloat16 *tile, int count, uint32_t word)
         reinterpret_cast<uint32_t *>(tile + row * PANEL)[thread() % 32] = word;
 }
 
-/* Squared norms of 8 rows of k or q are the diagonal of the rows times themselves. A second operand is to be the first half of
- * a first one, X Y, which is X Y Y X: its upper product is X X^T + Y Y^T. */
+/* The squared norms of 8 rows of k or q are the diagonal of the rows times themselves. With X and Y of 8
+ * channels each, the first operand is [X Y; Y X], whose upper half also serves as the second operand: the upper
+ * product is X X^T + Y Y^T. */
 struct RowSquares {
-    uint32_t at; /* of the lane's row of 8, for ldmatrix */
+    uint32_t at; /* address of the lane's row of 8, for ldmatrix */
 
     __device__ RowSquares(const __nv_bfloat16 *tile) {
         uint32_t lane = thread() % 32, row = lane % 8, second = lane / 8 % 2 ^ lane / 16;
         at = shared_address(tile) + row * ROW + ((second ^ row) << 4);
     }
-    /* Adds those of rows 8 block to 8 block + 8, in 16 channels. */
+    /* Adds those of 8 rows from 8 block on, in 16 channels. */
     __device__ void add(float (&d)[4], int block, int i) const {
         uint32_t a[4];
         ldmatrix(a, (at ^ i % (PANEL / 16) << 5) + i / (PANEL / 16) * sizeof(Panel) + block * 8 * ROW);
@@ -123,7 +124,7 @@ struct RowSquares {
     }
 };
 
-/* Squared norm of the lane's row of k or q, in few instructions. */
+/* The squared norm of the lane's row of k or q, in few instructions. */
 template <int DIM> __device__ float find_square(const __nv_bfloat16 *tile) {
     RowSquares rows(tile);
     float squares[CHUNK / 8][4] = {}, square = 0;
@@ -140,7 +141,7 @@ template <int DIM> __device__ float find_square(const __nv_bfloat16 *tile) {
     return square;
 }
 
-/* The same sooner: no product waits for another one, as each queues after the consumers'. */
+/* The same, sooner: no product waits for another one, as each queues after the consumers' products. */
 template <int DIM> __device__ float find_square_soon(const __nv_bfloat16 *tile) {
     RowSquares rows(tile);
     float square = 0;
@@ -159,8 +160,8 @@ template <int DIM> __device__ float find_square_soon(const __nv_bfloat16 *tile) 
     return square;
 }
 
-/* Divides rows of k or q by powers of two, each its lane's own, where `rows` has the lane's bit. Returns the square of the lane's
- * row, of those, as it is then. */
+/* Divides rows of k or q by powers of two, each by its lane's own, where `rows` has the lane's bit. Returns the
+ * new square of the lane's row, if that is one of them. */
 template <int DIM> __device__ float divide_rows(__nv_bfloat16 *tile, uint32_t rows, float own_divisor) {
     float own = 0;
 #pragma unroll 1
@@ -183,14 +184,15 @@ template <int DIM> __device__ float divide_rows(__nv_bfloat16 *tile, uint32_t ro
     return own;
 }
 
-/* The power of two next to the norm of a row; 2^120 where the square is infinite: elements reach 2^128, and is to be found
- * again. */
+/* The power of two next to a row's norm. Where the square is infinite it is 2^120, as elements reach 2^128, and
+ * the norm is to be found again. */
 inline __device__ float size_of_row(float square) {
     return ldexpf(1.f, square < INFINITY ? ((__float_as_int(square) >> 23) - 127) / 2 : 120);
 }
 
-/* The warp finds scale / norm of every row of k or q, to be kept by token_place and, if `plain`, in order. Rows whose
- * norm is far from 1 are brought near it by a power of two, so that they keep their digits under any decay. */
+/* The warp finds scale / norm of every row of k or q, and keeps it by token_index and, if `plain`, in order. It
+ * brings rows whose norm is far from 1 near it by a power of two, so that they keep their digits under any
+ * decay. */
 template <bool is_waited_for, int DIM>
 __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, float *plain) {
     int lane = thread() % 32;
@@ -209,14 +211,15 @@ __device__ void find_norms(__nv_bfloat16 *tile, float scale, float *scales, floa
             norm = endless ? rsqrtf(again) * size * scale : norm;
         }
     }
-    scales[token_place(lane)] = norm;
+    scales[token_index(lane)] = norm;
     if (plain)
         plain[lane] = norm;
 }
 
-/* The threads that make tiles have two channels and one half of the chunk each: all four warps, or where there is one panel the
- * last two, whose lanes then have the earlier tokens and the later ones: token % 8 differs in all its bits, and the banks too. */
-template <int DIM> constexpr bool IN_ONE_WARP = DIM == PANEL; /* both halves of a channel */
+/* A thread that makes tiles owns two channels of half a chunk. With 128 channels all four warps make tiles.
+ * With 64 the last two do; their lanes split early and late tokens, so that token % 8 differs in all its bits,
+ * and so do the banks. */
+template <int DIM> constexpr bool IN_ONE_WARP = DIM == PANEL; /* one warp has both halves of a channel */
 template <int DIM> __device__ bool makes_tiles(uint32_t thread) {
     return !IN_ONE_WARP<DIM> || thread % GROUP >= GROUP / 2;
 }
@@ -227,15 +230,16 @@ template <int DIM> __device__ int own_channel(uint32_t thread) {
     return (int)(thread / 32 % 2 * (DIM / 2) + thread % (DIM / 4) * 2);
 }
 
-/* k, q and g of the thread's two channels and half of the chunk become RK, RQ and CK. Returns the log2 decay of the
- * half, from the chunk's start to its middle or from there to its end. Works outwards from the middle. */
+/* Turns k, q and g of the thread's two channels and half of the chunk into RK, RQ and CK. Works outwards from
+ * the middle. Returns the log2 decay of the half, from the chunk's start to its middle or from there to its
+ * end. */
 inline __device__ float2 make_tiles(const Panel &panel, uint32_t channel, bool later, const Gate &gate) {
     constexpr int TOGETHER = 4, QUERIES = sizeof panel.keys, GATES = 2 * QUERIES;
     int step = later ? ROW : -ROW;
-    /* Of token i from the middle; a token's 16-byte pieces are permuted by token % 8. */
+    /* The address of token i from the middle. A token's 16-byte pieces are permuted by token % 8. */
     uint32_t first =
         shared_address(panel.keys) + (later ? HALF : HALF - 1) * ROW + (channel * 2 ^ (later ? 0 : 7 << 4));
-    auto place = [&](int n, int j) {
+    auto address = [&](int n, int j) {
         return ((first + n * TOGETHER * step) ^ (n * TOGETHER & 7) << 4 ^ j << 4) + j * step;
     };
     struct Tokens {
@@ -245,14 +249,14 @@ inline __device__ float2 make_tiles(const Panel &panel, uint32_t channel, bool l
         Tokens tokens;
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
-            uint32_t at = place(n, j);
+            uint32_t at = address(n, j);
             tokens.g[j] = load_shared(at + GATES), tokens.k[j] = load_shared(at),
             tokens.q[j] = load_shared(at + QUERIES);
         }
         return tokens;
     };
     Tokens now = load(0);
-    /* Before the middle, x is what is still to come, negated, and without the token's own. */
+    /* Before the middle, x is the decay that is still to come, negated, without the token's own. */
     float direction = later ? gate.bound : -gate.bound, own = later ? gate.bound : 0.f;
     float2 sum = make_float2(0, 0), x[TOGETHER];
     auto find_x = [&](int j) {
@@ -262,14 +266,14 @@ inline __device__ float2 make_tiles(const Panel &panel, uint32_t channel, bool l
         x[j].x = fmaf(shares.x, own, sum.x), x[j].y = fmaf(shares.y, own, sum.y);
         sum.x = fmaf(shares.x, direction, sum.x), sum.y = fmaf(shares.y, direction, sum.y);
     };
-    /* exp2 and the reciprocal take turns with all else, two tokens apart; a branch would part them. */
+    /* exp2 and the reciprocal alternate with all else, two tokens apart; a branch would part them. */
 #pragma unroll 1
     for (int n = 0; n < HALF / TOGETHER; n++) {
         find_x(0), find_x(1);
         Tokens next = load(min(n + 1, HALF / TOGETHER - 1));
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
-            uint32_t at = place(n, j);
+            uint32_t at = address(n, j);
             float2 decayed = make_float2(exp2_approximate(x[j].x), exp2_approximate(x[j].y));
             float2 grown = make_float2(exp2_approximate(-x[j].x), exp2_approximate(-x[j].y));
             if (j + 2 < TOGETHER)
@@ -284,7 +288,7 @@ inline __device__ float2 make_tiles(const Panel &panel, uint32_t channel, bool l
     return later ? sum : make_float2(-sum.x, -sum.y);
 }
 
-/* beta of the lane's token as stored, on its way until it is used. */
+/* Starts to load beta of the lane's token, as stored; nothing waits for it until it is used. */
 inline __device__ uint32_t load_beta(const kda_prefill &p, int64_t batch, int64_t token, int64_t head,
                                      int count) {
     int lane = threadIdx.x % 32;
@@ -297,7 +301,7 @@ inline __device__ uint32_t load_beta(const kda_prefill &p, int64_t batch, int64_
 
 inline __device__ float find_beta(const kda_prefill &p, int count, uint32_t raw) {
     float half = __half2float(__ushort_as_half((uint16_t)raw));
-    float x = __uint_as_float(p.beta.dtype == KDA_BF16 ? raw << 16 : raw); /* or of 32 bits */
+    float x = __uint_as_float(p.beta.dtype == KDA_BF16 ? raw << 16 : raw); /* fp32, too */
     x = p.beta.dtype == KDA_F16 ? half : x;
     if (p.beta_mode != FLASH_KDA_BETA_GIVEN)
         x = reciprocal_approximate(1.f + exp2_approximate(x * -LOG2E)) *
@@ -305,13 +309,14 @@ inline __device__ float find_beta(const kda_prefill &p, int count, uint32_t raw)
     return threadIdx.x % 32 < count ? x : 0.f;
 }
 
-/* Warps of a producer warpgroup that receive a chunk, with warp 2, which has the queries. The scout finds it, too, which is
- * long work: while others invert or, where not all do, make tiles. */
+/* Warps of a producer warpgroup: the scout, and the one that has the keys; warp 2 has the queries. The scout
+ * also finds the group's next chunk, which is long work: while others invert or, where not all warps make
+ * tiles, while they make them. */
 template <int DIM> constexpr int SCOUT = IN_ONE_WARP<DIM> ? 0 : 3;
 template <int DIM> constexpr int KEYS = 3 - SCOUT<DIM>;
 
-/* What can be done by each of them as soon as a chunk is there: norms of k and of q. After a sequence's end k, q and v become
- * 0 and nothing decays. */
+/* What these warps can do as soon as a chunk is there: find the norms of k or of q. After a sequence's end k, q
+ * and v become 0 and nothing decays. */
 template <int VALUE_PANELS, bool is_waited_for, int DIM>
 __device__ void receive_chunk(const kda_prefill &p, Tiles<DIM> &tiles, Factors<DIM> &factors,
                               __nv_bfloat16 *values, Blocks &blocks, int slot, int count) {
@@ -335,16 +340,16 @@ __device__ void receive_chunk(const kda_prefill &p, Tiles<DIM> &tiles, Factors<D
                                        warp == KEYS<DIM> ? blocks.rk[slot] : nullptr);
 }
 
-/* All of the warpgroup's threads. */
+/* Makes the tiles and the state's decays. All threads of the warpgroup call it. */
 template <int DIM> __device__ void make_decays(Tiles<DIM> &tiles, Factors<DIM> &factors, const Gate &gate) {
     if (!makes_tiles<DIM>(thread()))
         return;
     bool later = has_later<DIM>(threadIdx.x);
     int channel = own_channel<DIM>(threadIdx.x);
-    float2 way = make_tiles(tiles.panels[channel / PANEL], channel % PANEL, later, gate);
+    float2 decay = make_tiles(tiles.panels[channel / PANEL], channel % PANEL, later, gate);
     float *to = later ? factors.to_end : factors.to_middle;
-    *reinterpret_cast<float2 *>(&to[channel_place(own_channel<DIM>(thread()))]) =
-        make_float2(exp2_approximate(way.x), exp2_approximate(way.y));
+    *reinterpret_cast<float2 *>(&to[channel_index(own_channel<DIM>(thread()))]) =
+        make_float2(exp2_approximate(decay.x), exp2_approximate(decay.y));
 }
 
 /* [L0; M0], in the accumulators of the warpgroup: warps 0 and 1 have rows of L0, the others of M0. */
@@ -365,13 +370,13 @@ __device__ void multiply_pairs(const Panel (&panels)[PANELS], float (&d)[TILES][
     pin(d);
 }
 
-/* Where a thread's elements of a tile lie by tf32_place, whose 16-byte pieces are permuted by row % 8: an address
- * costs one instruction. */
-struct Tf32Places {
+/* Addresses of a thread's elements of a tile in the order of tf32_index, whose 16-byte pieces are permuted by
+ * row % 8. One costs an instruction. */
+struct Tf32Addresses {
     uint32_t even, odd; /* of an even and of an odd token's element */
 
     /* Elements (row + lane / 4 + {0, 8}, token + lane % 4 * 2 + {0, 1}), as an accumulator has them. */
-    static __device__ Tf32Places of_accumulator(const float *tile, int row) {
+    static __device__ Tf32Addresses of_accumulator(const float *tile, int row) {
         uint32_t lane = thread() % 32, r = lane / 4;
         uint32_t at = shared_address(tile) + (row + r) * CHUNK * 4 + lane % 4 * 4;
         return {at + (r << 4), at + ((r ^ 1) << 4)};
@@ -381,14 +386,14 @@ struct Tf32Places {
     }
 };
 
-/* The warp's rows of M, M0 times rq, of which nothing counts above the diagonal: it may be infinite, so it is replaced. */
+/* Stores the warp's rows of M, M0 times rq. Above the diagonal M0 may be infinite, so it is replaced by 0. */
 inline __device__ void store_M(const float (&d)[CHUNK / 8][4], const float *query_scale, const __half *M) {
     uint32_t lane = thread() % 32, row = thread() / 32 % 2 * HALF + lane / 4;
-    int ahead = (int)(row - lane % 4 * 2); /* of the row before the token, in the first element */
+    int ahead = (int)(row - lane % 4 * 2); /* the first element's row, less its token */
     uint32_t at = shared_address(M) + row * CHUNK * 2 + ((row / 2 % 4) << 4) + lane % 4 * 4;
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-        float rq = query_scale[token_place(row + n * 8)];
+        float rq = query_scale[token_index(row + n * 8)];
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; j++) {
             float left = ahead >= j * 8 - n * 8 ? d[j][2 * n] * rq : 0.f;
@@ -398,7 +403,7 @@ inline __device__ void store_M(const float (&d)[CHUNK / 8][4], const float *quer
     }
 }
 
-/* F is 0 above the diagonal blocks of 8 tokens, where nobody writes: cleared once, by all of a CTA's threads. */
+/* F is 0 above the diagonal blocks of 8 tokens, where nobody writes: all threads of a CTA clear it once. */
 template <int STAGES, int DIM> __device__ void clear_inverses(Tiles<DIM> (&tiles)[STAGES]) {
     constexpr int PIECES = sizeof tiles->inverse / sizeof(float4);
     for (int i = threadIdx.x; i < STAGES * PIECES; i += blockDim.x)
@@ -406,8 +411,8 @@ template <int STAGES, int DIM> __device__ void clear_inverses(Tiles<DIM> (&tiles
     fence_shared();
 }
 
-/* The diagonal block of 16 tokens of F: forward substitution in its blocks of 8, a column to a lane, which both halves of
- * the warp do alike; then what is below, -F11 Z F00. */
+/* Finds a diagonal block of 16 tokens of F: by forward substitution in its blocks of 8, a column for a lane, in
+ * which both halves of the warp do the same; then what is below these, -F11 Z F00. */
 inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], int block, Blocks &blocks, int slot,
                                     float *F) {
     uint32_t lane = thread() % 32, row = lane / 4, part = lane % 4;
@@ -452,7 +457,7 @@ inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], int block, B
                 if (i + n > j)
                     x[i + n] = fmaf(-l[n], x[j], x[i + n]);
         }
-    /* Half of the column's rows each. */
+    /* Each half of the warp stores half of the column's rows. */
     uint32_t corner = shared_address(F) + block * HALF * CHUNK * 4, first = upper * 4;
     uint32_t at = corner + (s * EIGHT + first) * CHUNK * 4 + own / 2 * 4;
     uint32_t piece = (block * 2 + s) * 2 + own % 2;
@@ -465,10 +470,10 @@ inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], int block, B
                      __float_as_uint(round_tf32((upper ? x[i + 4] : x[i]) * step * norms[i])));
     __syncwarp();
     /* Operands as in join_blocks. */
-    Tf32Places places = Tf32Places::of_accumulator(F, block * HALF + EIGHT);
+    Tf32Addresses addresses = Tf32Addresses::of_accumulator(F, block * HALF + EIGHT);
     float product[4] = {}, result[4] = {};
-    uint32_t a[4] = {load_shared(places.at(0, block * HALF + EIGHT)), 0,
-                     load_shared(places.at(0, block * HALF + EIGHT + 1)), 0};
+    uint32_t a[4] = {load_shared(addresses.at(0, block * HALF + EIGHT)), 0,
+                     load_shared(addresses.at(0, block * HALF + EIGHT + 1)), 0};
     const float *b = &blocks.Z_eight[block][part * 2 * PADDED_EIGHT + row];
     mma_tf32(product, a, __float_as_uint(b[0]), __float_as_uint(b[PADDED_EIGHT]));
     a[0] = __float_as_uint(round_tf32(product[0])), a[2] = __float_as_uint(round_tf32(product[1]));
@@ -478,20 +483,20 @@ inline __device__ void invert_block(const float (&d)[CHUNK / 8][4], int block, B
              load_shared(above + CHUNK * 4 + ((column ^ (part * 2 + 1)) << 4)));
 #pragma unroll
     for (int n = 0; n < 2; n++)
-        store_shared(places.at(0, block * HALF + n), __float_as_uint(-round_tf32(result[n])));
+        store_shared(addresses.at(0, block * HALF + n), __float_as_uint(-round_tf32(result[n])));
 }
 
-/* The block of F below the diagonal blocks, -F11 Z F00. */
+/* Finds the block of F below the diagonal blocks, -F11 Z F00. */
 inline __device__ void join_blocks(const Blocks &blocks, float *F) {
     uint32_t lane = thread() % 32, row = lane / 4, part = lane % 4;
     float product[2][4] = {}, result[2][4] = {};
-    Tf32Places places = Tf32Places::of_accumulator(F, HALF);
+    Tf32Addresses addresses = Tf32Addresses::of_accumulator(F, HALF);
 #pragma unroll
     for (int s = 0; s < 2; s++) {
         uint32_t a[4];
 #pragma unroll
         for (int n = 0; n < 4; n++) /* as tf32_operand has columns */
-            a[n] = load_shared(places.at(n % 2 * 8, HALF + s * 8 + n / 2));
+            a[n] = load_shared(addresses.at(n % 2 * 8, HALF + s * 8 + n / 2));
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const float *b = &blocks.Z[(s * 8 + part * 2) * PADDED + j * 8 + row];
@@ -518,15 +523,15 @@ inline __device__ void join_blocks(const Blocks &blocks, float *F) {
     for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int n = 0; n < 4; n++)
-            store_shared(places.at(n / 2 * 8, j * 8 + n % 2), __float_as_uint(-round_tf32(result[j][n])));
+            store_shared(addresses.at(n / 2 * 8, j * 8 + n % 2), __float_as_uint(-round_tf32(result[j][n])));
 }
 
-/* The rest of a chunk's operands, from [L0; M0]. */
+/* Makes the rest of a chunk's operands, from [L0; M0]. */
 template <int DIM>
 __device__ void finish_operands(const float (&d)[CHUNK / 8][4], Tiles<DIM> &tiles, Factors<DIM> &factors,
                                 Blocks &blocks, int slot, int inverse_barrier) {
     int warp = thread() % GROUP / 32;
-    if (warp < 2) { /* code that is there once is fetched once */
+    if (warp < 2) { /* one copy of code is fetched once */
         invert_block(d, warp, blocks, slot, tiles.inverse);
         if (warp == 0) {
             barrier_arrive(inverse_barrier, 64);

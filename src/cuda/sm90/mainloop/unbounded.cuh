@@ -2,14 +2,15 @@
 /*
  * What producers do otherwise where a gate has no bound (produce.cuh).
  *
- * Factors from the chunk's middle to its ends would be too large. Each half has a middle of its own instead, which no token is
- * more than 8 away from, and within a chunk a token decays by no more than 2^DEEPEST: of what is before it, so much is seen
- * after it in the same chunk, which is less than 5e-5. The state decays by all of it. With D from the first middle to the
- * second,
+ * Factors from the chunk's middle to its ends would be too large. So each half has a middle of its own, from
+ * which no token is more than 8 away. Within a chunk each token's log2 decay is clamped to DEEPEST: of what
+ * comes before a token, up to 2^DEEPEST is seen after it that should not be, an error below 5e-5. The state
+ * gets all of the decay. With D from the first middle to the second, the state is taken, from the first middle
+ * to the second, through
  *     keys     RK, of the second half times D       (queries likewise)
  *     gates    CK, of the first half times D
- * are what the state is taken through, from the first middle to the second. L0 and M0 are made in between: their diagonal
- * blocks before anything is multiplied by D, the block below when CK is.
+ * L0 and M0 are made in between: their diagonal blocks before anything is multiplied by D, the block below when
+ * CK is.
  */
 #ifndef KDA_CUDA_SM90_UNBOUNDED_CUH
 #define KDA_CUDA_SM90_UNBOUNDED_CUH
@@ -21,14 +22,14 @@ namespace kda {
 constexpr float DEEPEST = -14.4f;
 constexpr int QUARTER = HALF / 2;
 
-/* log2 decays of a half of a chunk, two channels: what its tokens have of it within the chunk, before and after the half's
- * middle, and what they are short of the whole. */
+/* log2 decays of two channels over half a chunk: as they count within the chunk, before and after the half's
+ * middle; and what these are short of the whole decay. */
 struct HalfDecay {
     float2 before, after, rest;
 };
 
-/* k, q and g of the thread's two channels and half of the chunk become RK, RQ and CK around the half's own middle. Works
- * outwards from there, first to the half's start. */
+/* Turns k, q and g of the thread's two channels and half of the chunk into RK, RQ and CK around the half's own
+ * middle. Works outwards from there, first to the half's start. */
 inline __device__ HalfDecay make_half(const Panel &panel, bool later, const Gate &gate) {
     constexpr int TOGETHER = 4, QUERIES = sizeof panel.keys, GATES = 2 * QUERIES;
     uint32_t lane = thread() % 32;
@@ -69,8 +70,9 @@ inline __device__ HalfDecay make_half(const Panel &panel, bool later, const Gate
     return {before, sum, make_float2(all.x - before.x - sum.x, all.y - before.y - sum.y)};
 }
 
-/* The thread's two channels of `count` tokens of a tile times a factor, given by its root: between two middles a channel may
- * decay by more than a float's exponent holds, of which a token's own factor gives some back. */
+/* Multiplies the thread's two channels of `count` tokens by a factor that is given by its root. Between two
+ * middles a channel may decay by more than a float's exponent holds; a token's own factor gives some of it
+ * back. */
 inline __device__ void multiply_rows(const __nv_bfloat16 *tile, int first, int count, float2 root) {
     uint32_t lane = thread() % 32, rows = shared_address(tile) + first * ROW;
 #pragma unroll 4
@@ -81,7 +83,7 @@ inline __device__ void multiply_rows(const __nv_bfloat16 *tile, int first, int c
     }
 }
 
-/* Tiles, decays and [L0; M0], with which the warpgroup goes on as after multiply_pairs(). */
+/* Makes tiles, decays and [L0; M0]. The warpgroup then goes on as after multiply_pairs(). */
 template <int DIM>
 __device__ void make_unbounded(Tiles<DIM> &tiles, Factors<DIM> &factors, Blocks &blocks, int barrier,
                                const Gate &gate, float (&d)[CHUNK / 8][4]) {
@@ -90,7 +92,7 @@ __device__ void make_unbounded(Tiles<DIM> &tiles, Factors<DIM> &factors, Blocks 
     bool later = t >= GROUP / 2;
     HalfDecay own = make_half(tiles.panels[panel], later, gate);
     float2 outer = later ? own.after : own.before, inner = later ? own.before : own.after;
-    int channel = channel_place(panel * PANEL + t % 32 * 2);
+    int channel = channel_index(panel * PANEL + t % 32 * 2);
     *reinterpret_cast<float2 *>(&(later ? factors.to_end : factors.to_middle)[channel]) =
         make_float2(exp2_approximate(outer.x), exp2_approximate(outer.y));
     blocks.halves[t] = make_float4(inner.x, inner.y, own.rest.x, own.rest.y);
@@ -120,8 +122,8 @@ __device__ void make_unbounded(Tiles<DIM> &tiles, Factors<DIM> &factors, Blocks 
     multiply_rows(later ? tiles.panels[panel].queries : tiles.panels[panel].keys, HALF, HALF, root);
 }
 
-/* The operands of one chunk, whose norms are found. The warpgroup has a named barrier of its own, and its first two
- * warps another. */
+/* Makes the operands of one chunk, whose norms are found. The warpgroup has a named barrier of its own, and its
+ * first two warps another. */
 template <bool bounded, int DIM>
 __device__ void make_operands(Tiles<DIM> &tiles, Factors<DIM> &factors, Blocks &blocks, int slot, int barrier,
                               int inverse_barrier, const Gate &gate) {

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* What Hopper's kernels share: barriers' turns, and how a consumer warpgroup's outputs leave. */
+/* What Hopper's kernels share: the state of a pipeline of stages, and how a consumer warpgroup's outputs
+ * leave. */
 #ifndef KDA_CUDA_SM90_WARPGROUP_CUH
 #define KDA_CUDA_SM90_WARPGROUP_CUH
 
@@ -16,20 +17,20 @@ namespace ptx = cuda::ptx;
 constexpr int GROUP = 128;                              /* threads of a warpgroup */
 constexpr int GROUP_COLUMNS = KDA_SM90_GENERAL_COLUMNS; /* of V, of one warpgroup */
 
-/* threadIdx.x, read anew: what follows from it is computed where it is used, not kept in registers through all of a
- * chunk. */
+/* threadIdx.x, read anew. What follows from it is then computed where it is used, and not kept in registers
+ * through all of a chunk. */
 inline __device__ uint32_t thread() {
     uint32_t x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x;
 }
 
-/* Which stage a chunk uses, and the parity of the barriers' phase in which it does. */
+/* The stage that a chunk uses, and the parity of the barriers' phase in which it does. */
 template <int STAGES> struct PipelineState {
     int stage = 0;
     uint32_t parity = 0;
-    /* Place in a ring twice as long: what lies there is kept while the stage is used again. */
-    __device__ int info() const { return stage + (int)parity * STAGES; }
+    /* The chunk's index in a ring twice as long: what lies there is kept while the stage is used again. */
+    __device__ int info_index() const { return stage + (int)parity * STAGES; }
     __device__ void next(int chunks = 1) {
         stage += chunks;
         if (stage >= STAGES)
@@ -37,11 +38,11 @@ template <int STAGES> struct PipelineState {
     }
 };
 
-/* The turn before the first one: whoever waits for it does not wait. */
+/* The step before the first chunk: a wait for it returns at once. */
 template <int STAGES> __device__ PipelineState<STAGES> before_first() {
-    PipelineState<STAGES> turn;
-    turn.stage = STAGES - 1, turn.parity = 1;
-    return turn;
+    PipelineState<STAGES> pipe;
+    pipe.stage = STAGES - 1, pipe.parity = 1;
+    return pipe;
 }
 
 inline __device__ void wait(uint64_t &barrier, uint32_t parity) {
@@ -49,7 +50,8 @@ inline __device__ void wait(uint64_t &barrier, uint32_t parity) {
         ;
 }
 
-/* A chunk's outputs of one warp, rounded, on their way to memory: [CHUNK][16 columns] as fragments of 8x8 matrices. */
+/* A warp's outputs of a chunk, rounded, on their way to memory: [CHUNK][16 columns] as fragments of 8x8
+ * matrices. */
 struct Outputs {
     uint32_t pairs[CHUNK / 8][2] = {};
     char *to = nullptr; /* the lane's token, the warp's columns; NULL: nothing to store */
@@ -57,24 +59,24 @@ struct Outputs {
 
 /* Can outputs leave in pieces of 16 bytes? */
 inline __device__ __host__ bool in_pieces(const kda_tensor &out) {
-    uintptr_t places = reinterpret_cast<uintptr_t>(out.data);
+    uintptr_t bits = reinterpret_cast<uintptr_t>(out.data);
     for (int i = 0; i < 3; i++)
-        places |= out.shape[i] > 1 ? out.stride[i] : 0;
-    return out.dtype != KDA_F32 && places % 16 == 0;
+        bits |= out.shape[i] > 1 ? out.stride[i] : 0;
+    return out.dtype != KDA_F32 && bits % 16 == 0;
 }
 
 /* Where the lane's token of a chunk goes: columns of V from `column` on. */
-inline __device__ char *output_place(const kda_prefill &p, int64_t batch, int64_t token, int64_t count,
-                                     int64_t head, int column) {
+inline __device__ char *output_pointer(const kda_prefill &p, int64_t batch, int64_t token, int64_t count,
+                                       int64_t head, int column) {
     int lane = threadIdx.x % 32;
     return lane < count ? kda_row(&p.out, batch, token + lane, head) + column * 2 : nullptr;
 }
 
-/* Place of 8 columns of a token in a warp's `rows` [CHUNK][16]: swizzled by 32 bytes. */
+/* Where 8 columns of a token lie in a warp's `rows` [CHUNK][16]: swizzled by 32 bytes. */
 inline __device__ int output_piece(int token, int half) { return token * 16 + (half ^ (token >> 2 & 1)) * 8; }
 
-/* Turns a chunk's rounded outputs over in the warp's own `rows`, so that a token's columns are neighbours. */
-inline __device__ void turn_over(const uint32_t (&pairs)[CHUNK / 8][2], __nv_bfloat16 *rows) {
+/* Transposes a chunk's rounded outputs in the warp's own `rows`, so that a token's columns are neighbours. */
+inline __device__ void transpose_outputs(const uint32_t (&pairs)[CHUNK / 8][2], __nv_bfloat16 *rows) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < CHUNK / 8; i += 2)
@@ -82,7 +84,7 @@ inline __device__ void turn_over(const uint32_t (&pairs)[CHUNK / 8][2], __nv_bfl
                             pairs[i + 1]);
 }
 
-/* The lane's token out of `rows` to memory. */
+/* Copies the lane's token from `rows` to memory. */
 inline __device__ void store_row(const __nv_bfloat16 *rows, char *to) {
     int lane = threadIdx.x % 32;
     reinterpret_cast<uint4 *>(to)[0] = *reinterpret_cast<const uint4 *>(&rows[output_piece(lane, 0)]);
@@ -91,7 +93,7 @@ inline __device__ void store_row(const __nv_bfloat16 *rows, char *to) {
 
 inline __device__ void store_pieces(const Outputs &outputs, __nv_bfloat16 *rows) {
     __syncwarp();
-    turn_over(outputs.pairs, rows);
+    transpose_outputs(outputs.pairs, rows);
     __syncwarp();
     if (outputs.to)
         store_row(rows, outputs.to);

@@ -10,8 +10,9 @@
 namespace kda {
 namespace {
 
-/* K = V = dim, with `ctas` CTAs on a multiprocessor. There are two where K = V = 64: one chain leaves room for another. Where
- * every chain has a multiprocessor of its own, one CTA has twice the producers instead. */
+/* K = V = dim, with `ctas` CTAs on a multiprocessor. With K = V = 64 there are two, as one chain leaves room
+ * for another. Where every chain has a multiprocessor to itself, there is one CTA with twice the producers
+ * instead (FEW). */
 template <int dim, int ctas> struct ConfigOf {
     static constexpr int DIM = dim, CTAS = ctas;
     static constexpr bool FEW = DIM == 64 && CTAS == 1;
@@ -20,7 +21,8 @@ template <int dim, int ctas> struct ConfigOf {
     static constexpr int THREADS = (CONSUMERS + PRODUCERS) * GROUP;
     static constexpr int WARPS = GROUP / 32 * CONSUMERS; /* of consumers */
     static constexpr int STAGES = DIM == 128 ? 5 : FEW ? 8 : 4;
-    /* Registers of a thread at the start: all that a multiprocessor has. Consumers then take some of the producers'. */
+    /* A thread's registers at the start: all that a multiprocessor has. Consumers then take some of the
+     * producers'. */
     static constexpr int REGISTERS = DIM == 128 ? 128 : FEW ? 96 : 80;
     static constexpr int CONSUMER_REGISTERS = DIM == 128 ? 168 : FEW ? 128 : 112;
     static constexpr int PRODUCER_REGISTERS = DIM == 128 || FEW ? 88 : 64;
@@ -28,28 +30,29 @@ template <int dim, int ctas> struct ConfigOf {
                           (CONSUMERS + PRODUCERS) * REGISTERS &&
                       CTAS * THREADS * REGISTERS <= 65536,
                   "or a consumer waits for registers for ever");
-    /* How many of its group's chunks a scout is ahead of what is received. It goes on while tiles are made, if its warp makes
-     * none; else when the operands are made, too late for the next chunk. */
+    /* By how many of its group's chunks a scout is ahead of the one that is received. If its warp makes no
+     * tiles, it goes on while others make them. Else it goes on when the operands are made, which is too late
+     * for the next chunk. */
     static constexpr int AHEAD = IN_ONE_WARP<DIM> ? 1 : 2;
-    static constexpr int BETA = IN_ONE_WARP<DIM> ? SCOUT<DIM> : 1; /* the warp that has beta */
-    /* Named barriers, each and the next ones, of each producer warpgroup; 0 is __syncthreads. */
+    static constexpr int BETA = IN_ONE_WARP<DIM> ? SCOUT<DIM> : 1; /* the warp that loads beta */
+    /* Named barriers: from each number on, one for every producer warpgroup. 0 is __syncthreads. */
     static constexpr int BARRIER_GROUP = 1, BARRIER_INVERSE = BARRIER_GROUP + PRODUCERS;
 };
-using Config128 = ConfigOf<128, 1>; /* ranges have it, too */
+using Config128 = ConfigOf<128, 1>; /* ranges use it, too */
 using Config64 = ConfigOf<64, 2>;
 using FewConfig64 = ConfigOf<64, 1>;
 
-constexpr int SORTED = 256; /* sequences at most, more are worked in their own order */
+constexpr int SORTED = 256; /* at most so many sequences are sorted; more are worked in their own order */
 
-/* Where a scout is: at a chunk of the CTA's chain before number `round`. */
+/* Where a scout is: at a chunk of a chain of the CTA. It has entered `round` chains so far. */
 struct Scout {
     int round, chunk, chunks;
     int n, head, key_head, batch, first, length, slot;
     int count;       /* tokens of the chunk; -1 after the last one */
-    kda_slice slice; /* in stream-K: what of the chain is in the CTA's range */
+    kda_slice slice; /* stream-K: the part of the chain that is in the CTA's range */
 };
 
-/* A producer warpgroup's own. */
+/* A producer warpgroup's own memory. */
 struct Scratch {
     Blocks blocks;
     Scout scout;
@@ -63,10 +66,10 @@ template <class Config> struct alignas(1024) Shared {
     uint8_t order[SORTED]; /* sequences, the longest first */
     Scratch scratch[Config::PRODUCERS];
     ChunkInfo infos[2 * Config::STAGES];
-    bool identity[Config::WARPS];     /* is what a consumer warp takes through the first chunk of a range */
-    int16_t kept[Config::WARPS];      /* the size of its state after that chunk */
-    uint64_t arrived[Config::STAGES]; /* q, k, v, g and the info: the scout and the bytes */
-    uint64_t full[Config::STAGES];    /* the operands: a producer warpgroup */
+    bool identity[Config::WARPS];     /* does a consumer warp take the identity through a range's first chunk */
+    int16_t kept[Config::WARPS];      /* the size of its local state after that chunk */
+    uint64_t arrived[Config::STAGES]; /* q, k, v, g and the info: by the scout and the bytes */
+    uint64_t full[Config::STAGES];    /* the operands: by a producer warpgroup */
     uint64_t empty[Config::STAGES];   /* the consumers are done */
 };
 

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Prefill in one kernel, for K = V = 128 or 64, bf16, normalised q and k, the sigmoid gate or, for 128, the softplus gate
- * (docs/hopper.md).
+ * Prefill in one kernel, for K = V = 128 or 64, bf16, normalised q and k, the sigmoid gate or, for 128, the
+ * softplus gate (docs/hopper.md).
  *
- * A CTA works one chain after another; or a range of all chains end to end (stream_k/ranges.cuh), which begins from zero. There it takes
- * the identity through the range's first chunk before: it shows whether the past is forgotten by then, and how the chunk's
- * outputs depend on it. Producer warpgroups take turns at making a chunk's operands, in place of its
- * q, k and g; consumer warpgroups, with 64 columns of V each, take the state through them in their accumulators.
- * When a chunk's tiles are made, warps of its group go on to the next one as they get free: one finds the norms of k,
- * another those of q, and the scout finds the chunk after that, describes it to all others and has the copy engine bring
- * it.
+ * A CTA works one chain after another, or a range of all chains end to end (stream_k/ranges.cuh). A range that
+ * starts inside a chain runs its first chunk twice: from S = I for A and O_A, then from S = 0. A shows whether
+ * the past is forgotten by then, and O_A how the chunk's outputs depend on it.
+ *
+ * Producer warpgroups alternately make a chunk's operands, in place of its q, k and g. Consumer warpgroups,
+ * with 64 columns of V each, take the state through them in their accumulators. When a chunk's tiles are made,
+ * warps of its group go on to the group's next chunk as they get free: one finds the norms of k, another those
+ * of q. The scout finds the chunk after that, describes it to all others and has the copy engine bring it.
  */
 #include "cuda/launch.cuh"
 #include "cuda/sm90/kernels.h"
@@ -39,11 +40,11 @@ template <class Config> __device__ void sort_sequences(const kda_prefill &p, Sha
     __syncthreads();
 }
 
-/* The (sequence, head) that the CTA works in a round: forwards and backwards in turn, so that who began with a long
- * one goes on with a short one. */
+/* The (sequence, head) that the CTA works in a round. Rounds run forwards and backwards alternately, so that a
+ * CTA that had a long one first has a short one next. */
 __device__ int find_item(int round) {
-    int across = gridDim.x, place = blockIdx.x;
-    return round * across + (round % 2 ? across - 1 - place : place);
+    int ctas = gridDim.x, cta = blockIdx.x;
+    return round * ctas + (round % 2 ? ctas - 1 - cta : cta);
 }
 
 /* What a launch works: chains one by one, or ranges. */
@@ -52,7 +53,7 @@ struct Work {
     kda_sm90_stream_k stream_k;
 };
 
-/* The scout's chain becomes that of n and head. Returns its chunks: none where it is not to be worked. */
+/* Moves the scout to the chain of n and head. Returns its chunks: 0 where it is not to be worked. */
 __device__ int enter_chain(const kda_prefill &p, int n, int head, Scout &scout) {
     struct kda_sequence sequence = kda_sequence(&p, n);
     scout.n = n, scout.head = head;
@@ -79,8 +80,8 @@ __device__ bool next_chain(const kda_prefill &p, Shared<Config> &shared, const W
     return true;
 }
 
-/* Enters what of the next chain is in the CTA's range. */
-__device__ bool next_of_range(const kda_prefill &p, const kda_sm90_stream_k &stream_k, Scout &scout) {
+/* Enters the next slice of the CTA's range, if there is one. */
+__device__ bool next_slice(const kda_prefill &p, const kda_sm90_stream_k &stream_k, Scout &scout) {
     if (scout.round++ == 0)
         scout.slice = stream_k.firsts[blockIdx.x];
     else if (!kda_next_slice(&p, &stream_k.split, blockIdx.x, &scout.slice))
@@ -90,14 +91,14 @@ __device__ bool next_of_range(const kda_prefill &p, const kda_sm90_stream_k &str
     return true;
 }
 
-/* Goes some chunks on, through the chains of the CTA. */
+/* Moves some chunks on, through the chains of the CTA. */
 template <bool ranges, class Config>
 __device__ void find_next(const kda_prefill &p, Shared<Config> &shared, const Work &work, Scout &scout,
                           int chunks) {
     int chunk = scout.chunk + chunks;
     while (chunk >= scout.chunks) {
         chunk -= scout.chunks;
-        if (!(ranges ? next_of_range(p, work.stream_k, scout) : next_chain(p, shared, work, scout))) {
+        if (!(ranges ? next_slice(p, work.stream_k, scout) : next_chain(p, shared, work, scout))) {
             scout.count = -1;
             return;
         }
@@ -105,11 +106,11 @@ __device__ void find_next(const kda_prefill &p, Shared<Config> &shared, const Wo
     scout.chunk = chunk;
 }
 
-/* Sends the scout's chunk to all: what it is, and by the copy engine its tensors. */
+/* Sends the scout's chunk to all: its info, and by the copy engine its tensors. */
 template <bool ranges, bool keeps, class Config>
 __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Config> &shared, Scout &scout,
-                     const PipelineState<Config::STAGES> &turn) {
-    int s = turn.stage, chunk = scout.chunk;
+                     const PipelineState<Config::STAGES> &pipe) {
+    int s = pipe.stage, chunk = scout.chunk;
     uint64_t *arrived = &shared.arrived[s];
     ChunkInfo info;
     info.n = scout.n, info.head = scout.head, info.batch = scout.batch, info.slot = scout.slot;
@@ -127,8 +128,8 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Con
         info.flags |= (first && scout.slice.begin ? SPLIT : 0) | (last && scout.slice.begin ? FROM_SPLIT : 0) |
                       (last && kda_split_after(&scout.slice) ? SPLIT_AFTER : 0);
     wait(shared.empty[s],
-         turn.parity ^ !(ranges && s == Config::STAGES - 1)); /* the last one is rehearsed in */
-    shared.infos[turn.info()] = info;
+         pipe.parity ^ !(ranges && s == Config::STAGES - 1)); /* ranges rehearse in the last stage */
+    shared.infos[pipe.info_index()] = info;
     scout.count = info.count;
     if (info.count <= 0) {
         ptx::mbarrier_arrive(arrived);
@@ -160,8 +161,8 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
     constexpr int DIM = Config::DIM;
     int warp = threadIdx.x % GROUP / 32;
     Scratch &scratch = shared.scratch[group];
-    PipelineState<Config::STAGES> turn, ahead;
-    turn.next(group), ahead.next(group);
+    PipelineState<Config::STAGES> pipe, ahead;
+    pipe.next(group), ahead.next(group);
     auto go_on = [&](int chunks) {
         Scout &scout = scratch.scout;
         __syncwarp(); /* all lanes have read what is overwritten now */
@@ -177,9 +178,9 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
         return load_beta(p, info.batch, info.token, info.head, info.count);
     };
     auto receive = [&](uint32_t beta, bool is_loaded) {
-        int s = turn.stage;
-        wait(shared.arrived[s], turn.parity);
-        const ChunkInfo &info = shared.infos[turn.info()];
+        int s = pipe.stage;
+        wait(shared.arrived[s], pipe.parity);
+        const ChunkInfo &info = shared.infos[pipe.info_index()];
         if (warp == Config::BETA) {
             if (!is_loaded)
                 beta = load(info);
@@ -193,11 +194,11 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
     Gate gate;
     bool rehearses = ranges && group == Config::PRODUCERS - 1;
     int count = rehearses ? CHUNK : 0;
-    /* Every step stands once, also those before the first chunk is made: code competes for the instruction cache, and takes
-     * time to be fetched. In ranges one group fetches it while the other's scout works, by making operands of what lies in
-     * its first stage. */
+    /* The loop has every step once, also for rounds before the first chunk is made: code competes for the
+     * instruction cache and takes time to be fetched. With ranges one group fetches it while the other's scout
+     * works: it makes operands of whatever lies in its first stage. */
     for (int round = -Config::AHEAD - rehearses;; round++) {
-        const ChunkInfo &info = shared.infos[turn.info()];
+        const ChunkInfo &info = shared.infos[pipe.info_index()];
         if (round >= 0) {
             barrier_wait(Config::BARRIER_GROUP + group, GROUP);
             count = info.count;
@@ -208,15 +209,15 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
         bool next_is_known = count >= 0 && round >= Config::AHEAD - 2;
         uint32_t beta = 0; /* of the next chunk, on its way */
         if (warp == Config::BETA && next_is_known) {
-            PipelineState<Config::STAGES> next = turn;
+            PipelineState<Config::STAGES> next = pipe;
             if (round >= 0)
                 next.next(Config::PRODUCERS);
-            beta = load(shared.infos[next.info()]);
+            beta = load(shared.infos[next.info_index()]);
         }
         if (count > 0) {
             if (info.head != gate.head)
                 gate = find_gate<bounded>(p, info.head, own_channel<DIM>(threadIdx.x));
-            make_operands<bounded>(shared.tiles[turn.stage], shared.factors[turn.stage], scratch.blocks, slot,
+            make_operands<bounded>(shared.tiles[pipe.stage], shared.factors[pipe.stage], scratch.blocks, slot,
                                    Config::BARRIER_GROUP + group, Config::BARRIER_INVERSE + group, gate);
         }
         if (ranges && __builtin_expect(round < -Config::AHEAD, 0)) {
@@ -225,10 +226,10 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
             continue;
         }
         if (round >= 0) {
-            ptx::mbarrier_arrive(&shared.full[turn.stage]);
+            ptx::mbarrier_arrive(&shared.full[pipe.stage]);
             if (count < 0)
                 return;
-            turn.next(Config::PRODUCERS);
+            pipe.next(Config::PRODUCERS);
             slot ^= 1;
         }
         if (Config::AHEAD == 2 && warp == SCOUT<DIM>)
@@ -240,7 +241,7 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
 
 /* ---- Consumers ------------------------------------------------------------------------------------ */
 
-/* Chains from the state before them to the one after. */
+/* Takes chains from the state before them to the one after. */
 template <class Config, bool keeps> struct ChainPolicy : DefaultPolicy<Config::DIM> {
     static constexpr int DIM = Config::DIM;
     const kda_prefill &p;
@@ -255,7 +256,7 @@ template <class Config, bool keeps> struct ChainPolicy : DefaultPolicy<Config::D
     }
     __device__ void load(int stage, uint32_t, Values &v) const { load_values<DIM>(shared.values[stage], v); }
     __device__ kda_dtype finish(const ChunkInfo &, float (&o)[CHUNK / 8][4], int exponent) const {
-        leave_exponent(o, exponent);
+        unscale_outputs(o, exponent);
         return p.out.dtype;
     }
     __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
@@ -267,8 +268,8 @@ template <class Config, bool keeps> struct ChainPolicy : DefaultPolicy<Config::D
     }
 };
 
-/* log2 of a number between the largest element of the warp's columns that counts and its double; EXACT_ZERO if it is 0. broken:
- * is one not finite? */
+/* log2 of a number between the largest finite element of the warp's columns and its double; EXACT_ZERO if that
+ * is 0. broken: is an element not finite? */
 __device__ int16_t size_of_state(const float (&S)[DIM / 8][4], int exponent, bool &broken) {
     float largest = 0;
 #pragma unroll
@@ -282,7 +283,7 @@ __device__ int16_t size_of_state(const float (&S)[DIM / 8][4], int exponent, boo
                                   : exponent + max((int)(__float_as_uint(largest) >> 23), 1) - 126);
 }
 
-/* Stores a state that kernel fixup will read, in 16 bytes of each thread at a time. */
+/* Stores a state for the fixup, 16 bytes of each thread at a time. */
 __device__ void store_pieces(uint4 *to, const float (&S)[DIM / 8][4], int exponent) {
     float factor = power_of_two(exponent);
 #pragma unroll
@@ -299,7 +300,7 @@ __device__ void store_pieces(float4 *to, const float (&S)[DIM / 8][4], int expon
         *to = make_float4(S[c][0] * factor, S[c][1] * factor, S[c][2] * factor, S[c][3] * factor);
 }
 
-/* The CTA's range, in which only the first chain can be split in front. */
+/* Works the CTA's range, in which only the first chain can be split in front. */
 struct RangePolicy {
     const kda_prefill &p;
     Shared<Config128> &shared;
@@ -343,7 +344,7 @@ struct RangePolicy {
         return true;
     }
     __device__ kda_dtype finish(const ChunkInfo &info, float (&o)[CHUNK / 8][4], int exponent) const {
-        leave_exponent(o, exponent);
+        unscale_outputs(o, exponent);
         return info.flags & SPLIT && shared.identity[thread() / 32] ? KDA_BF16 : p.out.dtype;
     }
     __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
@@ -368,8 +369,8 @@ struct RangePolicy {
     }
 };
 
-/* Chains without checkpoints, `keeps` false, have the code of these left out of a loop that competes for the instruction cache;
- * ranges have it in any case. */
+/* Without checkpoints (keeps is false) their code is left out of a loop that competes for the instruction
+ * cache. Ranges have it in any case. */
 template <class Config, bool ranges, bool bounded, bool keeps>
 __global__ void __maxnreg__(Config::REGISTERS)
     persistent(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
@@ -396,7 +397,7 @@ __global__ void __maxnreg__(Config::REGISTERS)
     if (!ranges && sorts(p))
         sort_sequences(p, shared);
     wait_for_kernel_before();
-    let_next_begin(); /* not earlier: fixup reads what probe has left without waiting */
+    let_next_begin(); /* not earlier: the fixup reads what the probe left without waiting */
     bool slow = ranges && threadIdx.x < work.stream_k.split.ranges &&
                 __ldcg(&work.stream_k.probes[threadIdx.x]) == SLOW;
     if (__syncthreads_or(slow) || (!ranges && nothing_pending(work.stream_k)))
@@ -417,7 +418,7 @@ __global__ void __maxnreg__(Config::REGISTERS)
 }
 
 template <class Config, bool ranges, bool bounded, bool keeps>
-cudaError_t launch_form(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
+cudaError_t launch_config(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
     const Work work = {ranges ? 0 : (int)(p->sequences * p->value_heads), memory->stream_k};
     kda_sm90_maps maps;
     cudaError_t error = kda_sm90_map(p, &maps);
@@ -428,8 +429,8 @@ cudaError_t launch_form(const kda_prefill *p, const kda_launch *launch, const kd
 
 template <class Config, bool bounded>
 cudaError_t launch_chains(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
-    return (p->checkpoints.data ? launch_form<Config, false, bounded, true>
-                                : launch_form<Config, false, bounded, false>)(p, launch, memory);
+    return (p->checkpoints.data ? launch_config<Config, false, bounded, true>
+                                : launch_config<Config, false, bounded, false>)(p, launch, memory);
 }
 
 } // namespace
@@ -438,15 +439,15 @@ cudaError_t launch_chains(const kda_prefill *p, const kda_launch *launch, const 
 cudaError_t kda_sm90_persistent(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
                                 const kda_sm90_memory *memory) {
     using namespace kda;
-    auto of_64 =
+    auto launch_64 =
         launch->config == Config64::CTAS ? launch_chains<Config64, true> : launch_chains<FewConfig64, true>;
-    auto of_128 = is_bounded(p) ? launch_chains<Config128, true> : launch_chains<Config128, false>;
-    return (p->key_dim == 128 ? of_128 : of_64)(p, launch, memory);
+    auto launch_128 = is_bounded(p) ? launch_chains<Config128, true> : launch_chains<Config128, false>;
+    return (p->key_dim == 128 ? launch_128 : launch_64)(p, launch, memory);
 }
 
 cudaError_t kda_sm90_ranges(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
                             const kda_sm90_memory *memory) {
     using namespace kda;
-    return (is_bounded(p) ? launch_form<Config128, true, true, true>
-                          : launch_form<Config128, true, false, true>)(p, launch, memory);
+    return (is_bounded(p) ? launch_config<Config128, true, true, true>
+                          : launch_config<Config128, true, false, true>)(p, launch, memory);
 }

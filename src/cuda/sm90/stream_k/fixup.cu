@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Judges by the proofs whether every range's past was forgotten (stream_k/ranges.cuh). If so, finishes what ranges leave: the outputs of
- * the first chunk, O_B + O_A S, with S as the range before left it, and states after chains, which must not be overwritten
- * before all is known.
+ * Verifies by the proofs that every range's past was forgotten (stream_k/ranges.cuh). If so, it finishes what
+ * ranges leave: outputs of first chunks, O_B + O_A S, with S as the range before left it; and final states of
+ * split chains, which may not be overwritten before all is known.
  */
 #include "cuda/launch.cuh"
 #include "cuda/sm90/kernels.h"
@@ -23,21 +23,21 @@ __device__ int largest_of(const int16_t (&sizes)[KDA_SM90_EXPONENTS]) {
     return max((int)(int16_t)largest, (int)largest >> 16);
 }
 
-/* What of the state before is left after the range's first chunk, |A S|, against the state from zero. Sizes are up to twice
- * the largest elements. */
+/* What the first chunk leaves of the state before the range, |A S|, against the local state. Sizes are up to
+ * twice the largest elements. */
 __device__ bool is_forgotten(const kda_sm90_proof &proof) {
-    int left = largest_of(proof.A) + largest_of(proof.before);
-    return left < EXACT_ZERO / 2 || left + MARGIN < largest_of(proof.kept);
+    int remaining = largest_of(proof.A) + largest_of(proof.before);
+    return remaining < EXACT_ZERO / 2 || remaining + MARGIN < largest_of(proof.kept);
 }
 
-/* What the CTA has to finish where a chain is split in front of its range: outputs of the range's first chunk, those from zero and
- * what is to be added. */
+/* The first chunk of a range that begins within a chain: its outputs from zero, and what is to be added to
+ * them. */
 struct FirstChunk {
     char *out;            /* the thread's first token and pair of columns */
     int64_t token_stride; /* bytes */
-    int tokens;           /* that there are, from that one on */
+    int tokens;           /* that exist, from that one on */
     uint32_t own[CHUNK / 8][2];
-    /* Before the range, 16 channels each: the first 8 in x and y, of columns 0 to 8 in x and z. */
+    /* The state before the range, 16 channels each: the first 8 in x and y, columns 0 to 7 in x and z. */
     uint4 S[DIM / 16];
 
     __device__ FirstChunk(const kda_prefill &p, const kda_slice &first, const struct kda_sequence &sequence) {
@@ -52,9 +52,9 @@ struct FirstChunk {
     }
 };
 
-using Rows = uint16_t[CHUNK][DIM + 8]; /* of O_A, no two rows' pieces of 16 bytes in a bank */
+using Rows = uint16_t[CHUNK][DIM + 8]; /* O_A; no two rows' pieces of 16 bytes meet in a bank */
 
-/* All loads together: they take as long as one. */
+/* Issues all loads together: they take as long as one. */
 __device__ void load_first_chunk(const kda_sm90_stream_k &stream_k, FirstChunk &first_chunk, Rows &rows) {
     constexpr int PIECES = DIM / 8, COUNT = CHUNK * PIECES / THREADS;
     const uint4 *O_A = reinterpret_cast<const uint4 *>(stream_k.outputs) + blockIdx.x * CHUNK * PIECES;
@@ -79,7 +79,7 @@ __device__ void load_first_chunk(const kda_sm90_stream_k &stream_k, FirstChunk &
 }
 
 /* Adds O_A S in the warp's columns of V. */
-__device__ void correct_outputs(kda_dtype dtype, const FirstChunk &first_chunk, const Rows &rows) {
+__device__ void add_history(kda_dtype dtype, const FirstChunk &first_chunk, const Rows &rows) {
     float sums[CHUNK / 16][2][4] = {};
     uint32_t lane = threadIdx.x % 32, at = shared_address(&rows[lane % 16][lane / 16 * 8]);
 #pragma unroll
@@ -102,40 +102,40 @@ __device__ void correct_outputs(kda_dtype dtype, const FirstChunk &first_chunk, 
         }
 }
 
-/* Every chain begins in one range, and its first slice tells. */
-__device__ void say_what_is_pending(const kda_prefill &p, const kda_sm90_stream_k &stream_k, kda_slice slice) {
+/* Says which chains are pending. Every chain begins in one range, whose CTA says it. */
+__device__ void mark_pending(const kda_prefill &p, const kda_sm90_stream_k &stream_k, kda_slice slice) {
     do
         if (slice.begin == 0)
             stream_k.pending[slice.n * p.value_heads + slice.head] = kda_split_after(&slice);
     while (kda_next_slice(&p, &stream_k.split, blockIdx.x, &slice));
 }
 
-/* Of all CTAs alike, once they have asked for what they will need. */
-__device__ Outcome judge(const kda_sm90_stream_k &stream_k, int probe) {
-    bool remembered = probe == FAST && !is_forgotten(stream_k.proofs[threadIdx.x]);
+/* All CTAs find the same outcome, each after it has issued the loads that it will need. */
+__device__ Outcome verify(const kda_sm90_stream_k &stream_k, int seen) {
+    bool remembered = seen == FAST && !is_forgotten(stream_k.proofs[threadIdx.x]);
     return __syncthreads_or(remembered) ? SPLIT_CHAINS : NOTHING;
 }
 
-/* Outputs of the range's first chunk, if a chain is split in front of it. */
-__device__ void finish_outputs(const kda_prefill &p, const kda_sm90_stream_k &stream_k, int probe,
+/* Finishes the outputs of the range's first chunk, if a chain is split in front of it. */
+__device__ void finish_outputs(const kda_prefill &p, const kda_sm90_stream_k &stream_k, int seen,
                                const kda_slice &first, const struct kda_sequence &sequence) {
     __shared__ alignas(16) Rows rows;
     FirstChunk first_chunk(p, first, sequence);
-    bool cut_before = kda_split_before(&first);
+    bool split_before = kda_split_before(&first);
     wait_for_kernel_before();
-    if (cut_before)
+    if (split_before)
         load_first_chunk(stream_k, first_chunk, rows);
-    Outcome outcome = judge(stream_k, probe);
+    Outcome outcome = verify(stream_k, seen);
     if (blockIdx.x == 0 && threadIdx.x == 0)
         *stream_k.outcome = outcome;
     if (outcome == SPLIT_CHAINS && threadIdx.x == 0)
-        say_what_is_pending(p, stream_k, first);
-    if (outcome == NOTHING && cut_before)
-        correct_outputs(p.out.dtype, first_chunk, rows);
+        mark_pending(p, stream_k, first);
+    if (outcome == NOTHING && split_before)
+        add_history(p.out.dtype, first_chunk, rows);
 }
 
-/* The state after a chain that is split in front of the range and ends there. */
-__device__ void finish_state(const kda_prefill &p, const kda_sm90_stream_k &stream_k, int probe,
+/* Finishes the final state of a chain that is split in front of the range and ends in it. */
+__device__ void finish_state(const kda_prefill &p, const kda_sm90_stream_k &stream_k, int seen,
                              const kda_slice &first, const struct kda_sequence &sequence) {
     if (!kda_split_before(&first) || kda_split_after(&first))
         return;
@@ -146,18 +146,19 @@ __device__ void finish_state(const kda_prefill &p, const kda_sm90_stream_k &stre
 #pragma unroll
     for (int c = 0; c < DIM / 8; c++)
         *reinterpret_cast<float4 *>(S[c]) = pieces[c * THREADS];
-    if (judge(stream_k, probe) == NOTHING)
+    if (verify(stream_k, seen) == NOTHING)
         store_whole(to, S, 0);
 }
 
-/* Two CTAs to a range, side by side: one finishes outputs, the other a state. */
+/* Two CTAs for a range: one finishes outputs, the other a state. */
 __global__ void __launch_bounds__(THREADS, 2)
     fixup(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_stream_k stream_k) {
     let_next_begin();
     bool state = blockIdx.y;
-    /* All that probe has left is there already (persistent.cu); the rest, when the kernel before has ended. */
-    int probe = threadIdx.x < stream_k.split.ranges ? stream_k.probes[threadIdx.x] : UNSPLIT;
-    if (__syncthreads_or(probe == SLOW)) {
+    /* All that the probe left is there already (persistent.cu). The rest is there when the kernel before has
+     * ended. */
+    int seen = threadIdx.x < stream_k.split.ranges ? stream_k.probes[threadIdx.x] : UNSPLIT;
+    if (__syncthreads_or(seen == SLOW)) {
         wait_for_kernel_before();
         if (!state && blockIdx.x == 0 && threadIdx.x == 0)
             *stream_k.outcome = ALL_CHAINS;
@@ -166,9 +167,9 @@ __global__ void __launch_bounds__(THREADS, 2)
     const kda_slice first = stream_k.firsts[blockIdx.x];
     const struct kda_sequence sequence = kda_sequence(&p, first.n);
     if (state)
-        finish_state(p, stream_k, probe, first, sequence);
+        finish_state(p, stream_k, seen, first, sequence);
     else
-        finish_outputs(p, stream_k, probe, first, sequence);
+        finish_outputs(p, stream_k, seen, first, sequence);
 }
 
 } // namespace

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Looks whether gates are strong where ranges of all chains begin (stream_k/ranges.cuh).
+ * Probes whether gates are strong where ranges begin (stream_k/ranges.cuh).
  *
- * What it sees decides only which kernels work: that a past was forgotten is measured by those that drop it.
+ * The result decides only which kernels work. Those that drop a past measure that it was forgotten.
  */
 #include "cuda/launch.cuh"
 #include "cuda/sm90/kernels.h"
@@ -13,10 +13,10 @@ namespace kda {
 namespace {
 
 constexpr int PAIRS = DIM / 2, RUNS = 8,
-              THREADS = PAIRS * RUNS; /* two channels to a thread, and a run of tokens */
+              THREADS = PAIRS * RUNS; /* a thread has two channels and a run of tokens */
 constexpr int TOKENS = CHUNK / RUNS;
-/* log2 of the decay over a chunk, in every channel, from which on it is worth trying: A is below 2^-31 times what the states
- * differ by, if little of it moves between channels. */
+/* Stream-K is worth trying if every channel decays by so much over a chunk (log2). A is then below 2^-31 times
+ * what the states differ by, if little of it moves between channels. */
 constexpr float ENOUGH = -40;
 
 /* log2 decay of the thread's channels over its tokens of the chunk. */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What the kernels of ranges (kernels.h) tell each other, and those after them. */
+/* What stream-K's kernels (kernels.h) tell each other and the schedule's kernels. */
 #ifndef KDA_CUDA_SM90_RANGES_CUH
 #define KDA_CUDA_SM90_RANGES_CUH
 
@@ -8,23 +8,24 @@
 
 namespace kda {
 
-/* What was seen of a range's first chunk. */
-enum Seen { SLOW, FAST, UNSPLIT /* in front of it */ };
+/* What the probe saw of a range's first chunk. */
+enum Seen { SLOW, FAST, UNSPLIT /* no chain is split in front of it */ };
 
-/* What the kernels after have to do. */
+/* What is left for the schedule's kernels to do. */
 enum Outcome { NOTHING, SPLIT_CHAINS, ALL_CHAINS };
 
 constexpr int DIM = KDA_SM90_DIM;
 
-/* In a proof: below the sum of any others; and above, where it may never pass for small. */
+/* In a proof: below the sum of any other sizes; above all, where a size may never pass for small. */
 constexpr int16_t EXACT_ZERO = -20000, NEVER_SMALL = 20000;
 
-/* After kernel join: is there no chain still to be worked? To be asked first: code that is never reached need not be fetched. */
+/* After the fixup: is no chain pending? Kernels ask this first, as code that is never reached need not be
+ * fetched. */
 inline __device__ bool nothing_pending(const kda_sm90_stream_k &stream_k) {
     return stream_k.split.ranges && __ldcg(stream_k.outcome) == NOTHING;
 }
 
-/* And is this one? */
+/* Is this chain pending? */
 inline __device__ bool is_pending(const kda_prefill &p, const kda_sm90_stream_k &stream_k, int n, int head) {
     if (!stream_k.split.ranges)
         return true;
@@ -34,8 +35,8 @@ inline __device__ bool is_pending(const kda_prefill &p, const kda_sm90_stream_k 
 }
 
 /*
- * States that go from consumers to kernel join lie as threads have them, 16 bytes of each at a time: 16 channels of two columns
- * of V in bf16, 8 in fp32.
+ * States that go from consumers to the fixup lie as threads have them, 16 bytes of each thread at a time: its
+ * share of 16 channels of two columns of V in bf16, of 8 channels in fp32.
  */
 constexpr int STATE_THREADS = 2 * GROUP;
 
@@ -45,8 +46,8 @@ inline __device__ uint4 *state_pieces(const kda_sm90_stream_k &stream_k, int ran
 inline __device__ float4 *final_pieces(const kda_prefill &p, const kda_sm90_stream_k &stream_k, int n, int head,
                                        uint32_t thread) {
     int chain = n * (int)p.value_heads + head;
-    int64_t place = kda_states_by_chain(&p, stream_k.split.ranges) ? chain : blockIdx.x;
-    return reinterpret_cast<float4 *>(stream_k.finals + place * DIM * DIM) + thread;
+    int64_t index = kda_states_by_chain(&p, stream_k.split.ranges) ? chain : blockIdx.x;
+    return reinterpret_cast<float4 *>(stream_k.finals + index * DIM * DIM) + thread;
 }
 
 } // namespace kda
