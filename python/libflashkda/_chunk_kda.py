@@ -44,7 +44,8 @@ def chunk_kda(
     Args:
         q, k: torch tensors [B, T, H, K] of fp32, fp16 or bf16, K at most 256.
         v: [B, T, HV, V], HV a multiple of H.
-        g: [B, T, HV, K]: the log decay in nats a token, or with use_gate_in_kernel the raw gate.
+        g: [B, T, HV, K]: the log decay in nats a token, or with use_gate_in_kernel the raw gate. A log decay above 0 is
+            not clamped, as in prefill().
         beta: [B, T, HV]: the step, or with use_beta_sigmoid_in_kernel its logits.
         scale: None: 1 / sqrt(K).
         initial_state: fp32, here also bf16, [N, HV, K, V]; None: 0.
