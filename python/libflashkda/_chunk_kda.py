@@ -253,7 +253,7 @@ class _Chunks:
         """Room for the states before each chunk, and prefill()'s arguments for them.
 
         prefill() keeps the states after each chunk: those before the next one, so they go one row further. The state
-        after a sequence comes to lie on the next one's first row, which with_initial() then writes, or behind the last.
+        after a sequence comes to lie on the next one's first row, which with_initial() then writes, or after the last.
         """
         import torch
 
@@ -262,7 +262,7 @@ class _Chunks:
                         "checkpoint_cu_starts": self.starts}
 
     def with_initial(self, states: Array, initial_state: Array | None) -> Array:
-        """Before a sequence's first chunk is its initial state. Those of sequences without a chunk go behind the last row."""
+        """The state before a sequence's first chunk is its initial state. Without a chunk it goes after the last row."""
         import torch
 
         first = torch.where(self.counts > 0, self.starts[:-1], self.rows)

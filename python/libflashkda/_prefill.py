@@ -71,7 +71,7 @@ _GATES, _BETA_MODES, _STATE_LAYOUTS, _BACKENDS = _C.GATES, _C.BETA_MODES, _C.STA
 
 
 def refuse_written(**destinations: Array | None) -> None:
-    """Of a library that is not writable."""
+    """Refuses arrays to write to, for a library that is not writable."""
     for name, array in destinations.items():
         if array is not None:
             raise ValueError(f"{name} is given with jax arrays, which cannot be written; expected None")
