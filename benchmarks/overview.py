@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The README's sentences on speed, from what was measured. Python's standard library is enough.
+"""What README and docs say of speed and errors, from what was measured. Python's standard library is enough.
 
 usage: overview.py [--write]
 
-Compares the text between the README's marks with the results, or writes it. plot.py draws the same cells.
+Compares the text between the marks of every page with the results, or writes it. plot.py draws the README's cells.
 """
 
 import json
@@ -11,7 +11,7 @@ import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-README, SPEED = ROOT / "README.md", ROOT / "benchmarks" / "results" / "h200" / "speed.json"
+RESULTS = ROOT / "benchmarks" / "results" / "h200"
 BEGIN, END = "<!-- speed: written by benchmarks/overview.py -->\n", "<!-- /speed -->\n"
 
 # Cells of the table of cuda_speed.py, and what the figure calls them.
@@ -20,35 +20,142 @@ SHAPES = {"T8192-H96-sigmoid": "8,192 tokens,\n96 heads", "T8192-H32-sigmoid": "
 REGIMES = {"strong": "the past is soon forgotten", "slow": "as trained heads have them"}
 PEERS = {"flashkda": "FlashKDA", "fla": "fla", "cudnn": "cuDNN"}
 
+# Cells of the pages for users of one peer: large and small, few heads and many, and what has no other cell.
+PREFILL = ["T8192-H96-sigmoid-strong", "T8192-H96-sigmoid-slow", "N6-T8192-H96-sigmoid-slow", "B8-T1024-H96-sigmoid-slow",
+           "T8192-H32-sigmoid-strong", "T8192-H32-sigmoid-slow", "T8192-H8-sigmoid-strong", "T8192-H8-sigmoid-slow",
+           "T131072-H1-sigmoid-slow", "T1024-H4-sigmoid-slow", "B64-T64-H32-sigmoid-slow",
+           "T8192-H32-sigmoid-slow-bf16state", "T8192-H32-softplus-slow", "T8192-H32-K64-V64-sigmoid-slow",
+           "T8192-H8-HV32-sigmoid-slow", "T8192-H32-sigmoid-slow-every64"]
+DECODE = ["H32-B1-T1-fp32", "H32-B1-T1-bf16", "H32-B16-T1-fp32", "H32-B16-T1-bf16", "H32-B256-T1-fp32",
+          "H32-B256-T1-bf16", "H96-B256-T1-fp32", "H96-B256-T1-bf16", "H32-B64-T4-fp32", "H32-B64-T4-bf16",
+          "H32-B64-T4-fp32, state each"]
+
+
+def read(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+def median(measured):
+    return measured["seconds"]["median"]
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def measured_on(measured, what, how, *peers):
+    """The line under a table: what was measured, where, how, when and beside which releases."""
+    device = measured.get("device") or measured["machine"]["device"]
+    when = f", {measured['date'][:10]}" if "date" in measured else ""
+    beside = ", ".join(f"{PEERS[peer]}{chr(39) + 's frontend' if peer == 'cudnn' else ''} {measured['peers'][peer]}"
+                       for peer in peers)
+    return f"{what} on an {device['name']}, {how}, commit {measured['commit'][:7]}{when}; {beside}."
+
+
+# ---- README ---------------------------------------------------------------------------------------
 
 def times(measured, name):
     result = next(r for r in measured["results"] if r["name"] == name)
-    return {"ours": result["seconds"]["median"],
-            **{peer: result["peers"][peer]["seconds"]["median"] for peer in PEERS}}
+    return {"ours": median(result), **{peer: median(result["peers"][peer]) for peer in PEERS}}
 
 
-def sentences(measured):
-    lines = ["| one sequence, K = V = 128, bf16 | gates | libflashkda | times as fast as "
-             + " | ... as ".join(PEERS.values()) + " |", "|---|---|---|" + "---|" * len(PEERS)]
+def readme():
+    speed, rows = read("speed.json"), []
+    first, *others = PEERS.values()
     for shape, label in SHAPES.items():
         for regime in REGIMES:
-            took = times(measured, f"{shape}-{regime}")
-            lines.append(f"| {label.replace(chr(10), ' ')} | {regime} | {took['ours'] * 1e3:.2f} ms | "
-                         + " | ".join(f"{took[peer] / took['ours']:.1f}" for peer in PEERS) + " |")
-    device = measured["machine"]["device"]["name"]
-    lines += ["", f"GPU time of prefill on an {device}, gate and norm included, commit {measured['commit'][:7]},"
-              f" {measured['date'][:10]}; FlashKDA {measured['peers']['flashkda']}, fla {measured['peers']['fla']}, cuDNN's"
-              f" frontend {measured['peers']['cudnn']}."]
-    return "\n".join(lines) + "\n"
+            took = times(speed, f"{shape}-{regime}")
+            rows.append([label.replace("\n", " "), regime, f"{took['ours'] * 1e3:.2f} ms",
+                         *(f"{took[peer] / took['ours']:.1f}" for peer in PEERS)])
+    head = ["one sequence, K = V = 128, bf16", "gates", "libflashkda", f"times as fast as {first}",
+            *(f"... as {other}" for other in others)]
+    return [*table(head, rows), "", measured_on(speed, "GPU time of prefill", "gate and norm included", *PEERS)]
+
+
+# ---- The pages for users of one peer --------------------------------------------------------------
+
+def case_name(case):
+    """What a cell has that one sequence of sigmoid gates with K = V = 128 and fp32 states has not."""
+    packed = len(case["lengths"].split(",")) if case["lengths"] else 0
+    sequences = f"{packed} sequences, together " if packed else f"{case['batch']} x " if case["batch"] > 1 else ""
+    words = [f"{sequences}{case['tokens']:,} tokens", f"{case['heads']} head{'s' if case['heads'] > 1 else ''}"]
+    if case["value_heads"] != case["heads"]:
+        words.append(f"{case['value_heads']} value heads")
+    if case["key_dim"] != 128:
+        words.append(f"K = V = {case['key_dim']}")
+    if case["gate"] != "sigmoid":
+        words.append(f"{case['gate']} gate")
+    if case["state_dtype"] != "fp32":
+        words.append(f"states in {case['state_dtype']}")
+    if case["checkpoint_every"]:
+        words.append(f"a state every {case['checkpoint_every']} tokens")
+    return ", ".join(words)
+
+
+def timed_beside(results, peer):
+    return [r for r in results if (r.get("peers") or {}).get(peer) and r["peers"][peer]["seconds"]]
+
+
+def prefill_beside(peer):
+    speed, name = read("speed.json"), PEERS[peer]
+    results = timed_beside(speed["results"], peer)
+    rows = [[case_name(r["case"]), r["case"]["regime"], f"{median(r) * 1e3:.3f} ms",
+             f"{median(r['peers'][peer]) * 1e3:.3f} ms", f"{median(r['peers'][peer]) / median(r):.1f}",
+             f"{median(r['peers'][peer]) / median(r['portable']):.2f}"]
+            for wanted in PREFILL for r in results if r["name"] == wanted]
+    faster = sorted(median(r["peers"][peer]) / median(r) for r in results)
+    portable = [median(r["peers"][peer]) / median(r["portable"]) for r in results]
+    return [*table(["prefill", "gates", "libflashkda", name, "times as fast", "level `sm80`: times as fast"], rows), "",
+            measured_on(speed, "GPU time of prefill", "gate and norm included", peer),
+            f"In all {len(faster)} cells that were measured libflashkda is {faster[0]:.1f} to {faster[-1]:.0f} times as"
+            f" fast as {name}.",
+            f"Level `sm80`, for every GPU but Hopper, was measured on the same H200. It is {min(portable):.2f} to"
+            f" {max(portable):.2f} times as",
+            f"fast, and slower in {sum(x < 1 for x in portable)} of these cells.", ""]
+
+
+def errors_beside(peer):
+    accuracy, name = read("accuracy.json"), PEERS[peer]
+    rows = [[entry["input"], *(f"{entry['errors'][who][key]:.1e}" for who in ("ours", peer)
+                               for key in ("output_error", "state_error"))]
+            for entry in accuracy["errors"] if entry["errors"][peer]]
+    return [*table(["error ratio", "libflashkda, output", "state", f"{name}, output", "state"], rows), "",
+            measured_on(accuracy, "Errors against fp64", "bf16 inputs", peer), ""]
+
+
+def decode_beside_fla():
+    decode = read("decode.json")
+    rows = []
+    for r in (r for wanted in DECODE for r in decode["results"] if r["name"] == wanted):
+        case, warm = r["case"], r.get("warm_seconds")
+        words = f"{case['batch']} x {case['tokens']} token{'s' if case['tokens'] > 1 else ''}, {case['heads']} heads"
+        rows.append([words + (", a state a token" if r["decode"] == "state each" else ""), case["state_dtype"],
+                     f"{median(r) * 1e6:.1f} us", f"{median(r['fla']) * 1e6:.1f} us",
+                     f"{median(r['fla']) / median(r):.2f}",
+                     f"{r['fla']['warm_seconds']['median'] / warm['median']:.2f}" if warm else ""])
+    cold = sorted(median(r["fla"]) / median(r) for r in decode["results"])
+    return [*table(["decode", "states", "libflashkda", "fla", "times as fast", "warm: times as fast"], rows), "",
+            measured_on(decode, "GPU time of decode", "[cold](decode.md#what-it-costs)", "fla"),
+            f"In all {len(cold)} cells libflashkda is {cold[0]:.2f} to {cold[-1]:.2f} times as fast as fla.", ""]
+
+
+# ---- Writing --------------------------------------------------------------------------------------
+
+PAGES = {"README.md": readme,
+         "docs/from-flashkda.md": lambda: [*prefill_beside("flashkda"), *errors_beside("flashkda")],
+         "docs/from-fla.md": lambda: [*prefill_beside("fla"), *decode_beside_fla(), *errors_beside("fla")]}
 
 
 def main():
-    text, new = README.read_text(), sentences(json.loads(SPEED.read_text()))
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    if "--write" in sys.argv[1:]:
-        README.write_text(text[:begin] + new + text[end:])
-    elif text[begin:end] != new:
-        raise SystemExit("README.md says other figures than the results; benchmarks/overview.py --write puts them right")
+    for name, lines in PAGES.items():
+        page, new = ROOT / name, "\n".join(lines()).rstrip("\n") + "\n"
+        text = page.read_text()
+        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+        if "--write" in sys.argv[1:]:
+            page.write_text(text[:begin] + new + text[end:])
+        elif text[begin:end] != new:
+            raise SystemExit(f"{name} says other figures than the results; benchmarks/overview.py --write puts them right")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,42 @@
  *     S <- S + beta_t k_t (v_t - S^T k_t)^T   delta rule; beta_t is the step
  *     o_t = scale * S^T q_t                   read-out
  *
+ * A whole program: one sequence of 64 tokens and 2 heads, in fp32, on the CPU.
+ *
+ *     #include <flash_kda.h>
+ *     #include <stdio.h>
+ *     #include <stdlib.h>
+ *
+ *     enum { B = 1, T = 64, H = 2, K = 128, V = 128 };
+ *     static float q[B][T][H][K], k[B][T][H][K], v[B][T][H][V], g[B][T][H][K], beta[B][T][H], out[B][T][H][V];
+ *
+ *     static DLTensor tensor(void *data, int ndim, int64_t *shape) {
+ *         return (DLTensor){.data = data, .device = {.device_type = kDLCPU}, .ndim = ndim,
+ *                           .dtype = {.code = kDLFloat, .bits = 32, .lanes = 1}, .shape = shape};
+ *     }
+ *
+ *     int main(void) {
+ *         int64_t of_q[] = {B, T, H, K}, of_v[] = {B, T, H, V}, of_beta[] = {B, T, H};
+ *         DLTensor tq = tensor(q, 4, of_q), tk = tensor(k, 4, of_q), tg = tensor(g, 4, of_q);
+ *         DLTensor tv = tensor(v, 4, of_v), tout = tensor(out, 4, of_v), tbeta = tensor(beta, 3, of_beta);
+ *
+ *         flash_kda_prefill_args args = FLASH_KDA_PREFILL_ARGS_INIT;
+ *         args.q = &tq, args.k = &tk, args.v = &tv, args.g = &tg, args.beta = &tbeta, args.out = &tout;
+ *         args.gate = FLASH_KDA_GATE_SOFTPLUS;
+ *         args.beta_mode = FLASH_KDA_BETA_SIGMOID;
+ *         args.flags = FLASH_KDA_QK_NORM;
+ *
+ *         size_t bytes = 0;
+ *         flash_kda_status status = flash_kda_prefill_workspace_size(&args, &bytes);
+ *         void *workspace = malloc(bytes);
+ *         if (status == FLASH_KDA_OK)
+ *             status = flash_kda_prefill(&args, workspace, bytes);
+ *         if (status != FLASH_KDA_OK)
+ *             fprintf(stderr, "%s\n", flash_kda_last_error());
+ *         free(workspace);
+ *         return status != FLASH_KDA_OK;
+ *     }
+ *
  * How to use it, from the first call to the last:
  *
  *  1. Describe every tensor by a DLPack DLTensor. The device in it chooses the backend, strides are
@@ -19,9 +55,10 @@
  *     flash_kda_last_error() says in a sentence which argument was wrong.
  *  5. Go on from the states it left, one token or a few at a time, with flash_kda_decode().
  *
- * The library never prints, aborts, exits or keeps a reference to an argument. Every function may be
- * called from several threads at once, as long as the calls do not write the same memory, and in a child after
- * fork. No call needs more than 32 KiB of stack.
+ * The library never prints, aborts, exits or keeps a reference to an argument. Every function may be called
+ * from several threads at once, as long as the calls do not write the same memory, and in a child after fork.
+ * No call needs more than 32 KiB of stack. The library believes what a DLTensor says: memory in use must be as
+ * large as shape, strides and byte_offset make it.
  *
  * Shapes: B batch, T tokens, N sequences, H query/key heads, HV value heads (a multiple of H; value
  * head h reads query/key head h / (HV / H)), K and V head dims of keys and values.
@@ -83,8 +120,8 @@ typedef enum flash_kda_backend {
 /* Name of a backend ("auto", "reference", "cpu", "cuda"); NULL for a value that is none. */
 FLASH_KDA_API const char *flash_kda_backend_name(flash_kda_backend backend);
 
-/* 1 if this build can run the backend on this machine, else 0. For cuda: there is a device of compute capability 8.0
- * or higher. */
+/* 1 if this build can run the backend on this machine, else 0. For cuda: there is a device of compute
+ * capability 8.0 or higher. */
 FLASH_KDA_API int flash_kda_backend_available(flash_kda_backend backend);
 
 /* Levels of the CPU backend that this build has and this CPU can run, lowest first, ended by NULL:
@@ -96,16 +133,21 @@ FLASH_KDA_API const char *const *flash_kda_cpu_levels(void);
  * cannot run here. */
 FLASH_KDA_API const char *flash_kda_cpu_level(void);
 
-/* The most threads that a call with num_threads 0 takes, its caller among them: the processors that this process may use,
- * by affinity and by the quota of its cgroup, bounded by the environment variable FLASH_KDA_NUM_THREADS or, without that,
- * by OMP_NUM_THREADS. The first call that asks decides for the life of the process. 0, with flash_kda_last_error(), if
- * FLASH_KDA_NUM_THREADS is no number above 0. A call takes fewer threads where more do not pay, and where no more can be
- * had; docs/threads.md says how they work beside the program's own. */
+/* The most threads that a call with num_threads 0 takes, its caller among them. These are the processors that
+ * this process may use, by affinity and by the quota of its cgroup, but no more than the environment variable
+ * FLASH_KDA_NUM_THREADS says or, without that, OMP_NUM_THREADS. The first call that asks decides for the life
+ * of the process. 0, with flash_kda_last_error(), if FLASH_KDA_NUM_THREADS is no number above 0. A call takes
+ * fewer threads where more do not pay or cannot be had. docs/threads.md says how they work. */
 FLASH_KDA_API int flash_kda_cpu_threads(void);
 
 /* ---- Prefill ----------------------------------------------------------------------------------- */
 
-/* How the log decay a [HV, K] of a token comes from g. */
+/* How the log decay a [HV, K] of a token comes from g. Softplus and sigmoid give a <= 0. With NONE that is the
+ * caller's business: a positive a is no error, and no backend clamps it. The channel grows by exp(a), as the
+ * recurrence says. fp32 then has its limits: growth that later decay takes back costs digits of what is left,
+ * and growth beyond 3e38 gives infinity or NaN. In a prefill on CUDA a log decay below -10 counts as -10 for
+ * two tokens of one chunk of 32 that lie to either side, so growth must not make up for stronger decay
+ * there. */
 typedef enum flash_kda_gate {
     FLASH_KDA_GATE_NONE = 0,     /* a = g */
     FLASH_KDA_GATE_SOFTPLUS = 1, /* a = -exp(A_log) softplus(g + dt_bias) */
@@ -141,12 +183,13 @@ typedef enum flash_kda_flags {
  *
  * dtypes: "float" below is fp32, fp16 or bf16, chosen for each tensor by itself. Arithmetic is fp32; on
  * level avx512bf16 the large products take bf16 operands (accumulated in fp32) if q, k, v and out are all
- * bf16. Ask for an fp32 out to have fp32 arithmetic there too. On CUDA they always take bf16 operands, and tf32 for the
- * inverse. Numbers below 2^-126 count as 0.
+ * bf16. Ask for an fp32 out to have fp32 arithmetic there too. On CUDA the large products always take bf16
+ * operands, and the inverse of a chunk takes tf32. Numbers below 2^-126 count as 0.
  *
- * NaN and infinity: they go where the recurrence takes them and no further. Those of one sequence or head reach no other;
- * those in a column of v only that column, those in a row of q only that row of out. On CUDA what they reach may begin up to
- * 31 tokens before them. Norms of q and k and of decode's outputs are right for rows of any length.
+ * NaN and infinity: they go where the recurrence takes them and no further. Those of one sequence or head reach
+ * no other. Those in a column of v reach only that column; those in a row of q reach only that row of out. On
+ * CUDA what they reach may begin up to 31 tokens before them. Norms are right for rows of any length: those of
+ * q and k and those of decode's outputs.
  *
  * Strides: free and not negative (a stride of 0 on an input repeats it), but the last dimension of q, k,
  * v, g, out, dt_bias and of every state must be contiguous. A strides pointer of NULL means compact.
@@ -155,12 +198,12 @@ typedef enum flash_kda_flags {
  * workspace, with two exceptions: final_state may be initial_state itself (same address, dtype and
  * strides: in place), and checkpoints may be the state pool itself if both are addressed by indices.
  *
- * Every tensor is on the device of q, the index tensors too. What cu_seqlens, state_indices and the checkpoint_*
- * tensors hold is checked before a call in host memory. In CUDA memory the host does not read it: indices out of
- * range are kept within the tensors, and that no slot is used twice is the caller's duty.
+ * Every tensor is on the device of q, the index tensors too. In host memory the contents of cu_seqlens,
+ * state_indices and the checkpoint_* tensors are checked before anything runs. In CUDA memory the host does not
+ * read them: indices out of range are kept within the tensors, and the caller must use no slot twice.
  *
- * CUDA: a call launches its kernels on `stream` and returns. It neither allocates, synchronises nor reads device
- * memory on the host, so it can be captured in a graph and replayed with other contents of every tensor.
+ * CUDA: a call launches its kernels on `stream` and returns. It neither allocates nor synchronises, and the
+ * host reads no device memory. So a graph can capture it and replay it with other contents of every tensor.
  */
 typedef struct flash_kda_prefill_args {
     size_t struct_size; /* sizeof(flash_kda_prefill_args), set by FLASH_KDA_PREFILL_ARGS_INIT. A program
@@ -198,13 +241,13 @@ typedef struct flash_kda_prefill_args {
 
     /* -- Interior checkpoints: checkpoints with either checkpoint_every or checkpoint_offsets -- */
     const DLTensor *checkpoints; /* fp32 or bf16, written; its shape is said below */
-    int64_t checkpoint_every;    /* n > 0: row j of a sequence is its state after min((j + 1) n, length) tokens,
-                                    for every row there is, at most ceil(length / n) of them.
+    int64_t checkpoint_every;    /* n > 0: row j of a sequence is its state after min((j + 1) n, length) tokens.
+                                    A sequence has ceil(length / n) rows or fewer.
                                     Dense: checkpoints is [B, rows, HV, V, K].
                                     Packed: checkpoints is [rows of all sequences, HV, V, K] */
     const DLTensor *checkpoint_cu_starts; /* int32 or int64 [N + 1], required with cu_seqlens and
-                                             checkpoint_every: sequence n has the rows checkpoint_cu_starts[n] ..
-                                             checkpoint_cu_starts[n + 1] - 1 */
+                                             checkpoint_every: sequence n has the rows checkpoint_cu_starts[n]
+                                             .. checkpoint_cu_starts[n + 1] - 1 */
     const DLTensor *checkpoint_indices;   /* int32 [rows of all sequences], with checkpoint_cu_starts: row r is
                                              written to checkpoints[checkpoint_indices[r]]; -1: not at all */
     const DLTensor *checkpoint_offsets; /* int32 or int64 [N] or [N, C]: tokens of its sequence after which the
@@ -229,22 +272,26 @@ static inline flash_kda_prefill_args flash_kda_prefill_args_init() {
     { .struct_size = sizeof(flash_kda_prefill_args) }
 #endif
 
-/* Bytes of scratch memory that flash_kda_prefill() needs for these arguments, on the device of q, to *bytes.
- * It depends on shapes, dtypes, num_threads and, for packed sequences, on N, not on the data. On the CPU it does not grow
- * with T; on CUDA it is up to 0.8 times the bytes of q, k, v, g and out in bf16, or none. Errors: as flash_kda_prefill(), but for
- * indices that are used twice: only that call, which has scratch memory, finds them. */
+/* Writes to *bytes how much scratch memory, on the device of q, flash_kda_prefill() needs for these arguments.
+ * The size depends on shapes, dtypes, num_threads and, for packed sequences, on N. It does not depend on the
+ * data. On the CPU it does not grow with T. On CUDA it is 0, or at most 0.8 times what q, k, v, g and out take
+ * in bf16. Errors: as flash_kda_prefill(), except that an index used twice passes here. To find it takes
+ * scratch memory, which only flash_kda_prefill() has. */
 FLASH_KDA_API flash_kda_status flash_kda_prefill_workspace_size(const flash_kda_prefill_args *args,
                                                                 size_t *bytes);
 
 /* Runs KDA over whole sequences: writes out and, where asked for, final_state and checkpoints.
  *
- * workspace: at least flash_kda_prefill_workspace_size() bytes at any alignment, owned by the caller, not
- * in use by another call; may be NULL if that size is 0. Its contents before and after mean nothing.
+ * workspace: at least flash_kda_prefill_workspace_size() bytes, at any alignment. The caller owns it, and no
+ * other call may use it meanwhile. It may be NULL if that size is 0. What it holds before and after means
+ * nothing.
  *
- * Results are the same bits from run to run with the same arguments on the same machine.
- * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED,
- * FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL; everything is checked before anything is written. On CUDA also
- * FLASH_KDA_ERROR_CUDA with CUDA's own name for what went wrong, be it of an earlier call. */
+ * The same arguments on the same machine give the same bits in every run.
+ *
+ * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED and
+ * FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL. Everything is checked before anything is written. On CUDA there is also
+ * FLASH_KDA_ERROR_CUDA, whose sentence has CUDA's own name for the error. CUDA may report there an error of an
+ * earlier call. */
 FLASH_KDA_API flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *args, void *workspace,
                                                  size_t workspace_bytes);
 
@@ -258,37 +305,38 @@ FLASH_KDA_API flash_kda_status flash_kda_prefill_describe(const flash_kda_prefil
 /* Tokens of a sequence in one call of decode, at most. */
 #define FLASH_KDA_MAX_DECODE_TOKENS 16
 
-/* What the gate of the norm behind decode goes through. */
+/* What the gate of the norm after decode goes through. */
 typedef enum flash_kda_norm_activation {
     FLASH_KDA_NORM_SIGMOID = 0, /* times sigmoid(norm_gate) */
     FLASH_KDA_NORM_SILU = 1,    /* times norm_gate sigmoid(norm_gate) */
 } flash_kda_norm_activation;
 
 /*
- * Arguments of decode: 0 to 16 tokens of every sequence, whose states lie in a pool and are updated in place. It may
- * be the pool that prefill writes, its initial_state and final_state. dtypes, strides, devices and what holds on CUDA
- * are as for prefill; arithmetic is fp32 everywhere.
+ * Arguments of decode: 0 to 16 tokens of every sequence. The states lie in a pool and are updated in place. The
+ * pool may be the one that prefill reads and writes as initial_state and final_state. dtypes, strides, devices
+ * and the rules for CUDA are those of prefill; arithmetic is fp32 everywhere.
  *
  * Three ways to call it:
  *
  *  Decode: state_indices [N]. A sequence's state is read from its slot and written back after its last token.
  *
- *  Verify, for speculative decoding with a slot for each of C tokens: state_indices [N, C] and num_accepted_tokens
- *  [N]. The state is read from slot state_indices[n, num_accepted_tokens[n] - 1], where the call before left it after
- *  the token that was accepted last. After token t it is written to slot state_indices[n, t]. When drafts are rejected
- *  nothing has to be copied or undone.
+ *  Verify, for speculative decoding with a slot for each of C tokens: state_indices [N, C] and
+ *  num_accepted_tokens [N]. The state is read from slot state_indices[n, num_accepted_tokens[n] - 1], where the
+ *  call before left it after the token that was accepted last. After token t it is written to slot
+ *  state_indices[n, t]. When drafts are rejected nothing has to be copied or undone.
  *
- *  Verify and commit, with one slot a sequence: a call with FLASH_KDA_KEEP_STATE writes out alone. When it is known how
- *  many tokens are accepted, the same call without that flag, with `accepted` and with out NULL, takes the states
- *  through those.
+ *  Verify and commit, with one slot a sequence: a call with FLASH_KDA_KEEP_STATE writes out alone. Once it is
+ *  known how many tokens are accepted, the caller repeats the call without that flag, with `accepted` and with
+ *  out NULL. That call takes the states through the accepted tokens.
  *
- * Fused, a call is a whole step of a KDA layer between its projections: convolutions, recurrence, gated norm.
+ * A call can also be fused: convolutions, recurrence and gated norm, all that a KDA layer does between its
+ * projections.
  *
- * Memory: out, state and the states of the convolutions may overlap neither each other nor another argument. They may
- * interleave: as parts of one page for each slot, or as ranges of the channels of one tensor.
+ * Memory: out, state and the states of the convolutions may overlap neither each other nor another argument.
+ * They may interleave: as parts of one page for each slot, or as ranges of the channels of one tensor.
  */
 typedef struct flash_kda_decode_args {
-    size_t struct_size; /* sizeof(flash_kda_decode_args), set by FLASH_KDA_DECODE_ARGS_INIT; as of prefill */
+    size_t struct_size; /* sizeof(flash_kda_decode_args), set by FLASH_KDA_DECODE_ARGS_INIT; as for prefill */
 
     /* -- Inputs and output -- */
     const DLTensor *q;       /* required, float [B, T, H, K], 1 <= K <= 256; packed, or T <= 16 */
@@ -310,35 +358,38 @@ typedef struct flash_kda_decode_args {
     /* -- Packed sequences: B = 1 and any T, sequence n is tokens cu_seqlens[n] .. cu_seqlens[n + 1] - 1 -- */
     const DLTensor *cu_seqlens; /* int32 or int64 [N + 1], from 0 to T, never falling; NULL: N = B dense
                                    sequences of T tokens. A sequence without tokens is left alone */
-    int64_t max_tokens; /* with cu_seqlens: no sequence has more tokens, 1 to 16; 0: 16. On CUDA the host does
-                           not see lengths: fewer are faster, and tokens beyond them are left out */
+    int64_t max_tokens; /* with cu_seqlens: the most tokens that any sequence has, 1 to 16; 0: 16. On CUDA the
+                           host does not see lengths: a smaller number is faster, and tokens after
+                           so many are left out */
     const DLTensor *accepted; /* int32 [N]: only so many tokens of each sequence are processed, 0 to its
-                                 length; rows of out behind them are not written. NULL: all */
+                                 length; rows of out after them are not written. NULL: all */
 
     /* -- States -- */
     flash_kda_state_layout state_layout;
     const DLTensor *state;         /* required, fp32, fp16 or bf16 [N, HV, V, K] or, with state_indices,
                                       [slots, HV, V, K], read and written */
     const DLTensor *state_indices; /* int32 [N]: the slot of each sequence; or int32 [N, C]: see Verify, no
-                                      sequence has more than C tokens. No slot twice, but with
-                                      FLASH_KDA_KEEP_STATE. -1 where the state is read: padding, nothing of
-                                      that sequence counts or is written, its rows of out included; -1
-                                      elsewhere: the state after that token is not written */
-    const DLTensor *num_accepted_tokens; /* int32 [N], with state_indices [N, C]: the state is read from the
-                                            slot in this column, counted from 1; NULL: 1 */
+                                      sequence has more than C tokens. No slot twice, except with
+                                      FLASH_KDA_KEEP_STATE. A -1 where the state would be read makes the
+                                      sequence padding: it is ignored, and neither its states nor its rows of
+                                      out are written. A -1 in another column: the state after that token is
+                                      not written */
+    const DLTensor *num_accepted_tokens; /* int32 [N], with state_indices [N, C]: the column of the slot that
+                                            the state is read from, counted from 1; NULL: 1 */
 
-    /* -- Before: a short causal convolution and SiLU, for each of q, k and v that has a weight. Channels are H K of q and
-     * of k, HV V of v; x being the argument, token t of channel c becomes
+    /* -- Before: a short causal convolution and SiLU, for each of q, k and v that has a weight. q and k have
+     * H K channels, v has HV V. With x for the argument, token t of channel c becomes
      *     silu(bias[c] + weight[c, 0] x[t - 3, c] + .. + weight[c, 3] x[t, c]),
-     * where the three x before the first token are the state's. The states lie in slots as `state` does, and are read,
-     * written or kept where it is. q and k are normalised behind it -- */
+     * where the three x before the first token are the state's. The states lie in slots as `state` does, and
+     * are read, written or kept where it is. q and k are normalised after it -- */
     const DLTensor *q_conv_weight; /* float [H K, 4] */
     const DLTensor *q_conv_bias;   /* float [H K]; NULL: 0 */
     const DLTensor *q_conv_state;  /* with a weight: float [slots, H K, 3], any strides, read and written */
     const DLTensor *k_conv_weight, *k_conv_bias, *k_conv_state; /* likewise */
     const DLTensor *v_conv_weight, *v_conv_bias, *v_conv_state; /* likewise, HV V channels */
 
-    /* -- After: with norm_weight, a row o of out becomes o / sqrt(mean(o^2) + norm_eps) * norm_weight, gated -- */
+    /* -- After: with norm_weight a row o of out becomes o / sqrt(mean(o^2) + norm_eps) * norm_weight, times the
+     * activation of norm_gate if that is given -- */
     const DLTensor *norm_weight;               /* float [V], V <= 1024 */
     const DLTensor *norm_gate;                 /* float [B, T, HV, V], with norm_weight; NULL: no gate */
     flash_kda_norm_activation norm_activation; /* of norm_gate */
@@ -364,13 +415,15 @@ static inline flash_kda_decode_args flash_kda_decode_args_init() {
 
 /* Takes every sequence's state through its tokens: writes out, where given, and the states. Needs no workspace.
  *
- * Results are the same bits from run to run with the same arguments on the same machine.
- * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED, in host memory
- * FLASH_KDA_ERROR_OUT_OF_MEMORY; everything is checked before anything is written. On CUDA also FLASH_KDA_ERROR_CUDA with CUDA's own name for what went wrong, be it of an earlier call. */
+ * The same arguments on the same machine give the same bits in every run.
+ *
+ * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT and FLASH_KDA_ERROR_UNSUPPORTED, in host memory also
+ * FLASH_KDA_ERROR_OUT_OF_MEMORY. Everything is checked before anything is written. On CUDA there is also
+ * FLASH_KDA_ERROR_CUDA, as for flash_kda_prefill(). */
 FLASH_KDA_API flash_kda_status flash_kda_decode(const flash_kda_decode_args *args);
 
-/* Describes in one line how flash_kda_decode() would run these arguments. Writes at most size bytes to text, always ended
- * by 0. Errors: as flash_kda_decode(). */
+/* Describes in one line how flash_kda_decode() would run these arguments. Writes at most size bytes to text,
+ * always ended by 0. Errors: as flash_kda_decode(). */
 FLASH_KDA_API flash_kda_status flash_kda_decode_describe(const flash_kda_decode_args *args, char *text,
                                                          size_t size);
 

@@ -17,7 +17,7 @@ _TYPICAL = (1, 4096, 8, 128)  # q to g of the call whose plan is shown
 
 
 def _versions() -> dict[str, str | None]:
-    """Of the array libraries and fla, None where one is not installed. Nothing is imported."""
+    """Versions of the array libraries and fla; None where one is not installed. Imports nothing."""
     distributions = importlib.metadata.packages_distributions()
     return {name: importlib.metadata.version(distributions[name][0]) if name in distributions else None
             for name in _LIBRARIES}

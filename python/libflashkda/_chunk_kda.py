@@ -44,7 +44,8 @@ def chunk_kda(
     Args:
         q, k: torch tensors [B, T, H, K] of fp32, fp16 or bf16, K at most 256.
         v: [B, T, HV, V], HV a multiple of H.
-        g: [B, T, HV, K]: the log decay in nats a token, or with use_gate_in_kernel the raw gate.
+        g: [B, T, HV, K]: the log decay in nats a token, or with use_gate_in_kernel the raw gate. A log decay above 0 is
+            not clamped, as in prefill().
         beta: [B, T, HV]: the step, or with use_beta_sigmoid_in_kernel its logits.
         scale: None: 1 / sqrt(K).
         initial_state: fp32, here also bf16, [N, HV, K, V]; None: 0.
@@ -252,7 +253,7 @@ class _Chunks:
         """Room for the states before each chunk, and prefill()'s arguments for them.
 
         prefill() keeps the states after each chunk: those before the next one, so they go one row further. The state
-        after a sequence comes to lie on the next one's first row, which with_initial() then writes, or behind the last.
+        after a sequence comes to lie on the next one's first row, which with_initial() then writes, or after the last.
         """
         import torch
 
@@ -261,7 +262,7 @@ class _Chunks:
                         "checkpoint_cu_starts": self.starts}
 
     def with_initial(self, states: Array, initial_state: Array | None) -> Array:
-        """Before a sequence's first chunk is its initial state. Those of sequences without a chunk go behind the last row."""
+        """The state before a sequence's first chunk is its initial state. Without a chunk it goes after the last row."""
         import torch
 
         first = torch.where(self.counts > 0, self.starts[:-1], self.rows)

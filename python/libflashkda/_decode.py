@@ -99,31 +99,33 @@ def decode(
 
     Verify, for speculative decoding with a slot for each of C tokens: state_indices [N, C] and num_accepted_tokens [N].
     The state is read from slot state_indices[n, num_accepted_tokens[n] - 1], where the call before left it after the
-    token that was accepted last; after token t it is written to slot state_indices[n, t].
+    token that was accepted last. After token t it is written to slot state_indices[n, t].
 
-    Fused, it is a whole step of a KDA layer between its projections: short convolutions, recurrence, gated norm.
+    Verify and commit, with one slot a sequence: a call with keep_state returns out alone. Once it is known how many tokens
+    are accepted, repeat the call without keep_state, with `accepted` and with output=False: it takes the states through
+    the accepted tokens.
 
-    Verify and commit, with one slot a sequence: a call with keep_state returns out alone; when it is known how many tokens
-    are accepted, the same call without keep_state, with `accepted` and with output=False, takes the states through those.
+    A call can also be fused: convolutions, recurrence and gated norm, all that a KDA layer does between its projections.
 
     Args:
         q, k: float [B, T, H, K], 1 <= K <= 256, T <= 16; or with cu_seqlens [1, T, H, K], any T.
         v: float [B, T, HV, V].
-        g: float [B, T, HV, K]: the raw gate, or with gate "none" the log decay itself, in nats a token.
+        g: float [B, T, HV, K]: the raw gate, or with gate "none" the log decay itself, in nats a token, as prefill()'s.
         beta: float [B, T, HV].
         state: fp32, fp16 or bf16 [N, HV, V, K], or with state_indices [slots, HV, V, K]; read and written.
         A_log, dt_bias, gate, lower_bound, beta_mode, qk_norm, scale, state_layout: as prefill()'s.
         cu_seqlens: int32 or int64 [N + 1], from 0 to T, never falling: B is 1, and sequence n is tokens cu_seqlens[n] to
             cu_seqlens[n + 1] - 1, at most 16. A sequence without tokens is left alone. None: N = B sequences of T tokens.
-        max_tokens: with cu_seqlens: no sequence has more tokens; 0: 16. On CUDA, where the host does not see lengths, fewer
-            are faster, and tokens beyond them are left out.
-        accepted: int32 [N]: only so many tokens of each sequence are processed; rows of out behind them are not written.
+        max_tokens: with cu_seqlens: the most tokens that any sequence has; 0: 16. On CUDA the host does not see lengths: a
+            smaller number is faster, and tokens after so many are left out.
+        accepted: int32 [N]: only so many tokens of each sequence are processed; rows of out after them are not written.
             None: all.
-        state_indices: int32 [N] or [N, C]: slots, see above; no sequence has more than C tokens. No slot twice, but with
-            keep_state. -1 where the state is read: padding, nothing of that sequence counts or is written, its rows of
-            out included; -1 elsewhere: the state after that token is not written. None: slot n.
-        num_accepted_tokens: int32 [N], with state_indices [N, C]: column, counted from 1, of the slot that the state is read
-            from; None: 1.
+        state_indices: int32 [N] or [N, C]: slots, see above; no sequence has more than C tokens. No slot twice, except with
+            keep_state. A -1 where the state would be read makes the sequence padding: it is ignored, and neither its
+            states nor its rows of out are written. A -1 in another column: the state after that token is not written.
+            None: slot n.
+        num_accepted_tokens: int32 [N], with state_indices [N, C]: the column of the slot that the state is read from,
+            counted from 1; None: 1.
         keep_state: the state is read, not written. jax arrays, which cannot be written, need it.
         out: float [B, T, HV, V], written; None: a new array of v's dtype.
         output: False: only the states go on, and nothing is returned.

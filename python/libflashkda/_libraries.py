@@ -14,7 +14,7 @@ Options = dict[str, Any]  #: numbers, likewise
 
 
 def written_names(function: _C.Function, options: Options) -> tuple[str, ...]:
-    """Of the tensors that a call with these options writes."""
+    """Names of the tensors that a call with these options writes."""
     if function not in (_C.decode, _C.decode_describe):
         return _C.WRITTEN
     return ("out",) if options["flags"] & _C.KEEP_STATE else _C.DECODE_WRITTEN

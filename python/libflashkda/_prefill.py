@@ -71,7 +71,7 @@ _GATES, _BETA_MODES, _STATE_LAYOUTS, _BACKENDS = _C.GATES, _C.BETA_MODES, _C.STA
 
 
 def refuse_written(**destinations: Array | None) -> None:
-    """Of a library that is not writable."""
+    """Refuses arrays to write to, for a library that is not writable."""
     for name, array in destinations.items():
         if array is not None:
             raise ValueError(f"{name} is given with jax arrays, which cannot be written; expected None")
@@ -152,7 +152,8 @@ def prefill(
         A_log: float [HV]; None: exp(A_log) is 1. Not with gate "none".
         dt_bias: float [HV, K]; None: 0. Not with gate "none".
         gate: how the log decay comes from g: "none": g; "softplus": -exp(A_log) softplus(g + dt_bias);
-            "sigmoid": lower_bound sigmoid(exp(A_log) (g + dt_bias)).
+            "sigmoid": lower_bound sigmoid(exp(A_log) (g + dt_bias)). With "none" a g above 0 is not clamped: the
+            channel grows by exp(g), within what fp32 holds (include/flash_kda.h, flash_kda_gate).
         lower_bound: needed with gate "sigmoid", in [-5, 0), nats a token.
         beta_mode: how the step comes from beta: "given", "sigmoid" or "twice_sigmoid", which allows negative
             eigenvalues.

@@ -135,7 +135,7 @@ _PREFILL_OPTIONS = f"{_OPTIONS}, int checkpoint_every=0"
 
 
 def _tensors(names: tuple[str, ...], written: tuple[str, ...], required: tuple[str, ...]) -> str:
-    """Of a schema: each that is written may alias nothing but itself."""
+    """The tensors of a schema. Each one that is written may alias nothing but itself."""
     letters = iter("abcdefgh")
     return ", ".join(f"Tensor{f'({next(letters)}!)' if name in written else ''}{'' if name in required else '?'} {name}"
                      for name in names)

@@ -47,7 +47,7 @@ def log_decay(g: Array, gate: str, lower_bound: float = 0.0, A_log: Array | None
 
 
 def sequences(problem: _problem_file.Problem) -> list[tuple[int, int, int]]:
-    """(row of the batch, first token, token behind the last) of each sequence."""
+    """(row of the batch, first token, token after the last) of each sequence."""
     B, T = problem.inputs[0].shape[:2]
     if problem.cu_seqlens is None:
         return [(b, 0, T) for b in range(B)]
@@ -56,7 +56,7 @@ def sequences(problem: _problem_file.Problem) -> list[tuple[int, int, int]]:
 
 
 def trace(problem: _problem_file.Problem, n: int, step: int) -> Iterator[tuple[int, Array, Array]]:
-    """Sequence n, run in slices of step tokens that hand on the state. For each slice: the token behind it, every
+    """Sequence n, run in slices of step tokens that hand on the state. For each slice: the token after it, every
     head's decay (the mean over channels and tokens) and the Frobenius norm of its state afterwards."""
     import numpy
 

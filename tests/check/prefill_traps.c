@@ -47,6 +47,17 @@ static void constant_decays(struct check *check) {
     }
 }
 
+/* Log decays above 0, which a caller may give, among others below: the state grows and shrinks. */
+static void fill_rising(struct prefill_problem *p, struct random *r) {
+    fill_ordinary(p, r);
+    fill_uniform(&p->g, r, -0.5, 0.3);
+}
+
+static void rising(struct check *check) {
+    struct prefill_case c = trap(FLASH_KDA_GATE_NONE, fill_rising);
+    both_types(check, &c, "log decays from -0.5 to 0.3");
+}
+
 /* The sigmoid gate at its bound, reached as kernels reach it. */
 static void fill_saturated(struct prefill_problem *p, struct random *r) {
     fill_ordinary(p, r);
@@ -352,6 +363,7 @@ static void growing(struct check *check) {
 
 void prefill_traps(struct check *check) {
     constant_decays(check);
+    rising(check);
     saturated_sigmoid(check);
     unbounded(check);
     large_A_log(check);
