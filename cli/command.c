@@ -36,7 +36,8 @@ error_t argument_error(const struct argp_state *state, const char *format, ...) 
 }
 
 /* What every parser does: input is handed on. */
-static error_t parse_common(int key, char *argument, struct argp_state *state) {
+static error_t parse_common(int key, char *argument, /* NOLINT(readability-non-const-parameter): argp's type */
+                            struct argp_state *state) {
     (void)argument;
     if (key == ARGP_KEY_INIT) {
         state->err_stream = NULL; /* getopt's own line is enough */

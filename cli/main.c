@@ -110,8 +110,8 @@ static void close_output(void) {
 
 /* Ctrl-C, a closed pipe and their like end the program as they end any other, but nothing half done stays behind. */
 static void end_quietly(int signal_number) {
-    progress_abandon();
-    new_file_abandon();
+    progress_abandon(); /* NOLINT(bugprone-signal-handler,cert-sig30-c): write() alone */
+    new_file_abandon(); /* NOLINT(bugprone-signal-handler,cert-sig30-c): unlink() alone */
     signal(signal_number, SIG_DFL);
     raise(signal_number);
 }

@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# program_test.sh FLASHKDA: what the program does with its arguments, its files and the world around it.
+# program_test.sh FLASHKDA [quick]: what the program does with its arguments, its files and the world around it;
+# quick: without the tables of bench, which take long under sanitizers.
 # shellcheck source=tests/cli/says.sh
 . "$(dirname "$0")/says.sh"
 
@@ -113,9 +114,11 @@ ROWS
 "$flashkda" gen captured.safetensors --heads 2 --tokens 30 >said
 says 0 '^T40-H2-softplus-captured' bench --captured captured.safetensors --tokens 40 --heads 2 --repeat 3
 holds 'the JSON is written' grep -q '"tokens_per_second"' written.json
-says 0 '^N9-T512' bench --quick
-says 0 '^H8-B2-T4-fp32, state each' bench --quick --decode --threads 2
-says 0 '"decode": "in place"' bench --quick --decode --json
+if [ "${2:-}" != quick ]; then
+    says 0 '^N9-T512' bench --quick
+    says 0 '^H8-B2-T4-fp32, state each' bench --quick --decode --threads 2
+    says 0 '"decode": "in place"' bench --quick --decode --json
+fi
 table 2 <<'ROWS'
 --level is 'bogus', expected one of: all, generic             | bench --level bogus
 --threads is '0', expected a whole number                     | bench --threads 0
