@@ -295,8 +295,9 @@ FLASH_KDA_API flash_kda_status flash_kda_prefill_workspace_size(const flash_kda_
 FLASH_KDA_API flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *args, void *workspace,
                                                  size_t workspace_bytes);
 
-/* Describes in one line how flash_kda_prefill() would run these arguments: backend, level, arithmetic,
- * threads, and how they share the value heads of all sequences. Writes at most size bytes to text, always ended by 0. Errors: as flash_kda_prefill(). */
+/* Describes in one line how flash_kda_prefill() would run these arguments: backend, level, arithmetic, threads,
+ * and how they share the value heads of all sequences. Writes at most size bytes to text, always ended by 0.
+ * Errors: as flash_kda_prefill(). */
 FLASH_KDA_API flash_kda_status flash_kda_prefill_describe(const flash_kda_prefill_args *args, char *text,
                                                           size_t size);
 
