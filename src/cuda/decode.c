@@ -35,9 +35,10 @@ static flash_kda_status make_plan(const struct kda_decode *d, const struct kda_c
         return status;
     *plan = (struct kda_decode_plan){.multiprocessors = device.multiprocessors, .aligned = aligned(d)};
     const struct kda_cuda_level *const *candidate = kda_cuda_levels;
-    while (!kda_level_allowed(*candidate, &device) || !(*candidate)->decode_plan(d, plan))
+    while (candidate[1] && !(kda_level_allowed(*candidate, &device) && (*candidate)->decode_takes(d, plan)))
         candidate++;
     *level = *candidate;
+    (*level)->decode_plan(d, plan);
     return FLASH_KDA_OK;
 }
 

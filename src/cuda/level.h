@@ -13,6 +13,9 @@ struct kda_decode_plan {
     bool aligned; /* every row of the states is whole pieces of 16 bytes */
 };
 
+/* Do convolutions or a norm stand around the recurrence? */
+bool kda_decode_is_fused(const struct kda_decode *d);
+
 struct kda_cuda_level {
     const char *name;
     bool (*runs_on)(const struct kda_cuda_device *device);
@@ -24,8 +27,9 @@ struct kda_cuda_level {
                  struct kda_plan *plan);
     cudaError_t (*launch)(const struct kda_prefill *p, const struct kda_plan *plan, int i, void *workspace);
 
-    /* Decode. The caller has filled in what the problem and the device say; the level adds the rest. */
-    bool (*decode_plan)(const struct kda_decode *d, struct kda_decode_plan *plan); /* false: not taken */
+    /* Decode, likewise. The caller has filled in what the problem and the device say. */
+    bool (*decode_takes)(const struct kda_decode *d, const struct kda_decode_plan *plan);
+    void (*decode_plan)(const struct kda_decode *d, struct kda_decode_plan *plan);
     cudaError_t (*decode)(const struct kda_decode *d, const struct kda_decode_plan *plan);
 };
 

@@ -29,7 +29,7 @@ static flash_kda_status make_plan(const struct kda_prefill *p, const struct kda_
     if (status)
         return status;
     const struct kda_cuda_level *const *candidate = kda_cuda_levels;
-    while (!kda_level_allowed(*candidate, &device) || !(*candidate)->takes(p))
+    while (candidate[1] && !(kda_level_allowed(*candidate, &device) && (*candidate)->takes(p)))
         candidate++;
     *level = *candidate;
     *plan = kda_plan_begin(p, (*level)->name);

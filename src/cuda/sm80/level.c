@@ -15,19 +15,20 @@ static cudaError_t launch(const struct kda_prefill *p, const struct kda_plan *pl
                                                                                         workspace);
 }
 
-static bool fused(const struct kda_decode *d) {
-    return d->q_conv.weight.data || d->k_conv.weight.data || d->v_conv.weight.data || d->norm_weight.data;
-}
-
-static bool decode_plan(const struct kda_decode *d, struct kda_decode_plan *plan) {
-    plan->kernel = fused(d) ? "decode_fused, with convolutions and norm" : "decode";
-    plan->does = plan->aligned ? "states read 16 bytes at a time"
-                               : "states read by elements (16 bytes at a time need their alignment)";
+static bool decode_takes(const struct kda_decode *d, const struct kda_decode_plan *plan) {
+    (void)d;
+    (void)plan;
     return true;
 }
 
+static void decode_plan(const struct kda_decode *d, struct kda_decode_plan *plan) {
+    plan->kernel = kda_decode_is_fused(d) ? "decode_fused, with convolutions and norm" : "decode";
+    plan->does = plan->aligned ? "states read 16 bytes at a time"
+                               : "states read by elements (16 bytes at a time need their alignment)";
+}
+
 static cudaError_t decode(const struct kda_decode *d, const struct kda_decode_plan *plan) {
-    return (fused(d) ? kda_sm80_decode_fused : kda_sm80_decode)(d, plan->aligned);
+    return (kda_decode_is_fused(d) ? kda_sm80_decode_fused : kda_sm80_decode)(d, plan->aligned);
 }
 
 const struct kda_cuda_level kda_sm80_level = {.name = "sm80",
@@ -35,5 +36,6 @@ const struct kda_cuda_level kda_sm80_level = {.name = "sm80",
                                               .takes = kda_sm80_takes,
                                               .plan = kda_sm80_plan,
                                               .launch = launch,
+                                              .decode_takes = decode_takes,
                                               .decode_plan = decode_plan,
                                               .decode = decode};

@@ -34,11 +34,14 @@ static cudaError_t launch(const struct kda_prefill *p, const struct kda_plan *pl
     return launchers[launch->kernel](p, plan, launch, &memory);
 }
 
-static bool decode_plan(const struct kda_decode *d, struct kda_decode_plan *plan) {
+static bool decode_takes(const struct kda_decode *d, const struct kda_decode_plan *plan) {
+    return !kda_decode_is_fused(d) && plan->aligned && kda_sm90_decode_takes(d, plan->multiprocessors);
+}
+
+static void decode_plan(const struct kda_decode *d, struct kda_decode_plan *plan) {
+    (void)d;
     plan->kernel = "decode of Hopper's level";
     plan->does = "states read by the copy engine";
-    bool fused = d->q_conv.weight.data || d->k_conv.weight.data || d->v_conv.weight.data || d->norm_weight.data;
-    return !fused && plan->aligned && kda_sm90_decode_takes(d, plan->multiprocessors);
 }
 
 static cudaError_t decode(const struct kda_decode *d, const struct kda_decode_plan *plan) {
@@ -50,5 +53,6 @@ const struct kda_cuda_level kda_sm90_level = {.name = "sm90",
                                               .takes = kda_sm90_takes,
                                               .plan = kda_sm90_plan,
                                               .launch = launch,
+                                              .decode_takes = decode_takes,
                                               .decode_plan = decode_plan,
                                               .decode = decode};

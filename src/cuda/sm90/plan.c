@@ -56,6 +56,31 @@ static int general_ctas(int64_t columns) {
     return (int)((columns + KDA_SM90_GENERAL_COLUMNS - 1) / KDA_SM90_GENERAL_COLUMNS);
 }
 
+/* K = V = 64. A rule, not the cost model: persistent where general would not be split, or chains use enough of the device. */
+static void choose_for_64(const struct kda_segment_problem *problem, enum kda_schedule asked,
+                          struct kda_plan *plan) {
+    plan->segments = kda_general_segments(problem);
+    bool many = plan->segments == 1 || problem->chains >= problem->processors / 3;
+    plan->schedule = asked == KDA_SCHEDULE_PERSISTENT || many ? KDA_SCHEDULE_PERSISTENT : KDA_SCHEDULE_GENERAL;
+}
+
+static void choose_for_128(const struct kda_prefill *p, const struct kda_segment_problem *problem,
+                           const struct kda_override *override, struct kda_plan *plan) {
+    double cluster, persistent = kda_persistent_cost(problem);
+    plan->segments = kda_cluster_segments(problem, &cluster);
+    /* If bits may not depend on the batch, neither may the schedule. */
+    bool fewer = p->batch_invariant || persistent < cluster;
+    plan->schedule = fewer ? KDA_SCHEDULE_PERSISTENT : KDA_SCHEDULE_CLUSTER;
+    if (override->schedule)
+        plan->schedule = override->schedule;
+    bool may_stream_k =
+        problem->may_split && kda_can_stream_k(p) && (!override->schedule || override->stream_k);
+    int ranges = may_stream_k ? kda_stream_k_ranges(problem) : 0;
+    double otherwise = plan->schedule == KDA_SCHEDULE_PERSISTENT ? persistent : cluster;
+    if (ranges && (override->stream_k || kda_stream_k_pays(problem, ranges, otherwise)))
+        plan->stream_k = kda_split_evenly(p, ranges);
+}
+
 static void choose(const struct kda_prefill *p, int multiprocessors, const struct kda_override *override,
                    struct kda_plan *plan) {
     bool packed = p->cu_seqlens.data;
@@ -68,30 +93,13 @@ static void choose(const struct kda_prefill *p, int multiprocessors, const struc
                                           .ctas_per_chain = general_ctas(p->value_dim),
                                           .ctas_per_identity = general_ctas(p->key_dim),
                                           .processors = multiprocessors};
-    enum kda_schedule asked = override->schedule;
-    double cost;
-    if (!has_tiles(p) || asked == KDA_SCHEDULE_GENERAL) {
+    if (!has_tiles(p) || override->schedule == KDA_SCHEDULE_GENERAL) {
         plan->schedule = KDA_SCHEDULE_GENERAL;
         plan->segments = kda_general_segments(&problem);
     } else if (p->key_dim != KDA_SM90_DIM) {
-        /* A rule, not the cost model: persistent where general would not be split, or chains use enough of the
-         * device. */
-        plan->segments = kda_general_segments(&problem);
-        bool many = plan->segments == 1 || problem.chains >= multiprocessors / 3;
-        plan->schedule =
-            asked == KDA_SCHEDULE_PERSISTENT || many ? KDA_SCHEDULE_PERSISTENT : KDA_SCHEDULE_GENERAL;
+        choose_for_64(&problem, override->schedule, plan);
     } else {
-        double persistent = kda_persistent_cost(&problem);
-        plan->segments = kda_cluster_segments(&problem, &cost);
-        /* If bits may not depend on the batch, neither may the schedule. */
-        plan->schedule = asked                                     ? asked
-                         : p->batch_invariant || persistent < cost ? KDA_SCHEDULE_PERSISTENT
-                                                                   : KDA_SCHEDULE_CLUSTER;
-        bool may_stream_k = problem.may_split && kda_can_stream_k(p) && (!asked || override->stream_k);
-        int ranges = may_stream_k ? kda_stream_k_ranges(&problem) : 0;
-        double otherwise = plan->schedule == KDA_SCHEDULE_PERSISTENT ? persistent : cost;
-        if (ranges && (override->stream_k || kda_stream_k_pays(&problem, ranges, otherwise)))
-            plan->stream_k = kda_split_evenly(p, ranges);
+        choose_for_128(p, &problem, override, plan);
     }
     if (override->segments)
         plan->segments = problem.may_split ? override->segments : 1;
@@ -274,7 +282,7 @@ static void lay_out_cluster(const struct kda_prefill *p, const struct kda_plan *
         cluster->grown = kda_take(arena, segments, sizeof *cluster->grown);
 }
 
-size_t kda_sm90_lay_out(const struct kda_prefill *p, const struct kda_plan *plan, char *workspace,
+size_t kda_sm90_lay_out(const struct kda_prefill *p, const struct kda_plan *plan, void *workspace,
                         struct kda_sm90_memory *memory) {
     struct kda_arena arena = {workspace, 0};
     *memory = (struct kda_sm90_memory){.stream_k.split = plan->stream_k, .cluster.segments = 1};

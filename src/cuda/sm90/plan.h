@@ -86,7 +86,7 @@ struct kda_sm90_memory {
 };
 
 /* Lays out what the plan needs in the workspace and returns the bytes. NULL: only counts them. */
-size_t kda_sm90_lay_out(const struct kda_prefill *p, const struct kda_plan *plan, char *workspace,
+size_t kda_sm90_lay_out(const struct kda_prefill *p, const struct kda_plan *plan, void *workspace,
                         struct kda_sm90_memory *memory);
 
 /* Can the level run this problem? It needs K <= 128, V a multiple of 64, and v in bf16 with rows that start at
