@@ -2,6 +2,7 @@
 """Does an installed package work, where there is Python and numpy and nothing else? Compares a call with the oracle inside it,
 on the CPU level chosen and on the portable one; asks for CUDA, which has no driver here."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -35,11 +36,14 @@ def check_level():
 
 
 def check_cuda():
+    """A wheel with CUDA must load, and say something else than one without."""
     inputs, options = problem()
+    with_cuda = "\nBuild: 1cu" in importlib.metadata.distribution("libflashkda").read_text("WHEEL")
     try:
         libflashkda.prefill(*inputs, **options, backend="cuda")
     except NotImplementedError as error:
         print(f"backend cuda: {error}")
+        assert ("this build does not have" in str(error)) != with_cuda
     else:
         raise AssertionError("a call ran on CUDA without a driver")
 
