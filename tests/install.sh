@@ -168,6 +168,13 @@ missing_packages_are_named() {
     done
 }
 
+unknown_options_are_refused() {
+    if cmake -S "$root" -B "$prefix/maybe" -DCMAKE_C_COMPILER="$CC" -DFLASH_KDA_CUDA=MAYBE >/dev/null 2>"$prefix/error"; then
+        fail 'configured with FLASH_KDA_CUDA=MAYBE'
+    fi
+    grep -q "FLASH_KDA_CUDA is 'MAYBE', expected ON, OFF or AUTO" "$prefix/error" || fail 'FLASH_KDA_CUDA is not named'
+}
+
 nothing_is_left() {
     cmake --build "$build" --target uninstall >/dev/null
     left=$(find "$prefix/include" "$libdir" -type f -o -type l -o -name flashkda)
@@ -192,4 +199,5 @@ with_cxx_alone
 pkg_config_knows_dlpack
 as_a_part_of_another_project
 missing_packages_are_named
+unknown_options_are_refused
 nothing_is_left
