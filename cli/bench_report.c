@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Prints what flashkda bench measured: a table, JSON, CSV. */
+/* Prints what flashkda bench measured: a table, JSON. */
 #include "bench.h"
 
 #include "device_json.h"

@@ -52,9 +52,9 @@ def test_info():
 
 
 def test_help():
-    result = run("-m", "flash_kda", "--help")
+    result = run("-m", "libflashkda", "--help")
     assert result.returncode == 0 and "as `flashkda info` prints it" in result.stdout.replace("\n", " ")
-    assert run("-m", "flash_kda", "--verbose").returncode == 2
+    assert run("-m", "libflashkda", "--verbose").returncode == 2
 
 
 @pytest.mark.cuda
@@ -74,7 +74,7 @@ def test_info_of_a_forced_level():
 @pytest.mark.parametrize("numpy_version, line", [("2", "cpu in fp32: cpu: level "), (None, "torch or numpy is needed")])
 def test_info_without_torch(monkeypatch, capsys, numpy_version, line):
     monkeypatch.setattr(info, "_versions", lambda: dict.fromkeys(info._LIBRARIES) | {"numpy": numpy_version})
-    monkeypatch.setattr(sys, "argv", ["flash_kda"])
+    monkeypatch.setattr(sys, "argv", ["libflashkda"])
     info.main()
     printed = capsys.readouterr().out
     assert "torch (not found)" in printed and printed.splitlines()[-1].strip().startswith(line)
