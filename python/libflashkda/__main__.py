@@ -57,7 +57,7 @@ def _devices(versions: dict[str, str | None]) -> Callable[[], Iterator[str]]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m flash_kda", description=__doc__.partition(": ")[2]).parse_args()
+    argparse.ArgumentParser(prog="python -m libflashkda", description=__doc__.partition(": ")[2]).parse_args()
     try:
         level = _C.cpu_level()
     except NotImplementedError as error:

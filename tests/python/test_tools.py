@@ -52,9 +52,9 @@ def test_info():
 
 
 def test_help():
-    result = run("-m", "flash_kda", "--help")
+    result = run("-m", "libflashkda", "--help")
     assert result.returncode == 0 and "as `flashkda info` prints it" in result.stdout.replace("\n", " ")
-    assert run("-m", "flash_kda", "--verbose").returncode == 2
+    assert run("-m", "libflashkda", "--verbose").returncode == 2
 
 
 @pytest.mark.cuda
