@@ -22,7 +22,7 @@ static double log_decay(const struct kda_case *c, int64_t token, int64_t head, i
 }
 
 static struct head_decay head_stats(const struct kda_case *c, int64_t head, int64_t tokens, int64_t samples) {
-    double sum = 0, sum_of_largest = 0;
+    double sum = 0, sum_of_largest = 0, largest_of_all = -INFINITY;
     for (int64_t i = 0; i < samples; i++) {
         double largest = -INFINITY;
         for (int64_t channel = 0; channel < c->key_dim; channel++) {
@@ -31,9 +31,11 @@ static struct head_decay head_stats(const struct kda_case *c, int64_t head, int6
             largest = fmax(largest, a);
         }
         sum_of_largest += largest;
+        largest_of_all = fmax(largest_of_all, largest);
     }
     double tokens_seen = (double)samples;
-    return (struct head_decay){sum / (tokens_seen * (double)c->key_dim), sum_of_largest / tokens_seen};
+    return (struct head_decay){sum / (tokens_seen * (double)c->key_dim), sum_of_largest / tokens_seen,
+                               largest_of_all};
 }
 
 int64_t gate_stats(const struct kda_case *c, struct head_decay *heads) {

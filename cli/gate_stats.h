@@ -5,10 +5,11 @@
 
 #include "case.h"
 
-/* Log decays in nats a token, at most 0. */
+/* Log decays in nats a token. Only gate none, whose log decays are the caller's, can have some above 0. */
 struct head_decay {
     double mean;    /* over tokens and channels */
     double slowest; /* mean over tokens of the largest log decay of all channels */
+    double largest; /* over tokens and channels */
 };
 
 /* Fills heads[value_heads]. Looks at no more than some thousand tokens, evenly spread; returns how many. */

@@ -93,6 +93,15 @@ static void print_decays(FILE *stream, const struct run_report *report) {
     }
 }
 
+static void print_warning(FILE *stream, const struct run_report *report) {
+    double largest = -INFINITY;
+    for (int64_t h = 0; report->gate_tokens > 0 && h < report->problem->value_heads; h++)
+        largest = fmax(largest, report->heads[h].largest);
+    if (largest > 0)
+        fprintf(stream, "warning    a log decay is %.3g, above 0: there the state grows, and may overflow\n",
+                largest);
+}
+
 static void print_checks(FILE *stream, const struct run_report *report) {
     if (report->check_count == 0)
         return;
@@ -114,6 +123,7 @@ void run_report_text(const struct run_report *report, FILE *stream) {
     print_shape(stream, report->problem, report->out_dtype);
     print_flags(stream, report->problem);
     print_decays(stream, report);
+    print_warning(stream, report);
     fprintf(stream, "time       best %.3f ms, median %.3f ms of %d; %.4g tokens/s\n", report->timing.min * 1e3,
             report->timing.median * 1e3, report->timing.repeats, report->tokens_per_second);
     if (report->out_path) {

@@ -52,6 +52,10 @@ says 0 '"passed": true' run again.safetensors --json --check
 says 0 '"passed": null' run plain.safetensors --json -o result.safetensors
 says 0 'written    result.safetensors' run plain.safetensors -o result.safetensors
 says 0 'ok' run plain.safetensors --check
+# gen makes no log decay above 0: another gate's file becomes one of gate none.
+says 0 'T50' gen softplus.safetensors --tokens 50 --regime uniform --g 0.25
+LC_ALL=C sed 's/"softplus"/"none"    /; s/"A_log"/"no_A_"/; s/"dt_bias"/"no_bias"/' softplus.safetensors >growing.safetensors
+says 0 'a log decay is 0.25, above 0' run growing.safetensors
 "$flashkda" gen one.safetensors --seed 5 --tokens 9 >said && "$flashkda" gen two.safetensors --seed 5 --tokens 9 >said
 holds 'the same seed, the same bits' cmp one.safetensors two.safetensors
 table 2 <<'ROWS'
