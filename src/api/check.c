@@ -1,24 +1,22 @@
 /* SPDX-License-Identifier: MIT */
-/* Checks of what the arguments of prefill and decode have in common. */
+/* Checks of what the arguments of prefill, decode and backward have in common. */
 #include "api/check.h"
 
 #include <float.h>
 #include <math.h>
 
-enum { MAX_KEY_DIM = 256 };
-
 /* ---- Numbers ----------------------------------------------------------------------------------- */
 
-static flash_kda_status check_options(const flash_kda_prefill_args *a, uint32_t flags, struct kda_prefill *p) {
+static flash_kda_status check_options(const struct kda_token_args *a, struct kda_tokens *x) {
     if ((unsigned)a->gate > FLASH_KDA_GATE_SIGMOID)
         return INVALID("gate is %d; expected a flash_kda_gate", (int)a->gate);
     if ((unsigned)a->beta_mode > FLASH_KDA_BETA_TWICE_SIGMOID)
         return INVALID("beta_mode is %d; expected a flash_kda_beta", (int)a->beta_mode);
     if ((unsigned)a->state_layout > FLASH_KDA_STATE_K_FIRST)
         return INVALID("state_layout is %d; expected a flash_kda_state_layout", (int)a->state_layout);
-    if (a->flags & ~flags)
+    if (a->flags & ~a->known_flags)
         return INVALID("flags is 0x%x; expected only bits of flash_kda_flags that this call takes, 0x%x",
-                       (unsigned)a->flags, (unsigned)flags);
+                       (unsigned)a->flags, (unsigned)a->known_flags);
     if (a->gate == FLASH_KDA_GATE_SIGMOID && !(a->lower_bound >= -5 && a->lower_bound < 0))
         return INVALID("lower_bound is %g; expected at least -5 and below 0 with FLASH_KDA_GATE_SIGMOID",
                        a->lower_bound);
@@ -26,28 +24,28 @@ static flash_kda_status check_options(const flash_kda_prefill_args *a, uint32_t 
         return INVALID("scale is %g; expected a number that fp32 can hold, or 0 for 1 / sqrt(K)", a->scale);
     if (a->num_threads < 0 || a->num_threads > KDA_MAX_THREADS)
         return INVALID("num_threads is %d; expected 0 to %d", (int)a->num_threads, KDA_MAX_THREADS);
-    p->gate = a->gate;
-    p->lower_bound = (float)a->lower_bound;
-    p->beta_mode = a->beta_mode;
-    p->state_layout = a->state_layout;
-    p->backend = a->backend;
-    p->qk_norm = a->flags & FLASH_KDA_QK_NORM;
-    p->batch_invariant = a->flags & FLASH_KDA_BATCH_INVARIANT;
-    p->num_threads = a->num_threads;
-    p->stream = a->stream;
+    x->gate = a->gate;
+    x->lower_bound = (float)a->lower_bound;
+    x->beta_mode = a->beta_mode;
+    x->state_layout = a->state_layout;
+    x->backend = a->backend;
+    x->qk_norm = a->flags & FLASH_KDA_QK_NORM;
+    x->batch_invariant = a->flags & FLASH_KDA_BATCH_INVARIANT;
+    x->num_threads = a->num_threads;
+    x->stream = a->stream;
     return FLASH_KDA_OK;
 }
 
 /* ---- Tensors of tokens ------------------------------------------------------------------------- */
 
-static flash_kda_status check_required(const flash_kda_prefill_args *a, bool needs_out) {
+static flash_kda_status check_required(const struct kda_token_args *a) {
     enum { OUT = 5 };
     const struct {
         const char *name;
         const DLTensor *tensor;
     } required[] = {{"q", a->q}, {"k", a->k}, {"v", a->v}, {"g", a->g}, {"beta", a->beta}, {"out", a->out}};
     for (size_t i = 0; i < sizeof required / sizeof *required; i++)
-        if (!required[i].tensor && (needs_out || i != OUT))
+        if (!required[i].tensor && (a->needs_out || i != OUT))
             return INVALID("%s is NULL; expected a tensor", required[i].name);
     return FLASH_KDA_OK;
 }
@@ -63,39 +61,39 @@ struct kda_tensor_spec kda_floats(const char *name, const char *form, int rank, 
                                     .device = device};
 }
 
-static flash_kda_status check_gate_inputs(const flash_kda_prefill_args *a, struct kda_prefill *p) {
-    const int64_t like_g[4] = {p->batches, p->tokens, p->value_heads, p->key_dim};
+static flash_kda_status check_gate_inputs(const struct kda_token_args *a, struct kda_tokens *x) {
+    const int64_t like_g[4] = {x->batches, x->tokens, x->value_heads, x->key_dim};
     const int64_t *like_A_log = &like_g[2], *like_dt_bias = &like_g[2];
     const struct kda_tensor_spec g = kda_floats("g", "[B, T, HV, K]", 4, like_g, &a->q->device);
     const struct kda_tensor_spec dt_bias = kda_floats("dt_bias", "[HV, K]", 2, like_dt_bias, &a->q->device);
     struct kda_tensor_spec A_log = kda_floats("A_log", "[HV]", 1, like_A_log, &a->q->device);
     A_log.last_dim_contiguous = false;
-    TRY(kda_tensor_check(a->g, &g, &p->g));
-    if (p->gate == FLASH_KDA_GATE_NONE && (a->A_log || a->dt_bias))
+    TRY(kda_tensor_check(a->g, &g, &x->g));
+    if (x->gate == FLASH_KDA_GATE_NONE && (a->A_log || a->dt_bias))
         return INVALID("%s is given with FLASH_KDA_GATE_NONE, where g is the log decay itself; expected NULL",
                        a->A_log ? "A_log" : "dt_bias");
     if (a->A_log)
-        TRY(kda_tensor_check(a->A_log, &A_log, &p->A_log));
+        TRY(kda_tensor_check(a->A_log, &A_log, &x->A_log));
     if (a->dt_bias)
-        TRY(kda_tensor_check(a->dt_bias, &dt_bias, &p->dt_bias));
+        TRY(kda_tensor_check(a->dt_bias, &dt_bias, &x->dt_bias));
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status check_inputs(const flash_kda_prefill_args *a, struct kda_prefill *p) {
+static flash_kda_status check_inputs(const struct kda_token_args *a, struct kda_tokens *x) {
     const DLDevice *device = &a->q->device;
     const int64_t any[4] = {-1, -1, -1, -1};
     const struct kda_tensor_spec q = kda_floats("q", "[B, T, H, K]", 4, any, device);
-    TRY(kda_tensor_check(a->q, &q, &p->q));
-    int64_t B = p->batches = p->q.shape[0], T = p->tokens = p->q.shape[1];
-    int64_t H = p->heads = p->q.shape[2], K = p->key_dim = p->q.shape[3];
-    if (K < 1 || K > MAX_KEY_DIM)
-        return INVALID("q has K = %lld; expected 1 to %d", (long long)K, MAX_KEY_DIM);
+    TRY(kda_tensor_check(a->q, &q, &x->q));
+    int64_t B = x->batches = x->q.shape[0], T = x->tokens = x->q.shape[1];
+    int64_t H = x->heads = x->q.shape[2], K = x->key_dim = x->q.shape[3];
+    if (K < 1 || K > KDA_MAX_KEY_DIM)
+        return INVALID("q has K = %lld; expected 1 to %d", (long long)K, KDA_MAX_KEY_DIM);
     const int64_t like_q[4] = {B, T, H, K}, values[4] = {B, T, -1, -1};
     const struct kda_tensor_spec k = kda_floats("k", "[B, T, H, K]", 4, like_q, device);
     const struct kda_tensor_spec v = kda_floats("v", "[B, T, HV, V]", 4, values, device);
-    TRY(kda_tensor_check(a->k, &k, &p->k));
-    TRY(kda_tensor_check(a->v, &v, &p->v));
-    int64_t HV = p->value_heads = p->v.shape[2], V = p->value_dim = p->v.shape[3];
+    TRY(kda_tensor_check(a->k, &k, &x->k));
+    TRY(kda_tensor_check(a->v, &v, &x->v));
+    int64_t HV = x->value_heads = x->v.shape[2], V = x->value_dim = x->v.shape[3];
     if (V < 1 || V > INT32_MAX)
         return INVALID("v has V = %lld; expected 1 to %d", (long long)V, INT32_MAX);
     if (H < 1 || HV < 1 || HV % H)
@@ -106,11 +104,11 @@ static flash_kda_status check_inputs(const flash_kda_prefill_args *a, struct kda
     struct kda_tensor_spec out = kda_floats("out", "[B, T, HV, V]", 4, like_v, device);
     beta.last_dim_contiguous = false;
     out.written = true;
-    TRY(check_gate_inputs(a, p));
-    TRY(kda_tensor_check(a->beta, &beta, &p->beta));
+    TRY(check_gate_inputs(a, x));
+    TRY(kda_tensor_check(a->beta, &beta, &x->beta));
     if (a->out)
-        TRY(kda_tensor_check(a->out, &out, &p->out));
-    p->scale = (float)(a->scale != 0 ? a->scale : 1 / sqrt((double)K));
+        TRY(kda_tensor_check(a->out, &out, &x->out));
+    x->scale = (float)(a->scale != 0 ? a->scale : 1 / sqrt((double)K));
     return FLASH_KDA_OK;
 }
 
@@ -146,20 +144,20 @@ flash_kda_status kda_check_cumulative(const struct kda_tensor *t, int64_t end, c
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status check_sequences(const flash_kda_prefill_args *a, struct kda_prefill *p) {
+static flash_kda_status check_sequences(const struct kda_token_args *a, struct kda_tokens *x) {
     const DLDevice *device = &a->q->device;
-    p->sequences = p->batches;
+    x->sequences = x->batches;
     if (a->cu_seqlens) {
         const int64_t any[1] = {-1};
         TRY(kda_check_indices(a->cu_seqlens, "cu_seqlens", "[N + 1]", KDA_DTYPES_INDEX, 1, any, device,
-                              &p->cu_seqlens));
-        if (p->cu_seqlens.shape[0] < 1)
+                              &x->cu_seqlens));
+        if (x->cu_seqlens.shape[0] < 1)
             return INVALID("cu_seqlens is empty; expected N + 1 values");
-        if (p->batches != 1)
-            return INVALID("q has B = %lld; expected 1 with cu_seqlens", (long long)p->batches);
-        if (p->on_host)
-            TRY(kda_check_cumulative(&p->cu_seqlens, p->tokens, "T"));
-        p->sequences = p->cu_seqlens.shape[0] - 1;
+        if (x->batches != 1)
+            return INVALID("q has B = %lld; expected 1 with cu_seqlens", (long long)x->batches);
+        if (x->on_host)
+            TRY(kda_check_cumulative(&x->cu_seqlens, x->tokens, "T"));
+        x->sequences = x->cu_seqlens.shape[0] - 1;
     }
     return FLASH_KDA_OK;
 }
@@ -168,11 +166,11 @@ static flash_kda_status check_sequences(const flash_kda_prefill_args *a, struct 
 
 flash_kda_status kda_check_state(const DLTensor *t, const char *name, const char *form, unsigned dtypes,
                                  int rank, int64_t outer, int64_t rows, const DLDevice *device, bool written,
-                                 const struct kda_prefill *p, struct kda_tensor *out) {
-    bool v_first = p->state_layout == FLASH_KDA_STATE_V_FIRST;
-    int64_t first = v_first ? p->value_dim : p->key_dim, second = v_first ? p->key_dim : p->value_dim;
-    const int64_t four[4] = {outer, p->value_heads, first, second};
-    const int64_t five[5] = {outer, rows, p->value_heads, first, second};
+                                 const struct kda_tokens *x, struct kda_tensor *out) {
+    bool v_first = x->state_layout == FLASH_KDA_STATE_V_FIRST;
+    int64_t first = v_first ? x->value_dim : x->key_dim, second = v_first ? x->key_dim : x->value_dim;
+    const int64_t four[4] = {outer, x->value_heads, first, second};
+    const int64_t five[5] = {outer, rows, x->value_heads, first, second};
     const struct kda_tensor_spec spec = {.name = name,
                                          .form = form,
                                          .dtypes = dtypes,
@@ -184,19 +182,48 @@ flash_kda_status kda_check_state(const DLTensor *t, const char *name, const char
     return kda_tensor_check(t, &spec, out);
 }
 
-const char *kda_state_form(const struct kda_prefill *p, const char *v_first, const char *k_first) {
-    return p->state_layout == FLASH_KDA_STATE_V_FIRST ? v_first : k_first;
+const char *kda_state_form(const struct kda_tokens *x, const char *v_first, const char *k_first) {
+    return x->state_layout == FLASH_KDA_STATE_V_FIRST ? v_first : k_first;
+}
+
+/* ---- Memory ------------------------------------------------------------------------------------ */
+
+flash_kda_status kda_check_overlap(const struct kda_tensor *written, const struct kda_tensor *other,
+                                   const char *but) {
+    if (written->data && other->data && kda_tensors_overlap(written, other))
+        return INVALID("%s overlaps %s in memory; expected memory of its own%s", written->name, other->name,
+                       but);
+    return FLASH_KDA_OK;
+}
+
+flash_kda_status kda_check_workspace(const struct kda_tensor *const *tensors, size_t count,
+                                     const void *workspace, size_t bytes, size_t needed) {
+    if (bytes < needed)
+        return kda_fail(FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL, "workspace has %zu bytes; expected at least %zu",
+                        bytes, needed);
+    if (needed && !workspace)
+        return kda_fail(FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL, "workspace is NULL; expected at least %zu bytes",
+                        needed);
+    const struct kda_tensor scratch = {.name = "workspace",
+                                       .data = (char *)(uintptr_t)workspace,
+                                       .dtype = KDA_I32,
+                                       .rank = 1,
+                                       .shape = {(int64_t)(needed / 4 + 1)},
+                                       .stride = {4}};
+    for (size_t i = 0; needed && i < count; i++)
+        TRY(kda_check_overlap(&scratch, tensors[i], ""));
+    return FLASH_KDA_OK;
 }
 
 /* ---- All of it --------------------------------------------------------------------------------- */
 
-flash_kda_status kda_check_tokens(const flash_kda_prefill_args *a, uint32_t flags, bool needs_out,
-                                  struct kda_prefill *p, const struct kda_backend **backend) {
-    TRY(check_options(a, flags, p));
-    TRY(check_required(a, needs_out));
+flash_kda_status kda_check_tokens(const struct kda_token_args *a, struct kda_tokens *x,
+                                  const struct kda_backend **backend) {
+    TRY(check_options(a, x));
+    TRY(check_required(a));
     TRY(kda_backend_for(a->backend, a->q->device, backend));
-    p->on_host = kda_on_host(a->q->device);
-    p->device = a->q->device.device_id;
-    TRY(check_inputs(a, p));
-    return check_sequences(a, p);
+    x->on_host = kda_on_host(a->q->device);
+    x->device = a->q->device.device_id;
+    TRY(check_inputs(a, x));
+    return check_sequences(a, x);
 }

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
-/* Checks of what the arguments of prefill and decode have in common. Each describes what it has checked in *p. */
+/* Checks of what the arguments of prefill, decode and backward have in common. Each describes what it has checked. */
 #ifndef KDA_API_CHECK_H
 #define KDA_API_CHECK_H
 
 #include "api/backend.h"
-#include "api/problem.h"
 #include "api/status.h"
+#include "api/tokens.h"
 
 #define INVALID(...) kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
 
@@ -17,10 +17,45 @@
             return try_status;                 \
     } while (0)
 
-/* Options, tensors of tokens, cu_seqlens and device of `a`, whose states and checkpoints are not looked at; and the
- * backend for them. flags: the flash_kda_flags that may be set; needs_out: out may not be NULL. */
-flash_kda_status kda_check_tokens(const flash_kda_prefill_args *a, uint32_t flags, bool needs_out,
-                                  struct kda_prefill *p, const struct kda_backend **backend);
+/* The arguments that become a struct kda_tokens. */
+struct kda_token_args {
+    const DLTensor *q, *k, *v, *g, *beta, *A_log, *dt_bias, *out, *cu_seqlens;
+    bool needs_out; /* or it may be NULL */
+    flash_kda_gate gate;
+    double lower_bound;
+    flash_kda_beta beta_mode;
+    double scale;
+    uint32_t flags, known_flags; /* the flash_kda_flags that are set, and those that the call takes */
+    flash_kda_state_layout state_layout;
+    flash_kda_backend backend;
+    int32_t num_threads;
+    void *stream;
+};
+
+/* Those of an operation's arguments, whose names are the same everywhere; further members may follow. */
+#define KDA_TOKEN_ARGS(a, ...)                                  \
+    ((struct kda_token_args){.q = (a)->q,                       \
+                             .k = (a)->k,                       \
+                             .v = (a)->v,                       \
+                             .g = (a)->g,                       \
+                             .beta = (a)->beta,                 \
+                             .A_log = (a)->A_log,               \
+                             .dt_bias = (a)->dt_bias,           \
+                             .cu_seqlens = (a)->cu_seqlens,     \
+                             .gate = (a)->gate,                 \
+                             .lower_bound = (a)->lower_bound,   \
+                             .beta_mode = (a)->beta_mode,       \
+                             .scale = (a)->scale,               \
+                             .flags = (a)->flags,               \
+                             .state_layout = (a)->state_layout, \
+                             .backend = (a)->backend,           \
+                             .num_threads = (a)->num_threads,   \
+                             .stream = (a)->stream,             \
+                             __VA_ARGS__})
+
+/* All of them, into *x, and the backend for their device. */
+flash_kda_status kda_check_tokens(const struct kda_token_args *a, struct kda_tokens *x,
+                                  const struct kda_backend **backend);
 
 /* An argument of any float dtype that is read or written in rows. */
 struct kda_tensor_spec kda_floats(const char *name, const char *form, int rank, const int64_t *shape,
@@ -37,9 +72,17 @@ flash_kda_status kda_check_cumulative(const struct kda_tensor *t, int64_t end, c
 /* A tensor of states: [outer, HV, V, K] or, with rank 5, [outer, rows, HV, V, K]; -1: any. */
 flash_kda_status kda_check_state(const DLTensor *t, const char *name, const char *form, unsigned dtypes,
                                  int rank, int64_t outer, int64_t rows, const DLDevice *device, bool written,
-                                 const struct kda_prefill *p, struct kda_tensor *out);
+                                 const struct kda_tokens *x, struct kda_tensor *out);
 
-/* The form of a tensor of states in p's layout. */
-const char *kda_state_form(const struct kda_prefill *p, const char *v_first, const char *k_first);
+/* The form of a tensor of states in x's layout. */
+const char *kda_state_form(const struct kda_tokens *x, const char *v_first, const char *k_first);
+
+/* A written tensor overlaps no other; each may not be given. but: what the message says besides. */
+flash_kda_status kda_check_overlap(const struct kda_tensor *written, const struct kda_tensor *other,
+                                   const char *but);
+
+/* The workspace has `needed` bytes and overlaps none of `count` tensors. */
+flash_kda_status kda_check_workspace(const struct kda_tensor *const *tensors, size_t count,
+                                     const void *workspace, size_t bytes, size_t needed);
 
 #endif

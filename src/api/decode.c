@@ -9,28 +9,6 @@
 
 /* ---- Tensors ----------------------------------------------------------------------------------- */
 
-/* Decode's tokens are a prefill of short sequences. */
-static flash_kda_prefill_args tokens_of(const flash_kda_decode_args *a) {
-    return (flash_kda_prefill_args){.q = a->q,
-                                    .k = a->k,
-                                    .v = a->v,
-                                    .g = a->g,
-                                    .beta = a->beta,
-                                    .A_log = a->A_log,
-                                    .dt_bias = a->dt_bias,
-                                    .out = a->out,
-                                    .gate = a->gate,
-                                    .lower_bound = a->lower_bound,
-                                    .beta_mode = a->beta_mode,
-                                    .scale = a->scale,
-                                    .flags = a->flags,
-                                    .cu_seqlens = a->cu_seqlens,
-                                    .state_layout = a->state_layout,
-                                    .backend = a->backend,
-                                    .num_threads = a->num_threads,
-                                    .stream = a->stream};
-}
-
 static flash_kda_status check_max_tokens(const flash_kda_decode_args *a, struct kda_decode *d) {
     if (!a->cu_seqlens) {
         if (a->max_tokens)
@@ -46,7 +24,7 @@ static flash_kda_status check_max_tokens(const flash_kda_decode_args *a, struct 
                        FLASH_KDA_MAX_DECODE_TOKENS);
     d->max_tokens = a->max_tokens ? a->max_tokens : FLASH_KDA_MAX_DECODE_TOKENS;
     for (int64_t n = 0; d->tokens.on_host && n < d->tokens.sequences; n++) {
-        int64_t length = kda_sequence(&d->tokens, n).length;
+        int64_t length = kda_tokens_of(&d->tokens, n).length;
         if (length > d->max_tokens)
             return INVALID("cu_seqlens gives sequence %lld %lld tokens; expected at most %s = %lld",
                            (long long)n, (long long)length,
@@ -82,7 +60,7 @@ static flash_kda_status check_state_indices(const flash_kda_decode_args *a, stru
 }
 
 static flash_kda_status check_state(const flash_kda_decode_args *a, struct kda_decode *d) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     bool pool = a->state_indices;
     const char *form = pool ? kda_state_form(p, "[slots, HV, V, K]", "[slots, HV, K, V]")
                             : kda_state_form(p, "[N, HV, V, K]", "[N, HV, K, V]");
@@ -140,7 +118,7 @@ static flash_kda_status check_convolution(const struct convolution_args *c, cons
                                 .channels = (count)})
 
 static flash_kda_status check_convolutions(const flash_kda_decode_args *a, struct kda_decode *d) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     const DLDevice *device = &a->q->device;
     int64_t keys = p->heads * p->key_dim, values = p->value_heads * p->value_dim;
     TRY(check_convolution(CONVOLUTION(q, "H", "K", keys), d, device, &d->q_conv));
@@ -149,7 +127,7 @@ static flash_kda_status check_convolutions(const flash_kda_decode_args *a, struc
 }
 
 static flash_kda_status check_norm(const flash_kda_decode_args *a, struct kda_decode *d) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     const int64_t like_v[4] = {p->batches, p->tokens, p->value_heads, p->value_dim};
     if ((unsigned)a->norm_activation > FLASH_KDA_NORM_SILU)
         return INVALID("norm_activation is %d; expected a flash_kda_norm_activation", (int)a->norm_activation);
@@ -176,7 +154,7 @@ static flash_kda_status check_norm(const flash_kda_decode_args *a, struct kda_de
 
 /* A sequence's values, unless it is padding, of which nothing is looked at. */
 static flash_kda_status check_sequence(const struct kda_decode *d, int64_t n) {
-    struct kda_sequence all = kda_sequence(&d->tokens, n);
+    struct kda_sequence all = kda_tokens_of(&d->tokens, n);
     int64_t columns = kda_decode_writes_each(d) ? d->state_indices.shape[1] : FLASH_KDA_MAX_DECODE_TOKENS;
     if (kda_decode_sequence(d, n).slot < 0)
         return FLASH_KDA_OK;
@@ -246,7 +224,7 @@ static flash_kda_status check_values(const struct kda_decode *d) {
 
 /* No written tensor overlaps another argument. */
 static flash_kda_status check_aliasing(const struct kda_decode *d) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     const struct kda_tensor *const all[] = {&p->out,
                                             &d->state,
                                             &d->q_conv.state,
@@ -275,9 +253,7 @@ static flash_kda_status check_aliasing(const struct kda_decode *d) {
     int written = d->keep_state ? OUT : OUT + STATES;
     for (int i = 0; i < written; i++)
         for (int j = i + 1; j < ALL; j++)
-            if (all[i]->data && all[j]->data && kda_tensors_overlap(all[i], all[j]))
-                return INVALID("%s overlaps %s in memory; expected memory of its own", all[i]->name,
-                               all[j]->name);
+            TRY(kda_check_overlap(all[i], all[j], ""));
     return FLASH_KDA_OK;
 }
 
@@ -292,9 +268,10 @@ static flash_kda_status check_all(const flash_kda_decode_args *given, struct kda
     flash_kda_decode_args args;
     TRY(kda_args_read(given, &type, &args));
     memset(d, 0, sizeof *d);
-    const flash_kda_prefill_args tokens = tokens_of(&args);
-    TRY(kda_check_tokens(&tokens, FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT | FLASH_KDA_KEEP_STATE, false,
-                         &d->tokens, backend));
+    const struct kda_token_args tokens =
+        KDA_TOKEN_ARGS(&args, .out = args.out,
+                       .known_flags = FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT | FLASH_KDA_KEEP_STATE);
+    TRY(kda_check_tokens(&tokens, &d->tokens, backend));
     TRY(check_max_tokens(&args, d));
     TRY(check_accepted(&args, d));
     TRY(check_state_indices(&args, d));

@@ -3,7 +3,7 @@
 #ifndef KDA_API_DECODE_PROBLEM_H
 #define KDA_API_DECODE_PROBLEM_H
 
-#include "api/problem.h"
+#include "api/tokens.h"
 
 enum { KDA_CONV_WIDTH = 4, KDA_CONV_PAST = KDA_CONV_WIDTH - 1, KDA_MAX_NORM_DIM = 1024 };
 
@@ -16,9 +16,7 @@ struct kda_convolution {
 };
 
 struct kda_decode {
-    /* What decode has in common with prefill: q to out (out.data may be NULL), cu_seqlens, sizes, gate, beta_mode, scale,
-     * state_layout, qk_norm, device, num_threads, stream. Its states, state_indices and checkpoints are not given. */
-    struct kda_prefill tokens;
+    struct kda_tokens tokens;
     struct kda_tensor state;               /* [slots, HV, V, K] or, K first, [slots, HV, K, V] */
     struct kda_tensor state_indices;       /* [N] or [N, C]; or not given: slot n */
     struct kda_tensor num_accepted_tokens; /* [N]; only with state_indices [N, C] */
@@ -43,7 +41,7 @@ KDA_INLINE bool kda_decode_writes_each(const struct kda_decode *d) { return d->s
 /* Where the tokens of sequence n are, how many are to be processed, and the slot its state is read from. Indices in device
  * memory are not checked before a call: here they are kept within the tensors. */
 KDA_INLINE struct kda_sequence kda_decode_sequence(const struct kda_decode *d, int64_t n) {
-    struct kda_sequence s = kda_sequence(&d->tokens, n);
+    struct kda_sequence s = kda_tokens_of(&d->tokens, n);
     int64_t column = 0;
     if (d->num_accepted_tokens.data)
         column = kda_clamp(kda_index(&d->num_accepted_tokens, n, 0), 1, d->state_indices.shape[1]) - 1;

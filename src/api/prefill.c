@@ -2,6 +2,7 @@
 /* The public entries of prefill: every argument is checked here, before anything is written. */
 #include "api/args.h"
 #include "api/check.h"
+#include "api/problem.h"
 
 #include <string.h>
 
@@ -22,16 +23,16 @@ static flash_kda_status check_slot_indices(const flash_kda_prefill_args *a, stru
 static flash_kda_status check_states(const flash_kda_prefill_args *a, struct kda_prefill *p) {
     const DLDevice *device = &a->q->device;
     int64_t slots = p->state_indices.data ? -1 : p->sequences;
-    const char *form = slots < 0 ? kda_state_form(p, "[slots, HV, V, K]", "[slots, HV, K, V]")
-                                 : kda_state_form(p, "[N, HV, V, K]", "[N, HV, K, V]");
+    const char *form = slots < 0 ? kda_state_form(&p->base, "[slots, HV, V, K]", "[slots, HV, K, V]")
+                                 : kda_state_form(&p->base, "[N, HV, V, K]", "[N, HV, K, V]");
     if (a->initial_state) {
         TRY(kda_check_state(a->initial_state, "initial_state", form, KDA_DTYPES_STATE, 4, slots, 0, device,
-                            false, p, &p->initial_state));
+                            false, &p->base, &p->initial_state));
         slots = p->initial_state.shape[0];
     }
     if (a->final_state)
-        TRY(kda_check_state(a->final_state, "final_state", form, KDA_DTYPES_STATE, 4, slots, 0, device, true, p,
-                            &p->final_state));
+        TRY(kda_check_state(a->final_state, "final_state", form, KDA_DTYPES_STATE, 4, slots, 0, device, true,
+                            &p->base, &p->final_state));
     return FLASH_KDA_OK;
 }
 
@@ -39,15 +40,15 @@ static flash_kda_status check_checkpoints_every(const flash_kda_prefill_args *a,
     const DLDevice *device = &a->q->device;
     if (!a->cu_seqlens) {
         TRY(kda_check_state(a->checkpoints, "checkpoints",
-                            kda_state_form(p, "[B, rows, HV, V, K]", "[B, rows, HV, K, V]"), KDA_DTYPES_STATE,
-                            5, p->batches, -1, device, true, p, &p->checkpoints));
+                            kda_state_form(&p->base, "[B, rows, HV, V, K]", "[B, rows, HV, K, V]"),
+                            KDA_DTYPES_STATE, 5, p->batches, -1, device, true, &p->base, &p->checkpoints));
     } else {
         if (!a->checkpoint_cu_starts)
             return INVALID(
                 "checkpoint_cu_starts is NULL; expected a tensor with cu_seqlens and checkpoint_every");
         TRY(kda_check_state(a->checkpoints, "checkpoints",
-                            kda_state_form(p, "[rows, HV, V, K]", "[rows, HV, K, V]"), KDA_DTYPES_STATE, 4, -1,
-                            0, device, true, p, &p->checkpoints));
+                            kda_state_form(&p->base, "[rows, HV, V, K]", "[rows, HV, K, V]"), KDA_DTYPES_STATE,
+                            4, -1, 0, device, true, &p->base, &p->checkpoints));
         const int64_t starts[1] = {p->sequences + 1};
         TRY(kda_check_indices(a->checkpoint_cu_starts, "checkpoint_cu_starts", "[N + 1]", KDA_DTYPES_INDEX, 1,
                               starts, device, &p->checkpoint_cu_starts));
@@ -89,9 +90,10 @@ static flash_kda_status check_checkpoints_at_offsets(const flash_kda_prefill_arg
                           KDA_DTYPES_INDEX, rank, like, device, &p->checkpoint_offsets));
     int64_t columns = rank == 2 ? p->checkpoint_offsets.shape[1] : 1;
     TRY(kda_check_state(a->checkpoints, "checkpoints",
-                        rank == 2 ? kda_state_form(p, "[N, C, HV, V, K]", "[N, C, HV, K, V]")
-                                  : kda_state_form(p, "[N, HV, V, K]", "[N, HV, K, V]"),
-                        KDA_DTYPES_STATE, rank + 3, p->sequences, columns, device, true, p, &p->checkpoints));
+                        rank == 2 ? kda_state_form(&p->base, "[N, C, HV, V, K]", "[N, C, HV, K, V]")
+                                  : kda_state_form(&p->base, "[N, HV, V, K]", "[N, HV, K, V]"),
+                        KDA_DTYPES_STATE, rank + 3, p->sequences, columns, device, true, &p->base,
+                        &p->checkpoints));
     for (int64_t n = 0; p->on_host && columns && n < p->sequences; n++)
         for (int64_t j = 0; j < columns; j++) {
             int64_t offset = kda_index(&p->checkpoint_offsets, n, j), length = kda_sequence(p, n).length;
@@ -131,37 +133,44 @@ static bool shared_pool(const struct kda_prefill *p) {
            kda_tensors_identical(&p->final_state, &p->checkpoints);
 }
 
+/* Those that are written first. */
+enum { WRITTEN = 3, TENSORS = 16 };
+
+static void list_tensors(const struct kda_prefill *p, const struct kda_tensor *list[TENSORS]) {
+    const struct kda_tensor *const all[TENSORS] = {&p->out,
+                                                   &p->final_state,
+                                                   &p->checkpoints,
+                                                   &p->q,
+                                                   &p->k,
+                                                   &p->v,
+                                                   &p->g,
+                                                   &p->beta,
+                                                   &p->A_log,
+                                                   &p->dt_bias,
+                                                   &p->initial_state,
+                                                   &p->cu_seqlens,
+                                                   &p->state_indices,
+                                                   &p->checkpoint_cu_starts,
+                                                   &p->checkpoint_indices,
+                                                   &p->checkpoint_offsets};
+    memcpy(list, all, sizeof all);
+}
+
 /* No written tensor overlaps another argument, but for the two exceptions that the header names. */
 static flash_kda_status check_aliasing(const struct kda_prefill *p) {
-    const struct kda_tensor *const all[] = {&p->out,
-                                            &p->final_state,
-                                            &p->checkpoints,
-                                            &p->q,
-                                            &p->k,
-                                            &p->v,
-                                            &p->g,
-                                            &p->beta,
-                                            &p->A_log,
-                                            &p->dt_bias,
-                                            &p->initial_state,
-                                            &p->cu_seqlens,
-                                            &p->state_indices,
-                                            &p->checkpoint_cu_starts,
-                                            &p->checkpoint_indices,
-                                            &p->checkpoint_offsets};
-    enum { WRITTEN = 3, ALL = sizeof all / sizeof *all };
+    const struct kda_tensor *all[TENSORS];
     bool in_place = p->final_state.data && p->initial_state.data &&
                     kda_tensors_identical(&p->final_state, &p->initial_state);
     bool pool = shared_pool(p);
+    list_tensors(p, all);
     for (int i = 0; i < WRITTEN; i++)
-        for (int j = i + 1; j < ALL; j++) {
-            bool states = all[i] == &p->final_state && all[j] == &p->initial_state && in_place;
-            bool slots = pool && all[i] != &p->out &&
-                         (all[j] == &p->checkpoints || (all[j] == &p->initial_state && in_place));
-            if (all[i]->data && all[j]->data && !states && !slots && kda_tensors_overlap(all[i], all[j]))
-                return INVALID(
-                    "%s overlaps %s in memory; expected memory of its own%s", all[i]->name, all[j]->name,
-                    all[j] == &p->initial_state ? ", or the very same tensor to update it in place" : "");
+        for (int j = i + 1; j < TENSORS; j++) {
+            bool state = all[j] == &p->initial_state;
+            bool states = all[i] == &p->final_state && state && in_place;
+            bool slots = pool && all[i] != &p->out && (all[j] == &p->checkpoints || (state && in_place));
+            if (!states && !slots)
+                TRY(kda_check_overlap(all[i], all[j],
+                                      state ? ", or the very same tensor to update it in place" : ""));
         }
     return FLASH_KDA_OK;
 }
@@ -213,42 +222,6 @@ static flash_kda_status check_all_slots(const struct kda_prefill *p, unsigned ch
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status check_workspace(const struct kda_prefill *p, const void *workspace, size_t bytes,
-                                        size_t needed) {
-    if (bytes < needed)
-        return kda_fail(FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL, "workspace has %zu bytes; expected at least %zu",
-                        bytes, needed);
-    if (needed && !workspace)
-        return kda_fail(FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL, "workspace is NULL; expected at least %zu bytes",
-                        needed);
-    const struct kda_tensor scratch = {.name = "workspace",
-                                       .data = (char *)(uintptr_t)workspace,
-                                       .dtype = KDA_I32,
-                                       .rank = 1,
-                                       .shape = {(int64_t)(needed / 4 + 1)},
-                                       .stride = {4}};
-    const struct kda_tensor *const all[] = {&p->out,
-                                            &p->final_state,
-                                            &p->checkpoints,
-                                            &p->q,
-                                            &p->k,
-                                            &p->v,
-                                            &p->g,
-                                            &p->beta,
-                                            &p->A_log,
-                                            &p->dt_bias,
-                                            &p->initial_state,
-                                            &p->cu_seqlens,
-                                            &p->state_indices,
-                                            &p->checkpoint_cu_starts,
-                                            &p->checkpoint_indices,
-                                            &p->checkpoint_offsets};
-    for (size_t i = 0; needed && i < sizeof all / sizeof *all; i++)
-        if (all[i]->data && kda_tensors_overlap(all[i], &scratch))
-            return INVALID("workspace overlaps %s in memory; expected memory of its own", all[i]->name);
-    return FLASH_KDA_OK;
-}
-
 /* ---- Entries ----------------------------------------------------------------------------------- */
 
 /* Checks everything that needs no workspace; describes the problem in *p and its backend in *backend. */
@@ -264,7 +237,10 @@ static flash_kda_status check_all(const flash_kda_prefill_args *given, struct kd
         return INVALID("checkpoint_every is %lld; expected 0 or more", (long long)args.checkpoint_every);
     memset(p, 0, sizeof *p);
     p->checkpoint_every = args.checkpoint_every;
-    TRY(kda_check_tokens(&args, FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT, true, p, backend));
+    const struct kda_token_args tokens =
+        KDA_TOKEN_ARGS(&args, .out = args.out, .needs_out = true,
+                       .known_flags = FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT);
+    TRY(kda_check_tokens(&tokens, &p->base, backend));
     TRY(check_slot_indices(&args, p));
     TRY(check_states(&args, p));
     TRY(check_checkpoints(&args, p));
@@ -296,10 +272,12 @@ flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *args, void *wor
                                    size_t workspace_bytes) {
     struct kda_prefill p;
     const struct kda_backend *backend = NULL;
+    const struct kda_tensor *tensors[TENSORS];
     size_t needed = 0;
     TRY(check_all(args, &p, &backend));
     TRY(workspace_size(&p, backend, &needed));
-    TRY(check_workspace(&p, workspace, workspace_bytes, needed));
+    list_tensors(&p, tensors);
+    TRY(kda_check_workspace(tensors, TENSORS, workspace, workspace_bytes, needed));
     unsigned char *aligned = workspace;
     if (aligned)
         aligned += -(uintptr_t)aligned % KDA_WORKSPACE_ALIGNMENT;

@@ -26,7 +26,7 @@ struct plan {
 };
 
 static flash_kda_status make_plan(const struct kda_decode *d, struct plan *plan) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     plan->level = kda_cpu_level();
     if (!plan->level)
         return FLASH_KDA_ERROR_UNSUPPORTED;
@@ -42,7 +42,7 @@ static flash_kda_status make_plan(const struct kda_decode *d, struct plan *plan)
 }
 
 static void run_part(const struct kda_decode *d, const struct plan *plan, int64_t i, void *scratch) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     int64_t share = (p->value_dim + plan->parts - 1) / plan->parts;
     share = (share + KDA_PART - 1) / KDA_PART * KDA_PART;
     struct kda_part part = {.sequence = i / plan->parts / p->value_heads,

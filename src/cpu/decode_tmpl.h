@@ -59,7 +59,7 @@ static int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES
 
 /* The one place where the layout of scratch is written. */
 static struct scratch lay_out(const struct kda_decode *d, char *memory) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     bool v_first = p->state_layout == FLASH_KDA_STATE_V_FIRST;
     int64_t T = d->max_tokens;
     struct scratch s = {.Kp = whole_vectors(p->key_dim),
@@ -141,7 +141,7 @@ static inline void load_inputs(const struct kda_tensor *x, const struct kda_conv
 /* ---- What does not depend on the state ---------------------------------------------------------- */
 
 /* Rows of q or k, normalised if asked for, times factor. */
-static inline void load_keys(const struct kda_prefill *p, const struct kda_tensor *t,
+static inline void load_keys(const struct kda_tokens *p, const struct kda_tensor *t,
                              const struct kda_convolution *conv, const struct kda_part *part, float factor,
                              const struct scratch *scratch, float *rows) {
     int64_t Kp = scratch->Kp;
@@ -162,7 +162,7 @@ static inline void apply_gate(flash_kda_gate gate, const float *dt_bias, float A
                                                             vf_load(dt_bias + c), A, lower_bound)));
 }
 
-static inline void load_decay(const struct kda_prefill *p, const struct kda_part *part,
+static inline void load_decay(const struct kda_tokens *p, const struct kda_part *part,
                               const struct scratch *scratch) {
     int64_t Kp = scratch->Kp;
     float *decay = scratch->decay, *dt_bias = scratch->dt_bias, A = gate_factor(p, part->head);
@@ -185,7 +185,7 @@ static inline void load_decay(const struct kda_prefill *p, const struct kda_part
 
 static inline void load_tokens(const struct kda_decode *d, const struct kda_part *part,
                                const struct scratch *scratch, struct tokens *x) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     const struct kda_sequence *s = &part->tokens;
     int64_t Kp = x->Kp = scratch->Kp;
     x->k = scratch->k;
@@ -214,7 +214,7 @@ static inline void load_tokens(const struct kda_decode *d, const struct kda_part
 /* With a norm, which needs whole rows, they wait in the scratch. */
 static inline void store_outputs(const struct kda_decode *d, const struct kda_part *part, int64_t token,
                                  int64_t first, int64_t count, const float *o, const struct scratch *scratch) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     const struct kda_sequence *s = &part->tokens;
     if (d->norm_weight.data)
         memcpy(scratch->outputs + token * scratch->Vp + first, o, (size_t)count * sizeof *o);
@@ -248,7 +248,7 @@ static inline void norm_row(const struct kda_decode *d, const struct kda_part *p
 
 static void store_normed(const struct kda_decode *d, const struct kda_part *part,
                          const struct scratch *scratch) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     const struct kda_sequence *s = &part->tokens;
     int64_t V = p->value_dim, Vp = scratch->Vp;
     load_row(scratch->weight, d->norm_weight.data, d->norm_weight.dtype, V, Vp);
@@ -362,11 +362,11 @@ INLINE void write_rows(const struct tokens *x, int64_t t, const float *u, struct
 /* Values first .. first + count - 1, at most ROWS. */
 static void run_rows(const struct kda_decode *d, const struct kda_part *part, const struct tokens *x,
                      int64_t first, int64_t count, const struct scratch *scratch) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     float *S = scratch->S, *values = scratch->values, u[ROWS], o[VALUES] ALIGNED, sums[2 * ROWS];
     const struct rows in_S = rows_of(S, x->Kp);
     bool whole = count == ROWS && x->Kp == p->key_dim; /* whole vectors pass between memory and registers */
-    const struct kda_state state = kda_state_at(p, &d->state, part->tokens.slot, part->head);
+    const struct kda_state state = kda_state_in(p, &d->state, part->tokens.slot, part->head);
     struct rows from = rows_at(state, first, 0);
     if (!whole) {
         memset(S, 0, (size_t)(ROWS * x->Kp) * sizeof *S);
@@ -388,7 +388,7 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
         int64_t slot = kda_decode_written_slot(d, part->sequence, &part->tokens, t);
         struct rows to = in_S;
         if (slot >= 0)
-            to = rows_at(kda_state_at(p, &d->state, slot, part->head), first, 0);
+            to = rows_at(kda_state_in(p, &d->state, slot, part->head), first, 0);
         struct rows next = last && whole ? to : in_S;
         if (decayed)
             BY_DTYPE(write_rows, next.dtype, x, t, u, from, next, true);
@@ -404,7 +404,7 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
 /* ---- K first: a column of S [K][V] a value -------------------------------------------------------- */
 
 /* u = beta (v - from^T D k), o = from^T D q + u (k . q); from 16 bits, S = D from. */
-INLINE void sum_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t, struct rows from,
+INLINE void sum_columns(const struct kda_tokens *p, const struct tokens *x, int64_t t, struct rows from,
                         const float *v, float *S, vf *u, float *o, enum kda_dtype dtype) {
     const int64_t K = p->key_dim;
     const float *dk = x->dk + t * x->Kp, *dq = x->dq + t * x->Kp, *decay = x->decay + t * x->Kp;
@@ -427,7 +427,7 @@ INLINE void sum_columns(const struct kda_prefill *p, const struct tokens *x, int
 }
 
 /* to = S + ((D - 1) S + k u^T), S in fp32; without D if it is decayed. */
-INLINE void write_columns(const struct kda_prefill *p, const struct tokens *x, int64_t t, const vf *u,
+INLINE void write_columns(const struct kda_tokens *p, const struct tokens *x, int64_t t, const vf *u,
                           struct rows S, struct rows to, bool decayed, enum kda_dtype dtype) {
     const int64_t K = p->key_dim;
     const float *k = x->k + t * x->Kp, *decay = x->decay + t * x->Kp;
@@ -444,12 +444,12 @@ INLINE void write_columns(const struct kda_prefill *p, const struct tokens *x, i
 /* Values first .. first + count - 1, at most COLUMNS. */
 static void run_columns(const struct kda_decode *d, const struct kda_part *part, const struct tokens *x,
                         int64_t first, int64_t count, const struct scratch *scratch) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     float *S = scratch->S, *values = scratch->values, o[COLUMNS] ALIGNED;
     const struct rows in_S = rows_of(S, COLUMNS);
     vf u[COLUMN_VECTORS];
     bool whole = count == COLUMNS;
-    struct rows from = rows_at(kda_state_at(p, &d->state, part->tokens.slot, part->head), 0, first);
+    struct rows from = rows_at(kda_state_in(p, &d->state, part->tokens.slot, part->head), 0, first);
     if (!whole) {
         copy_in(S, COLUMNS, from, p->key_dim, count);
         from = in_S;
@@ -465,7 +465,7 @@ static void run_columns(const struct kda_decode *d, const struct kda_part *part,
         int64_t slot = kda_decode_written_slot(d, part->sequence, &part->tokens, t);
         struct rows to = in_S;
         if (slot >= 0)
-            to = rows_at(kda_state_at(p, &d->state, slot, part->head), 0, first);
+            to = rows_at(kda_state_in(p, &d->state, slot, part->head), 0, first);
         struct rows next = last && whole ? to : in_S;
         if (decayed)
             BY_DTYPE(write_columns, next.dtype, p, x, t, u, from, next, true);

@@ -54,7 +54,7 @@ static inline void apply_gate(flash_kda_gate gate, const float *dt_bias, float A
 
 static inline void load_decay(const struct kda_prefill *p, const struct kda_chain *chain, int64_t Kp,
                               struct kda_chunk *chunk, float *decay) {
-    float dt_bias[KDA_MAX_PADDED_K] ALIGNED = {0}, A = gate_factor(p, chain->head);
+    float dt_bias[KDA_MAX_PADDED_K] ALIGNED = {0}, A = gate_factor(&p->base, chain->head);
     int64_t head = chain->head, first = chain->tokens.first + chunk->first;
     for (int64_t t = 0; t < chunk->count; t++)
         load_row(decay + t * Kp, kda_row(&p->g, chain->tokens.batch, first + t, head), p->g.dtype, p->key_dim,

@@ -6,7 +6,7 @@
 #ifndef KDA_CPU_ROWS_TMPL_H
 #define KDA_CPU_ROWS_TMPL_H
 
-#include "api/problem.h"
+#include "api/tokens.h"
 #include "cpu/unroll.h"
 
 #include <float.h>
@@ -142,7 +142,7 @@ static inline vf log_decay(flash_kda_gate gate, vf g, vf dt_bias, float A, float
 }
 
 /* exp(A_log) of a head, kept finite, so that a gate of 0 times it stays 0. */
-static inline float gate_factor(const struct kda_prefill *p, int64_t head) {
+static inline float gate_factor(const struct kda_tokens *p, int64_t head) {
     if (!p->A_log.data)
         return 1;
     float A = expf(kda_load(p->A_log.data + head * p->A_log.stride[0], p->A_log.dtype, 0));

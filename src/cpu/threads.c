@@ -2,8 +2,8 @@
 /* How many threads a call takes: affinity, cgroup, environment, and what is worth waking a thread for. */
 #include "cpu/threads.h"
 
-#include "api/problem.h"
 #include "api/status.h"
+#include "api/tokens.h"
 
 #include <fcntl.h>
 #include <limits.h>

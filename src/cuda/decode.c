@@ -17,7 +17,7 @@ static bool aligned(const struct kda_decode *d) {
 }
 
 static flash_kda_status check_size(const struct kda_decode *d) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     if (p->sequences > INT_MAX || p->tokens > INT_MAX)
         return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
                         "q has %lld tokens in %lld sequences; expected at most %d on CUDA",

@@ -41,7 +41,7 @@ flash_kda_status kda_cuda_query(int device, const char *what, struct kda_cuda_de
     return status || !found->override.level ? status : check_override(found, value);
 }
 
-flash_kda_status kda_cuda_check_heads(const struct kda_prefill *p) {
+flash_kda_status kda_cuda_check_heads(const struct kda_tokens *p) {
     if (p->value_heads > MAX_GRID_Y)
         return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
                         "v has HV = %lld value heads; expected at most %d on CUDA", (long long)p->value_heads,

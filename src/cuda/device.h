@@ -21,7 +21,7 @@ struct kda_cuda_device {
 flash_kda_status kda_cuda_query(int device, const char *what, struct kda_cuda_device *found);
 
 /* Can a grid's second dimension hold the value heads? */
-flash_kda_status kda_cuda_check_heads(const struct kda_prefill *p);
+flash_kda_status kda_cuda_check_heads(const struct kda_tokens *p);
 
 /* Makes a device the thread's current one. kda_cuda_leave makes *previous the current one again. */
 flash_kda_status kda_cuda_enter(int device, int *previous);

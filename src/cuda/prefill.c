@@ -17,7 +17,7 @@ static flash_kda_status check_size(const struct kda_prefill *p) {
         return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
                         "q has %lld tokens in %lld sequences; expected at most %d chunks of %d tokens on CUDA",
                         (long long)(p->batches * p->tokens), (long long)p->sequences, INT_MAX, KDA_CUDA_CHUNK);
-    return kda_cuda_check_heads(p);
+    return kda_cuda_check_heads(&p->base);
 }
 
 static flash_kda_status make_plan(const struct kda_prefill *p, const struct kda_cuda_level **level,

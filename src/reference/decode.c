@@ -30,7 +30,7 @@ static double load_input(const struct kda_tensor *x, const struct kda_convolutio
 
 static struct kda_token load_token(const struct kda_decode *d, const struct kda_sequence *s, int64_t t,
                                    int64_t head) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     struct kda_token x = kda_load_token(p, s->batch, s->first + t, head);
     int64_t key_head = head / (p->value_heads / p->heads);
     for (int64_t c = 0; c < p->key_dim; c++) {
@@ -81,10 +81,10 @@ struct chain {
 /* Takes columns of the state through the tokens; only adds up mean squares, or writes. */
 static void run_columns(const struct kda_decode *d, struct chain *chain, struct kda_columns columns,
                         bool writes) {
-    const struct kda_prefill *p = &d->tokens;
+    const struct kda_tokens *p = &d->tokens;
     const struct kda_sequence *s = &chain->s;
     double *S = chain->S, u[COLUMNS];
-    kda_load_state(p, kda_state_at(p, &d->state, s->slot, chain->head), columns, S);
+    kda_load_state(p, kda_state_in(p, &d->state, s->slot, chain->head), columns, S);
     for (int64_t t = 0; t < s->length; t++) {
         const struct kda_token x = load_token(d, s, t, chain->head);
         for (int64_t j = 0; j < columns.count; j++)
@@ -100,7 +100,7 @@ static void run_columns(const struct kda_decode *d, struct chain *chain, struct 
         }
         int64_t slot = writes ? kda_decode_written_slot(d, chain->n, s, t) : -1;
         if (slot >= 0)
-            kda_store_state(p, kda_state_at(p, &d->state, slot, chain->head), columns, S);
+            kda_store_state(p, kda_state_in(p, &d->state, slot, chain->head), columns, S);
     }
 }
 

@@ -12,18 +12,18 @@ static void store_checkpoints(const struct kda_prefill *p, int64_t n, int64_t po
     int64_t cursor = 0;
     struct kda_state state;
     while ((state = kda_checkpoint_at(p, n, position, head, &cursor)).data)
-        kda_store_state(p, state, all, S);
+        kda_store_state(&p->base, state, all, S);
 }
 
 /* One token. S [K, V]; u [V] is scratch. */
 static void run_token(const struct kda_prefill *p, int64_t batch, int64_t token, int64_t head, double *S,
                       double *u) {
-    const struct kda_token x = kda_load_token(p, batch, token, head);
+    const struct kda_token x = kda_load_token(&p->base, batch, token, head);
     const char *v = kda_row(&p->v, batch, token, head);
     char *out = kda_row(&p->out, batch, token, head);
     for (int64_t j = 0; j < p->value_dim; j++)
         u[j] = kda_load(v, p->v.dtype, j);
-    kda_recur(p, &x, p->value_dim, S, u);
+    kda_recur(&p->base, &x, p->value_dim, S, u);
     for (int64_t j = 0; j < p->value_dim; j++)
         kda_store(out, p->out.dtype, j, (float)u[j]);
 }
@@ -34,7 +34,7 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
     for (int64_t n = 0; n < p->sequences; n++) {
         struct kda_sequence sequence = kda_sequence(p, n);
         for (int64_t head = 0; head < p->value_heads && sequence.slot >= 0; head++) {
-            kda_load_state(p, kda_state_at(p, &p->initial_state, sequence.slot, head), all, S);
+            kda_load_state(&p->base, kda_state_at(p, &p->initial_state, sequence.slot, head), all, S);
             store_checkpoints(p, n, 0, head, S);
             for (int64_t t = 0; t < sequence.length; t++) {
                 run_token(p, sequence.batch, sequence.first + t, head, S, u);
@@ -42,7 +42,7 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
             }
             struct kda_state final_state = kda_state_at(p, &p->final_state, sequence.slot, head);
             if (final_state.data)
-                kda_store_state(p, final_state, all, S);
+                kda_store_state(&p->base, final_state, all, S);
         }
     }
     return FLASH_KDA_OK;

@@ -10,7 +10,7 @@ double kda_sigmoid(double x) { return 1 / (1 + exp(-x)); }
 static double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
 
 /* a: the log decay of one channel. */
-static double log_decay(const struct kda_prefill *p, double g, double A, double dt_bias) {
+static double log_decay(const struct kda_tokens *p, double g, double A, double dt_bias) {
     switch (p->gate) {
     case FLASH_KDA_GATE_SOFTPLUS:
         return -A * softplus(g + dt_bias);
@@ -21,7 +21,7 @@ static double log_decay(const struct kda_prefill *p, double g, double A, double 
     }
 }
 
-static double step(const struct kda_prefill *p, double beta) {
+static double step(const struct kda_tokens *p, double beta) {
     switch (p->beta_mode) {
     case FLASH_KDA_BETA_SIGMOID:
         return kda_sigmoid(beta);
@@ -32,7 +32,7 @@ static double step(const struct kda_prefill *p, double beta) {
     }
 }
 
-void kda_normalise(const struct kda_prefill *p, double *x) {
+void kda_normalise(const struct kda_tokens *p, double *x) {
     double squares = 0;
     for (int64_t c = 0; c < p->key_dim; c++)
         squares += x[c] * x[c];
@@ -41,7 +41,7 @@ void kda_normalise(const struct kda_prefill *p, double *x) {
 }
 
 /* x [K]: one row of q or k, normalised if asked for. */
-static void load_key(const struct kda_prefill *p, const struct kda_tensor *t, int64_t batch, int64_t token,
+static void load_key(const struct kda_tokens *p, const struct kda_tensor *t, int64_t batch, int64_t token,
                      int64_t head, double *x) {
     const char *row = kda_row(t, batch, token, head);
     for (int64_t c = 0; c < p->key_dim; c++)
@@ -49,7 +49,7 @@ static void load_key(const struct kda_prefill *p, const struct kda_tensor *t, in
     kda_normalise(p, x);
 }
 
-struct kda_token kda_load_token(const struct kda_prefill *p, int64_t batch, int64_t token, int64_t head) {
+struct kda_token kda_load_token(const struct kda_tokens *p, int64_t batch, int64_t token, int64_t head) {
     struct kda_token x;
     int64_t group = p->value_heads / p->heads;
     load_key(p, &p->q, batch, token, head / group, x.q);
@@ -66,8 +66,7 @@ struct kda_token kda_load_token(const struct kda_prefill *p, int64_t batch, int6
     return x;
 }
 
-void kda_load_state(const struct kda_prefill *p, struct kda_state state, struct kda_columns columns,
-                    double *S) {
+void kda_load_state(const struct kda_tokens *p, struct kda_state state, struct kda_columns columns, double *S) {
     for (int64_t c = 0; c < p->key_dim; c++)
         for (int64_t j = 0; j < columns.count; j++) {
             int64_t row = state.v_first ? columns.first + j : c, column = state.v_first ? c : columns.first + j;
@@ -76,7 +75,7 @@ void kda_load_state(const struct kda_prefill *p, struct kda_state state, struct 
         }
 }
 
-void kda_store_state(const struct kda_prefill *p, struct kda_state state, struct kda_columns columns,
+void kda_store_state(const struct kda_tokens *p, struct kda_state state, struct kda_columns columns,
                      const double *S) {
     for (int64_t c = 0; c < p->key_dim; c++)
         for (int64_t j = 0; j < columns.count; j++) {
@@ -85,7 +84,7 @@ void kda_store_state(const struct kda_prefill *p, struct kda_state state, struct
         }
 }
 
-void kda_recur(const struct kda_prefill *p, const struct kda_token *x, int64_t count, double *S, double *u) {
+void kda_recur(const struct kda_tokens *p, const struct kda_token *x, int64_t count, double *S, double *u) {
     for (int64_t c = 0; c < p->key_dim; c++)
         for (int64_t j = 0; j < count; j++) {
             S[c * count + j] *= x->decay[c];

@@ -3,7 +3,7 @@
 #ifndef KDA_REFERENCE_RECURRENCE_H
 #define KDA_REFERENCE_RECURRENCE_H
 
-#include "api/problem.h"
+#include "api/tokens.h"
 
 enum { KDA_REFERENCE_MAX_K = 256 };
 
@@ -19,20 +19,20 @@ struct kda_columns {
     int64_t first, count;
 };
 
-struct kda_token kda_load_token(const struct kda_prefill *p, int64_t batch, int64_t token, int64_t head);
+struct kda_token kda_load_token(const struct kda_tokens *p, int64_t batch, int64_t token, int64_t head);
 
 /* x [K] becomes what a row of q or k is after the norm. */
-void kda_normalise(const struct kda_prefill *p, double *x);
+void kda_normalise(const struct kda_tokens *p, double *x);
 
 double kda_sigmoid(double x);
 
 /* S [K, count] from memory; zero if there is none. */
-void kda_load_state(const struct kda_prefill *p, struct kda_state state, struct kda_columns columns, double *S);
+void kda_load_state(const struct kda_tokens *p, struct kda_state state, struct kda_columns columns, double *S);
 
-void kda_store_state(const struct kda_prefill *p, struct kda_state state, struct kda_columns columns,
+void kda_store_state(const struct kda_tokens *p, struct kda_state state, struct kda_columns columns,
                      const double *S);
 
 /* Decay, delta rule, read-out. u [count] holds v before and o afterwards. */
-void kda_recur(const struct kda_prefill *p, const struct kda_token *x, int64_t count, double *S, double *u);
+void kda_recur(const struct kda_tokens *p, const struct kda_token *x, int64_t count, double *S, double *u);
 
 #endif

@@ -645,7 +645,7 @@ inline Rows rows_of(const kda_decode *d, const kda_tensor &t) {
 inline const int32_t *elements(const kda_tensor &t) { return reinterpret_cast<const int32_t *>(t.data); }
 
 inline Decode shorten(const kda_decode *d) {
-    const kda_prefill &p = d->tokens;
+    const kda_tokens &p = d->tokens;
     int64_t group = p.value_heads / p.heads;
     Decode s = {};
     s.state_indices = elements(d->state_indices);

@@ -244,7 +244,7 @@ template <kda_dtype DTYPE> cudaError_t launch_dtype(const kda_decode *d, int pro
 
 bool kda_sm90_decode_takes(const kda_decode *d, int processors) {
     using namespace kda::decode;
-    const kda_prefill &p = d->tokens;
+    const kda_tokens &p = d->tokens;
     Decode s = shorten(d);
     bool laid_out = p.state_layout == FLASH_KDA_STATE_V_FIRST &&
                     s.row_stride == DIM * (int64_t)kda_dtype_size(d->state.dtype);
