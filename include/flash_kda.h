@@ -54,6 +54,7 @@
  *  4. Call flash_kda_prefill(). A status other than FLASH_KDA_OK means that nothing was written;
  *     flash_kda_last_error() says in a sentence which argument was wrong.
  *  5. Go on from the states it left, one token or a few at a time, with flash_kda_decode().
+ *  6. Or train: flash_kda_backward() gives the gradients of everything that a prefill reads.
  *
  * The library never prints, aborts, exits or keeps a reference to an argument. Every function may be called
  * from several threads at once, as long as the calls do not write the same memory, and in a child after fork.
@@ -427,6 +428,108 @@ FLASH_KDA_API flash_kda_status flash_kda_decode(const flash_kda_decode_args *arg
  * always ended by 0. Errors: as flash_kda_decode(). */
 FLASH_KDA_API flash_kda_status flash_kda_decode_describe(const flash_kda_decode_args *args, char *text,
                                                          size_t size);
+
+/* ---- Backward ---------------------------------------------------------------------------------- */
+
+/*
+ * Arguments of the backward pass: from the gradients of a prefill's results, those of its inputs. dX is the gradient of X:
+ * of one number that depends on everything that the prefill wrote, in units of that number per unit of X.
+ *
+ * Inputs and options are those of the prefill, whose out is not needed. Every gradient that is written may be NULL: it is
+ * not computed and costs nothing. One that is given is overwritten, not added to. dtypes, strides, devices and what holds on
+ * CUDA are as for prefill; each gradient may have a dtype of its own.
+ *
+ * Sequences without tokens: their d_initial_state is their d_final_state.
+ *
+ * Memory: no written gradient may overlap another argument or the workspace, with one exception: d_initial_state may be
+ * d_final_state itself (same address, dtype and strides: in place).
+ *
+ * Today FLASH_KDA_BACKEND_REFERENCE alone runs it.
+ */
+typedef struct flash_kda_backward_args {
+    size_t
+        struct_size; /* sizeof(flash_kda_backward_args), set by FLASH_KDA_BACKWARD_ARGS_INIT; as of prefill */
+
+    /* -- The prefill -- */
+    const DLTensor *q;       /* required, float [B, T, H, K], 1 <= K <= 256 */
+    const DLTensor *k;       /* required, float [B, T, H, K] */
+    const DLTensor *v;       /* required, float [B, T, HV, V], V >= 1 */
+    const DLTensor *g;       /* required, float [B, T, HV, K]: raw gate, or the log decay in nats a token */
+    const DLTensor *beta;    /* required, float [B, T, HV] */
+    const DLTensor *A_log;   /* float [HV]; NULL: exp(A_log) is 1. Not with FLASH_KDA_GATE_NONE */
+    const DLTensor *dt_bias; /* float [HV, K]; NULL: 0. Not with FLASH_KDA_GATE_NONE */
+    flash_kda_gate gate;
+    double lower_bound; /* sigmoid gate only: in [-5, 0), nats a token */
+    flash_kda_beta beta_mode;
+    double scale; /* 0: 1 / sqrt(K); within the range of fp32 */
+    uint32_t
+        flags; /* flash_kda_flags, FLASH_KDA_KEEP_STATE excepted. A sequence's bits, where they may not depend on
+                       its batch, are all but those of dA_log and d_dt_bias: these are sums over the batch */
+    const DLTensor *cu_seqlens; /* int32 or int64 [N + 1], from 0 to T, never falling; NULL: N = B dense
+                                            sequences of T tokens */
+    flash_kda_state_layout state_layout; /* of every state */
+    const DLTensor *initial_state;       /* fp32 or bf16 [N, HV, V, K]; NULL: 0 */
+
+    /* -- States that prefill kept; NULL: they are found again, in the workspace -- */
+    const DLTensor
+        *checkpoints; /* fp32 or bf16, as prefill wrote them with checkpoint_every. The last row of a sequence,
+                                    its final state, is not read and may be left out */
+    int64_t checkpoint_every;             /* with checkpoints: a multiple of 32, else 0 */
+    const DLTensor *checkpoint_cu_starts; /* int32 or int64 [N + 1], with checkpoints and cu_seqlens */
+
+    /* -- Gradients of its results: at least one of them -- */
+    const DLTensor *d_out;         /* float [B, T, HV, V]; NULL: 0 */
+    const DLTensor *d_final_state; /* fp32 or bf16 [N, HV, V, K]; NULL: 0 */
+
+    /* -- Gradients of its inputs, written -- */
+    const DLTensor *dq;              /* float [B, T, H, K]: sums over the value heads of a q/k head */
+    const DLTensor *dk;              /* float [B, T, H, K]; likewise */
+    const DLTensor *dv;              /* float [B, T, HV, V] */
+    const DLTensor *dg;              /* float [B, T, HV, K] */
+    const DLTensor *dbeta;           /* float [B, T, HV] */
+    const DLTensor *dA_log;          /* float [HV], with A_log: sums over all tokens of all sequences */
+    const DLTensor *d_dt_bias;       /* float [HV, K], with dt_bias; likewise, of dg before it is rounded */
+    const DLTensor *d_initial_state; /* fp32 or bf16 [N, HV, V, K]; also where initial_state is NULL */
+
+    /* -- How to compute -- */
+    flash_kda_backend backend;
+    int32_t num_threads; /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
+    void *stream;        /* CUDA backend: a cudaStream_t of q's device; NULL is the default stream */
+} flash_kda_backward_args;
+
+#ifdef __cplusplus
+static inline flash_kda_backward_args flash_kda_backward_args_init() {
+    flash_kda_backward_args args = flash_kda_backward_args();
+    args.struct_size = sizeof args;
+    return args;
+}
+#define FLASH_KDA_BACKWARD_ARGS_INIT flash_kda_backward_args_init()
+#else
+#define FLASH_KDA_BACKWARD_ARGS_INIT \
+    { .struct_size = sizeof(flash_kda_backward_args) }
+#endif
+
+/* Bytes of scratch memory that flash_kda_backward() needs for these arguments, on the device of q, to *bytes. It depends on
+ * shapes, dtypes, num_threads, which tensors are given and, for packed sequences, on N, not on the data. Errors: as
+ * flash_kda_backward(). */
+FLASH_KDA_API flash_kda_status flash_kda_backward_workspace_size(const flash_kda_backward_args *args,
+                                                                 size_t *bytes);
+
+/* Writes the gradients that are asked for.
+ *
+ * workspace: at least flash_kda_backward_workspace_size() bytes at any alignment, owned by the caller, not in use by another
+ * call; may be NULL if that size is 0. Its contents before and after mean nothing.
+ *
+ * Results are the same bits from run to run with the same arguments on the same machine.
+ * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED, FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL; everything is
+ * checked before anything is written. */
+FLASH_KDA_API flash_kda_status flash_kda_backward(const flash_kda_backward_args *args, void *workspace,
+                                                  size_t workspace_bytes);
+
+/* Describes in one line how flash_kda_backward() would run these arguments. Writes at most size bytes to text, always ended
+ * by 0. Errors: as flash_kda_backward(). */
+FLASH_KDA_API flash_kda_status flash_kda_backward_describe(const flash_kda_backward_args *args, char *text,
+                                                           size_t size);
 
 #ifdef __cplusplus
 }

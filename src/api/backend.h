@@ -3,8 +3,8 @@
 #ifndef KDA_API_BACKEND_H
 #define KDA_API_BACKEND_H
 
+#include "api/backward_problem.h"
 #include "api/decode_problem.h"
-#include "api/problem.h"
 #include "api/workspace.h"
 
 #include <stddef.h>
@@ -20,6 +20,10 @@ struct kda_backend {
     /* At least one token and one sequence. */
     flash_kda_status (*decode)(const struct kda_decode *d);
     flash_kda_status (*decode_describe)(const struct kda_decode *d, char *text, size_t size);
+    /* NULL in a backend that has no backward. There may be no token and no sequence: sums over them are still written. */
+    flash_kda_status (*backward_workspace_size)(const struct kda_backward *b, size_t *bytes);
+    flash_kda_status (*backward)(const struct kda_backward *b, void *workspace);
+    flash_kda_status (*backward_describe)(const struct kda_backward *b, char *text, size_t size);
 };
 
 /* The backend that runs tensors on this device. */
@@ -31,9 +35,12 @@ extern const struct kda_backend kda_cpu_backend;
 extern const struct kda_backend kda_cuda_backend;
 #endif
 
-/* The entries of decode that stand in files of their own beside a backend's prefill. */
+/* The entries that stand in files of their own beside a backend's prefill. */
 flash_kda_status kda_reference_decode(const struct kda_decode *d);
 flash_kda_status kda_reference_decode_describe(const struct kda_decode *d, char *text, size_t size);
+flash_kda_status kda_reference_backward_workspace_size(const struct kda_backward *b, size_t *bytes);
+flash_kda_status kda_reference_backward(const struct kda_backward *b, void *workspace);
+flash_kda_status kda_reference_backward_describe(const struct kda_backward *b, char *text, size_t size);
 flash_kda_status kda_cpu_decode(const struct kda_decode *d);
 flash_kda_status kda_cpu_decode_describe(const struct kda_decode *d, char *text, size_t size);
 flash_kda_status kda_cuda_decode(const struct kda_decode *d);

@@ -186,6 +186,56 @@ const char *kda_state_form(const struct kda_tokens *x, const char *v_first, cons
     return x->state_layout == FLASH_KDA_STATE_V_FIRST ? v_first : k_first;
 }
 
+/* ---- Checkpoints ------------------------------------------------------------------------------- */
+
+flash_kda_status kda_check_checkpoint_rows(const struct kda_checkpoint_args *a, const DLDevice *device,
+                                           struct kda_prefill *p) {
+    const struct kda_tokens *x = &p->base;
+    if (!x->cu_seqlens.data) {
+        TRY(kda_check_state(a->rows, "checkpoints",
+                            kda_state_form(x, "[B, rows, HV, V, K]", "[B, rows, HV, K, V]"), KDA_DTYPES_STATE,
+                            5, p->batches, -1, device, a->written, x, &p->checkpoints));
+    } else {
+        if (!a->cu_starts)
+            return INVALID(
+                "checkpoint_cu_starts is NULL; expected a tensor with cu_seqlens and checkpoint_every");
+        TRY(kda_check_state(a->rows, "checkpoints", kda_state_form(x, "[rows, HV, V, K]", "[rows, HV, K, V]"),
+                            KDA_DTYPES_STATE, 4, -1, 0, device, a->written, x, &p->checkpoints));
+        const int64_t starts[1] = {p->sequences + 1};
+        TRY(kda_check_indices(a->cu_starts, "checkpoint_cu_starts", "[N + 1]", KDA_DTYPES_INDEX, 1, starts,
+                              device, &p->checkpoint_cu_starts));
+        int64_t rows = p->checkpoints.shape[0];
+        if (a->indices) {
+            const int64_t any[1] = {-1};
+            TRY(kda_check_indices(a->indices, "checkpoint_indices", "[rows of all sequences]", 1u << KDA_I32, 1,
+                                  any, device, &p->checkpoint_indices));
+            rows = p->checkpoint_indices.shape[0];
+        }
+        if (p->on_host)
+            TRY(kda_check_cumulative(&p->checkpoint_cu_starts, rows,
+                                     a->indices ? "the size of checkpoint_indices"
+                                                : "the rows of checkpoints"));
+    }
+    int64_t distinct = p->sequences > 0; /* dense sequences are all alike */
+    if (x->cu_seqlens.data)
+        distinct = p->on_host ? p->sequences : 0;
+    for (int64_t n = 0; n < distinct; n++) {
+        int64_t length = kda_sequence(p, n).length;
+        int64_t most = length / p->checkpoint_every + (length % p->checkpoint_every != 0);
+        int64_t rows = p->checkpoints.rank == 5 ? p->checkpoints.shape[1]
+                                                : kda_index(&p->checkpoint_cu_starts, n + 1, 0) -
+                                                      kda_index(&p->checkpoint_cu_starts, n, 0);
+        int64_t least = a->written || !most ? 0 : most - 1; /* a reader does not miss the last one */
+        if (rows < least || rows > most)
+            return INVALID(
+                "%s gives sequence %lld of %lld tokens %lld rows; expected at %s %lld, one every %lld tokens",
+                p->checkpoints.rank == 5 ? "checkpoints" : "checkpoint_cu_starts", (long long)n,
+                (long long)length, (long long)rows, rows < least ? "least" : "most",
+                (long long)(rows < least ? least : most), (long long)p->checkpoint_every);
+    }
+    return FLASH_KDA_OK;
+}
+
 /* ---- Memory ------------------------------------------------------------------------------------ */
 
 flash_kda_status kda_check_overlap(const struct kda_tensor *written, const struct kda_tensor *other,
@@ -196,8 +246,10 @@ flash_kda_status kda_check_overlap(const struct kda_tensor *written, const struc
     return FLASH_KDA_OK;
 }
 
-flash_kda_status kda_check_workspace(const struct kda_tensor *const *tensors, size_t count,
-                                     const void *workspace, size_t bytes, size_t needed) {
+size_t kda_with_alignment(size_t needed) { return needed ? needed + KDA_WORKSPACE_ALIGNMENT - 1 : 0; }
+
+flash_kda_status kda_check_workspace(const struct kda_tensor *const *tensors, size_t count, void *workspace,
+                                     size_t bytes, size_t needed, unsigned char **aligned) {
     if (bytes < needed)
         return kda_fail(FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL, "workspace has %zu bytes; expected at least %zu",
                         bytes, needed);
@@ -205,13 +257,16 @@ flash_kda_status kda_check_workspace(const struct kda_tensor *const *tensors, si
         return kda_fail(FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL, "workspace is NULL; expected at least %zu bytes",
                         needed);
     const struct kda_tensor scratch = {.name = "workspace",
-                                       .data = (char *)(uintptr_t)workspace,
+                                       .data = workspace,
                                        .dtype = KDA_I32,
                                        .rank = 1,
                                        .shape = {(int64_t)(needed / 4 + 1)},
                                        .stride = {4}};
     for (size_t i = 0; needed && i < count; i++)
         TRY(kda_check_overlap(&scratch, tensors[i], ""));
+    *aligned = workspace;
+    if (workspace)
+        *aligned += -(uintptr_t)workspace % KDA_WORKSPACE_ALIGNMENT;
     return FLASH_KDA_OK;
 }
 

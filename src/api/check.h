@@ -4,8 +4,8 @@
 #define KDA_API_CHECK_H
 
 #include "api/backend.h"
+#include "api/problem.h"
 #include "api/status.h"
-#include "api/tokens.h"
 
 #define INVALID(...) kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
 
@@ -81,8 +81,21 @@ const char *kda_state_form(const struct kda_tokens *x, const char *v_first, cons
 flash_kda_status kda_check_overlap(const struct kda_tensor *written, const struct kda_tensor *other,
                                    const char *but);
 
-/* The workspace has `needed` bytes and overlaps none of `count` tensors. */
-flash_kda_status kda_check_workspace(const struct kda_tensor *const *tensors, size_t count,
-                                     const void *workspace, size_t bytes, size_t needed);
+/* The arguments of checkpoints every so many tokens; written: or they are read. */
+struct kda_checkpoint_args {
+    const DLTensor *rows, *cu_starts, *indices;
+    bool written;
+};
+
+/* All of them, into *p, whose tokens and checkpoint_every are known. */
+flash_kda_status kda_check_checkpoint_rows(const struct kda_checkpoint_args *a, const DLDevice *device,
+                                           struct kda_prefill *p);
+
+/* Bytes of which `needed` ones can be aligned to KDA_WORKSPACE_ALIGNMENT; 0 if none are needed. */
+size_t kda_with_alignment(size_t needed);
+
+/* The workspace has `needed` bytes and overlaps none of `count` tensors. *aligned: where it is to be used from. */
+flash_kda_status kda_check_workspace(const struct kda_tensor *const *tensors, size_t count, void *workspace,
+                                     size_t bytes, size_t needed, unsigned char **aligned);
 
 #endif

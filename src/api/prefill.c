@@ -2,7 +2,6 @@
 /* The public entries of prefill: every argument is checked here, before anything is written. */
 #include "api/args.h"
 #include "api/check.h"
-#include "api/problem.h"
 
 #include <string.h>
 
@@ -33,52 +32,6 @@ static flash_kda_status check_states(const flash_kda_prefill_args *a, struct kda
     if (a->final_state)
         TRY(kda_check_state(a->final_state, "final_state", form, KDA_DTYPES_STATE, 4, slots, 0, device, true,
                             &p->base, &p->final_state));
-    return FLASH_KDA_OK;
-}
-
-static flash_kda_status check_checkpoints_every(const flash_kda_prefill_args *a, struct kda_prefill *p) {
-    const DLDevice *device = &a->q->device;
-    if (!a->cu_seqlens) {
-        TRY(kda_check_state(a->checkpoints, "checkpoints",
-                            kda_state_form(&p->base, "[B, rows, HV, V, K]", "[B, rows, HV, K, V]"),
-                            KDA_DTYPES_STATE, 5, p->batches, -1, device, true, &p->base, &p->checkpoints));
-    } else {
-        if (!a->checkpoint_cu_starts)
-            return INVALID(
-                "checkpoint_cu_starts is NULL; expected a tensor with cu_seqlens and checkpoint_every");
-        TRY(kda_check_state(a->checkpoints, "checkpoints",
-                            kda_state_form(&p->base, "[rows, HV, V, K]", "[rows, HV, K, V]"), KDA_DTYPES_STATE,
-                            4, -1, 0, device, true, &p->base, &p->checkpoints));
-        const int64_t starts[1] = {p->sequences + 1};
-        TRY(kda_check_indices(a->checkpoint_cu_starts, "checkpoint_cu_starts", "[N + 1]", KDA_DTYPES_INDEX, 1,
-                              starts, device, &p->checkpoint_cu_starts));
-        int64_t rows = p->checkpoints.shape[0];
-        if (a->checkpoint_indices) {
-            const int64_t any[1] = {-1};
-            TRY(kda_check_indices(a->checkpoint_indices, "checkpoint_indices", "[rows of all sequences]",
-                                  1u << KDA_I32, 1, any, device, &p->checkpoint_indices));
-            rows = p->checkpoint_indices.shape[0];
-        }
-        if (p->on_host)
-            TRY(kda_check_cumulative(&p->checkpoint_cu_starts, rows,
-                                     a->checkpoint_indices ? "the size of checkpoint_indices"
-                                                           : "the rows of checkpoints"));
-    }
-    int64_t distinct = p->sequences > 0; /* dense sequences are all alike */
-    if (a->cu_seqlens)
-        distinct = p->on_host ? p->sequences : 0;
-    for (int64_t n = 0; n < distinct; n++) {
-        int64_t length = kda_sequence(p, n).length;
-        int64_t most = length / p->checkpoint_every + (length % p->checkpoint_every != 0);
-        int64_t rows = p->checkpoints.rank == 5 ? p->checkpoints.shape[1]
-                                                : kda_index(&p->checkpoint_cu_starts, n + 1, 0) -
-                                                      kda_index(&p->checkpoint_cu_starts, n, 0);
-        if (rows > most)
-            return INVALID(
-                "%s gives sequence %lld of %lld tokens %lld rows; expected at most %lld, one every %lld tokens",
-                p->checkpoints.rank == 5 ? "checkpoints" : "checkpoint_cu_starts", (long long)n,
-                (long long)length, (long long)rows, (long long)most, (long long)p->checkpoint_every);
-    }
     return FLASH_KDA_OK;
 }
 
@@ -123,7 +76,11 @@ static flash_kda_status check_checkpoints(const flash_kda_prefill_args *a, struc
                        every ? "cu_seqlens" : "checkpoint_every");
     if (a->checkpoint_indices && !a->checkpoint_cu_starts)
         return INVALID("checkpoint_indices is given without checkpoint_cu_starts; expected NULL");
-    return every ? check_checkpoints_every(a, p) : check_checkpoints_at_offsets(a, p);
+    if (!every)
+        return check_checkpoints_at_offsets(a, p);
+    const struct kda_checkpoint_args rows = {a->checkpoints, a->checkpoint_cu_starts, a->checkpoint_indices,
+                                             true};
+    return kda_check_checkpoint_rows(&rows, &a->q->device, p);
 }
 
 /* ---- Memory ------------------------------------------------------------------------------------ */
@@ -255,7 +212,7 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, const struct
     TRY(backend->prefill_workspace_size(p, &needed));
     if (slot_bytes(p) > needed)
         needed = slot_bytes(p);
-    *bytes = needed ? needed + KDA_WORKSPACE_ALIGNMENT - 1 : 0;
+    *bytes = kda_with_alignment(needed);
     return FLASH_KDA_OK;
 }
 
@@ -277,10 +234,8 @@ flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *args, void *wor
     TRY(check_all(args, &p, &backend));
     TRY(workspace_size(&p, backend, &needed));
     list_tensors(&p, tensors);
-    TRY(kda_check_workspace(tensors, TENSORS, workspace, workspace_bytes, needed));
-    unsigned char *aligned = workspace;
-    if (aligned)
-        aligned += -(uintptr_t)aligned % KDA_WORKSPACE_ALIGNMENT;
+    unsigned char *aligned = NULL;
+    TRY(kda_check_workspace(tensors, TENSORS, workspace, workspace_bytes, needed, &aligned));
     TRY(check_all_slots(&p, aligned));
     bool nothing_to_write = p.tokens == 0 && !p.final_state.data && !p.checkpoints.data;
     if (nothing_to_write || p.sequences == 0)

@@ -68,4 +68,8 @@ const struct kda_backend kda_reference_backend = {.name = "reference",
                                                   .prefill = prefill,
                                                   .prefill_describe = describe,
                                                   .decode = kda_reference_decode,
-                                                  .decode_describe = kda_reference_decode_describe};
+                                                  .decode_describe = kda_reference_decode_describe,
+                                                  .backward_workspace_size =
+                                                      kda_reference_backward_workspace_size,
+                                                  .backward = kda_reference_backward,
+                                                  .backward_describe = kda_reference_backward_describe};

@@ -7,13 +7,23 @@
 
 double kda_sigmoid(double x) { return 1 / (1 + exp(-x)); }
 
-static double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
+double kda_softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
+
+double kda_gate_factor(const struct kda_tokens *p, int64_t head) {
+    const struct kda_tensor *t = &p->A_log;
+    return t->data ? exp((double)kda_load(t->data + head * t->stride[0], t->dtype, 0)) : 1;
+}
+
+double kda_gate_bias(const struct kda_tokens *p, int64_t head, int64_t c) {
+    const struct kda_tensor *t = &p->dt_bias;
+    return t->data ? kda_load(t->data + head * t->stride[0], t->dtype, c) : 0;
+}
 
 /* a: the log decay of one channel. */
 static double log_decay(const struct kda_tokens *p, double g, double A, double dt_bias) {
     switch (p->gate) {
     case FLASH_KDA_GATE_SOFTPLUS:
-        return -A * softplus(g + dt_bias);
+        return -A * kda_softplus(g + dt_bias);
     case FLASH_KDA_GATE_SIGMOID:
         return p->lower_bound * kda_sigmoid(A * (g + dt_bias));
     default:
@@ -55,13 +65,9 @@ struct kda_token kda_load_token(const struct kda_tokens *p, int64_t batch, int64
     load_key(p, &p->q, batch, token, head / group, x.q);
     load_key(p, &p->k, batch, token, head / group, x.k);
     const char *g = kda_row(&p->g, batch, token, head);
-    double A =
-        p->A_log.data ? exp((double)kda_load(p->A_log.data + head * p->A_log.stride[0], p->A_log.dtype, 0)) : 1;
-    for (int64_t c = 0; c < p->key_dim; c++) {
-        double dt_bias =
-            p->dt_bias.data ? kda_load(p->dt_bias.data + head * p->dt_bias.stride[0], p->dt_bias.dtype, c) : 0;
-        x.decay[c] = exp(log_decay(p, kda_load(g, p->g.dtype, c), A, dt_bias));
-    }
+    double A = kda_gate_factor(p, head);
+    for (int64_t c = 0; c < p->key_dim; c++)
+        x.decay[c] = exp(log_decay(p, kda_load(g, p->g.dtype, c), A, kda_gate_bias(p, head, c)));
     x.beta = step(p, kda_load(kda_row(&p->beta, batch, token, head), p->beta.dtype, 0));
     return x;
 }

@@ -5,12 +5,10 @@
 
 #include "api/tokens.h"
 
-enum { KDA_REFERENCE_MAX_K = 256 };
-
 /* What a token does to every column. */
 struct kda_token {
-    double q[KDA_REFERENCE_MAX_K], k[KDA_REFERENCE_MAX_K]; /* normalised if asked for */
-    double decay[KDA_REFERENCE_MAX_K];                     /* exp(a) */
+    double q[KDA_MAX_KEY_DIM], k[KDA_MAX_KEY_DIM]; /* normalised if asked for */
+    double decay[KDA_MAX_KEY_DIM];                 /* exp(a) */
     double beta;
 };
 
@@ -25,6 +23,11 @@ struct kda_token kda_load_token(const struct kda_tokens *p, int64_t batch, int64
 void kda_normalise(const struct kda_tokens *p, double *x);
 
 double kda_sigmoid(double x);
+double kda_softplus(double x);
+
+/* exp(A_log) of a head, 1 if it is not given; dt_bias of a channel, 0 if not given. */
+double kda_gate_factor(const struct kda_tokens *p, int64_t head);
+double kda_gate_bias(const struct kda_tokens *p, int64_t head, int64_t c);
 
 /* S [K, count] from memory; zero if there is none. */
 void kda_load_state(const struct kda_tokens *p, struct kda_state state, struct kda_columns columns, double *S);

@@ -14,6 +14,12 @@
 /* The same behind a convolution, whose outputs reach the formula in fp32. */
 #define TOLERANCE_ORACLE_CONVOLVED 1e-6
 
+/* The same from states that prefill kept in fp32. */
+#define TOLERANCE_ORACLE_KEPT 1e-6
+
+/* dA_log, a sum of terms of both signs: the largest |error| / sqrt(sum of squared terms). */
+#define TOLERANCE_DA_LOG 1e-3
+
 /* fp32 arithmetic where keys nearly coincide: each token's correction is a small difference of large terms, which
  * magnifies fp32's 6e-8 by the condition of I + L. */
 #define TOLERANCE_FP32_COLLINEAR 1e-3

@@ -31,7 +31,7 @@ struct operation {
     void (*run)(struct check *check);
 };
 
-extern const struct operation prefill_operation, decode_operation;
+extern const struct operation prefill_operation, decode_operation, backward_operation;
 
 /* Whether the case of this name is to run now. Prints the name instead for --list. */
 bool check_wanted(const struct check *check, const char *name);

@@ -1,0 +1,212 @@
+/* SPDX-License-Identifier: MIT */
+/* The comparison of gradients: errors, untouched memory, inputs left alone, the same bits twice. The oracle is computed once a
+ * case and serves all levels; the oracle itself is compared with derivatives. */
+#include "backward_compare.h"
+#include "prefill_compare.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { INPUTS = 12, WORKSPACE_NAN = 0xff, WORKSPACE_ZERO = 0 };
+
+struct comparison {
+    const struct backward_problem *b;
+    const struct backward_results *expected;
+    struct tensor inputs[INPUTS]; /* as they were */
+    char text[1024];              /* what was measured or went wrong */
+};
+
+static void input_list(const struct backward_problem *b, const struct tensor *list[INPUTS]) {
+    const struct prefill_problem *p = &b->p;
+    const struct tensor *all[INPUTS] = {&p->q,
+                                        &p->k,
+                                        &p->v,
+                                        &p->g,
+                                        &p->beta,
+                                        &p->A_log,
+                                        &p->dt_bias,
+                                        &p->cu_seqlens,
+                                        &p->initial_state,
+                                        &b->d_out,
+                                        &b->d_final_state,
+                                        &b->checkpoints};
+    memcpy(list, all, sizeof all);
+}
+
+static bool inputs_unchanged(const struct comparison *c) {
+    const struct tensor *list[INPUTS];
+    input_list(c->b, list);
+    for (int i = 0; i < INPUTS; i++)
+        if (list[i]->block && memcmp(list[i]->block, c->inputs[i].block, list[i]->block_bytes) != 0)
+            return false;
+    return true;
+}
+
+static bool fail(struct comparison *c, const char *why) {
+    snprintf(c->text, sizeof c->text, "%s", why);
+    return false;
+}
+
+static void append(struct comparison *c, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+static void append(struct comparison *c, const char *format, ...) {
+    size_t used = strlen(c->text);
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(c->text + used, sizeof c->text - used, format, arguments);
+    va_end(arguments);
+}
+
+/* ---- Errors ------------------------------------------------------------------------------------ */
+
+/* What a token's channel adds to dA_log, from its dg: a da is softplus(z) / sigmoid(z) dg, or z dg. */
+static double term(const struct prefill_problem *p, int64_t row, int64_t h, int64_t i, double dg) {
+    double z =
+        tensor_get(&p->g, row * p->c.K + i) + (p->c.dt_bias ? tensor_get(&p->dt_bias, h * p->c.K + i) : 0);
+    if (dg == 0)
+        return 0;
+    if (p->c.gate == FLASH_KDA_GATE_SIGMOID)
+        return z * dg;
+    return (z > 30 ? z : log1p(exp(z))) * (1 + exp(-z)) * dg;
+}
+
+/* The largest |error| / sqrt(sum of squared terms) of a head. */
+static double A_log_error(const struct comparison *c, const struct tensor *x) {
+    const struct prefill_problem *p = &c->b->p;
+    const struct tensor *ref = &c->expected->tensors[DA_LOG], *dg = &c->expected->tensors[DG];
+    double worst = 0;
+    for (int64_t h = 0; h < p->HV; h++) {
+        double squares = 0, expected = tensor_get(ref, h), difference = fabs(tensor_get(x, h) - expected);
+        for (int64_t row = h; row < p->B * p->T * p->HV; row += p->HV)
+            for (int64_t i = 0; i < p->c.K; i++) {
+                double t = term(p, row, h, i, tensor_get(dg, row * p->c.K + i));
+                squares += t * t;
+            }
+        /* What rounding both to nearest may cost. */
+        difference =
+            fmax(0, difference - type_half_ulp(x->dl.dtype, expected) - type_half_ulp(TYPE_FP32, expected));
+        double error = difference / fmax(sqrt(squares), TOLERANCE_SMALLEST_REFERENCE);
+        if (!(error <= worst)) /* NaN too */
+            worst = error;
+    }
+    return worst;
+}
+
+static double tolerance(const struct backward_problem *b, int gradient, const char *level) {
+    if (!strcmp(level, "reference"))
+        return b->checkpoints.block ? TOLERANCE_ORACLE_KEPT : TOLERANCE_ORACLE;
+    return gradient == DA_LOG ? TOLERANCE_DA_LOG : b->p.c.fp32_tolerance;
+}
+
+static bool results_within(struct comparison *c, const struct backward_results *r, const char *level) {
+    bool good = true;
+    for (int i = 0; i < GRADIENTS; i++) {
+        const struct tensor *x = &r->tensors[i], *ref = &c->expected->tensors[i];
+        if (!x->block)
+            continue;
+        double error = i == DA_LOG ? A_log_error(c, x) : prefill_error(x, ref, &c->b->outputs[i], true);
+        double allowed = tolerance(c->b, i, level);
+        append(c, "%s%s %.1e", c->text[0] ? ", " : "", gradient_names[i], error);
+        if (error <= allowed)
+            continue;
+        good = false;
+        append(c, isnan(error) ? " (the expected result is not finite)" : " (at most %.1e)", allowed);
+    }
+    return good;
+}
+
+/* ---- One level --------------------------------------------------------------------------------- */
+
+static bool rest_untouched(struct comparison *c, const struct backward_results *r,
+                           const struct backward_results *before) {
+    for (int i = 0; i < GRADIENTS; i++)
+        if (r->tensors[i].block &&
+            !tensor_unchanged(&r->tensors[i], &before->tensors[i], 0, c->b->outputs[i].written, NULL)) {
+            snprintf(c->text, sizeof c->text, "wrote to padding of %s", gradient_names[i]);
+            return false;
+        }
+    return true;
+}
+
+static bool repeats(struct comparison *c, const struct backward_results *first, flash_kda_backend backend) {
+    struct backward_results again;
+    backward_results_make(&again, c->b);
+    const char *wrong = backward_run(c->b, &again, backend, WORKSPACE_ZERO);
+    for (int i = 0; i < GRADIENTS && !wrong; i++)
+        if (again.tensors[i].block &&
+            memcmp(again.tensors[i].block, first->tensors[i].block, again.tensors[i].block_bytes) != 0)
+            wrong = "a second run, with other bytes in the workspace, gave other bits";
+    backward_results_free(&again);
+    return !wrong || fail(c, wrong);
+}
+
+static void compare_level(struct check *check, struct comparison *c, const char *level) {
+    struct backward_results r, before;
+    flash_kda_backend backend = level_backend(level);
+    level_select(level);
+    backward_results_make(&r, c->b);
+    backward_results_make(&before, c->b);
+    c->text[0] = '\0';
+    const char *wrong = backward_run(c->b, &r, backend, WORKSPACE_NAN);
+    bool good = !wrong || fail(c, wrong);
+    good = good && rest_untouched(c, &r, &before);
+    good = good && (inputs_unchanged(c) || fail(c, "changed an input"));
+    good = good && repeats(c, &r, backend) && results_within(c, &r, level);
+    if (good && check->bench)
+        append(c, "; %.3f ms", backward_time(c->b, &r, backend) * 1e3);
+    check_report(check, good, level, c->b->p.c.name, c->text);
+    backward_results_free(&before);
+    backward_results_free(&r);
+}
+
+/* ---- A case ------------------------------------------------------------------------------------ */
+
+static void compare_problem(struct check *check, const struct backward_problem *b,
+                            const struct backward_results *expected) {
+    struct comparison c = {.b = b, .expected = expected};
+    const struct tensor *list[INPUTS];
+    input_list(b, list);
+    for (int i = 0; i < INPUTS; i++)
+        if (list[i]->block)
+            tensor_clone(&c.inputs[i], list[i]);
+    for (int i = 0; i < check->level_count; i++)
+        compare_level(check, &c, check->levels[i]);
+    for (int i = 0; i < INPUTS; i++)
+        tensor_free(&c.inputs[i]);
+}
+
+/* All gradients that there are, in fp32, by the oracle. */
+static const char *run_oracle(const struct backward_problem *b, struct backward_results *expected) {
+    struct backward_problem all = *b;
+    all.c.without = 0;
+    if (all.c.d_initial == STORAGE_IN_PLACE)
+        all.c.d_initial = b->c.d_final;
+    return backward_run(&all, expected, FLASH_KDA_BACKEND_REFERENCE, WORKSPACE_NAN);
+}
+
+void backward_compare(struct check *check, const struct backward_case *c) {
+    if (!check_wanted(check, c->forward.name))
+        return;
+    struct random r = random_named(check->seed, c->forward.name);
+    struct backward_problem b;
+    struct backward_results expected;
+    bool oracle_tested = level_backend(check->levels[0]) == FLASH_KDA_BACKEND_REFERENCE;
+    const char *wrong = backward_problem_make(&b, c, &r);
+    if (check->threads >= 0)
+        b.args.num_threads = check->threads;
+    backward_results_make_exact(&expected, &b);
+    if (oracle_tested && !formula_backward_feasible(&b))
+        printf("note %-10s %s: too long for derivatives, not run\n", "reference", c->forward.name);
+    else if (oracle_tested)
+        formula_backward(&b, &expected);
+    else if (!wrong)
+        wrong = run_oracle(&b, &expected);
+    if (wrong)
+        check_report(check, false, "reference", c->forward.name, wrong);
+    else if (!oracle_tested || formula_backward_feasible(&b))
+        compare_problem(check, &b, &expected);
+    backward_results_free(&expected);
+    backward_problem_free(&b);
+}
