@@ -16,13 +16,13 @@
 #define LEVEL_VARIABLE "FLASH_KDA_CPU"
 
 static const struct kda_cpu_level levels[] = {
-    {"generic", &kda_generic_kernels, NULL, &kda_generic_decode},
+    {"generic", &kda_generic_kernels, NULL, &kda_generic_decode, &kda_generic_backward},
 #if defined(__x86_64__)
-    {"avx2", &kda_avx2_kernels, NULL, &kda_avx2_decode},
-    {"avx512", &kda_avx512_kernels, NULL, &kda_avx512_decode},
-    {"avx512bf16", &kda_avx512_kernels, &kda_avx512bf16_kernels, &kda_avx512_decode},
+    {"avx2", &kda_avx2_kernels, NULL, &kda_avx2_decode, &kda_avx2_backward},
+    {"avx512", &kda_avx512_kernels, NULL, &kda_avx512_decode, &kda_avx512_backward},
+    {"avx512bf16", &kda_avx512_kernels, &kda_avx512bf16_kernels, &kda_avx512_decode, &kda_avx512_backward},
 #elif defined(__aarch64__)
-    {"neon", &kda_neon_kernels, NULL, &kda_neon_decode},
+    {"neon", &kda_neon_kernels, NULL, &kda_neon_decode, &kda_neon_backward},
 #endif
 };
 

@@ -618,4 +618,7 @@ const struct kda_backend kda_cpu_backend = {.name = "cpu",
                                             .prefill = prefill,
                                             .prefill_describe = describe,
                                             .decode = kda_cpu_decode,
-                                            .decode_describe = kda_cpu_decode_describe};
+                                            .decode_describe = kda_cpu_decode_describe,
+                                            .backward_workspace_size = kda_cpu_backward_workspace_size,
+                                            .backward = kda_cpu_backward,
+                                            .backward_describe = kda_cpu_backward_describe};

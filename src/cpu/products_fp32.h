@@ -45,22 +45,21 @@ static inline void multiply_state(const operand *queries_keys, const struct kda_
         }
 }
 
-/* S <- S + diag(carry) S + KR^T U, U [KDA_CHUNK][KDA_TILE] */
-static inline void update_state(const struct kda_chunk *chunk, const float *U, int64_t Kp,
-                                struct kda_tile *tile) {
-    const operand *keys = chunk->keys_to_end;
+/* S <- S + diag(carry) S + keys^T U, keys [rows][Kp], U [rows][KDA_TILE] */
+static inline void carry_and_add(const float *carries, const operand *keys, const float *U, int rows,
+                                 int64_t Kp, float *to) {
     for (int column = 0; column < KDA_TILE; column += PRODUCT_VECTORS * LANES)
         for (int64_t row = 0; row < Kp; row += PRODUCT_ROWS) {
-            float *S = tile->S + row * KDA_TILE + column;
+            float *S = to + row * KDA_TILE + column;
             vf sum[PRODUCT_ROWS][PRODUCT_VECTORS];
             UNROLL for (int r = 0; r < PRODUCT_ROWS; r++) {
-                vf carry = vf_set1(chunk->carry[row + r]);
+                vf carry = vf_set1(carries[row + r]);
                 UNROLL for (int j = 0; j < PRODUCT_VECTORS; j++) {
                     vf s = vf_load(S + r * KDA_TILE + j * LANES);
                     sum[r][j] = vf_fma(carry, s, s);
                 }
             }
-            for (int t = 0; t < KDA_CHUNK; t++) {
+            for (int t = 0; t < rows; t++) {
                 vf u[PRODUCT_VECTORS];
                 UNROLL for (int j = 0; j < PRODUCT_VECTORS; j++) u[j] =
                     vf_load(U + t * KDA_TILE + column + j * LANES);
@@ -72,6 +71,12 @@ static inline void update_state(const struct kda_chunk *chunk, const float *U, i
             UNROLL for (int r = 0; r < PRODUCT_ROWS; r++) UNROLL for (int j = 0; j < PRODUCT_VECTORS; j++)
                 vf_store(S + r * KDA_TILE + j * LANES, sum[r][j]);
         }
+}
+
+/* S <- S + diag(carry) S + KR^T U, U [KDA_CHUNK][KDA_TILE] */
+static inline void update_state(const struct kda_chunk *chunk, const float *U, int64_t Kp,
+                                struct kda_tile *tile) {
+    carry_and_add(chunk->carry, chunk->keys_to_end, U, KDA_CHUNK, Kp, tile->S);
 }
 
 #endif

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* What must hold between runs of backward, and between it and prefill: identities of the operator, powers of two, gradients
- * that are not asked for, states that were kept. */
+ * that are not asked for, threads, states that were kept. */
 #include "backward_compare.h"
 #include "prefill_compare.h"
 
@@ -193,6 +193,33 @@ static void fewer_gradients(struct check *check) {
     }
 }
 
+/* ---- Threads ------------------------------------------------------------------------------------- */
+
+static const char *threads_differ(struct backward_problem *b, flash_kda_backend backend) {
+    static const int threads[] = {2, 3, 16};
+    struct backward_results one, more;
+    backward_results_make(&one, b);
+    b->args.num_threads = 1;
+    const char *wrong = backward_run(b, &one, backend, WORKSPACE_FILL);
+    for (int i = 0; i < 3 && !wrong; i++) {
+        backward_results_make(&more, b);
+        b->args.num_threads = threads[i];
+        wrong = backward_run(b, &more, backend, WORKSPACE_FILL);
+        for (int g = 0; g < GRADIENTS && !wrong; g++)
+            if (memcmp(more.tensors[g].block, one.tensors[g].block, one.tensors[g].block_bytes) != 0)
+                wrong = "another number of threads gave other bits";
+        backward_results_free(&more);
+    }
+    backward_results_free(&one);
+    return wrong;
+}
+
+static void threads(struct check *check) {
+    struct backward_case b = property(check, FLASH_KDA_GATE_SIGMOID, "backward, threads");
+    b.forward.H = 3;
+    each_level(check, &b, threads_differ);
+}
+
 /* ---- States that prefill kept ------------------------------------------------------------------ */
 
 static bool all_finite(const struct backward_results *r) {
@@ -239,4 +266,5 @@ void backward_properties(struct check *check) {
     identities(check);
     powers(check);
     fewer_gradients(check);
+    threads(check);
 }

@@ -193,6 +193,47 @@ static void steps_and_keys(struct check *check) {
     backward_compare(check, &b);
 }
 
+/* ---- Long ones --------------------------------------------------------------------------------- */
+
+/* Gates of random models, where decay is strong and where it is slow. */
+static void fill_random(struct prefill_problem *p, struct random *r) {
+    fill_normal(&p->q, r, 0, 1);
+    fill_normal(&p->k, r, 0, 1);
+    fill_normal(&p->v, r, 0, 1);
+    fill_normal(&p->g, r, p->c.parameter, 1);
+    fill_normal(&p->beta, r, 0, 1);
+    fill_uniform(&p->A_log, r, 0, 1);
+    fill_uniform(&p->dt_bias, r, 0, 1);
+}
+
+void backward_long(struct check *check) {
+    static const struct {
+        const char *name;
+        flash_kda_gate gate;
+        double mean;
+    } inputs[] = {{"strong gates", FLASH_KDA_GATE_SIGMOID, 0},
+                  {"slow gates", FLASH_KDA_GATE_SIGMOID, -7},
+                  {"softplus gates", FLASH_KDA_GATE_SOFTPLUS, -3}};
+    int64_t shorter = check->quick ? 8 : 1;
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
+        for (int kept = 0; kept < 2; kept++) {
+            struct backward_case b = trap(check, inputs[i].gate, fill_random, "");
+            b.forward.lengths[0] = 4096 / shorter;
+            b.forward.parameter = inputs[i].mean;
+            b.forward.checkpoints = kept ? CHECKPOINTS_EVERY : CHECKPOINTS_NONE;
+            b.forward.every = 128;
+            snprintf(b.forward.name, sizeof b.forward.name, "backward, 4096 tokens, %s%s", inputs[i].name,
+                     kept ? ", states kept" : "");
+            backward_compare(check, &b);
+        }
+    struct backward_case b =
+        trap(check, FLASH_KDA_GATE_SIGMOID, fill_collinear_keys, "equal keys, 16384 tokens");
+    b.forward.H = 1;
+    b.forward.lengths[0] = 16384 / shorter;
+    b.forward.fp32_tolerance = TOLERANCE_FP32_COLLINEAR;
+    backward_compare(check, &b);
+}
+
 void backward_traps(struct check *check) {
     lengths(check);
     head_dims(check);
