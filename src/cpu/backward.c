@@ -14,7 +14,7 @@
 
 enum {
     MAX_PIECES = 1 << 30,
-    RATE = 30000, /* multiply-adds a microsecond, of one thread on the fastest level */
+    RATE = 80000, /* multiply-adds a microsecond, of one thread on the fastest level */
     WORK = 12,    /* of them a token, for each element of a state */
 };
 

@@ -13,6 +13,7 @@
 enum {
     SEGMENT = 128, /* tokens between states that are kept over the whole sequence */
     CHUNKS = SEGMENT / KDA_CHUNK,
+    PAIRS = KDA_CHUNK * (KDA_CHUNK - 1) / 2,
 };
 
 /* ---- Memory ------------------------------------------------------------------------------------ */
@@ -37,6 +38,7 @@ struct memory {
     float *pairs;           /* [2 KDA_CHUNK][KDA_CHUNK]: gradients of L, then of M */
     float *dq, *dk;         /* [KDA_CHUNK][Kp]; of the scaled q */
     float *sums_q, *sums_k; /* [T][Kp]: over the value heads of a q/k head, where there are several */
+    float *keys;            /* [pairs of tokens][LANES]: what channels_back keeps */
     float *raw, *da;        /* [KDA_CHUNK][Kp]: g, and the gradient of the log decay, then of g */
 };
 
@@ -95,6 +97,7 @@ static inline void lay_out_all(const struct kda_backward *b, struct kda_arena *a
     m->dk = kda_take(arena, KDA_CHUNK, row);
     m->sums_q = kda_take(arena, summed, row);
     m->sums_k = kda_take(arena, summed, row);
+    m->keys = kda_take(arena, PAIRS * LANES, sizeof(float));
     m->raw = kda_take(arena, KDA_CHUNK, row);
     m->da = kda_take(arena, KDA_CHUNK, row);
 }
@@ -232,25 +235,36 @@ static inline void keep_states(const struct head *h) {
 
 /* ---- Back: matrices ---------------------------------------------------------------------------- */
 
+/* Rows of b at a time, for as many accumulators as a level has for products. */
+enum { ROWS_OF_B = PRODUCT_ROWS * PRODUCT_VECTORS < 16 ? 2 : 4 };
+
 /* out [a_rows][stride]: sums over all columns of V of a's rows times b's; rows in multiples of 4. */
 static inline void multiply_rows(const float *a, int a_rows, const float *b, int64_t b_rows, int64_t tiles,
                                  float *out, int64_t stride) {
     for (int64_t j = 0; j < b_rows; j += 4)
         for (int i = 0; i < a_rows; i += 4) {
-            vf sum[16];
-            UNROLL for (int n = 0; n < 16; n++) sum[n] = vf_set1(0);
-            for (int64_t tile = 0; tile < tiles; tile++) {
-                const float *from_a = a + (tile * a_rows + i) * KDA_TILE,
-                            *from_b = b + (tile * b_rows + j) * KDA_TILE;
-                for (int v = 0; v < KDA_TILE; v += LANES)
-                    UNROLL for (int y = 0; y < 4; y++) {
-                        vf x = vf_load(from_b + y * KDA_TILE + v);
-                        UNROLL for (int n = 0; n < 4; n++) sum[4 * n + y] =
-                            vf_fma(vf_load(from_a + n * KDA_TILE + v), x, sum[4 * n + y]);
+            vf all[16];
+            UNROLL for (int y = 0; y < 4; y += ROWS_OF_B) {
+                vf sum[4][ROWS_OF_B];
+                UNROLL for (int n = 0; n < 4; n++) UNROLL for (int r = 0; r < ROWS_OF_B; r++) sum[n][r] =
+                    vf_set1(0);
+                for (int64_t tile = 0; tile < tiles; tile++) {
+                    const float *from_a = a + (tile * a_rows + i) * KDA_TILE;
+                    const float *from_b = b + (tile * b_rows + j + y) * KDA_TILE;
+                    for (int v = 0; v < KDA_TILE; v += LANES) {
+                        vf x[ROWS_OF_B];
+                        UNROLL for (int r = 0; r < ROWS_OF_B; r++) x[r] = vf_load(from_b + r * KDA_TILE + v);
+                        UNROLL for (int n = 0; n < 4; n++) {
+                            vf row = vf_load(from_a + n * KDA_TILE + v);
+                            UNROLL for (int r = 0; r < ROWS_OF_B; r++) sum[n][r] = vf_fma(row, x[r], sum[n][r]);
+                        }
                     }
+                }
+                UNROLL for (int n = 0; n < 4; n++) UNROLL for (int r = 0; r < ROWS_OF_B; r++)
+                    all[4 * n + y + r] = sum[n][r];
             }
             float sums[16];
-            vf_sums(sum, sums);
+            vf_sums(all, sums);
             for (int n = 0; n < 4; n++)
                 memcpy(out + (i + n) * stride + j, sums + 4 * n, 4 * sizeof *sums);
         }
@@ -355,51 +369,62 @@ static inline void store_dbeta(const struct head *h, const struct step *s) {
 
 /* ---- Back: channels ---------------------------------------------------------------------------- */
 
-/* dq, dk and da of LANES channels from c on. Every number that passes a token is multiplied by its decay there: keys on their
- * way to later tokens, which are kept, and on the way back what meets them, from the outputs, from later keys, and from R. */
-static inline void channels_back(const struct head *h, const struct step *s, int64_t c, float *dq, float *dk) {
+/* Every number that passes a token is multiplied by its decay there: keys on their way to later tokens, which are kept, and on
+ * the way back what meets them, from outputs, from later keys and from R. Both functions work LANES channels from c on. */
+
+/* What outputs and later keys take of the state and of earlier keys: dq, and dk as far as it comes from there. start: decay
+ * from the start of the chunk to before each token. */
+static inline void channels_there(const struct head *h, const struct step *s, int64_t c, vf *start) {
     const struct memory *m = h->m;
-    const float *dL = m->pairs, *dM = m->pairs + KDA_CHUNK * KDA_CHUNK, *q = s->rows.q + c, *k = s->rows.k + c;
-    const float *decay = s->rows.decay + c, *to_state = m->to_state + c;
-    int64_t Kp = h->Kp;
-    vf keys[KDA_CHUNK * (KDA_CHUNK - 1) / 2], start[KDA_CHUNK], back[KDA_CHUNK], from_start = vf_set1(1);
+    const float *dL = m->pairs, *dM = m->pairs + KDA_CHUNK * KDA_CHUNK;
+    float *here = m->keys; /* of the tokens before t, decayed up to before it */
+    start[0] = vf_set1(1);
     for (int t = 0; t < KDA_CHUNK; t++) {
-        const vf *here = keys + t * (t - 1) / 2;
-        vf sum_q = vf_mul(from_start, vf_load(to_state + (KDA_CHUNK + t) * Kp));
-        vf sum_k = vf_mul(from_start, vf_load(to_state + t * Kp)), d = vf_load(decay + t * Kp);
+        int64_t at = t * h->Kp + c;
+        float *next = here + t * LANES;
+        vf key = vf_load(s->rows.k + at), d = vf_load(s->rows.decay + at), own = vf_set1(dM[t * KDA_CHUNK + t]);
+        vf sum_q = vf_mul(start[t], vf_load(m->to_state + KDA_CHUNK * h->Kp + at));
+        vf sum_k = vf_mul(start[t], vf_load(m->to_state + at));
+        bool last = t + 1 == KDA_CHUNK;
         for (int j = 0; j < t; j++) {
-            sum_q = vf_fma(vf_set1(dM[t * KDA_CHUNK + j]), here[j], sum_q);
-            sum_k = vf_fma(vf_set1(dL[t * KDA_CHUNK + j]), here[j], sum_k);
+            vf x = vf_load(here + j * LANES);
+            sum_q = vf_fma(vf_set1(dM[t * KDA_CHUNK + j]), x, sum_q);
+            sum_k = vf_fma(vf_set1(dL[t * KDA_CHUNK + j]), x, sum_k);
+            if (!last)
+                vf_store(next + j * LANES, vf_mul(d, x));
         }
-        vf key = vf_load(k + t * Kp), own = vf_set1(dM[t * KDA_CHUNK + t]);
-        vf_store(dq + t * Kp + c, vf_fma(d, sum_q, vf_mul(own, key)));
-        vf_store(dk + t * Kp + c, vf_fma(d, sum_k, vf_mul(own, vf_load(q + t * Kp))));
-        start[t] = from_start;
-        from_start = vf_mul(from_start, d);
-        if (t + 1 < KDA_CHUNK) {
-            vf *next = keys + (t + 1) * t / 2;
-            for (int j = 0; j < t; j++)
-                next[j] = vf_mul(d, here[j]);
-            next[t] = key;
+        vf_store(m->dq + at, vf_fma(d, sum_q, vf_mul(own, key)));
+        vf_store(m->dk + at, vf_fma(d, sum_k, vf_mul(own, vf_load(s->rows.q + at))));
+        if (!last) {
+            vf_store(next + t * LANES, key);
+            start[t + 1] = vf_mul(start[t], d);
         }
+        here = next;
     }
-    vf back_state = vf_load(m->across + c);
+}
+
+/* The rest of dk, and da: what comes back to each token, times what arrived there. */
+static inline void channels_back(const struct head *h, const struct step *s, int64_t c, const vf *start) {
+    const struct memory *m = h->m;
+    const float *dL = m->pairs, *dM = m->pairs + KDA_CHUNK * KDA_CHUNK;
+    vf back[KDA_CHUNK], back_state = vf_load(m->across + c);
     for (int j = 0; j < KDA_CHUNK; j++)
-        back[j] = vf_load(m->to_R + j * Kp + c);
+        back[j] = vf_load(m->to_R + j * h->Kp + c);
     for (int t = KDA_CHUNK - 1; t >= 0; t--) {
-        const vf *here = keys + t * (t - 1) / 2;
-        vf key = vf_load(k + t * Kp), query = vf_load(q + t * Kp), d = vf_load(decay + t * Kp);
-        vf_store(dk + t * Kp + c, vf_add(vf_load(dk + t * Kp + c), back[t]));
-        back_state = vf_fma(query, vf_load(to_state + (KDA_CHUNK + t) * Kp),
-                            vf_fma(key, vf_load(to_state + t * Kp), back_state));
+        int64_t at = t * h->Kp + c;
+        const float *here = m->keys + t * (t - 1) / 2 * LANES;
+        vf key = vf_load(s->rows.k + at), query = vf_load(s->rows.q + at), d = vf_load(s->rows.decay + at);
+        vf_store(m->dk + at, vf_add(vf_load(m->dk + at), back[t]));
+        back_state = vf_fma(query, vf_load(m->to_state + KDA_CHUNK * h->Kp + at),
+                            vf_fma(key, vf_load(m->to_state + at), back_state));
         vf sum = vf_mul(start[t], back_state);
         for (int j = 0; j < t; j++) {
             vf x = vf_fma(query, vf_set1(dM[t * KDA_CHUNK + j]),
                           vf_fma(key, vf_set1(dL[t * KDA_CHUNK + j]), back[j]));
-            sum = vf_fma(here[j], x, sum);
+            sum = vf_fma(vf_load(here + j * LANES), x, sum);
             back[j] = vf_mul(d, x);
         }
-        vf_store(m->da + t * Kp + c, vf_mul(d, sum));
+        vf_store(m->da + at, vf_mul(d, sum));
         back_state = vf_mul(d, back_state);
     }
 }
@@ -538,8 +563,11 @@ static inline void run_segment(const struct head *h, int64_t segment) {
     for (int64_t i = count - 1; i >= 0; i--) {
         multiply_back(h, &steps[i]);
         store_dbeta(h, &steps[i]);
-        for (int64_t c = 0; c < h->Kp; c += LANES)
-            channels_back(h, &steps[i], c, h->m->dq, h->m->dk);
+        for (int64_t c = 0; c < h->Kp; c += LANES) {
+            vf start[KDA_CHUNK];
+            channels_there(h, &steps[i], c, start);
+            channels_back(h, &steps[i], c, start);
+        }
         store_gate(h, &steps[i]);
         store_keys(h, &steps[i]);
     }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Problems of prefill and decode with everything on, their memory on the heap. */
+/* Problems of prefill, decode and backward with everything on, their memory on the heap. */
 #include "problem.h"
 
 #include <math.h>
@@ -46,6 +46,48 @@ static bool all_there(const struct problem *p) {
     return true;
 }
 
+/* Of what prefill has. */
+static void set_backward(struct problem *p, struct problem_size size) {
+    int64_t B = size.B, T = size.T, H = size.H, K = size.K, V = size.V;
+    const flash_kda_prefill_args *a = &p->prefill;
+    flash_kda_backward_args *b = &p->backward;
+    *b = (flash_kda_backward_args)FLASH_KDA_BACKWARD_ARGS_INIT;
+    b->q = a->q;
+    b->k = a->k;
+    b->v = a->v;
+    b->g = a->g;
+    b->beta = a->beta;
+    b->A_log = a->A_log;
+    b->dt_bias = a->dt_bias;
+    b->gate = a->gate;
+    b->beta_mode = a->beta_mode;
+    b->flags = a->flags;
+    b->state_layout = a->state_layout;
+    b->backend = a->backend;
+    b->num_threads = a->num_threads;
+    b->d_out = a->out;
+    b->initial_state = b->d_final_state = a->final_state;
+    b->dq = add(p, B, T, H, K);
+    b->dk = add(p, B, T, H, K);
+    b->dv = add(p, B, T, H, V);
+    b->dg = add(p, B, T, H, K);
+    b->dbeta = add(p, B, T, H, 0);
+    b->dA_log = add(p, H, 0, 0, 0);
+    b->d_dt_bias = add(p, H, K, 0, 0);
+    b->d_initial_state = add(p, B, H, K, V);
+}
+
+/* Of whichever needs more. */
+static bool find_workspace_size(struct problem *p) {
+    size_t backward;
+    if (flash_kda_prefill_workspace_size(&p->prefill, &p->workspace_bytes) != FLASH_KDA_OK ||
+        flash_kda_backward_workspace_size(&p->backward, &backward) != FLASH_KDA_OK)
+        return false;
+    if (backward > p->workspace_bytes)
+        p->workspace_bytes = backward;
+    return true;
+}
+
 bool problem_make(struct problem *p, struct problem_size size, flash_kda_backend backend, int threads) {
     int64_t B = size.B, T = size.T, H = size.H, K = size.K, V = size.V;
     *p = (struct problem){.prefill = FLASH_KDA_PREFILL_ARGS_INIT, .decode = FLASH_KDA_DECODE_ARGS_INIT};
@@ -78,7 +120,8 @@ bool problem_make(struct problem *p, struct problem_size size, flash_kda_backend
     a->state_layout = d->state_layout = FLASH_KDA_STATE_K_FIRST;
     a->backend = d->backend = backend;
     a->num_threads = d->num_threads = threads;
-    if (!all_there(p) || flash_kda_prefill_workspace_size(a, &p->workspace_bytes) != FLASH_KDA_OK)
+    set_backward(p, size);
+    if (!all_there(p) || !find_workspace_size(p))
         return false;
     p->workspace = malloc(p->workspace_bytes + 1);
     return p->workspace;

@@ -50,6 +50,11 @@ static void *run_decode(void *argument) {
     return flash_kda_decode(&p->decode) ? "decode failed" : NULL;
 }
 
+static void *run_backward(void *argument) {
+    struct problem *p = argument;
+    return flash_kda_backward(&p->backward, p->workspace, p->workspace_bytes) ? "backward failed" : NULL;
+}
+
 /* What prints and explains is part of a call, too. */
 static void *run_wrong(void *argument) {
     struct problem *p = argument;
@@ -59,6 +64,7 @@ static void *run_wrong(void *argument) {
     flash_kda_prefill(&args, NULL, 0);
     flash_kda_prefill_describe(&p->prefill, text, sizeof text);
     flash_kda_decode_describe(&p->decode, text, sizeof text);
+    flash_kda_backward_describe(&p->backward, text, sizeof text);
     return NULL;
 }
 
@@ -67,14 +73,16 @@ static void use_layout(struct problem *p, flash_kda_state_layout layout) {
     int64_t *shape = p->decode.state->shape + 2, K = p->decode.q->shape[3], V = p->decode.v->shape[3];
     shape[0] = layout == FLASH_KDA_STATE_K_FIRST ? K : V;
     shape[1] = layout == FLASH_KDA_STATE_K_FIRST ? V : K;
-    p->decode.state_layout = p->prefill.state_layout = layout;
+    p->decode.state_layout = p->prefill.state_layout = p->backward.state_layout = layout;
+    memcpy(p->backward.d_initial_state->shape + 2, shape, 2 * sizeof *shape);
 }
 
 static void check(struct problem *p, const char *name) {
     static const struct {
         void *(*run)(void *);
         const char *name;
-    } calls[] = {{run_prefill, "prefill"}, {run_decode, "decode"}, {run_wrong, "an error"}};
+    } calls[] = {
+        {run_prefill, "prefill"}, {run_decode, "decode"}, {run_backward, "backward"}, {run_wrong, "an error"}};
     void *wrong = NULL;
     size_t least = stack_of(nothing, NULL, &wrong); /* what a thread keeps there itself */
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
