@@ -12,7 +12,8 @@ struct tolerance trial_tolerance(const struct trial *trial, const struct trial *
     const flash_kda_prefill_args *args = &trial->call.args.prefill;
     bool collinear = strcmp(trial->c->regime, regime_names[REGIME_NEAR_COLLINEAR]) == 0;
     struct tolerance tolerance;
-    if (!trial->by_token && !trial->call.args.decodes && level_rounds(level_of(args->backend), args)) {
+    if (!trial->by_token && trial->call.args.kind != KIND_DECODE &&
+        level_rounds(level_of(args->backend), args)) {
         const struct bf16_tolerance bf16 = collinear ? BF16_COLLINEAR : BF16_ANY;
         tolerance.output = TOLERANCE_BF16_MARGIN * bf16.out;
         tolerance.state = TOLERANCE_BF16_MARGIN * bf16.state;

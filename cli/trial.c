@@ -163,8 +163,8 @@ bool trial_describe(const struct trial *trial, char *text, size_t size) {
         status = flash_kda_decode_describe(&args, token, sizeof token);
         snprintf(text, size, "%s; decode, token by token", status ? "" : token);
     } else {
-        status = a->decodes ? flash_kda_decode_describe(&a->decode, text, size)
-                            : flash_kda_prefill_describe(&a->prefill, text, size);
+        status = a->kind == KIND_DECODE ? flash_kda_decode_describe(&a->decode, text, size)
+                                        : flash_kda_prefill_describe(&a->prefill, text, size);
     }
     return !status || failed("%s", flash_kda_last_error());
 }
@@ -186,7 +186,7 @@ void trial_last_states(const struct trial *trial, struct tensor *states) {
 
 int64_t trial_bytes(const struct trial *trial) {
     int64_t bytes = arguments_bytes(&trial->call.args);
-    if (!trial->call.args.decodes)
+    if (trial->call.args.kind != KIND_DECODE)
         return bytes;
     /* Read once, and written to every slot or to none. */
     int64_t slots = (int64_t)tensor_bytes(&trial->state),

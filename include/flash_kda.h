@@ -432,17 +432,17 @@ FLASH_KDA_API flash_kda_status flash_kda_decode_describe(const flash_kda_decode_
 /* ---- Backward ---------------------------------------------------------------------------------- */
 
 /*
- * Arguments of the backward pass: from the gradients of a prefill's results, those of its inputs. dX is the gradient of X:
- * of one number that depends on everything that the prefill wrote, in units of that number per unit of X.
+ * Arguments of the backward pass: from the gradients of a prefill's results, those of its inputs. dX is the gradient
+ * of X: of one number that depends on everything that the prefill wrote, in units of that number per unit of X.
  *
- * Inputs and options are those of the prefill, whose out is not needed. Every gradient that is written may be NULL: it is
- * not computed and costs nothing. One that is given is overwritten, not added to. dtypes, strides, devices and what holds on
- * CUDA are as for prefill; each gradient may have a dtype of its own.
+ * Inputs and options are those of the prefill, whose out is not needed. Every gradient that is written may be NULL: it
+ * is not computed and costs nothing. One that is given is overwritten, not added to. dtypes, strides, devices and what
+ * holds on CUDA are as for prefill; each gradient may have a dtype of its own.
  *
  * Sequences without tokens: their d_initial_state is their d_final_state.
  *
- * Memory: no written gradient may overlap another argument or the workspace, with one exception: d_initial_state may be
- * d_final_state itself (same address, dtype and strides: in place).
+ * Memory: no written gradient may overlap another argument or the workspace, with one exception: d_initial_state may
+ * be d_final_state itself (same address, dtype and strides: in place).
  *
  * The CUDA backend does not run it yet.
  */
@@ -509,25 +509,26 @@ static inline flash_kda_backward_args flash_kda_backward_args_init() {
     { .struct_size = sizeof(flash_kda_backward_args) }
 #endif
 
-/* Bytes of scratch memory that flash_kda_backward() needs for these arguments, on the device of q, to *bytes. It depends on
- * shapes, dtypes, num_threads, which tensors are given and, for packed sequences, on N, not on the data. On the CPU each thread
- * takes a state every 128 tokens of T, but none where prefill kept them every 32, 64 or 128. Errors: as flash_kda_backward(). */
+/* Bytes of scratch memory that flash_kda_backward() needs for these arguments, on the device of q, to *bytes. It
+ * depends on shapes, dtypes, num_threads, which tensors are given and, for packed sequences, on N, not on the data. On
+ * the CPU each thread takes a state every 128 tokens of T, but none where prefill kept them every 32, 64 or 128.
+ * Errors: as flash_kda_backward(). */
 FLASH_KDA_API flash_kda_status flash_kda_backward_workspace_size(const flash_kda_backward_args *args,
                                                                  size_t *bytes);
 
 /* Writes the gradients that are asked for.
  *
- * workspace: at least flash_kda_backward_workspace_size() bytes at any alignment, owned by the caller, not in use by another
- * call; may be NULL if that size is 0. Its contents before and after mean nothing.
+ * workspace: at least flash_kda_backward_workspace_size() bytes at any alignment, owned by the caller, not in use by
+ * another call; may be NULL if that size is 0. Its contents before and after mean nothing.
  *
  * Results are the same bits from run to run with the same arguments on the same machine.
- * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED, FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL; everything is
- * checked before anything is written. */
+ * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED, FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL;
+ * everything is checked before anything is written. */
 FLASH_KDA_API flash_kda_status flash_kda_backward(const flash_kda_backward_args *args, void *workspace,
                                                   size_t workspace_bytes);
 
-/* Describes in one line how flash_kda_backward() would run these arguments. Writes at most size bytes to text, always ended
- * by 0. Errors: as flash_kda_backward(). */
+/* Describes in one line how flash_kda_backward() would run these arguments. Writes at most size bytes to text, always
+ * ended by 0. Errors: as flash_kda_backward(). */
 FLASH_KDA_API flash_kda_status flash_kda_backward_describe(const flash_kda_backward_args *args, char *text,
                                                            size_t size);
 

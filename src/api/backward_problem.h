@@ -6,8 +6,8 @@
 #include "api/problem.h"
 
 struct kda_backward {
-    /* The prefill whose gradients these are. Its out, final_state and indices are not given; its checkpoints, where given, are
-     * read. */
+    /* The prefill whose gradients these are. Its out, final_state and indices are not given; its checkpoints, where
+     * given, are read. */
     struct kda_prefill forward;
     struct kda_tensor d_out, d_final_state; /* each may not be given: 0 */
     /* Written; each may not be given. */

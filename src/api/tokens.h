@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* What prefill, decode and backward have in common after all checks: tokens with their gates and steps, how they are cut into
- * sequences, and where a head's state lies. */
+/* What prefill, decode and backward have in common after all checks: tokens with their gates and steps, how they
+ * are cut into sequences, and where a head's state lies. */
 #ifndef KDA_API_TOKENS_H
 #define KDA_API_TOKENS_H
 
@@ -53,8 +53,8 @@ KDA_INLINE int64_t kda_clamp(int64_t x, int64_t low, int64_t high) {
     return x < low ? low : kda_min64(x, high);
 }
 
-/* Where the tokens of sequence n are; its slot is n. Indices in device memory are not checked before a call: here they are kept
- * within the tensors. */
+/* Where the tokens of sequence n are; its slot is n. Indices in device memory are not checked before a call: here
+ * they are kept within the tensors. */
 KDA_INLINE struct kda_sequence kda_tokens_of(const struct kda_tokens *x, int64_t n) {
     struct kda_sequence s = {n, 0, x->tokens, n};
     if (x->cu_seqlens.data) {

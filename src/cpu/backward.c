@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* The CPU backend's backward: q/k heads of sequences shared out among threads, each with the value heads that read it. */
+/* The CPU backend's backward: q/k heads of sequences shared out among threads, each with the value heads that read
+ * it. */
 #include "cpu/backward.h"
 
 #include "api/backend.h"

@@ -369,11 +369,12 @@ static inline void store_dbeta(const struct head *h, const struct step *s) {
 
 /* ---- Back: channels ---------------------------------------------------------------------------- */
 
-/* Every number that passes a token is multiplied by its decay there: keys on their way to later tokens, which are kept, and on
- * the way back what meets them, from outputs, from later keys and from R. Both functions work LANES channels from c on. */
+/* Every number that passes a token is multiplied by its decay there: keys on their way to later tokens, which are
+ * kept, and on the way back what meets them, from outputs, from later keys and from R. Both functions work LANES
+ * channels from c on. */
 
-/* What outputs and later keys take of the state and of earlier keys: dq, and dk as far as it comes from there. start: decay
- * from the start of the chunk to before each token. */
+/* What outputs and later keys take of the state and of earlier keys: dq, and dk as far as it comes from there.
+ * start: decay from the start of the chunk to before each token. */
 static inline void channels_there(const struct head *h, const struct step *s, int64_t c, vf *start) {
     const struct memory *m = h->m;
     const float *dL = m->pairs, *dM = m->pairs + KDA_CHUNK * KDA_CHUNK;
@@ -489,8 +490,8 @@ static inline void store_gate(const struct head *h, const struct step *s) {
 
 /* ---- Back: rows of q and k ------------------------------------------------------------------------ */
 
-/* dy, the gradient of a row after the norm, becomes that of the row: r (dy - y (y . dy)), y = r x. Where dy is along y little
- * is left of it, so all of this is fp64. */
+/* dy, the gradient of a row after the norm, becomes that of the row: r (dy - y (y . dy)), y = r x. Where dy is
+ * along y little is left of it, so all of this is fp64. */
 static inline void norm_back(const float *x, int64_t Kp, float *dy) {
     double squares[LANES] = {0}, along[LANES] = {0}, all_squares = 1e-6, all_along = 0;
     for (int64_t c = 0; c < Kp; c += LANES)

@@ -74,9 +74,9 @@ static void advance(const struct chain *c, int64_t t, double *S) {
         kda_load_state(c->x, kept, (struct kda_columns){0, c->x->value_dim}, S);
 }
 
-/* S is the state before token t and becomes what its decay leaves of it; R is the gradient of the state after the token and
- * becomes that of the state before it. Gradients of this token: dq, dk [K] are added to, m->du [V] is v's, da [K] the log
- * decay's; returns beta's, or a multiple of it that does not divide by the step: u . du. */
+/* S is the state before token t and becomes what its decay leaves of it; R is the gradient of the state after the
+ * token and becomes that of the state before it. Gradients of this token: dq, dk [K] are added to, m->du [V] is
+ * v's, da [K] the log decay's; returns beta's, or a multiple of it that does not divide by the step: u . du. */
 static double step_back(const struct chain *c, int64_t t, const struct kda_token *x, double *S, double *dq,
                         double *dk, double *da) {
     const struct memory *m = c->m;
@@ -153,7 +153,8 @@ static void store_beta(const struct chain *c, int64_t t, double d_beta) {
         kda_store(kda_row(out, c->s.batch, token, c->head), out->dtype, 0, (float)d_beta);
 }
 
-/* dx [K], the gradient of a row of q or k after the norm, becomes that of the row: dx = r (dy - y (y . dy)), y = r x. */
+/* dx [K], the gradient of a row of q or k after the norm, becomes that of the row: dx = r (dy - y (y . dy)), y = r
+ * x. */
 static void store_key(const struct kda_tokens *x, const struct kda_tensor *t, const struct kda_tensor *out,
                       int64_t batch, int64_t token, int64_t head, const double *dy) {
     const char *row = kda_row(t, batch, token, head);

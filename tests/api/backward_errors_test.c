@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* One test for every error that backward promises: the status, a message that names the argument, and not a byte written. */
+/* One test for every error that backward promises: the status, a message that names the argument, and not a byte
+ * written. */
 #include "fixture.h"
 
 #include <setjmp.h>
@@ -31,8 +32,8 @@
 enum backward_argument { TENSOR_LIST(PLACE) TENSORS };
 static const char *const names[TENSORS] = {TENSOR_LIST(NAME)};
 
-/* Two sequences of 40 and 0 tokens, and one of 33; two rows and one of checkpoints every 32 tokens, whose last ones are left
- * out. */
+/* Two sequences of 40 and 0 tokens, and one of 33; two rows and one of checkpoints every 32 tokens, whose last ones
+ * are left out. */
 enum { N = 3, T = 73, H = 1, HV = 2, DIM_K = 8, DIM_V = 4, ROWS = 2, BYTES = FIXTURE_BYTES };
 
 struct call {

@@ -4,11 +4,21 @@
 #include <string.h>
 
 struct arguments arguments_of_prefill(const flash_kda_prefill_args *args) {
-    return (struct arguments){.decodes = false, .prefill = *args};
+    return (struct arguments){.kind = KIND_PREFILL, .prefill = *args};
 }
 
 struct arguments arguments_of_decode(const flash_kda_decode_args *args) {
-    return (struct arguments){.decodes = true, .decode = *args};
+    return (struct arguments){.kind = KIND_DECODE, .decode = *args};
+}
+
+struct arguments arguments_of_backward(const flash_kda_backward_args *args) {
+    return (struct arguments){.kind = KIND_BACKWARD, .backward = *args};
+}
+
+flash_kda_backend arguments_backend(const struct arguments *a) {
+    return a->kind == KIND_DECODE     ? a->decode.backend
+           : a->kind == KIND_BACKWARD ? a->backward.backend
+                                      : a->prefill.backend;
 }
 
 int prefill_list(flash_kda_prefill_args *a, struct argument list[MAX_ARGUMENTS]) {
@@ -62,8 +72,36 @@ int decode_list(flash_kda_decode_args *a, struct argument list[MAX_ARGUMENTS]) {
     return DECODE_ARGUMENTS;
 }
 
+int backward_list(flash_kda_backward_args *a, struct argument list[MAX_ARGUMENTS]) {
+    const struct argument all[BACKWARD_ARGUMENTS] = {{"dq", &a->dq, true},
+                                                     {"dk", &a->dk, true},
+                                                     {"dv", &a->dv, true},
+                                                     {"dg", &a->dg, true},
+                                                     {"dbeta", &a->dbeta, true},
+                                                     {"dA_log", &a->dA_log, true},
+                                                     {"d_dt_bias", &a->d_dt_bias, true},
+                                                     {"d_initial_state", &a->d_initial_state, true},
+                                                     {"d_out", &a->d_out, false},
+                                                     {"d_final_state", &a->d_final_state, false},
+                                                     {"q", &a->q, false},
+                                                     {"k", &a->k, false},
+                                                     {"v", &a->v, false},
+                                                     {"g", &a->g, false},
+                                                     {"beta", &a->beta, false},
+                                                     {"A_log", &a->A_log, false},
+                                                     {"dt_bias", &a->dt_bias, false},
+                                                     {"cu_seqlens", &a->cu_seqlens, false},
+                                                     {"initial_state", &a->initial_state, false},
+                                                     {"checkpoints", &a->checkpoints, false},
+                                                     {"checkpoint_cu_starts", &a->checkpoint_cu_starts, false}};
+    memcpy(list, all, sizeof all);
+    return BACKWARD_ARGUMENTS;
+}
+
 int arguments_list(struct arguments *a, struct argument list[MAX_ARGUMENTS]) {
-    return a->decodes ? decode_list(&a->decode, list) : prefill_list(&a->prefill, list);
+    return a->kind == KIND_DECODE     ? decode_list(&a->decode, list)
+           : a->kind == KIND_BACKWARD ? backward_list(&a->backward, list)
+                                      : prefill_list(&a->prefill, list);
 }
 
 /* ---- One tensor -------------------------------------------------------------------------------- */

@@ -1,19 +1,25 @@
 /* SPDX-License-Identifier: MIT */
-/* The arguments of either operation, and the one list of each one's tensors. */
+/* The arguments of any operation, and the one list of each one's tensors. */
 #ifndef BENCH_ARGUMENTS_H
 #define BENCH_ARGUMENTS_H
 
 #include "flash_kda.h"
 #include "tensor.h"
 
+enum operation_kind { KIND_PREFILL, KIND_DECODE, KIND_BACKWARD };
+
 struct arguments {
-    bool decodes;
+    enum operation_kind kind; /* whose arguments count */
     flash_kda_prefill_args prefill;
     flash_kda_decode_args decode;
+    flash_kda_backward_args backward;
 };
 
 struct arguments arguments_of_prefill(const flash_kda_prefill_args *args);
 struct arguments arguments_of_decode(const flash_kda_decode_args *args);
+struct arguments arguments_of_backward(const flash_kda_backward_args *args);
+
+flash_kda_backend arguments_backend(const struct arguments *a);
 
 /* A tensor of the arguments, NULL where it is not given. */
 struct argument {
@@ -22,12 +28,18 @@ struct argument {
     bool written;
 };
 
-enum { PREFILL_ARGUMENTS = 16, DECODE_ARGUMENTS = 24, MAX_ARGUMENTS = DECODE_ARGUMENTS };
+enum {
+    PREFILL_ARGUMENTS = 16,
+    DECODE_ARGUMENTS = 24,
+    BACKWARD_ARGUMENTS = 21,
+    MAX_ARGUMENTS = DECODE_ARGUMENTS
+};
 
 /* Fills the list and returns how many there are; those that are written come first. */
 int arguments_list(struct arguments *a, struct argument list[MAX_ARGUMENTS]);
 int prefill_list(flash_kda_prefill_args *a, struct argument list[MAX_ARGUMENTS]);
 int decode_list(flash_kda_decode_args *a, struct argument list[MAX_ARGUMENTS]);
+int backward_list(flash_kda_backward_args *a, struct argument list[MAX_ARGUMENTS]);
 
 /* The tensor of that name, NULL where there is none; the DLTensor must be a struct tensor's. */
 struct tensor *prefill_tensor(const flash_kda_prefill_args *a, const char *name);

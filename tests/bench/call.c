@@ -108,9 +108,11 @@ static bool place_tensors(struct call *c) {
 
 /* At an odd address: any alignment will do, says the header. */
 static bool make_workspace(struct call *c, int fill) {
-    if (c->args.decodes)
+    if (c->args.kind == KIND_DECODE)
         return true;
-    if (flash_kda_prefill_workspace_size(&c->args.prefill, &c->workspace_bytes))
+    if (c->args.kind == KIND_BACKWARD
+            ? flash_kda_backward_workspace_size(&c->args.backward, &c->workspace_bytes)
+            : flash_kda_prefill_workspace_size(&c->args.prefill, &c->workspace_bytes))
         return failed("%s", flash_kda_last_error());
     enum memory memory = c->memory == MEMORY_HOST ? MEMORY_HOST : MEMORY_DEVICE;
     bool filled = fill == FILL_ALWAYS || (fill != FILL_NONE && !(bare && memory == MEMORY_DEVICE));
@@ -123,7 +125,7 @@ bool call_make(struct call *c, const struct arguments *args, enum memory memory,
     if (memory == MEMORY_HOST)
         return make_workspace(c, fill);
     c->stream = device_stream();
-    c->args.prefill.stream = c->args.decode.stream = c->stream;
+    c->args.prefill.stream = c->args.decode.stream = c->args.backward.stream = c->stream;
     return c->stream && place_tensors(c) && make_workspace(c, fill) && device_wait(NULL);
 }
 
@@ -155,11 +157,12 @@ int64_t arguments_bytes(const struct arguments *args) {
 
 bool call_launch(struct call *c, void *stream) {
     struct arguments *a = &c->args;
-    a->prefill.stream = a->decode.stream = stream ? stream : c->stream;
-    flash_kda_status status =
-        a->decodes
-            ? flash_kda_decode(&a->decode)
-            : flash_kda_prefill(&a->prefill, c->workspace_bytes ? c->workspace.data : NULL, c->workspace_bytes);
+    void *workspace = c->workspace_bytes ? c->workspace.data : NULL;
+    a->prefill.stream = a->decode.stream = a->backward.stream = stream ? stream : c->stream;
+    flash_kda_status status = a->kind == KIND_DECODE ? flash_kda_decode(&a->decode)
+                              : a->kind == KIND_BACKWARD
+                                  ? flash_kda_backward(&a->backward, workspace, c->workspace_bytes)
+                                  : flash_kda_prefill(&a->prefill, workspace, c->workspace_bytes);
     return !status || failed("%s", flash_kda_last_error());
 }
 

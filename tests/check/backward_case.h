@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* A case of backward: a case of prefill, and which gradients are given and asked for (backward_case), the tensors that ask it
- * (backward_problem), and those that a run writes (backward_results). */
+/* A case of backward: a case of prefill, and which gradients are given and asked for (backward_case), the tensors
+ * that ask it (backward_problem), and those that a run writes (backward_results). */
 #ifndef CHECK_BACKWARD_CASE_H
 #define CHECK_BACKWARD_CASE_H
 
@@ -10,8 +10,8 @@ enum gradient { DQ, DK, DV, DG, DBETA, DA_LOG, D_DT_BIAS, D_INITIAL_STATE, GRADI
 extern const char *const gradient_names[GRADIENTS];
 
 struct backward_case {
-    /* Its dtypes and spacing of out are those of d_out; pools, final states and other checkpoints than all or all but the
-     * last are not for it. */
+    /* Its dtypes and spacing of out are those of d_out; pools, final states and other checkpoints than all or all
+     * but the last are not for it. */
     struct prefill_case forward;
     bool d_out;
     enum storage d_final, d_initial; /* STORAGE_IN_PLACE: d_initial_state is d_final_state */
@@ -48,8 +48,8 @@ void backward_results_make(struct backward_results *r, const struct backward_pro
 void backward_results_make_exact(struct backward_results *r, const struct backward_problem *b);
 void backward_results_free(struct backward_results *r);
 
-/* Calls backward with a workspace of exactly the size asked for, unaligned, guarded and filled with `fill`. NULL or what went
- * wrong. */
+/* Calls backward with a workspace of exactly the size asked for, unaligned, guarded and filled with `fill`. NULL or
+ * what went wrong. */
 const char *backward_run(const struct backward_problem *b, struct backward_results *r,
                          flash_kda_backend backend, int fill);
 

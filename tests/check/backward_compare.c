@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
-/* The comparison of gradients: errors, untouched memory, inputs left alone, the same bits twice. The oracle is computed once a
- * case and serves all levels; the oracle itself is compared with derivatives. */
+/* The comparison of gradients: errors, untouched memory, inputs left alone, the same bits twice. The oracle is
+ * computed once a case and serves all levels; the oracle itself is compared with derivatives. */
 #include "backward_compare.h"
+#include "calls.h"
 #include "prefill_compare.h"
 
 #include <math.h>
@@ -9,40 +10,14 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { INPUTS = 12, WORKSPACE_NAN = 0xff, WORKSPACE_ZERO = 0 };
+enum { WORKSPACE_NAN = 0xff, WORKSPACE_ZERO = 0 };
 
 struct comparison {
     const struct backward_problem *b;
     const struct backward_results *expected;
-    struct tensor inputs[INPUTS]; /* as they were */
-    char text[1024];              /* what was measured or went wrong */
+    struct snapshot inputs;
+    char text[1024]; /* what was measured or went wrong */
 };
-
-static void input_list(const struct backward_problem *b, const struct tensor *list[INPUTS]) {
-    const struct prefill_problem *p = &b->p;
-    const struct tensor *all[INPUTS] = {&p->q,
-                                        &p->k,
-                                        &p->v,
-                                        &p->g,
-                                        &p->beta,
-                                        &p->A_log,
-                                        &p->dt_bias,
-                                        &p->cu_seqlens,
-                                        &p->initial_state,
-                                        &b->d_out,
-                                        &b->d_final_state,
-                                        &b->checkpoints};
-    memcpy(list, all, sizeof all);
-}
-
-static bool inputs_unchanged(const struct comparison *c) {
-    const struct tensor *list[INPUTS];
-    input_list(c->b, list);
-    for (int i = 0; i < INPUTS; i++)
-        if (list[i]->block && memcmp(list[i]->block, c->inputs[i].block, list[i]->block_bytes) != 0)
-            return false;
-    return true;
-}
 
 static bool fail(struct comparison *c, const char *why) {
     snprintf(c->text, sizeof c->text, "%s", why);
@@ -152,7 +127,8 @@ static void compare_level(struct check *check, struct comparison *c, const char 
     const char *wrong = backward_run(c->b, &r, backend, WORKSPACE_NAN);
     bool good = !wrong || fail(c, wrong);
     good = good && rest_untouched(c, &r, &before);
-    good = good && (inputs_unchanged(c) || fail(c, "changed an input"));
+    wrong = snapshot_changed(&c->inputs);
+    good = good && (!wrong || fail(c, wrong));
     good = good && repeats(c, &r, backend) && results_within(c, &r, level);
     if (good && check->bench)
         append(c, "; %.3f ms", backward_time(c->b, &r, backend) * 1e3);
@@ -166,15 +142,11 @@ static void compare_level(struct check *check, struct comparison *c, const char 
 static void compare_problem(struct check *check, const struct backward_problem *b,
                             const struct backward_results *expected) {
     struct comparison c = {.b = b, .expected = expected};
-    const struct tensor *list[INPUTS];
-    input_list(b, list);
-    for (int i = 0; i < INPUTS; i++)
-        if (list[i]->block)
-            tensor_clone(&c.inputs[i], list[i]);
+    const struct arguments inputs = arguments_of_backward(&b->args);
+    snapshot_take(&c.inputs, &inputs);
     for (int i = 0; i < check->level_count; i++)
         compare_level(check, &c, check->levels[i]);
-    for (int i = 0; i < INPUTS; i++)
-        tensor_free(&c.inputs[i]);
+    snapshot_free(&c.inputs);
 }
 
 /* All gradients that there are, in fp32, by the oracle. */

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
-/* Gradients as derivatives of a sum, one input after the other: sum = o . dO + S_T . dS_T, by a complex step. With f analytic,
- * f(x + ih) = f(x) + ih f'(x) + O(h^2), so that the imaginary part over h is what a central difference approaches, and nothing
- * cancels however small h is. The recurrence here is a second one, apart from the library's. */
+/* Gradients as derivatives of a sum, one input after the other: sum = o . dO + S_T . dS_T, by a complex step. With
+ * f analytic, f(x + ih) = f(x) + ih f'(x) + O(h^2), so that the imaginary part over h is what a central difference
+ * approaches, and nothing cancels however small h is. The recurrence here is a second one, apart from the
+ * library's. */
 #include "backward_case.h"
 
 #include <complex.h>

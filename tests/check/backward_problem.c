@@ -1,10 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /* From a case of backward to its tensors, and its runs through the public API. */
 #include "backward_case.h"
+#include "calls.h"
 #include "check.h"
-#include "prefill_compare.h"
-#include "timing.h"
-#include "workspace.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -203,32 +201,12 @@ static flash_kda_backward_args bind(const struct backward_problem *b, struct bac
 const char *backward_run(const struct backward_problem *b, struct backward_results *r,
                          flash_kda_backend backend, int fill) {
     const flash_kda_backward_args args = bind(b, r, backend);
-    struct workspace workspace;
-    size_t bytes;
-    if (flash_kda_backward_workspace_size(&args, &bytes))
-        return workspace_failed("workspace_size");
-    workspace_make(&workspace, bytes, fill);
-    flash_kda_status status = flash_kda_backward(&args, workspace.data, bytes);
-    bool intact = workspace_intact(&workspace);
-    workspace_free(&workspace);
-    if (status)
-        return workspace_failed("backward");
-    return intact ? NULL : "wrote outside its workspace";
+    const struct arguments all = arguments_of_backward(&args);
+    return call_run(&all, memory_of(backend), fill);
 }
 
 double backward_time(const struct backward_problem *b, struct backward_results *r, flash_kda_backend backend) {
-    enum { MIN_RUNS = 5 };
     const flash_kda_backward_args args = bind(b, r, backend);
-    struct workspace workspace;
-    size_t bytes = 0;
-    flash_kda_backward_workspace_size(&args, &bytes);
-    workspace_make(&workspace, bytes, 0);
-    double begin = timing_now(), best = HUGE_VAL;
-    for (int i = 0; i < MIN_RUNS || timing_now() - begin < 0.2; i++) {
-        double start = timing_now();
-        flash_kda_backward(&args, workspace.data, bytes);
-        best = fmin(best, timing_now() - start);
-    }
-    workspace_free(&workspace);
-    return best;
+    const struct arguments all = arguments_of_backward(&args);
+    return seconds_of(&all);
 }

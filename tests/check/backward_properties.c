@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* What must hold between runs of backward, and between it and prefill: identities of the operator, powers of two, gradients
- * that are not asked for, threads, states that were kept. */
+/* What must hold between runs of backward, and between it and prefill: identities of the operator, powers of two,
+ * gradients that are not asked for, threads, states that were kept. */
 #include "backward_compare.h"
 #include "prefill_compare.h"
 

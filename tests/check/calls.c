@@ -64,7 +64,7 @@ static double device_seconds(struct call *c) {
 
 double seconds_of(const struct arguments *args) {
     struct call c;
-    enum memory memory = memory_of(args->decodes ? args->decode.backend : args->prefill.backend);
+    enum memory memory = memory_of(arguments_backend(args));
     double seconds = (double)NAN;
     if (call_make(&c, args, memory, FILL_ALWAYS))
         seconds = memory == MEMORY_HOST ? host_seconds(&c) : device_seconds(&c);
