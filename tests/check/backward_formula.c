@@ -48,13 +48,13 @@ static double *numbers(int64_t count) {
 static number load(const struct chain *s, const struct tensor *x, enum gradient what, int64_t t, int64_t head,
                    int64_t width, int64_t i) {
     double value = tensor_get(x, prefill_row(&s->b->p, x, s->n, t, head) * width + i);
-    return s->what == what && s->t == t && s->i == i ? CMPLX(value, STEP) : value;
+    return s->what == what && s->t == t && s->i == i ? value + STEP * I : value;
 }
 
 static number load_parameter(const struct chain *s, const struct tensor *x, bool given, enum gradient what,
                              int64_t at, int64_t i) {
     double value = given ? tensor_get(x, at) : 0;
-    return s->what == what && s->i == i ? CMPLX(value, STEP) : value;
+    return s->what == what && s->i == i ? value + STEP * I : value;
 }
 
 static void load_unit(const struct chain *s, const struct tensor *x, enum gradient what, int64_t t,
@@ -124,7 +124,7 @@ static double derivative(struct chain *s, enum gradient what, int64_t first, int
     for (int64_t e = 0; e < KV; e++)
         s->S[e] = s->states[first * KV + e];
     if (what == D_INITIAL_STATE)
-        s->S[i] += CMPLX(0, STEP);
+        s->S[i] += STEP * I;
     for (int64_t t = first; t < s->T; t++)
         sum += advance(s, t);
     for (int64_t e = 0; e < KV; e++)
