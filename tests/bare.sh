@@ -18,8 +18,8 @@ bare() {
         debootstrap --variant=minbase --include="$(echo "$*" | tr ' ' ,)" "$suite" "$root" >"$folder/debootstrap.log"
         touch "$root/complete"
     fi
-    rm -rf "$root/work" "$root/venv"
-    mkdir "$root/work"
+    rm -rf "$root/trial" "$root/venv"
+    mkdir "$root/trial"
     chroot "$root" python3 -m venv /venv
 }
 
@@ -32,12 +32,12 @@ try_wheel() {
         fi
         version=$(chroot "$root" python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
         python3 -m pip download --quiet --disable-pip-version-check --only-binary :all: --python-version "$version" \
-            --dest "$root/work" numpy
-        cp "$1" "$source/tests/wheel.py" "$root/work"
-        chroot "$root" /venv/bin/pip install --quiet --disable-pip-version-check --no-index --find-links /work numpy \
-            "/work/$(basename "$1")"
+            --dest "$root/trial" numpy
+        cp "$1" "$source/tests/wheel.py" "$root/trial"
+        chroot "$root" /venv/bin/pip install --quiet --disable-pip-version-check --no-index --find-links /trial numpy \
+            "/trial/$(basename "$1")"
         echo "$(basename "$1") in $suite, Python $version:"
-        chroot "$root" /venv/bin/python /work/wheel.py
+        chroot "$root" /venv/bin/python /trial/wheel.py
     done
 }
 
@@ -51,12 +51,12 @@ try_source() {
     cp -L /etc/resolv.conf "$root/etc"
     cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs"
     for part in CMakeLists.txt LICENSE pyproject.toml cmake docs include python src; do
-        cp -r "$source/$part" "$root/work"
+        cp -r "$source/$part" "$root/trial"
     done
-    chroot "$root" /venv/bin/pip install --quiet --disable-pip-version-check numpy /work
-    cp "$source/tests/wheel.py" "$root/work"
+    chroot "$root" /venv/bin/pip install --quiet --disable-pip-version-check numpy /trial
+    cp "$source/tests/wheel.py" "$root/trial"
     echo "from source in bookworm:"
-    chroot "$root" /venv/bin/python /work/wheel.py
+    chroot "$root" /venv/bin/python /trial/wheel.py
 }
 
 case $2 in
