@@ -2,6 +2,7 @@
 /* Backward with all options against each other: every two values of any two options meet in some case. */
 #include "backward_compare.h"
 #include "pairwise.h"
+#include "pairwise_values.h"
 #include "prefill_compare.h"
 
 #include <stdio.h>
@@ -10,24 +11,7 @@
 /* The oracle is compared with derivatives, one run for each element of each input: small ones. */
 static const int64_t key_dims[2][5] = {{8, 20, 64, 100, 128}, {1, 2, 3, 5, 6}};
 static const int64_t value_dims[2][4] = {{7, 64, 100, 128}, {1, 2, 3, 5}};
-static const int64_t ratios[] = {1, 2, 4};
 static const int64_t intervals[] = {32, 64, 96};
-static const int thread_counts[] = {1, 2, 5};
-static const double scales[] = {0, 0.3};
-
-static const struct {
-    flash_kda_gate gate;
-    bool A_log, dt_bias;
-    const char *name;
-} gates[] = {{FLASH_KDA_GATE_NONE, false, false, "none"},
-             {FLASH_KDA_GATE_SOFTPLUS, false, false, "softplus"},
-             {FLASH_KDA_GATE_SOFTPLUS, true, false, "softplus+A_log"},
-             {FLASH_KDA_GATE_SOFTPLUS, false, true, "softplus+dt_bias"},
-             {FLASH_KDA_GATE_SOFTPLUS, true, true, "softplus+A_log+dt_bias"},
-             {FLASH_KDA_GATE_SIGMOID, false, false, "sigmoid"},
-             {FLASH_KDA_GATE_SIGMOID, true, false, "sigmoid+A_log"},
-             {FLASH_KDA_GATE_SIGMOID, false, true, "sigmoid+dt_bias"},
-             {FLASH_KDA_GATE_SIGMOID, true, true, "sigmoid+A_log+dt_bias"}};
 
 static const struct {
     bool d_out;
@@ -53,8 +37,6 @@ static const struct {
                {PACKING_INT64, 2, {5, 2}, "5 2 int64"}};
 
 static const enum checkpoints checkpoints[] = {CHECKPOINTS_NONE, CHECKPOINTS_EVERY, CHECKPOINTS_FEWER};
-static const char *const spacing_names[] = {"compact", "fused", "heads first", "repeat"};
-static const char *const beta_names[] = {"given", "sigmoid", "2 sigmoid"};
 
 enum option {
     GATE,

@@ -3,6 +3,7 @@
 #include "decode_case.h"
 #include "decode_families.h"
 #include "pairwise.h"
+#include "pairwise_values.h"
 #include "prefill_compare.h"
 #include "prefill_families.h"
 
@@ -15,26 +16,9 @@
 /* ---- Values ------------------------------------------------------------------------------------ */
 
 static const int64_t key_dims[] = {1, 8, 20, 64, 100, 128, 256}, value_dims[] = {1, 7, 64, 100, 128, 200};
-static const int64_t ratios[] = {1, 2, 4}, intervals[] = {1, 16, 50};
-static const int thread_counts[] = {1, 2, 5};
-static const double scales[] = {0, 0.3};
+static const int64_t intervals[] = {1, 16, 50};
 static const char *const checkpoint_names[] = {"none", "every", "fewer", "offsets", "offsets x3", "indexed"};
-static const char *const spacing_names[] = {"compact", "fused", "heads first", "repeat"};
-static const char *const beta_names[] = {"given", "sigmoid", "2 sigmoid"};
 
-static const struct {
-    flash_kda_gate gate;
-    bool A_log, dt_bias;
-    const char *name;
-} gates[] = {{FLASH_KDA_GATE_NONE, false, false, "none"},
-             {FLASH_KDA_GATE_SOFTPLUS, false, false, "softplus"},
-             {FLASH_KDA_GATE_SOFTPLUS, true, false, "softplus+A_log"},
-             {FLASH_KDA_GATE_SOFTPLUS, false, true, "softplus+dt_bias"},
-             {FLASH_KDA_GATE_SOFTPLUS, true, true, "softplus+A_log+dt_bias"},
-             {FLASH_KDA_GATE_SIGMOID, false, false, "sigmoid"},
-             {FLASH_KDA_GATE_SIGMOID, true, false, "sigmoid+A_log"},
-             {FLASH_KDA_GATE_SIGMOID, false, true, "sigmoid+dt_bias"},
-             {FLASH_KDA_GATE_SIGMOID, true, true, "sigmoid+A_log+dt_bias"}};
 static const int decode_gates[] = {0, 1, 2, 4, 7, 8};
 
 static const struct {
