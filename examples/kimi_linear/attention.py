@@ -73,7 +73,7 @@ def flash_mla(q: torch.Tensor, latent: torch.Tensor, lengths: torch.Tensor, rank
 
 if triton:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=("heads", "pieces"))
     def _attend_piece(q, latent, lengths, partial, sums, log2_scale, heads, pieces, q_stride, latent_stride,
                       RANK: tl.constexpr, REST: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr):
         """One piece of a sequence: partial [B, pieces, heads, RANK], and sums: log2 of what its weights sum up to.
@@ -113,7 +113,7 @@ if triton:
         tl.store(partial + place[None, :] * RANK + column[:, None], out, mask=there)
         tl.store(sums + place, tl.where(some, top + tl.log2(total), float("-inf")), mask=head < heads)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=("heads", "pieces"))
     def _add_pieces(partial, sums, out, heads, pieces, RANK: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
                     AT_ONCE: tl.constexpr):
         head, b = tl.program_id(0), tl.program_id(1)

@@ -44,12 +44,9 @@ class Decoder:
         cache.batch.slots.copy_(slots)
         self.tokens.zero_()
 
-    def _check_room(self) -> list[int]:
-        """The slots where somebody is."""
-        there = [slot for slot, filled in enumerate(self.cache.filled) if filled]
-        for slot in there:
+    def _check_room(self) -> None:
+        for slot in self.cache.there():
             self.cache.check_room(slot, 1)
-        return there
 
     @torch.inference_mode()
     def _enqueue(self) -> None:
@@ -59,22 +56,8 @@ class Decoder:
         self.cache.batch.lengths += there
 
     def step(self) -> torch.Tensor:
-        there = self._check_room()
+        self._check_room()
         self.run()
-        for slot in there:
+        for slot in self.cache.there():
             self.cache.filled[slot] += 1
         return self.tokens
-
-
-@torch.inference_mode()
-def generate(model: Model, prompts: list[torch.Tensor], count: int, chunk: int = 8192) -> torch.Tensor:
-    """The next `count` tokens [B, count] of each prompt [T], greedily."""
-    cache = Cache(model, len(prompts), max(map(len, prompts)) + count)
-    decoder = Decoder(model, cache)
-    for slot, prompt in enumerate(prompts):
-        cache.begin(slot)
-        decoder.tokens[slot] = model.prefill(prompt, cache, slot, chunk).argmax()
-    out = [decoder.tokens.clone()]
-    for _ in range(count - 1):
-        out.append(decoder.step().clone())
-    return torch.stack(out, 1)

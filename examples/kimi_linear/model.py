@@ -293,7 +293,7 @@ class Batch:
     def __init__(self, slots: int, attend: attention.Decode):
         self.attend = attend
         self.row = torch.arange(slots)
-        self.slots = torch.full((slots,), -1, dtype=torch.int32)  # -1: nobody is there
+        self.slots = torch.full((slots,), -1, dtype=torch.int32)  # -1: nobody is there, the row is padding
         self.position = torch.zeros(slots, dtype=torch.int64)  # of the token that goes in
         self.lengths = torch.ones(slots, dtype=torch.int32)  # with it
 
@@ -304,7 +304,7 @@ class Cache:
     def __init__(self, model: Model, slots: int, tokens: int, attend: attention.Decode = attention.matmul):
         """attend: how MLA decodes, one of attention.ways()."""
         self.tokens = tokens
-        self.filled = [0] * slots  # tokens of each sequence
+        self.filled: list[int | None] = [None] * slots  # tokens of each sequence; None: nobody is there
         with model.memory():
             self.layers = [layer.mixer.cache(slots, tokens) for layer in model.layers]
             self.batch = Batch(slots, attend)
@@ -322,18 +322,26 @@ class Cache:
 
     def leave(self, slot: int) -> None:
         """Nobody is in the slot any more. Its row of a decode is padding."""
-        self.batch.slots[slot] = -1
         self.place(slot, 0)
+        self.filled[slot] = None
+        self.batch.slots[slot] = -1
 
     def place(self, slot: int, filled: int) -> None:
+        """The sequence in a slot has so many tokens."""
         self.filled[slot] = filled
         self.batch.position[slot] = filled
         self.batch.lengths[slot] = filled + 1
 
+    def there(self) -> list[int]:
+        """The slots where somebody is."""
+        return [slot for slot, filled in enumerate(self.filled) if filled is not None]
+
     def check_room(self, slot: int, more: int) -> None:
-        if self.filled[slot] + more > self.tokens:
-            raise ValueError(f"slot {slot} has {self.filled[slot]} tokens and gets {more} more; the cache has room for "
-                             f"{self.tokens}")
+        filled = self.filled[slot]
+        if filled is None:
+            raise ValueError(f"nobody is in slot {slot}; expected begin({slot}) first")
+        if filled + more > self.tokens:
+            raise ValueError(f"slot {slot} has {filled} tokens and gets {more} more; the cache has room for {self.tokens}")
 
 
 class Model(nn.Module):
