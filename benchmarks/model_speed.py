@@ -5,12 +5,13 @@ takes, how long the first token of a long prompt takes, and how fast decode is a
 usage: model_speed.py [--build DIR] [--commit NAME] [-o FILE] [--tiny]
 
 The model is the whole Kimi-Linear-48B-A3B in bf16, 98 GB, with random weights. Its experts thus get about equally many
-tokens. Caches that decode goes on from are random too; their values do not matter to the time. MLA decodes by the fastest
-way that examples/kimi_linear/attention.py has at hand, found anew for each batch. A step is one replay of a CUDA graph.
-Its parts are graphs of their own, of one kind of layer's work with all its projections; the rest is what is left of a step.
+tokens. Caches that decode goes on from are random too; their values do not matter to the time. MLA decodes by the
+fastest way that examples/kimi_linear/attention.py has at hand, found anew for each batch. A step is one replay of a
+CUDA graph. Its parts are graphs of their own, of one kind of layer's work with all its projections; the rest is what is
+left of a step. The largest batch fits beside the weights on one GPU; several GPUs would have more room for caches.
 
-Writes benchmarks/results/DEVICE/model.json, or FILE. --tiny: a tiny model on the CPU, to see that all this runs; it needs
-FILE.
+Writes benchmarks/results/DEVICE/model.json, or FILE. --tiny: a tiny model on the CPU, to see that all this runs; it
+needs FILE. benchmarks/plot.py draws the figure.
 """
 
 import argparse
@@ -40,13 +41,13 @@ WRONG = 1e-2  # error ratio of a way to decode; bf16 weights of the tokens cost 
 FREE = 4 << 30  # bytes that a step and its graph may take beside weights and caches
 CHUNK = 8192  # tokens of a prompt at once
 
-
 FULL = types.SimpleNamespace(
-    name="Kimi-Linear-48B-A3B, whole, random weights, bf16", config=KIMI_LINEAR_48B, device="cuda", dtype=torch.bfloat16,
-    cache_tokens=[4096 << n for n in range(9)], prompt=131072, decode_tokens=(131072, 1048576), repeats=15)
+    name="Kimi-Linear-48B-A3B, whole, random weights, bf16", config=KIMI_LINEAR_48B, device="cuda",
+    dtype=torch.bfloat16, cache_tokens=[4096 << n for n in range(9)], prompt=131072, decode_tokens=(131072, 1048576),
+    repeats=15)
 TINY_ONE = types.SimpleNamespace(
     name="tiny", config=TINY, device="cpu", dtype=torch.bfloat16, cache_tokens=[1024, 2048], prompt=100,
-    decode_tokens=(1024, 2048), batch_limit=2, repeats=2)
+    decode_tokens=(1024,), batch_limit=2, repeats=2)
 
 
 # ---- Time ----------------------------------------------------------------------------------------
@@ -104,9 +105,9 @@ def fastest_way(what, model, cache):
             if not error <= WRONG:
                 report[name] = f"wrong: error ratio {error:.1e}"
                 continue
-            measured = seconds(lambda: way(q, latent, lengths, layer.rank, layer.scale), what.device, REPEATS_OF_WAYS, 1)
-            report[name] = {"seconds": measured["median"], "error": error}
-            times[name] = measured["median"]
+            times[name] = seconds(lambda: way(q, latent, lengths, layer.rank, layer.scale), what.device,
+                                  REPEATS_OF_WAYS, 1)["median"]
+            report[name] = {"seconds": times[name], "error": error}
         except Exception as problem:  # of any kind: a way that cannot run here is one way less
             report[name] = f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
     if not times:
@@ -208,21 +209,20 @@ def clean(what):
 def print_decode(measured):
     split = ", ".join(f"{part} {took * 1e3:.2f}" for part, took in measured["split"].items())
     print(f"  decode at {measured['tokens']:8,} tokens, batch {measured['batch']:3}: "
-          f"{measured['seconds']['median'] * 1e3:7.2f} ms a step ({split}), {measured['tokens_per_second']:8.1f} tokens/s, "
-          f"attention by {measured['attention']}", flush=True)
+          f"{measured['seconds']['median'] * 1e3:7.2f} ms a step ({split}), "
+          f"{measured['tokens_per_second']:8.1f} tokens/s, attention by {measured['attention']}", flush=True)
 
 
 def summary(results):
     """Kimi Linear in terms of the model with MLA alone."""
     ours, theirs = results["kimi_linear"], results["mla"]
-    last = max(ours["cache_bytes"])
-    best = {name: {} for name in results}
-    for name, result in results.items():
-        for measured in result["decode"]:  # by batch, the largest last
-            best[name][measured["tokens"]] = measured["tokens_per_second"]
-    return {"cache_saved": {tokens: 1 - size / theirs["cache_bytes"][tokens] for tokens, size in ours["cache_bytes"].items()},
-            "longest": last,
-            "throughput": {tokens: rate / best["mla"][tokens] for tokens, rate in best["kimi_linear"].items()},
+
+    def rates(result):  # by batch, the largest last
+        return {measured["tokens"]: measured["tokens_per_second"] for measured in result["decode"]}
+
+    sizes = theirs["cache_bytes"]
+    return {"cache_saved": {tokens: 1 - size / sizes[tokens] for tokens, size in ours["cache_bytes"].items()},
+            "throughput": {tokens: rate / rates(theirs)[tokens] for tokens, rate in rates(ours).items()},
             "first_token": theirs["first_token"]["seconds"] / ours["first_token"]["seconds"]}
 
 
@@ -246,11 +246,12 @@ def main():
             begin = time.perf_counter()
             results[name] = measure(what, config)
             clean(what)
-            print(f"  first token of {what.prompt:,} after {results[name]['first_token']['seconds']:.2f} s; measured in "
-                  f"{time.perf_counter() - begin:.0f} s", flush=True)
+            print(f"  first token of {what.prompt:,} after {results[name]['first_token']['seconds']:.2f} s; "
+                  f"measured in {time.perf_counter() - begin:.0f} s", flush=True)
     told = summary(results)
     for tokens, saved in told["cache_saved"].items():
-        print(f"{tokens:9,} tokens: cache {results['kimi_linear']['cache_bytes'][tokens] / 1e9:.3f} GB, {saved:.1%} less")
+        size = results["kimi_linear"]["cache_bytes"][tokens]
+        print(f"{tokens:9,} tokens: cache {size / 1e9:.3f} GB, {saved:.1%} less")
     for tokens, ratio in told["throughput"].items():
         print(f"{tokens:9,} tokens: {ratio:.2f} times the tokens/s at the largest batches")
     print(f"first token {told['first_token']:.2f} times as fast")

@@ -201,8 +201,9 @@ def draw_steps(axes, results, largest):
             left += width
         axes.annotate(f"{step:.1f} ms, {measured['tokens_per_second']:,.0f} tokens/s", (step, place), (3, 0),
                       textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [f"{tokens_label(m['tokens'])}, batch {m['batch']}\n"
-                                       f"{'Kimi Linear' if name == 'kimi_linear' else 'MLA alone'}" for name, m in rows])
+    names = {"kimi_linear": "Kimi Linear", "mla": "MLA alone"}
+    axes.set_yticks(range(len(rows)), [f"{tokens_label(m['tokens'])}, batch {m['batch']}\n{names[name]}"
+                                       for name, m in rows])
     axes.invert_yaxis()
     axes.margins(x=0.5)
     axes.set_xlabel("ms of a step")

@@ -32,9 +32,10 @@ def load(folder: str | pathlib.Path, device: str = "cpu", dtype: torch.dtype = t
     model = Model(config.read(folder / "config.json"), device, dtype)
     wanted, files = dict(model.public()), _files(folder)
     missing, unknown = wanted.keys() - files.keys(), files.keys() - wanted.keys()
-    if missing or unknown:
-        raise ValueError(f"{folder}: " + "; ".join(f"{len(names)} tensors are {what}, {min(names)} for one" for names, what in
-                                                   ((missing, "missing"), (unknown, "unknown")) if names))
+    problems = [f"{len(names)} tensors are {what}, {min(names)} for one"
+                for names, what in ((missing, "missing"), (unknown, "unknown")) if names]
+    if problems:
+        raise ValueError(f"{folder}: {'; '.join(problems)}")
     for name in sorted(set(files.values())):
         with safetensors.safe_open(folder / name, "pt", device=str(model.device)) as file:
             for key in file.keys():
@@ -54,6 +55,8 @@ def save(model: Model, folder: str | pathlib.Path, shards: int = 1) -> None:
     names = [ONE] if shards == 1 else [f"model-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)]
     files = {key: names[n * shards // len(tensors)] for n, key in enumerate(tensors)}
     for name in names:
-        safetensors.torch.save_file({key: tensors[key] for key in tensors if files[key] == name}, folder / name)
+        safetensors.torch.save_file({key: tensors[key] for key in tensors if files[key] == name}, folder / name,
+                                    metadata={"format": "pt"})
     if shards > 1:
-        (folder / INDEX).write_text(json.dumps({"weight_map": files}, indent=2) + "\n")
+        total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+        (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": files}, indent=2) + "\n")

@@ -36,8 +36,8 @@ class Decoder:
         self.model, self.cache = model, cache
         self.tokens = torch.zeros_like(cache.batch.position)
         self._check_room()
-        # Warm-up calls find nobody in the slots, so they leave every state as it is. The latents that they write lie after
-        # those that count.
+        # Warm-up calls find nobody in the slots, so they leave every state as it is. The latents that they write lie
+        # after those that count.
         slots = cache.batch.slots.clone()
         cache.batch.slots.fill_(-1)
         self.run = capture(self._enqueue, model.device)

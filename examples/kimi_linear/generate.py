@@ -3,8 +3,8 @@
 
 usage: python examples/kimi_linear/generate.py [--checkpoint FOLDER] [--device cpu|cuda] [--count N] [TOKEN ...]
 
-FOLDER has config.json and weights in safetensors, as published; without it a tiny model has random weights. Without tokens
-the prompt is random.
+FOLDER has config.json and weights in safetensors, as published; without it a tiny model has random weights. Without
+tokens the prompt is random.
 """
 
 from __future__ import annotations

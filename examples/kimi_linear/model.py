@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Kimi Linear: layers of Kimi Delta Attention on libflashkda and of MLA, each followed by experts.
 
-A prompt goes in sequence by sequence, in chunks, into a slot of a cache (prefill). Then all slots go on together, a token
-each (decode). Row n of a decode is slot n.
+A prompt goes in sequence by sequence, in chunks, into a slot of a cache (prefill). Then all slots go on together, a
+token each (decode). Row n of a decode is slot n.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class KDA(nn.Module):
         return KDACache(slots, self.heads, self.dim)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k and v before their convolutions [.., 3 H D]; raw decay and output's gate [.., H, D]; raw beta [.., H]."""
+        """q, k and v before their convolutions [.., 3 H D]; raw decay and output's gate [.., H, D]; raw beta [.., H]"""
         qkv, f, g, beta = functional.linear(x, self.in_proj).split([3 * self.inner, *self.sizes[3:]], -1)
         decay, gate = functional.linear(f, self.f_b_proj), functional.linear(g, self.g_b_proj)
         return qkv, self.by_head(decay), self.by_head(gate), beta
@@ -341,7 +341,8 @@ class Cache:
         if filled is None:
             raise ValueError(f"nobody is in slot {slot}; expected begin({slot}) first")
         if filled + more > self.tokens:
-            raise ValueError(f"slot {slot} has {filled} tokens and gets {more} more; the cache has room for {self.tokens}")
+            raise ValueError(f"slot {slot} has {filled} tokens and gets {more} more; "
+                             f"the cache has room for {self.tokens}")
 
 
 class Model(nn.Module):
