@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draws figures of speed from what cpu_speed.py or cuda_speed.py measured.
+"""Draws figures of speed from what cpu_speed.py, cuda_speed.py or model_speed.py measured.
 
 usage: plot.py MEASURED.json FIGURE.svg [--overview]
 
@@ -162,7 +162,80 @@ def draw_overview(measured, path):
     figure.savefig(path, metadata={"Date": None})
 
 
+# ---- A whole model --------------------------------------------------------------------------------
+
+MODELS = {"kimi_linear": "Kimi Linear: MLA in {full_attention_layers} of {layers} layers", "mla": "MLA in all layers"}
+MODEL_COLOURS = {"kimi_linear": "#e08a3c", "mla": "#4878a8"}
+PART_COLOURS = {"attention": "#4878a8", "kda": "#e08a3c", "experts": "#6a9f58", "rest": "#b0b0b0"}
+
+
+def tokens_label(tokens):
+    return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}K"
+
+
+def draw_cache(axes, results):
+    for name, result in results.items():
+        lengths = [int(tokens) for tokens in result["cache_bytes"]]
+        axes.plot(lengths, [size / 1e9 for size in result["cache_bytes"].values()], marker="o", markersize=4,
+                  color=MODEL_COLOURS[name])
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, map(tokens_label, lengths))
+    axes.grid(linewidth=0.3)
+    axes.set_xlabel("tokens of a sequence")
+    axes.set_title("GB of a sequence's cache", fontsize=10)
+
+
+def draw_steps(axes, results, largest):
+    """Steps of decode, by parts, at the largest batches or at one sequence; a group a length."""
+    rows = []
+    for tokens in dict.fromkeys(m["tokens"] for m in results["mla"]["decode"]):
+        for name, result in results.items():
+            rows.append((name, (max if largest else min)((m for m in result["decode"] if m["tokens"] == tokens),
+                                                         key=lambda m: m["batch"])))
+    for place, (name, measured) in enumerate(rows):
+        left, step = 0, measured["seconds"]["median"] * 1e3
+        for part, colour in PART_COLOURS.items():
+            width = measured["split"].get(part, 0) * 1e3
+            axes.barh(place, width, 0.7, left=left, color=colour)
+            left += width
+        axes.annotate(f"{step:.1f} ms, {measured['tokens_per_second']:,.0f} tokens/s", (step, place), (3, 0),
+                      textcoords="offset points", va="center", fontsize=8)
+    names = {"kimi_linear": "Kimi Linear", "mla": "MLA alone"}
+    axes.set_yticks(range(len(rows)), [f"{tokens_label(m['tokens'])}, batch {m['batch']}\n{names[name]}"
+                                       for name, m in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.5)
+    axes.set_xlabel("ms of a step")
+    axes.set_title("decode, the largest batch that fits" if largest else "decode, one sequence", fontsize=10)
+
+
+def draw_model(measured, path):
+    results = measured["results"]
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
+    draw_cache(left, results)
+    draw_steps(middle, results, largest=False)
+    draw_steps(right, results, largest=True)
+    models = [(Patch(color=MODEL_COLOURS[n]), label.format(**results[n])) for n, label in MODELS.items()]
+    parts = [(Patch(color=colour), {"kda": "KDA", "attention": "MLA"}.get(n, n)) for n, colour in PART_COLOURS.items()]
+    left.legend(*zip(*models), frameon=False, fontsize=8)
+    figure.legend(*zip(*parts), loc="outside lower center", ncols=len(parts), frameon=False)
+    first = {n: r["first_token"] for n, r in results.items()}
+    figure.suptitle(f"{measured['model']}, on {(measured['device'] or {'name': 'the CPU'})['name']}; first token of "
+                    f"{first['mla']['tokens']:,} after {first['kimi_linear']['seconds']:.2f} s, with MLA alone "
+                    f"{first['mla']['seconds']:.2f} s; commit {measured['commit']}", fontsize=10)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def drawing(measured, overview_wished):
+    """What draws these measurements."""
+    if "results" in measured and "mla" in measured["results"]:
+        return draw_model
+    if overview_wished:
+        return draw_overview
+    return draw_cuda if measured["machine"].get("device") else draw
+
+
 if __name__ == "__main__":
     what = json.loads(pathlib.Path(sys.argv[1]).read_text())
-    on_gpu = what["machine"].get("device")
-    (draw_overview if "--overview" in sys.argv[3:] else draw_cuda if on_gpu else draw)(what, sys.argv[2])
+    drawing(what, "--overview" in sys.argv[3:])(what, sys.argv[2])
