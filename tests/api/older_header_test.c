@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <cmocka.h> /* behind the headers that it needs */
+#include <cmocka.h> /* after the headers that it needs */
 
 /* ---- Layouts that programs were compiled against ----------------------------------------------- */
 

@@ -11,7 +11,7 @@
  * fp32 (2^-24 at worst) and the bits that terms of both signs cancel. */
 #define TOLERANCE_ORACLE 2e-7
 
-/* The same behind a convolution, whose outputs reach the formula in fp32. */
+/* The same after a convolution, whose outputs reach the formula in fp32. */
 #define TOLERANCE_ORACLE_CONVOLVED 1e-6
 
 /* The same from states that prefill kept in fp32. */

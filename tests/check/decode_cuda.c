@@ -111,7 +111,7 @@ static void mark_all(bool *rows, int64_t count) {
         rows[i] = true;
 }
 
-/* What rows hold afterwards means nothing, but padding between them, and behind the tensors, is as it was. */
+/* What rows hold afterwards means nothing, but padding between them, and after the tensors, is as it was. */
 static const char *wild_indices_break(struct decode_problem *d, struct random *r) {
     struct decode_results results, before;
     struct tensor *const indices[] = {&d->p.cu_seqlens, &d->state_indices, &d->num_accepted_tokens,
@@ -261,6 +261,6 @@ void decode_cuda(struct check *check) {
     compare_batches(check);
     batch_invariant(check);
 #ifdef CHECK_CUDA
-    decode_behind(check);
+    decode_after(check);
 #endif
 }

@@ -276,7 +276,7 @@ static void damage(struct call *c, struct bytes *b) {
 
 /* ---- Memory ---------------------------------------------------------------------------------------- */
 
-/* Bytes from data to behind the last element, or -1 where that is not a small number. */
+/* Bytes from data to the end of the last element, or -1 where that is not a small number. */
 static int64_t extent(const struct slot *s) {
     int64_t last = 0, compact = 1;
     if (!s->dl.shape || s->dl.ndim < 0 || s->dl.ndim > MAX_DIMS)

@@ -285,7 +285,7 @@ static void damage(struct call *c, struct bytes *b) {
 
 /* ---- Memory ----------------------------------------------------------------------------------------- */
 
-/* Bytes from data to behind the last element, or -1 where that is not a small number. */
+/* Bytes from data to the end of the last element, or -1 where that is not a small number. */
 static int64_t extent(const struct slot *s) {
     int64_t last = 0, count = 1, item = s->dl.dtype.bits / 8;
     if (s->dl.ndim < 0 || s->dl.ndim > MAX_DIMS || !s->dl.shape)

@@ -18,7 +18,7 @@ static void fill(struct problem_tensor *t, int seed) {
     }
 }
 
-/* An fp32 tensor of up to four dimensions; those behind the first 0 are left out. */
+/* An fp32 tensor of up to four dimensions; those after the first 0 are left out. */
 static const DLTensor *add(struct problem *p, int64_t a, int64_t b, int64_t c, int64_t d) {
     struct problem_tensor *t = &p->tensors[p->count++];
     const int64_t shape[4] = {a, b, c, d};
