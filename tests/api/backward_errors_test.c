@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /* One test for every error that backward promises: the status, a message that names the argument, and not a byte
  * written. */
+#include "expect.h"
+#include "faults.h"
 #include "fixture.h"
 
 #include <setjmp.h>
@@ -9,7 +11,6 @@
 /* cmocka.h wants the four above first. */
 #include <cmocka.h>
 
-#include <ctype.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -117,30 +118,6 @@ static flash_kda_status run(struct call *c) {
 
 /* ---- What every error must do ------------------------------------------------------------------- */
 
-/* `word` as a whole word. */
-static bool mentions(const char *message, const char *word) {
-    size_t length = strlen(word);
-    for (const char *at = strstr(message, word); at; at = strstr(at + 1, word)) {
-        bool begins = at == message || !(isalnum((unsigned char)at[-1]) || at[-1] == '_');
-        bool ends = !(isalnum((unsigned char)at[length]) || at[length] == '_');
-        if (begins && ends)
-            return true;
-    }
-    return false;
-}
-
-static void expect_failure(const char *entry, flash_kda_status status, flash_kda_status expected,
-                           const char *word) {
-    const char *message = flash_kda_last_error();
-    if (status != expected)
-        fail_msg("%s: %s, expected %s (%s)", entry, flash_kda_status_name(status),
-                 flash_kda_status_name(expected), message);
-    if (!mentions(message, word))
-        fail_msg("%s: \"%s\" does not name %s", entry, message, word);
-    if (!strstr(message, "expected") && !strstr(message, "which"))
-        fail_msg("%s: \"%s\" does not say what was expected", entry, message);
-}
-
 static bool same_memory(const struct call *a, const struct call *b) {
     for (int i = 0; i < TENSORS; i++)
         if (memcmp(a->tensor[i].memory.bytes, b->tensor[i].memory.bytes, BYTES) != 0)
@@ -180,7 +157,6 @@ static void expect_error(struct call *c, flash_kda_status expected, const char *
 
 /* ---- Faults of one tensor ------------------------------------------------------------------------ */
 
-#define BIT(argument) (1u << (argument))
 #define WRITTEN \
     (BIT(DQ) | BIT(DK) | BIT(DV) | BIT(DG) | BIT(DBETA) | BIT(DA_LOG) | BIT(D_DT_BIAS) | BIT(D_INITIAL_STATE))
 #define LOOSE  (BIT(BETA) | BIT(DBETA) | BIT(A_LOG) | BIT(DA_LOG) | BIT(CU_SEQLENS) | BIT(CHECKPOINT_CU_STARTS))
@@ -188,36 +164,7 @@ static void expect_error(struct call *c, flash_kda_status expected, const char *
 /* Of sizes that others are measured by: a wrong one is reported as theirs. */
 #define MEASURES (BIT(Q) | BIT(V) | BIT(CU_SEQLENS))
 
-static void rank_too_high(struct fixture_tensor *t) { t->shape[t->dl.ndim++] = 1; }
-static void rank_zero(struct fixture_tensor *t) { t->dl.ndim = 0; }
-static void shape_missing(struct fixture_tensor *t) { t->dl.shape = NULL; }
-static void data_missing(struct fixture_tensor *t) { t->dl.data = NULL; }
-static void first_dim_wrong(struct fixture_tensor *t) { t->shape[0]++; }
-static void last_dim_wrong(struct fixture_tensor *t) { t->shape[t->dl.ndim - 1]++; }
-static void dim_negative(struct fixture_tensor *t) { t->shape[0] = -1; }
-static void stride_negative(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[0] = -t->strides[0];
-}
-static void last_stride_two(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[t->dl.ndim - 1] = 2;
-}
-static void elements_shared(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[t->dl.ndim > 1] = 0;
-}
-static void dtype_uint8(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLUInt, 8, 1}; }
-static void dtype_fp64(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLFloat, 64, 1}; }
-static void dtype_fp16(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLFloat, 16, 1}; }
-static void misaligned(struct fixture_tensor *t) { t->dl.byte_offset = 1; }
-static void elsewhere(struct fixture_tensor *t) { t->dl.device = (DLDevice){kDLCUDA, 0}; }
-
-static const struct fault {
-    const char *name;
-    void (*apply)(struct fixture_tensor *t);
-    unsigned except; /* tensors that the fault does not make wrong, or that others are measured by */
-} faults[] = {
+static const struct fault faults[] = {
     {"rank too high", rank_too_high, 0},
     {"rank zero", rank_zero, 0},
     {"no shape", shape_missing, 0},

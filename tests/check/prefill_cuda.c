@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* What only the CUDA backend promises: graphs that are replayed with other contents, indices in device memory that
  * are out of range, managed memory, and errors that name a device; and what it takes Hopper to do. */
+#include "calls.h"
 #include "cluster_copy.h"
 #include "device.h"
 #include "prefill_compare.h"
@@ -109,16 +110,6 @@ static void graphs(struct check *check) {
 
 /* ---- Wild indices ------------------------------------------------------------------------------ */
 
-/* Replaces about half of an index tensor by values that are out of range. Slots stay distinct: none of these is
- * one. */
-static void spoil(struct tensor *t, struct random *r) {
-    const bool wide = t->block && t->dl.dtype.bits == 64;
-    const double wild[] = {-2, -1000, 1000, 2147483647, -2147483648., wide ? 9e18 : 1e6, wide ? -9e18 : -1e6};
-    for (int64_t i = 0; t->block && i < tensor_count(t); i++)
-        if (random_below(r, 2))
-            tensor_set(t, i, wild[random_below(r, sizeof wild / sizeof *wild)]);
-}
-
 static const char *wild_indices_break(struct prefill_problem *p, struct random *r) {
     struct prefill_results results, before;
     struct tensor *const indices[] = {&p->cu_seqlens, &p->state_indices, &p->checkpoint_cu_starts,
@@ -126,7 +117,7 @@ static const char *wild_indices_break(struct prefill_problem *p, struct random *
     prefill_results_make(&results, p);
     prefill_results_make(&before, p);
     for (size_t i = 0; i < sizeof indices / sizeof *indices; i++)
-        spoil(indices[i], r);
+        spoil_indices(indices[i], r);
     const char *wrong = prefill_run(p, &results, FLASH_KDA_BACKEND_CUDA, FILL_ALWAYS);
     /* What rows hold now means nothing, but slots and padding that no index names are as they were. */
     bool *any = p->out.written;
