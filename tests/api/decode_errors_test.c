@@ -17,58 +17,21 @@
 
 /* ---- A valid call ------------------------------------------------------------------------------ */
 
-enum decode_argument {
-    Q,
-    K,
-    V,
-    G,
-    BETA,
-    A_LOG,
-    DT_BIAS,
-    OUT,
-    CU_SEQLENS,
-    ACCEPTED,
-    STATE,
-    STATE_INDICES,
-    NUM_ACCEPTED,
-    Q_CONV_WEIGHT,
-    Q_CONV_BIAS,
-    Q_CONV_STATE,
-    K_CONV_WEIGHT,
-    K_CONV_BIAS,
-    K_CONV_STATE,
-    V_CONV_WEIGHT,
-    V_CONV_BIAS,
-    V_CONV_STATE,
-    NORM_WEIGHT,
-    NORM_GATE,
-    TENSORS
-};
+/* X(place in the enum, member of the arguments) */
+/* clang-format off */
+#define TENSOR_LIST(X) \
+    X(Q, q) X(K, k) X(V, v) X(G, g) X(BETA, beta) X(A_LOG, A_log) X(DT_BIAS, dt_bias) X(OUT, out) \
+    X(CU_SEQLENS, cu_seqlens) X(ACCEPTED, accepted) X(STATE, state) X(STATE_INDICES, state_indices) \
+    X(NUM_ACCEPTED, num_accepted_tokens) X(Q_CONV_WEIGHT, q_conv_weight) X(Q_CONV_BIAS, q_conv_bias) \
+    X(Q_CONV_STATE, q_conv_state) X(K_CONV_WEIGHT, k_conv_weight) X(K_CONV_BIAS, k_conv_bias) \
+    X(K_CONV_STATE, k_conv_state) X(V_CONV_WEIGHT, v_conv_weight) X(V_CONV_BIAS, v_conv_bias) \
+    X(V_CONV_STATE, v_conv_state) X(NORM_WEIGHT, norm_weight) X(NORM_GATE, norm_gate)
+/* clang-format on */
 
-static const char *const names[TENSORS] = {"q",
-                                           "k",
-                                           "v",
-                                           "g",
-                                           "beta",
-                                           "A_log",
-                                           "dt_bias",
-                                           "out",
-                                           "cu_seqlens",
-                                           "accepted",
-                                           "state",
-                                           "state_indices",
-                                           "num_accepted_tokens",
-                                           "q_conv_weight",
-                                           "q_conv_bias",
-                                           "q_conv_state",
-                                           "k_conv_weight",
-                                           "k_conv_bias",
-                                           "k_conv_state",
-                                           "v_conv_weight",
-                                           "v_conv_bias",
-                                           "v_conv_state",
-                                           "norm_weight",
-                                           "norm_gate"};
+#define PLACE(place, member) place,
+#define NAME(place, member)  #member,
+enum decode_argument { TENSOR_LIST(PLACE) TENSORS };
+static const char *const names[TENSORS] = {TENSOR_LIST(NAME)};
 
 /* Three sequences of 2, 0 and 3 tokens, verified with three slots each; one is padding. */
 enum { N = 3, T = 5, C = 3, SLOTS = 9, H = 2, HV = 4, DIM_K = 8, DIM_V = 4 };
@@ -79,30 +42,8 @@ struct call {
 };
 
 static const DLTensor **member(flash_kda_decode_args *a, enum decode_argument argument) {
-    const DLTensor **const members[TENSORS] = {&a->q,
-                                               &a->k,
-                                               &a->v,
-                                               &a->g,
-                                               &a->beta,
-                                               &a->A_log,
-                                               &a->dt_bias,
-                                               &a->out,
-                                               &a->cu_seqlens,
-                                               &a->accepted,
-                                               &a->state,
-                                               &a->state_indices,
-                                               &a->num_accepted_tokens,
-                                               &a->q_conv_weight,
-                                               &a->q_conv_bias,
-                                               &a->q_conv_state,
-                                               &a->k_conv_weight,
-                                               &a->k_conv_bias,
-                                               &a->k_conv_state,
-                                               &a->v_conv_weight,
-                                               &a->v_conv_bias,
-                                               &a->v_conv_state,
-                                               &a->norm_weight,
-                                               &a->norm_gate};
+#define MEMBER(place, member) &a->member,
+    const DLTensor **const members[TENSORS] = {TENSOR_LIST(MEMBER)};
     return members[argument];
 }
 
