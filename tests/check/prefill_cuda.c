@@ -151,18 +151,18 @@ static void wild_indices(struct check *check) {
     }
 }
 
-/* ---- Parts ------------------------------------------------------------------------------------- */
+/* ---- Stream-K ---------------------------------------------------------------------------------- */
 
 static void fill_strong(struct prefill_problem *p, struct random *r) {
     fill_ordinary(p, r);
     tensor_fill(&p->g, 100);
 }
 
-/* What stream-K leaves to the schedule's kernels is the first word of its workspace, Hopper's enum Outcome. Results are
- * right in any case: only this tells who made them. */
+/* The first word of stream-K's workspace, Hopper's enum Outcome, says which chains are pending: those it leaves to the
+ * schedule's kernels. Results are right in any case: only this tells who made them. */
 static const struct {
     void (*fill)(struct prefill_problem *, struct random *);
-    int32_t left;
+    int32_t outcome;
     const char *name;
 } gates[] = {{fill_strong, 0, "strong gates leave nothing"},
              {fill_moving, 1, "what is not forgotten after all leaves split chains"},
@@ -183,21 +183,21 @@ static const char *run_described(const flash_kda_prefill_args *args, char *text,
     return call_finish(&c, ran);
 }
 
-/* NULL if stream-K left what is expected. hopper: did level sm90 take the call? */
+/* NULL if stream-K's outcome is the expected one. hopper: did level sm90 take the call? */
 static const char *stream_k_leaves(const flash_kda_prefill_args *args, int32_t expected, bool *hopper) {
     static char other[80];
     char text[200] = "";
-    int32_t left = 0;
-    const char *wrong = run_described(args, text, sizeof text, &left);
+    int32_t outcome = 0;
+    const char *wrong = run_described(args, text, sizeof text, &outcome);
     *hopper = strstr(text, "level sm90");
     if (wrong || !*hopper)
         return wrong;
     setenv("FLASH_KDA_CUDA", "sm90/stream_k", 1);
-    wrong = run_described(args, text, sizeof text, &left);
-    snprintf(other, sizeof other, "left %d to other kernels, expected %d", left, expected);
+    wrong = run_described(args, text, sizeof text, &outcome);
+    snprintf(other, sizeof other, "outcome %d, expected %d", outcome, expected);
     return wrong                       ? wrong
            : !strstr(text, "stream_k") ? "was not run by stream-K"
-           : left != expected          ? other
+           : outcome != expected       ? other
                                        : NULL;
 }
 
@@ -221,7 +221,7 @@ static void stream_k(struct check *check) {
         prefill_results_make(&results, &p);
         const flash_kda_prefill_args args = prefill_bind(&p, &results, FLASH_KDA_BACKEND_CUDA);
         bool hopper = false;
-        const char *wrong = stream_k_leaves(&args, gates[i].left, &hopper);
+        const char *wrong = stream_k_leaves(&args, gates[i].outcome, &hopper);
         if (!forced)
             unsetenv("FLASH_KDA_CUDA");
         if (wrong || hopper)
