@@ -161,7 +161,7 @@ static void expect_error(struct call *c, flash_kda_status expected, const char *
     (BIT(DQ) | BIT(DK) | BIT(DV) | BIT(DG) | BIT(DBETA) | BIT(DA_LOG) | BIT(D_DT_BIAS) | BIT(D_INITIAL_STATE))
 #define LOOSE  (BIT(BETA) | BIT(DBETA) | BIT(A_LOG) | BIT(DA_LOG) | BIT(CU_SEQLENS) | BIT(CHECKPOINT_CU_STARTS))
 #define STATES (BIT(INITIAL_STATE) | BIT(CHECKPOINTS) | BIT(D_FINAL_STATE) | BIT(D_INITIAL_STATE))
-/* Of sizes that others are measured by: a wrong one is reported as theirs. */
+/* Their sizes are what others are measured by: a wrong one is reported as another tensor's. */
 #define MEASURES (BIT(Q) | BIT(V) | BIT(CU_SEQLENS))
 
 static const struct fault faults[] = {

@@ -400,7 +400,7 @@ static void test_valid_dense(void **state) {
     expect_success(c, true);
 }
 
-/* Of a padding row nothing is looked at, whatever its other indices hold. */
+/* Nothing of a padding row is looked at, whatever its other indices hold. */
 static void test_padding_holds_anything(void **state) {
     (void)state;
     struct call *c = call_new();

@@ -60,7 +60,7 @@ static void expect_error(struct fixture *f, flash_kda_status expected, const cha
     (BIT(ARG_CU_SEQLENS) | BIT(ARG_STATE_INDICES) | BIT(ARG_CHECKPOINT_CU_STARTS) | \
      BIT(ARG_CHECKPOINT_INDICES) | BIT(ARG_CHECKPOINT_OFFSETS))
 #define NOT_WRITTEN (~(BIT(ARG_OUT) | BIT(ARG_FINAL_STATE) | BIT(ARG_CHECKPOINTS)))
-/* Of sizes that others are measured by: a wrong one is reported as theirs. */
+/* Their sizes are what others are measured by: a wrong one is reported as another tensor's. */
 #define MEASURES                                                                                     \
     (BIT(ARG_Q) | BIT(ARG_V) | BIT(ARG_CU_SEQLENS) | BIT(ARG_INITIAL_STATE) | BIT(ARG_CHECKPOINTS) | \
      BIT(ARG_CHECKPOINT_INDICES))

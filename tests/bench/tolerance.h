@@ -3,8 +3,8 @@
 #ifndef BENCH_TOLERANCE_H
 #define BENCH_TOLERANCE_H
 
-/* fp32 arithmetic. Of every difference of a bf16 or fp16 result, half a unit in the last place is forgiven: what
- * rounding to nearest may cost. So those results are held to this too, and one that is truncated fails. */
+/* fp32 arithmetic. Half a unit in the last place, which rounding to nearest may cost, is taken off every difference
+ * of a bf16 or fp16 result. So those results are held to this too, and one that is truncated fails. */
 #define TOLERANCE_FP32 1e-5
 
 /* The oracle against the closed formula: both are fp64, what is left is that the expected values are kept in
