@@ -5,12 +5,6 @@
 #include "faults.h"
 #include "fixture.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdint.h>
-/* cmocka.h wants the four above first. */
-#include <cmocka.h>
-
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -183,14 +177,8 @@ static const struct fault faults[] = {
 };
 enum { FAULTS = sizeof faults / sizeof *faults };
 
-static struct tensor_case {
-    char name[80];
-    enum backward_argument argument;
-    const struct fault *fault;
-} tensor_cases[FAULTS * TENSORS];
-
 static void test_tensor_fault(void **state) {
-    const struct tensor_case *t = *state;
+    const struct fault_case *t = *state;
     struct call *c = call_new();
     t->fault->apply(&c->tensor[t->argument]);
     expect_error(c, FLASH_KDA_ERROR_INVALID_ARGUMENT, names[t->argument], ALL_ENTRIES);
@@ -481,19 +469,9 @@ static void test_shorter_struct(void **state) {
 
 int main(void) {
     static struct CMUnitTest tests[FAULTS * TENSORS + CASES + 10];
+    static struct fault_case fault_cases[FAULTS * TENSORS];
     static struct argument_case writable_cases[CASES];
-    size_t count = 0;
-    for (int i = 0; i < FAULTS; i++)
-        for (int argument = 0; argument < TENSORS; argument++) {
-            struct tensor_case *t = &tensor_cases[count];
-            if (faults[i].except >> argument & 1)
-                continue;
-            t->argument = (enum backward_argument)argument;
-            t->fault = &faults[i];
-            snprintf(t->name, sizeof t->name, "%s: %s", names[argument], faults[i].name);
-            tests[count++] =
-                (struct CMUnitTest){.name = t->name, .test_func = test_tensor_fault, .initial_state = t};
-        }
+    size_t count = list_fault_cases(tests, fault_cases, test_tensor_fault, faults, FAULTS, names, TENSORS);
     memcpy(writable_cases, cases, sizeof cases);
     for (int i = 0; i < CASES; i++)
         tests[count++] = (struct CMUnitTest){

@@ -4,12 +4,6 @@
 #include "faults.h"
 #include "fixture.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdint.h>
-/* cmocka.h wants the four above first. */
-#include <cmocka.h>
-
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -170,14 +164,8 @@ static const struct fault faults[] = {
 };
 enum { FAULTS = sizeof faults / sizeof *faults };
 
-static struct tensor_case {
-    char name[80];
-    enum decode_argument argument;
-    const struct fault *fault;
-} tensor_cases[FAULTS * TENSORS];
-
 static void test_tensor_fault(void **state) {
-    const struct tensor_case *t = *state;
+    const struct fault_case *t = *state;
     struct call *c = call_new();
     t->fault->apply(&c->tensor[t->argument]);
     expect_error(c, FLASH_KDA_ERROR_INVALID_ARGUMENT, names[t->argument]);
@@ -521,26 +509,11 @@ static void test_level_unknown(void **state) {
 
 /* ---- Running them all ------------------------------------------------------------------------------ */
 
-static size_t list_tensor_cases(struct CMUnitTest *tests) {
-    size_t count = 0;
-    for (int i = 0; i < FAULTS; i++)
-        for (int argument = 0; argument < TENSORS; argument++) {
-            struct tensor_case *c = &tensor_cases[count];
-            if (faults[i].except >> argument & 1)
-                continue;
-            c->argument = (enum decode_argument)argument;
-            c->fault = &faults[i];
-            snprintf(c->name, sizeof c->name, "%s: %s", names[argument], faults[i].name);
-            tests[count++] =
-                (struct CMUnitTest){.name = c->name, .test_func = test_tensor_fault, .initial_state = c};
-        }
-    return count;
-}
-
 int main(void) {
     enum { PLAIN = 9 };
     static struct CMUnitTest tests[FAULTS * TENSORS + CASES + PLAIN];
-    size_t count = list_tensor_cases(tests);
+    static struct fault_case fault_cases[FAULTS * TENSORS];
+    size_t count = list_fault_cases(tests, fault_cases, test_tensor_fault, faults, FAULTS, names, TENSORS);
     for (int i = 0; i < CASES; i++)
         tests[count++] =
             (struct CMUnitTest){.name = cases[i].name, .test_func = test_argument, .initial_state = &cases[i]};

@@ -5,12 +5,6 @@
 #include "faults.h"
 #include "fixture.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdint.h>
-/* cmocka.h wants the four above first. */
-#include <cmocka.h>
-
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -101,14 +95,8 @@ static const struct fault faults[] = {
 };
 enum { FAULTS = sizeof faults / sizeof *faults };
 
-struct tensor_case {
-    enum argument argument;
-    const struct fault *fault;
-    char name[100];
-};
-
 static void test_tensor_fault(void **state) {
-    const struct tensor_case *c = *state;
+    const struct fault_case *c = *state;
     struct fixture *f = fixture_new();
     if (c->argument == ARG_CHECKPOINT_OFFSETS)
         fixture_use_offsets(f);
@@ -623,29 +611,13 @@ static void test_level_of_another_machine(void **state) {
 
 /* ---- Running them all ------------------------------------------------------------------------------ */
 
-enum { PLAIN = 8 };
-static struct tensor_case tensor_cases[FAULTS * ARGUMENTS];
-
-static size_t list_tensor_cases(struct CMUnitTest *tests) {
-    size_t count = 0;
-    for (int i = 0; i < FAULTS; i++)
-        for (int argument = 0; argument < ARGUMENTS; argument++) {
-            struct tensor_case *c = &tensor_cases[count];
-            if (faults[i].except >> argument & 1)
-                continue;
-            c->argument = (enum argument)argument;
-            c->fault = &faults[i];
-            snprintf(c->name, sizeof c->name, "%s: %s", argument_names[argument], faults[i].name);
-            tests[count++] =
-                (struct CMUnitTest){.name = c->name, .test_func = test_tensor_fault, .initial_state = c};
-        }
-    return count;
-}
-
 int main(void) {
+    enum { PLAIN = 8 };
     static struct CMUnitTest tests[FAULTS * ARGUMENTS + CASES + PLAIN];
+    static struct fault_case fault_cases[FAULTS * ARGUMENTS];
     static struct argument_case writable_cases[CASES];
-    size_t count = list_tensor_cases(tests);
+    size_t count =
+        list_fault_cases(tests, fault_cases, test_tensor_fault, faults, FAULTS, argument_names, ARGUMENTS);
     memcpy(writable_cases, cases, sizeof cases);
     for (int i = 0; i < CASES; i++)
         tests[count++] = (struct CMUnitTest){

@@ -2,6 +2,25 @@
 /* What can be wrong with any tensor. */
 #include "faults.h"
 
+#include <stdio.h>
+
+size_t list_fault_cases(struct CMUnitTest *tests, struct fault_case *cases, CMUnitTestFunction test,
+                        const struct fault *faults, int fault_count, const char *const *names,
+                        int tensor_count) {
+    size_t count = 0;
+    for (int i = 0; i < fault_count; i++)
+        for (int argument = 0; argument < tensor_count; argument++) {
+            struct fault_case *c = &cases[count];
+            if (faults[i].except >> argument & 1)
+                continue;
+            c->argument = argument;
+            c->fault = &faults[i];
+            snprintf(c->name, sizeof c->name, "%s: %s", names[argument], faults[i].name);
+            tests[count++] = (struct CMUnitTest){.name = c->name, .test_func = test, .initial_state = c};
+        }
+    return count;
+}
+
 void rank_too_high(struct fixture_tensor *t) { t->shape[t->dl.ndim++] = 1; }
 void rank_zero(struct fixture_tensor *t) { t->dl.ndim = 0; }
 void rank_negative(struct fixture_tensor *t) { t->dl.ndim = -1; }

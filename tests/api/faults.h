@@ -1,10 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /* What can be wrong with any tensor. Every test of errors lists those that it tries, and the tensors that they do not make
- * wrong. */
+ * wrong; each is then a test of its own. */
 #ifndef API_FAULTS_H
 #define API_FAULTS_H
 
 #include "fixture.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdint.h>
+/* cmocka.h wants the four above first. */
+#include <cmocka.h>
 
 struct fault {
     const char *name;
@@ -14,6 +20,19 @@ struct fault {
 };
 
 #define BIT(argument) (1u << (argument))
+
+/* One fault of one tensor: what a test gets as its state. */
+struct fault_case {
+    char name[100];
+    int argument;
+    const struct fault *fault;
+};
+
+/* Writes a test for every fault of every tensor that it makes wrong; returns how many. tests and cases have room for
+ * fault_count times tensor_count. */
+size_t list_fault_cases(struct CMUnitTest *tests, struct fault_case *cases, CMUnitTestFunction test,
+                        const struct fault *faults, int fault_count, const char *const *names,
+                        int tensor_count);
 
 void rank_too_high(struct fixture_tensor *t);
 void rank_zero(struct fixture_tensor *t);
