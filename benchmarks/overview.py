@@ -10,9 +10,11 @@ the results that are there, which plot.py does.
 import json
 import pathlib
 import sys
+import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = 120
 BEGIN, END = "<!-- speed: written by benchmarks/overview.py -->\n", "<!-- /speed -->\n"
 
 # Cells of the table of cuda_speed.py, and what the figure calls them.
@@ -98,7 +100,7 @@ def readme():
     prefill, decode = CPU_CELLS
     return [*table(head, rows), "", measured_on(speed, "GPU time of prefill", "gate and norm included", *PEERS), "",
             f"On a CPU, prefill is {faster_than_ggml(prefill, 'ours')} times as fast as ggml's op, which llama.cpp runs in"
-            f" fp32, and in fp32 itself", f"{faster_than_ggml(prefill, 'fp32')} times; decode is"
+            f" fp32, and {faster_than_ggml(prefill, 'fp32')} times in fp32 itself; decode is"
             f" {faster_than_ggml(decode, 'ours', 'fp32')} times as fast."]
 
 
@@ -156,8 +158,7 @@ def prefill_beside(peer):
             f"In all {len(faster)} cells that were measured libflashkda is {faster[0]:.1f} to {faster[-1]:.0f} times as"
             f" fast as {name}.",
             f"Level `sm80`, for every GPU but Hopper, was measured on the same H200. It is {min(portable):.2f} to"
-            f" {max(portable):.2f} times as",
-            f"fast, and slower in {sum(x < 1 for x in portable)} of these cells.", ""]
+            f" {max(portable):.2f} times as fast, and slower in {sum(x < 1 for x in portable)} of these cells.", ""]
 
 
 def errors_beside(peer):
@@ -193,9 +194,14 @@ PAGES = {"README.md": readme,
          "docs/from-fla.md": lambda: [*prefill_beside("fla"), *decode_beside_fla(), *errors_beside("fla")]}
 
 
+def wrapped(line):
+    """Within the columns that a page has, if it is no row of a table."""
+    return line if line.startswith("|") else textwrap.fill(line, COLUMNS, break_long_words=False, break_on_hyphens=False)
+
+
 def main():
     for name, lines in PAGES.items():
-        page, new = ROOT / name, "\n".join(lines()).rstrip("\n") + "\n"
+        page, new = ROOT / name, "\n".join(map(wrapped, lines())).rstrip("\n") + "\n"
         text = page.read_text()
         begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
         if "--write" in sys.argv[1:]:
