@@ -60,7 +60,10 @@ def record(measured, suffix=""):
     """Writes what was measured, under this machine's name and what it is if not the table of prefill; says where."""
     of = measured["machine"]
     name = re.sub(r"[^a-z0-9]+", "-", f"{of['cpu']} {of['threads']} threads".lower())
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}{suffix and '-' + suffix}.json"
+    write(measured, RESULTS / f"{name}{suffix and '-' + suffix}.json")
+
+
+def write(measured, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(measured, indent=2) + "\n")
-    print(f"\nwrote {path.relative_to(ROOT)}")
+    print(f"\nwrote {path}")

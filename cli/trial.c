@@ -179,7 +179,7 @@ bool trial_level(const struct trial *trial, char level[16]) {
 void trial_last_states(const struct trial *trial, struct tensor *states) {
     int64_t columns = trial->way == DECODE_STATE_EACH ? trial->c->tokens : 1;
     tensor_view(states, &trial->state.dl);
-    tensor_narrow(states, 0, columns - 1, trial->c->sequences);
+    tensor_narrow(states, 0, columns - 1, trial->state.shape[0] / columns);
     states->strides[0] *= columns;
     states->compact = states->compact && columns == 1;
 }
