@@ -56,15 +56,14 @@ def machine(binary):
     return {key: info.get(key) for key in ("cpu", "architecture", "features", "processors", "threads", "level")}
 
 
-def record(measured, suffix):
-    """Writes what was measured, under this machine's name; says where."""
+def record(measured, suffix=""):
+    """Writes what was measured, under this machine's name and what it is if not the table of prefill; says where."""
     of = measured["machine"]
     name = re.sub(r"[^a-z0-9]+", "-", f"{of['cpu']} {of['threads']} threads".lower())
-    write(measured, RESULTS / f"{name}-{suffix}.json")
+    write(measured, RESULTS / f"{name}{suffix and '-' + suffix}.json")
 
 
 def write(measured, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(measured, indent=2) + "\n")
     print(f"\nwrote {path}")
-

@@ -10,7 +10,6 @@ arguments, which go to `flashkda bench`: prints, and writes nothing.
 
 import json
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,11 +17,11 @@ import time
 
 import numpy
 
+import cpu_cells
 import device
 import plot
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 SIZE = 2048  # of the square matrices
 REPEATS = 15
 
@@ -71,16 +70,6 @@ def print_ratios(measured):
               f" {result['level']}, {result['threads']} threads")
 
 
-def record(measured, suffix=""):
-    """Writes what was measured, under this machine's name; says where."""
-    machine = measured["machine"]
-    name = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads".lower())
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}{suffix}.json"
-    path.write_text(json.dumps(measured, indent=2) + "\n")
-    print(f"\nwrote {path.relative_to(ROOT)}")
-
-
 def main():
     arguments = sys.argv[1:]
     before = matmul_gflops()
@@ -89,10 +78,10 @@ def main():
     print_ratios(measured)
     if arguments:
         return
-    record(measured)
-    plot.draw(measured, RESULTS / "speed.svg")
-    print(f"drew {(RESULTS / 'speed.svg').relative_to(ROOT)}")
-    record(bench(["--decode"]), "-decode")
+    cpu_cells.record(measured)
+    plot.draw(measured, cpu_cells.RESULTS / "speed.svg")
+    print(f"drew {(cpu_cells.RESULTS / 'speed.svg').relative_to(ROOT)}")
+    cpu_cells.record(bench(["--decode"]), "decode")
 
 
 if __name__ == "__main__":

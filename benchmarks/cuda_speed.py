@@ -3,7 +3,7 @@
 
 usage: cuda_speed.py [--build DIR] [--flashkda FOLDER] [--quick] [--commit NAME] [-o FILE]
 
-Runs `flashkda bench --backend cuda`, behind its table on the inputs in data/ repeated to the size of its cases and
+Runs `flashkda bench --backend cuda`, after its table on the inputs in data/ repeated to the size of its cases and
 to a million tokens; on a GPU with a level of its own all that again on the portable level; then on the table's cases
 fla's chunk_kda (the package flash-linear-attention, where it is installed), FlashKDA (a FOLDER with its built
 package) and the Hopper kernel of nvidia-cudnn-frontend (where it is installed; it gets g and beta in fp32) through
@@ -50,7 +50,7 @@ def bench_case(build, commit, level, *options):
 
 
 def bench(build, commit, quick, level=None):
-    """The table, and behind it the captured inputs, the first ones also for a million tokens; with quick a few short
+    """The table, and after it the captured inputs, the first ones also for a million tokens; with quick a few short
     cases."""
     measured = bench_case(build, commit, level, *(["--quick"] if quick else []))
     sizes = [(path, CAPTURED_SIZE) for path in CAPTURED]

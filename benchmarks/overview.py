@@ -3,15 +3,18 @@
 
 usage: overview.py [--write]
 
-Compares the text between the marks of every page with the results, or writes it. plot.py draws the README's cells.
+Compares the text between the marks of every page with the results, or writes it; and sees that every figure is drawn from
+the results that are there, which plot.py does.
 """
 
 import json
 import pathlib
 import sys
+import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "h200"
+RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = 120
 BEGIN, END = "<!-- speed: written by benchmarks/overview.py -->\n", "<!-- /speed -->\n"
 
 # Cells of the table of cuda_speed.py, and what the figure calls them.
@@ -19,6 +22,16 @@ SHAPES = {"T8192-H96-sigmoid": "8,192 tokens,\n96 heads", "T8192-H32-sigmoid": "
           "T65536-H8-sigmoid": "65,536 tokens,\n8 heads"}
 REGIMES = {"strong": "the past is soon forgotten", "slow": "as trained heads have them"}
 PEERS = {"flashkda": "FlashKDA", "fla": "fla", "cudnn": "cuDNN"}
+
+# The README's CPU, and its cells of cpu_ggml.py: prefill, then decode.
+CPU = "cpu/amd-epyc-2-threads-ggml.json"
+CPU_CELLS = ({"T4096-H8": "4,096 tokens,\n8 heads", "T4096-H32": "4,096 tokens,\n32 heads",
+              "T65536-H1": "65,536 tokens,\n1 head"},
+             {"decode B1-H32": "1 sequence,\n32 heads", "decode B16-H32": "16 sequences,\n32 heads"})
+
+# Figures and what they are drawn from.
+FIGURES = {"overview.svg": ["h200/speed.json", CPU], "h200/speed.svg": ["h200/speed.json"],
+           "cpu/speed.svg": ["cpu/amd-epyc-2-threads.json"]}
 
 # Cells of the pages for users of one peer: large and small, few heads and many, and what has no other cell.
 PREFILL = ["T8192-H96-sigmoid-strong", "T8192-H96-sigmoid-slow", "N6-T8192-H96-sigmoid-slow", "B8-T1024-H96-sigmoid-slow",
@@ -60,8 +73,22 @@ def times(measured, name):
     return {"ours": median(result), **{peer: median(result["peers"][peer]) for peer in PEERS}}
 
 
+def cpu_times(measured, name):
+    """Milliseconds of a cell, by what ran it."""
+    cell = next(c for c in measured["cells"] if c["name"] == name)
+    return {"ours": cell["ours_bf16_ms"]["middle_ms"], "fp32": cell["ours_fp32_ms"]["middle_ms"],
+            "ggml": cell["ggml_ms"]["middle_ms"]}
+
+
+def faster_than_ggml(cells, *sides):
+    """From how many to how many times as fast these cells are."""
+    measured = read(CPU)
+    times = [took["ggml"] / took[side] for took in (cpu_times(measured, name) for name in cells) for side in sides]
+    return f"{min(times):.1f} to {max(times):.1f}"
+
+
 def readme():
-    speed, rows = read("speed.json"), []
+    speed, rows = read("h200/speed.json"), []
     first, *others = PEERS.values()
     for shape, label in SHAPES.items():
         for regime in REGIMES:
@@ -70,7 +97,27 @@ def readme():
                          *(f"{took[peer] / took['ours']:.1f}" for peer in PEERS)])
     head = ["one sequence, K = V = 128, bf16", "gates", "libflashkda", f"times as fast as {first}",
             *(f"... as {other}" for other in others)]
-    return [*table(head, rows), "", measured_on(speed, "GPU time of prefill", "gate and norm included", *PEERS)]
+    prefill, decode = CPU_CELLS
+    return [*table(head, rows), "", measured_on(speed, "GPU time of prefill", "gate and norm included", *PEERS), "",
+            f"On a CPU, prefill is {faster_than_ggml(prefill, 'ours')} times as fast as ggml's op, which llama.cpp runs in"
+            f" fp32, and {faster_than_ggml(prefill, 'fp32')} times in fp32 itself; decode is"
+            f" {faster_than_ggml(decode, 'ours', 'fp32')} times as fast."]
+
+
+# ---- The page of all speeds -----------------------------------------------------------------------
+
+def speed_on_cpu():
+    measured, rows = read(CPU), []
+    for cells, what in zip(CPU_CELLS, ("prefill", "decode")):
+        for name, label in cells.items():
+            took = cpu_times(measured, name)
+            rows.append([f"{what}, {label}".replace("\n", " "), *(f"{took[side]:.3g} ms" for side in ("ggml", "fp32", "ours")),
+                         *(f"{took['ggml'] / took[side]:.1f}" for side in ("fp32", "ours"))])
+    machine, ggml = measured["machine"], measured["ggml"]
+    head = ["K = V = 128", "ggml, fp32", "libflashkda, fp32", "libflashkda, bf16", "times as fast in fp32", "... in bf16"]
+    return [*table(head, rows), "",
+            f"Medians of {len(measured['cells'][0]['ggml_ms']['rounds_ms'])} rounds on {machine['threads']} threads of an {machine['cpu']} with level {machine['level']}, commit"
+            f" {measured['commit'][:7]}, {measured['date'][:10]}; ggml {ggml['version']} ({ggml['commit'][:7]})."]
 
 
 # ---- The pages for users of one peer --------------------------------------------------------------
@@ -98,7 +145,7 @@ def timed_beside(results, peer):
 
 
 def prefill_beside(peer):
-    speed, name = read("speed.json"), PEERS[peer]
+    speed, name = read("h200/speed.json"), PEERS[peer]
     results = timed_beside(speed["results"], peer)
     rows = [[case_name(r["case"]), r["case"]["regime"], f"{median(r) * 1e3:.3f} ms",
              f"{median(r['peers'][peer]) * 1e3:.3f} ms", f"{median(r['peers'][peer]) / median(r):.1f}",
@@ -111,12 +158,11 @@ def prefill_beside(peer):
             f"In all {len(faster)} cells that were measured libflashkda is {faster[0]:.1f} to {faster[-1]:.0f} times as"
             f" fast as {name}.",
             f"Level `sm80`, for every GPU but Hopper, was measured on the same H200. It is {min(portable):.2f} to"
-            f" {max(portable):.2f} times as",
-            f"fast, and slower in {sum(x < 1 for x in portable)} of these cells.", ""]
+            f" {max(portable):.2f} times as fast, and slower in {sum(x < 1 for x in portable)} of these cells.", ""]
 
 
 def errors_beside(peer):
-    accuracy, name = read("accuracy.json"), PEERS[peer]
+    accuracy, name = read("h200/accuracy.json"), PEERS[peer]
     rows = [[entry["input"], *(f"{entry['errors'][who][key]:.1e}" for who in ("ours", peer)
                                for key in ("output_error", "state_error"))]
             for entry in accuracy["errors"] if entry["errors"][peer]]
@@ -125,7 +171,7 @@ def errors_beside(peer):
 
 
 def decode_beside_fla():
-    decode = read("decode.json")
+    decode = read("h200/decode.json")
     rows = []
     for r in (r for wanted in DECODE for r in decode["results"] if r["name"] == wanted):
         case, warm = r["case"], r.get("warm_seconds")
@@ -143,19 +189,30 @@ def decode_beside_fla():
 # ---- Writing --------------------------------------------------------------------------------------
 
 PAGES = {"README.md": readme,
+         "docs/speed.md": speed_on_cpu,
          "docs/from-flashkda.md": lambda: [*prefill_beside("flashkda"), *errors_beside("flashkda")],
          "docs/from-fla.md": lambda: [*prefill_beside("fla"), *decode_beside_fla(), *errors_beside("fla")]}
 
 
+def wrapped(line):
+    """Within the columns that a page has, if it is no row of a table."""
+    return line if line.startswith("|") else textwrap.fill(line, COLUMNS, break_long_words=False, break_on_hyphens=False)
+
+
 def main():
     for name, lines in PAGES.items():
-        page, new = ROOT / name, "\n".join(lines()).rstrip("\n") + "\n"
+        page, new = ROOT / name, "\n".join(map(wrapped, lines())).rstrip("\n") + "\n"
         text = page.read_text()
         begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
         if "--write" in sys.argv[1:]:
             page.write_text(text[:begin] + new + text[end:])
         elif text[begin:end] != new:
             raise SystemExit(f"{name} says other figures than the results; benchmarks/overview.py --write puts them right")
+    for name, sources in FIGURES.items():
+        figure = (RESULTS / name).read_text()
+        for source in sources:
+            if f"commit {read(source)['commit']}" not in figure:
+                raise SystemExit(f"{name} is not drawn from what {source} has; benchmarks/plot.py draws it")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Draws figures of speed from what cpu_speed.py, cuda_speed.py or model_speed.py measured.
 
-usage: plot.py MEASURED.json FIGURE.svg [--overview]
-
---overview: the README's few bars of prefill on a GPU, instead of all that was measured.
+usage: plot.py MEASURED.json FIGURE.svg
+       plot.py --overview FIGURE.svg        the README's few bars, whose cells overview.py names
 """
 
 import json
@@ -130,36 +129,45 @@ def draw_cuda(measured, path):
 
 # ---- The README's ---------------------------------------------------------------------------------
 
-def draw_overview_regime(axes, measured, regime, names):
-    """Bars of times, in those of ours, with milliseconds beside them; a group a shape."""
-    height = 0.8 / len(names)
-    for place, (shape, label) in enumerate(overview.SHAPES.items()):
-        times = medians(find(measured["results"], name=f"{shape}-{regime}")[0], measured)
-        for i, name in enumerate(names):
-            longer, y = times[name] / times["ours"], place + (i - (len(names) - 1) / 2) * height
-            axes.barh(y, min(longer, LONGEST), height * 0.92, color=MARKS[name][1])
-            text = f"{times[name]:.2f} ms" + (f", {longer:.1f} times as long" if name != "ours" else "")
+LONGEST = 12  # times ours; longer bars end there, their numbers say how long they are
+OVERVIEW = {"ours": MARKS["ours"][1], "fp32": MARKS["portable"][1], "flashkda": MARKS["flashkda"][1],
+            "fla": MARKS["fla"][1], "cudnn": MARKS["cudnn"][1], "ggml": "#8c8c8c"}
+
+
+def draw_times(axes, groups, title):
+    """Bars of times, in those of ours, with milliseconds beside them. groups: labels to times by implementation."""
+    for place, times in enumerate(groups.values()):
+        height = 0.8 / len(times)
+        for i, (name, time) in enumerate(times.items()):
+            longer, y = time / times["ours"], place + (i - (len(times) - 1) / 2) * height
+            axes.barh(y, min(longer, LONGEST), height * 0.92, color=OVERVIEW[name])
+            text = f"{time:.{3 if time < 0.1 else 2 if time < 10 else 0}f} ms" + (f", {longer:.1f} times as long" if name != "ours" else "")
             axes.annotate(text, (min(longer, LONGEST), y), (3, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(range(len(overview.SHAPES)), overview.SHAPES.values())
+    axes.set_yticks(range(len(groups)), groups)
+    axes.invert_yaxis()
     axes.set_xlim(0, LONGEST * 1.45)
     axes.set_xticks([])
     axes.spines.bottom.set_visible(False)
-    axes.set_title(f"{regime} gates: {overview.REGIMES[regime]}", fontsize=10)
+    axes.set_title(title, fontsize=10)
 
 
-LONGEST = 12  # times ours; longer bars end there, their numbers say how long they are
-
-
-def draw_overview(measured, path):
-    names = ["ours", "flashkda", "fla", "cudnn"]
-    figure, panels = pyplot.subplots(1, len(overview.REGIMES), figsize=(13, 4.2), layout="constrained", sharey=True)
-    for axes, regime in zip(panels, overview.REGIMES):
-        draw_overview_regime(axes, measured, regime, names)
-    panels[0].invert_yaxis()
-    figure.legend([Patch(color=MARKS[name][1]) for name in names], [LABELS[name] for name in names],
-                  loc="outside lower center", ncols=len(names), frameon=False)
-    figure.suptitle(f"Prefill on {measured['machine']['device']['name']}: shorter is faster", fontsize=11)
-    figure.savefig(path, metadata={"Date": None})
+def draw_overview(measured, cpu, path):
+    figure, rows = pyplot.subplots(2, 2, figsize=(13, 7), layout="constrained", height_ratios=[12, 9])
+    for axes, regime in zip(rows[0], overview.REGIMES):
+        cells = {label: medians(find(measured["results"], name=f"{shape}-{regime}")[0], measured)
+                 for shape, label in overview.SHAPES.items()}
+        draw_times(axes, {label: {name: times[name] for name in OVERVIEW if name in times}
+                          for label, times in cells.items()},
+                   f"prefill on {measured['machine']['device']['name']}, {regime} gates: {overview.REGIMES[regime]}")
+    machine = cpu["machine"]
+    for axes, cells, what in zip(rows[1], overview.CPU_CELLS, ("prefill", "decode of one token")):
+        draw_times(axes, {label: overview.cpu_times(cpu, name) for name, label in cells.items()},
+                   f"{what} on {machine['cpu']}, {machine['threads']} threads")
+    labels = LABELS | {"fp32": "libflashkda in fp32", "ggml": "ggml's op in fp32, as llama.cpp runs it"}
+    figure.legend([Patch(color=colour) for colour in OVERVIEW.values()], [labels[name] for name in OVERVIEW],
+                  loc="outside lower center", ncols=len(OVERVIEW), frameon=False)
+    figure.suptitle("Shorter is faster", fontsize=11)
+    figure.savefig(path, metadata={"Date": None, "Source": f"commit {measured['commit']}, commit {cpu['commit']}"})
 
 
 # ---- A whole model --------------------------------------------------------------------------------
@@ -227,15 +235,16 @@ def draw_model(measured, path):
     figure.savefig(path, metadata={"Date": None})
 
 
-def drawing(measured, overview_wished):
+def drawing(measured):
     """What draws these measurements."""
     if "results" in measured and "mla" in measured["results"]:
         return draw_model
-    if overview_wished:
-        return draw_overview
     return draw_cuda if measured["machine"].get("device") else draw
 
 
 if __name__ == "__main__":
-    what = json.loads(pathlib.Path(sys.argv[1]).read_text())
-    drawing(what, "--overview" in sys.argv[3:])(what, sys.argv[2])
+    if sys.argv[1] == "--overview":
+        draw_overview(overview.read("h200/speed.json"), overview.read(overview.CPU), sys.argv[2])
+    else:
+        what = json.loads(pathlib.Path(sys.argv[1]).read_text())
+        drawing(what)(what, sys.argv[2])

@@ -20,7 +20,7 @@ enum {
 static const double time_budget = 4;
 
 /* The oracle looks at so many heads, then tokens, that its work, tokens x value heads x K x V, stays below this:
- * about a second. Of a longer case the rest is covered by the shorter one: no token depends on a later one. */
+ * about a second. A longer case is compared on its first tokens, which depend on no later one. */
 static const int64_t oracle_budget = (int64_t)1 << 29;
 
 /* ---- A case ------------------------------------------------------------------------------------ */

@@ -44,7 +44,7 @@ bool trial_run(struct trial *trial, double *seconds);
 bool trial_describe(const struct trial *trial, char *text, size_t size);
 bool trial_level(const struct trial *trial, char level[16]);
 
-/* Of decode: the states after the last token, a view. */
+/* The states after the last token, a view: of every sequence one. */
 void trial_last_states(const struct trial *trial, struct tensor *states);
 
 /* Bytes that it must move: every tensor once, every state once for each time it is read or written. */

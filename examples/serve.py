@@ -56,7 +56,7 @@ class Server:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def inputs(self, parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-        """Tokens of several sequences behind each other, [1, T, heads, dim]."""
+        """Tokens of several sequences, one after another, [1, T, heads, dim]."""
         return [torch.cat(x)[None].to(self.device, torch.bfloat16) for x in zip(*parts, strict=True)]
 
     def admit(self, requests: list[Request]) -> None:

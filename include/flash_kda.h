@@ -432,8 +432,8 @@ FLASH_KDA_API flash_kda_status flash_kda_decode_describe(const flash_kda_decode_
 /* ---- Backward ---------------------------------------------------------------------------------- */
 
 /*
- * Arguments of the backward pass: from the gradients of a prefill's results, those of its inputs. dX is the gradient
- * of X: of one number that depends on everything that the prefill wrote, in units of that number per unit of X.
+ * Arguments of the backward pass: from the gradients of a prefill's results it makes those of its inputs. All are
+ * derivatives of one number, the loss: dX is that of the loss by X.
  *
  * Inputs and options are those of the prefill, whose out is not needed. Every gradient that is written may be NULL: it
  * is not computed and costs nothing. One that is given is overwritten, not added to. dtypes, strides, devices and what
@@ -447,8 +447,8 @@ FLASH_KDA_API flash_kda_status flash_kda_decode_describe(const flash_kda_decode_
  * The CUDA backend does not run it yet.
  */
 typedef struct flash_kda_backward_args {
-    size_t
-        struct_size; /* sizeof(flash_kda_backward_args), set by FLASH_KDA_BACKWARD_ARGS_INIT; as of prefill */
+    size_t struct_size; /* sizeof(flash_kda_backward_args), set by FLASH_KDA_BACKWARD_ARGS_INIT; as for
+                           prefill */
 
     /* -- The prefill -- */
     const DLTensor *q;       /* required, float [B, T, H, K], 1 <= K <= 256 */
@@ -461,19 +461,17 @@ typedef struct flash_kda_backward_args {
     flash_kda_gate gate;
     double lower_bound; /* sigmoid gate only: in [-5, 0), nats a token */
     flash_kda_beta beta_mode;
-    double scale; /* 0: 1 / sqrt(K); within the range of fp32 */
-    uint32_t
-        flags; /* flash_kda_flags, FLASH_KDA_KEEP_STATE excepted. A sequence's bits, where they may not depend on
-                       its batch, are all but those of dA_log and d_dt_bias: these are sums over the batch */
-    const DLTensor *cu_seqlens; /* int32 or int64 [N + 1], from 0 to T, never falling; NULL: N = B dense
-                                            sequences of T tokens */
+    double scale;   /* 0: 1 / sqrt(K); within the range of fp32 */
+    uint32_t flags; /* flash_kda_flags, FLASH_KDA_KEEP_STATE excepted. FLASH_KDA_BATCH_INVARIANT does not hold
+                       for dA_log and d_dt_bias, which are sums over the batch */
+    const DLTensor *cu_seqlens;          /* int32 or int64 [N + 1], from 0 to T, never falling; NULL: N = B
+                                            dense sequences of T tokens */
     flash_kda_state_layout state_layout; /* of every state */
     const DLTensor *initial_state;       /* fp32 or bf16 [N, HV, V, K]; NULL: 0 */
 
     /* -- States that prefill kept; NULL: they are found again, in the workspace -- */
-    const DLTensor
-        *checkpoints; /* fp32 or bf16, as prefill wrote them with checkpoint_every. The last row of a sequence,
-                                    its final state, is not read and may be left out */
+    const DLTensor *checkpoints;          /* fp32 or bf16, as prefill wrote them with checkpoint_every. The last
+                                             row of a sequence, its final state, is not read and may be left out */
     int64_t checkpoint_every;             /* with checkpoints: a multiple of 32, else 0 */
     const DLTensor *checkpoint_cu_starts; /* int32 or int64 [N + 1], with checkpoints and cu_seqlens */
 
@@ -509,21 +507,21 @@ static inline flash_kda_backward_args flash_kda_backward_args_init() {
     { .struct_size = sizeof(flash_kda_backward_args) }
 #endif
 
-/* Bytes of scratch memory that flash_kda_backward() needs for these arguments, on the device of q, to *bytes. It
- * depends on shapes, dtypes, num_threads, which tensors are given and, for packed sequences, on N, not on the data. On
- * the CPU each thread takes a state every 128 tokens of T, but none where prefill kept them every 32, 64 or 128.
- * Errors: as flash_kda_backward(). */
+/* Writes to *bytes how much scratch memory, on the device of q, flash_kda_backward() needs for these arguments. The
+ * size depends on shapes, dtypes, num_threads, which tensors are given and, for packed sequences, on N. It does not
+ * depend on the data. On the CPU each thread needs room for a state every 128 tokens of T, but for none where prefill
+ * kept them every 32, 64 or 128. Errors: as flash_kda_backward(). */
 FLASH_KDA_API flash_kda_status flash_kda_backward_workspace_size(const flash_kda_backward_args *args,
                                                                  size_t *bytes);
 
 /* Writes the gradients that are asked for.
  *
- * workspace: at least flash_kda_backward_workspace_size() bytes at any alignment, owned by the caller, not in use by
- * another call; may be NULL if that size is 0. Its contents before and after mean nothing.
+ * workspace: at least flash_kda_backward_workspace_size() bytes, at any alignment, as for flash_kda_prefill().
  *
- * Results are the same bits from run to run with the same arguments on the same machine.
- * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED, FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL;
- * everything is checked before anything is written. */
+ * The same arguments on the same machine give the same bits in every run.
+ *
+ * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED and
+ * FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL. Everything is checked before anything is written. */
 FLASH_KDA_API flash_kda_status flash_kda_backward(const flash_kda_backward_args *args, void *workspace,
                                                   size_t workspace_bytes);
 

@@ -49,7 +49,7 @@ KDA_INLINE int64_t kda_checkpoint_count(const struct kda_prefill *p, int64_t n) 
     return p->checkpoints.shape[1];
 }
 
-/* The smallest checkpoint position of sequence n behind token `position`, or INT64_MAX. */
+/* The smallest checkpoint position of sequence n after token `position`, or INT64_MAX. */
 KDA_INLINE int64_t kda_next_checkpoint(const struct kda_prefill *p, int64_t n, int64_t position) {
     int64_t next = INT64_MAX;
     if (!p->checkpoints.data)

@@ -260,14 +260,14 @@ static bool paged(const struct kda_tensor *a, const struct kda_tensor *b) {
         int64_t step = in_a.stride[d], of_a = reach(&in_a, d + 1), of_b = reach(&in_b, d + 1);
         if (!step)
             return false;
-        /* The parts of b that lie nearest to one of a, behind its beginning and before it. */
-        int64_t behind = (offset % step + step) % step, before = behind - step;
-        bool meets_behind = behind < of_a, meets_before = -before < of_b;
-        if (!meets_behind && !meets_before)
+        /* The parts of b that lie nearest to one of a, after its beginning and before it. */
+        int64_t after = (offset % step + step) % step, before = after - step;
+        bool meets_after = after < of_a, meets_before = -before < of_b;
+        if (!meets_after && !meets_before)
             return true;
-        if ((meets_behind && meets_before) || behind + step < of_a || step - before < of_b)
+        if ((meets_after && meets_before) || after + step < of_a || step - before < of_b)
             return false;
-        offset = meets_behind ? behind : before;
+        offset = meets_after ? after : before;
     }
     return false;
 }

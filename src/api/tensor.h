@@ -45,7 +45,7 @@ bool kda_tensors_overlap(const struct kda_tensor *a, const struct kda_tensor *b)
 /* Same address, dtype, shape and strides. */
 bool kda_tensors_identical(const struct kda_tensor *a, const struct kda_tensor *b);
 
-/* Bytes from the first to behind the last element; 0 if there is none. */
+/* Bytes from the first element to the end of the last; 0 if there is none. */
 int64_t kda_tensor_extent(const struct kda_tensor *t);
 
 /* Element i of an index tensor of rank 1, or (i, j) of rank 2. */

@@ -42,7 +42,7 @@ static struct kda_token load_token(const struct kda_decode *d, const struct kda_
     return x;
 }
 
-/* Behind all heads, for several may read one channel. */
+/* After all heads, for several may read one channel. */
 static void advance_convolutions(const struct kda_decode *d, int64_t n) {
     const struct kda_tensor *const inputs[] = {&d->tokens.q, &d->tokens.k, &d->tokens.v};
     const struct kda_convolution *const convs[] = {&d->q_conv, &d->k_conv, &d->v_conv};

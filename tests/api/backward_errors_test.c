@@ -1,15 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /* One test for every error that backward promises: the status, a message that names the argument, and not a byte
  * written. */
+#include "expect.h"
+#include "faults.h"
 #include "fixture.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdint.h>
-/* cmocka.h wants the four above first. */
-#include <cmocka.h>
-
-#include <ctype.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -117,30 +112,6 @@ static flash_kda_status run(struct call *c) {
 
 /* ---- What every error must do ------------------------------------------------------------------- */
 
-/* `word` as a whole word. */
-static bool mentions(const char *message, const char *word) {
-    size_t length = strlen(word);
-    for (const char *at = strstr(message, word); at; at = strstr(at + 1, word)) {
-        bool begins = at == message || !(isalnum((unsigned char)at[-1]) || at[-1] == '_');
-        bool ends = !(isalnum((unsigned char)at[length]) || at[length] == '_');
-        if (begins && ends)
-            return true;
-    }
-    return false;
-}
-
-static void expect_failure(const char *entry, flash_kda_status status, flash_kda_status expected,
-                           const char *word) {
-    const char *message = flash_kda_last_error();
-    if (status != expected)
-        fail_msg("%s: %s, expected %s (%s)", entry, flash_kda_status_name(status),
-                 flash_kda_status_name(expected), message);
-    if (!mentions(message, word))
-        fail_msg("%s: \"%s\" does not name %s", entry, message, word);
-    if (!strstr(message, "expected") && !strstr(message, "which"))
-        fail_msg("%s: \"%s\" does not say what was expected", entry, message);
-}
-
 static bool same_memory(const struct call *a, const struct call *b) {
     for (int i = 0; i < TENSORS; i++)
         if (memcmp(a->tensor[i].memory.bytes, b->tensor[i].memory.bytes, BYTES) != 0)
@@ -180,44 +151,14 @@ static void expect_error(struct call *c, flash_kda_status expected, const char *
 
 /* ---- Faults of one tensor ------------------------------------------------------------------------ */
 
-#define BIT(argument) (1u << (argument))
 #define WRITTEN \
     (BIT(DQ) | BIT(DK) | BIT(DV) | BIT(DG) | BIT(DBETA) | BIT(DA_LOG) | BIT(D_DT_BIAS) | BIT(D_INITIAL_STATE))
 #define LOOSE  (BIT(BETA) | BIT(DBETA) | BIT(A_LOG) | BIT(DA_LOG) | BIT(CU_SEQLENS) | BIT(CHECKPOINT_CU_STARTS))
 #define STATES (BIT(INITIAL_STATE) | BIT(CHECKPOINTS) | BIT(D_FINAL_STATE) | BIT(D_INITIAL_STATE))
-/* Of sizes that others are measured by: a wrong one is reported as theirs. */
+/* Their sizes are what others are measured by: a wrong one is reported as another tensor's. */
 #define MEASURES (BIT(Q) | BIT(V) | BIT(CU_SEQLENS))
 
-static void rank_too_high(struct fixture_tensor *t) { t->shape[t->dl.ndim++] = 1; }
-static void rank_zero(struct fixture_tensor *t) { t->dl.ndim = 0; }
-static void shape_missing(struct fixture_tensor *t) { t->dl.shape = NULL; }
-static void data_missing(struct fixture_tensor *t) { t->dl.data = NULL; }
-static void first_dim_wrong(struct fixture_tensor *t) { t->shape[0]++; }
-static void last_dim_wrong(struct fixture_tensor *t) { t->shape[t->dl.ndim - 1]++; }
-static void dim_negative(struct fixture_tensor *t) { t->shape[0] = -1; }
-static void stride_negative(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[0] = -t->strides[0];
-}
-static void last_stride_two(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[t->dl.ndim - 1] = 2;
-}
-static void elements_shared(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[t->dl.ndim > 1] = 0;
-}
-static void dtype_uint8(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLUInt, 8, 1}; }
-static void dtype_fp64(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLFloat, 64, 1}; }
-static void dtype_fp16(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLFloat, 16, 1}; }
-static void misaligned(struct fixture_tensor *t) { t->dl.byte_offset = 1; }
-static void elsewhere(struct fixture_tensor *t) { t->dl.device = (DLDevice){kDLCUDA, 0}; }
-
-static const struct fault {
-    const char *name;
-    void (*apply)(struct fixture_tensor *t);
-    unsigned except; /* tensors that the fault does not make wrong, or that others are measured by */
-} faults[] = {
+static const struct fault faults[] = {
     {"rank too high", rank_too_high, 0},
     {"rank zero", rank_zero, 0},
     {"no shape", shape_missing, 0},
@@ -236,14 +177,8 @@ static const struct fault {
 };
 enum { FAULTS = sizeof faults / sizeof *faults };
 
-static struct tensor_case {
-    char name[80];
-    enum backward_argument argument;
-    const struct fault *fault;
-} tensor_cases[FAULTS * TENSORS];
-
 static void test_tensor_fault(void **state) {
-    const struct tensor_case *t = *state;
+    const struct fault_case *t = *state;
     struct call *c = call_new();
     t->fault->apply(&c->tensor[t->argument]);
     expect_error(c, FLASH_KDA_ERROR_INVALID_ARGUMENT, names[t->argument], ALL_ENTRIES);
@@ -534,19 +469,9 @@ static void test_shorter_struct(void **state) {
 
 int main(void) {
     static struct CMUnitTest tests[FAULTS * TENSORS + CASES + 10];
+    static struct fault_case fault_cases[FAULTS * TENSORS];
     static struct argument_case writable_cases[CASES];
-    size_t count = 0;
-    for (int i = 0; i < FAULTS; i++)
-        for (int argument = 0; argument < TENSORS; argument++) {
-            struct tensor_case *t = &tensor_cases[count];
-            if (faults[i].except >> argument & 1)
-                continue;
-            t->argument = (enum backward_argument)argument;
-            t->fault = &faults[i];
-            snprintf(t->name, sizeof t->name, "%s: %s", names[argument], faults[i].name);
-            tests[count++] =
-                (struct CMUnitTest){.name = t->name, .test_func = test_tensor_fault, .initial_state = t};
-        }
+    size_t count = list_fault_cases(tests, fault_cases, test_tensor_fault, faults, FAULTS, names, TENSORS);
     memcpy(writable_cases, cases, sizeof cases);
     for (int i = 0; i < CASES; i++)
         tests[count++] = (struct CMUnitTest){

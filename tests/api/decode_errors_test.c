@@ -1,14 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /* One test for every error that decode promises: the status, a message that names the argument, and not a byte written. */
+#include "expect.h"
+#include "faults.h"
 #include "fixture.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdint.h>
-/* cmocka.h wants the four above first. */
-#include <cmocka.h>
-
-#include <ctype.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,58 +11,21 @@
 
 /* ---- A valid call ------------------------------------------------------------------------------ */
 
-enum decode_argument {
-    Q,
-    K,
-    V,
-    G,
-    BETA,
-    A_LOG,
-    DT_BIAS,
-    OUT,
-    CU_SEQLENS,
-    ACCEPTED,
-    STATE,
-    STATE_INDICES,
-    NUM_ACCEPTED,
-    Q_CONV_WEIGHT,
-    Q_CONV_BIAS,
-    Q_CONV_STATE,
-    K_CONV_WEIGHT,
-    K_CONV_BIAS,
-    K_CONV_STATE,
-    V_CONV_WEIGHT,
-    V_CONV_BIAS,
-    V_CONV_STATE,
-    NORM_WEIGHT,
-    NORM_GATE,
-    TENSORS
-};
+/* X(place in the enum, member of the arguments) */
+/* clang-format off */
+#define TENSOR_LIST(X) \
+    X(Q, q) X(K, k) X(V, v) X(G, g) X(BETA, beta) X(A_LOG, A_log) X(DT_BIAS, dt_bias) X(OUT, out) \
+    X(CU_SEQLENS, cu_seqlens) X(ACCEPTED, accepted) X(STATE, state) X(STATE_INDICES, state_indices) \
+    X(NUM_ACCEPTED, num_accepted_tokens) X(Q_CONV_WEIGHT, q_conv_weight) X(Q_CONV_BIAS, q_conv_bias) \
+    X(Q_CONV_STATE, q_conv_state) X(K_CONV_WEIGHT, k_conv_weight) X(K_CONV_BIAS, k_conv_bias) \
+    X(K_CONV_STATE, k_conv_state) X(V_CONV_WEIGHT, v_conv_weight) X(V_CONV_BIAS, v_conv_bias) \
+    X(V_CONV_STATE, v_conv_state) X(NORM_WEIGHT, norm_weight) X(NORM_GATE, norm_gate)
+/* clang-format on */
 
-static const char *const names[TENSORS] = {"q",
-                                           "k",
-                                           "v",
-                                           "g",
-                                           "beta",
-                                           "A_log",
-                                           "dt_bias",
-                                           "out",
-                                           "cu_seqlens",
-                                           "accepted",
-                                           "state",
-                                           "state_indices",
-                                           "num_accepted_tokens",
-                                           "q_conv_weight",
-                                           "q_conv_bias",
-                                           "q_conv_state",
-                                           "k_conv_weight",
-                                           "k_conv_bias",
-                                           "k_conv_state",
-                                           "v_conv_weight",
-                                           "v_conv_bias",
-                                           "v_conv_state",
-                                           "norm_weight",
-                                           "norm_gate"};
+#define PLACE(place, member) place,
+#define NAME(place, member)  #member,
+enum decode_argument { TENSOR_LIST(PLACE) TENSORS };
+static const char *const names[TENSORS] = {TENSOR_LIST(NAME)};
 
 /* Three sequences of 2, 0 and 3 tokens, verified with three slots each; one is padding. */
 enum { N = 3, T = 5, C = 3, SLOTS = 9, H = 2, HV = 4, DIM_K = 8, DIM_V = 4 };
@@ -78,30 +36,8 @@ struct call {
 };
 
 static const DLTensor **member(flash_kda_decode_args *a, enum decode_argument argument) {
-    const DLTensor **const members[TENSORS] = {&a->q,
-                                               &a->k,
-                                               &a->v,
-                                               &a->g,
-                                               &a->beta,
-                                               &a->A_log,
-                                               &a->dt_bias,
-                                               &a->out,
-                                               &a->cu_seqlens,
-                                               &a->accepted,
-                                               &a->state,
-                                               &a->state_indices,
-                                               &a->num_accepted_tokens,
-                                               &a->q_conv_weight,
-                                               &a->q_conv_bias,
-                                               &a->q_conv_state,
-                                               &a->k_conv_weight,
-                                               &a->k_conv_bias,
-                                               &a->k_conv_state,
-                                               &a->v_conv_weight,
-                                               &a->v_conv_bias,
-                                               &a->v_conv_state,
-                                               &a->norm_weight,
-                                               &a->norm_gate};
+#define MEMBER(place, member) &a->member,
+    const DLTensor **const members[TENSORS] = {TENSOR_LIST(MEMBER)};
     return members[argument];
 }
 
@@ -180,30 +116,6 @@ static void make_dense(struct call *c) {
 
 /* ---- What every error must do ------------------------------------------------------------------- */
 
-/* `word` as a whole word. */
-static bool mentions(const char *message, const char *word) {
-    size_t length = strlen(word);
-    for (const char *at = strstr(message, word); at; at = strstr(at + 1, word)) {
-        bool begins = at == message || !(isalnum((unsigned char)at[-1]) || at[-1] == '_');
-        bool ends = !(isalnum((unsigned char)at[length]) || at[length] == '_');
-        if (begins && ends)
-            return true;
-    }
-    return false;
-}
-
-static void expect_failure(const char *entry, flash_kda_status status, flash_kda_status expected,
-                           const char *word) {
-    const char *message = flash_kda_last_error();
-    if (status != expected)
-        fail_msg("%s: %s, expected %s (%s)", entry, flash_kda_status_name(status),
-                 flash_kda_status_name(expected), message);
-    if (!mentions(message, word))
-        fail_msg("%s: \"%s\" does not name %s", entry, message, word);
-    if (!strstr(message, "expected") && !strstr(message, "which"))
-        fail_msg("%s: \"%s\" does not say what was expected", entry, message);
-}
-
 static bool same_memory(const struct call *a, const struct call *b) {
     for (int i = 0; i < TENSORS; i++)
         if (memcmp(a->tensor[i].memory.bytes, b->tensor[i].memory.bytes, FIXTURE_BYTES) != 0)
@@ -234,33 +146,7 @@ static void expect_error(struct call *c, flash_kda_status expected, const char *
 
 /* ---- Faults of one tensor ------------------------------------------------------------------------ */
 
-#define BIT(argument) (1u << (argument))
-
-static void rank_too_high(struct fixture_tensor *t) { t->shape[t->dl.ndim++] = 1; }
-static void rank_zero(struct fixture_tensor *t) { t->dl.ndim = 0; }
-static void shape_missing(struct fixture_tensor *t) { t->dl.shape = NULL; }
-static void data_missing(struct fixture_tensor *t) { t->dl.data = NULL; }
-static void first_dim_wrong(struct fixture_tensor *t) { t->shape[0]++; }
-static void last_dim_wrong(struct fixture_tensor *t) { t->shape[t->dl.ndim - 1]++; }
-static void dim_negative(struct fixture_tensor *t) { t->shape[0] = -1; }
-static void stride_negative(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[0] = -t->strides[0];
-}
-static void elements_shared(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[1] = 0;
-}
-static void dtype_uint8(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLUInt, 8, 1}; }
-static void dtype_fp64(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLFloat, 64, 1}; }
-static void misaligned(struct fixture_tensor *t) { t->dl.byte_offset = 1; }
-static void elsewhere(struct fixture_tensor *t) { t->dl.device = (DLDevice){kDLCUDA, 0}; }
-
-static const struct fault {
-    const char *name;
-    void (*apply)(struct fixture_tensor *t);
-    unsigned except; /* tensors that the fault does not make wrong, or that others are measured by */
-} faults[] = {
+static const struct fault faults[] = {
     {"rank too high", rank_too_high, 0},
     {"rank zero", rank_zero, 0},
     {"no shape", shape_missing, 0},
@@ -278,14 +164,8 @@ static const struct fault {
 };
 enum { FAULTS = sizeof faults / sizeof *faults };
 
-static struct tensor_case {
-    char name[80];
-    enum decode_argument argument;
-    const struct fault *fault;
-} tensor_cases[FAULTS * TENSORS];
-
 static void test_tensor_fault(void **state) {
-    const struct tensor_case *t = *state;
+    const struct fault_case *t = *state;
     struct call *c = call_new();
     t->fault->apply(&c->tensor[t->argument]);
     expect_error(c, FLASH_KDA_ERROR_INVALID_ARGUMENT, names[t->argument]);
@@ -508,7 +388,7 @@ static void test_valid_dense(void **state) {
     expect_success(c, true);
 }
 
-/* Of a padding row nothing is looked at, whatever its other indices hold. */
+/* Nothing of a padding row is looked at, whatever its other indices hold. */
 static void test_padding_holds_anything(void **state) {
     (void)state;
     struct call *c = call_new();
@@ -629,26 +509,11 @@ static void test_level_unknown(void **state) {
 
 /* ---- Running them all ------------------------------------------------------------------------------ */
 
-static size_t list_tensor_cases(struct CMUnitTest *tests) {
-    size_t count = 0;
-    for (int i = 0; i < FAULTS; i++)
-        for (int argument = 0; argument < TENSORS; argument++) {
-            struct tensor_case *c = &tensor_cases[count];
-            if (faults[i].except >> argument & 1)
-                continue;
-            c->argument = (enum decode_argument)argument;
-            c->fault = &faults[i];
-            snprintf(c->name, sizeof c->name, "%s: %s", names[argument], faults[i].name);
-            tests[count++] =
-                (struct CMUnitTest){.name = c->name, .test_func = test_tensor_fault, .initial_state = c};
-        }
-    return count;
-}
-
 int main(void) {
     enum { PLAIN = 9 };
     static struct CMUnitTest tests[FAULTS * TENSORS + CASES + PLAIN];
-    size_t count = list_tensor_cases(tests);
+    static struct fault_case fault_cases[FAULTS * TENSORS];
+    size_t count = list_fault_cases(tests, fault_cases, test_tensor_fault, faults, FAULTS, names, TENSORS);
     for (int i = 0; i < CASES; i++)
         tests[count++] =
             (struct CMUnitTest){.name = cases[i].name, .test_func = test_argument, .initial_state = &cases[i]};

@@ -1,15 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /* One test for every error that prefill promises: the status, a message that names the argument, and not a
  * byte written. Faults that any tensor can have are tried on every tensor; the rest is a table. */
+#include "expect.h"
+#include "faults.h"
 #include "fixture.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdint.h>
-/* cmocka.h wants the four above first. */
-#include <cmocka.h>
-
-#include <ctype.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,36 +12,10 @@
 
 /* ---- What every error must do ------------------------------------------------------------------- */
 
-/* `word` as a whole word, so that "q" is not found in "required". */
-static bool names(const char *message, const char *word) {
-    size_t length = strlen(word);
-    for (const char *at = strstr(message, word); at; at = strstr(at + 1, word)) {
-        bool begins = at == message || !(isalnum((unsigned char)at[-1]) || at[-1] == '_');
-        bool ends = !(isalnum((unsigned char)at[length]) || at[length] == '_');
-        if (begins && ends)
-            return true;
-    }
-    return false;
-}
-
-static void expect_message(const char *call, const char *word) {
-    const char *message = flash_kda_last_error();
-    if (!names(message, word))
-        fail_msg("%s: \"%s\" does not name %s", call, message, word);
-    if (!strstr(message, "expected") && !strstr(message, "which"))
-        fail_msg("%s: \"%s\" does not say what was expected", call, message);
-}
-
-/* A call that succeeds leaves a message that no argument is named by. */
+/* A call that fails leaves a message that names no tensor. */
 static void forget_message(void) {
     flash_kda_prefill(NULL, NULL, 0);
-    assert_false(names(flash_kda_last_error(), "q"));
-}
-
-static void expect_status(const char *call, flash_kda_status status, flash_kda_status expected) {
-    if (status != expected)
-        fail_msg("%s: %s, expected %s (last error: %s)", call, flash_kda_status_name(status),
-                 flash_kda_status_name(expected), flash_kda_last_error());
+    assert_true(mentions(flash_kda_last_error(), "args"));
 }
 
 /* Some errors need memory to find, or are about the workspace: only prefill itself reports those. */
@@ -61,16 +30,13 @@ static void expect_error(struct fixture *f, flash_kda_status expected, const cha
     char text[64] = "untouched";
 
     forget_message();
-    expect_status("prefill", fixture_prefill(f), expected);
-    expect_message("prefill", word);
+    expect_failure("prefill", fixture_prefill(f), expected, word);
     if (reporters == ALL_ENTRIES) {
         forget_message();
-        expect_status("workspace_size", flash_kda_prefill_workspace_size(&f->args, &bytes), expected);
-        expect_message("workspace_size", word);
+        expect_failure("workspace_size", flash_kda_prefill_workspace_size(&f->args, &bytes), expected, word);
         assert_int_equal(bytes, 12345);
         forget_message();
-        expect_status("describe", flash_kda_prefill_describe(&f->args, text, sizeof text), expected);
-        expect_message("describe", word);
+        expect_failure("describe", flash_kda_prefill_describe(&f->args, text, sizeof text), expected, word);
         assert_string_equal(text, "untouched");
     }
     if (!fixture_same_memory(before, f))
@@ -80,14 +46,6 @@ static void expect_error(struct fixture *f, flash_kda_status expected, const cha
 
 /* ---- Faults that any tensor can have ------------------------------------------------------------ */
 
-struct fault {
-    const char *name;
-    void (*apply)(struct fixture_tensor *t);
-    /* Bits of argument: those the fault does not make wrong, or that other checks see first. */
-    unsigned except;
-};
-
-#define BIT(argument) (1u << (argument))
 /* Tensors whose last dimension may have any stride. */
 #define LOOSE                                                                        \
     (BIT(ARG_BETA) | BIT(ARG_A_LOG) | BIT(ARG_CU_SEQLENS) | BIT(ARG_STATE_INDICES) | \
@@ -96,65 +54,10 @@ struct fault {
     (BIT(ARG_CU_SEQLENS) | BIT(ARG_STATE_INDICES) | BIT(ARG_CHECKPOINT_CU_STARTS) | \
      BIT(ARG_CHECKPOINT_INDICES) | BIT(ARG_CHECKPOINT_OFFSETS))
 #define NOT_WRITTEN (~(BIT(ARG_OUT) | BIT(ARG_FINAL_STATE) | BIT(ARG_CHECKPOINTS)))
-/* Of sizes that others are measured by: a wrong one is reported as theirs. */
+/* Their sizes are what others are measured by: a wrong one is reported as another tensor's. */
 #define MEASURES                                                                                     \
     (BIT(ARG_Q) | BIT(ARG_V) | BIT(ARG_CU_SEQLENS) | BIT(ARG_INITIAL_STATE) | BIT(ARG_CHECKPOINTS) | \
      BIT(ARG_CHECKPOINT_INDICES))
-
-static void rank_too_high(struct fixture_tensor *t) {
-    t->shape[t->dl.ndim] = 1;
-    t->dl.ndim++;
-}
-static void rank_zero(struct fixture_tensor *t) { t->dl.ndim = 0; }
-static void rank_negative(struct fixture_tensor *t) { t->dl.ndim = -1; }
-static void rank_huge(struct fixture_tensor *t) { t->dl.ndim = INT32_MAX; }
-static void shape_missing(struct fixture_tensor *t) { t->dl.shape = NULL; }
-static void data_missing(struct fixture_tensor *t) { t->dl.data = NULL; }
-static void first_dim_wrong(struct fixture_tensor *t) { t->shape[0]++; }
-static void last_dim_wrong(struct fixture_tensor *t) { t->shape[t->dl.ndim - 1]++; }
-static void second_dim_wrong(struct fixture_tensor *t) { t->shape[t->dl.ndim > 1]++; }
-static void dim_negative(struct fixture_tensor *t) { t->shape[0] = -1; }
-static void dim_lowest(struct fixture_tensor *t) { t->shape[t->dl.ndim - 1] = INT64_MIN; }
-static void stride_negative(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[0] = -t->strides[0];
-}
-static void last_stride_negative(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[t->dl.ndim - 1] = -1;
-}
-static void last_stride_two(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[t->dl.ndim - 1] = 2;
-}
-static void last_stride_zero(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[t->dl.ndim - 1] = 0;
-}
-/* The first dimension may be of size 1, where a stride means nothing. */
-static void rows_share_memory(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[t->dl.ndim - 3] = 0;
-}
-static void rows_overlap(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[t->dl.ndim - 3] -= 1;
-}
-static void stride_overflows(struct fixture_tensor *t) {
-    fixture_spell_strides(t);
-    t->strides[t->dl.ndim > 1] = INT64_MAX / 2;
-}
-static void dtype_uint8(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLUInt, 8, 1}; }
-static void dtype_fp64(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLFloat, 64, 1}; }
-static void dtype_fp16(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLFloat, 16, 1}; }
-static void dtype_int32(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLInt, 32, 1}; }
-static void dtype_int64(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLInt, 64, 1}; }
-static void dtype_uint32(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLUInt, 32, 1}; }
-static void dtype_fp32(struct fixture_tensor *t) { t->dl.dtype = (DLDataType){kDLFloat, 32, 1}; }
-static void dtype_lanes(struct fixture_tensor *t) { t->dl.dtype.lanes = 2; }
-static void dtype_no_lanes(struct fixture_tensor *t) { t->dl.dtype.lanes = 0; }
-static void device_other(struct fixture_tensor *t) { t->dl.device.device_type = kDLCUDA; }
-static void address_odd(struct fixture_tensor *t) { t->dl.byte_offset = 1; }
 
 #define STATES (BIT(ARG_INITIAL_STATE) | BIT(ARG_FINAL_STATE) | BIT(ARG_CHECKPOINTS))
 
@@ -187,19 +90,13 @@ static const struct fault faults[] = {
     {"fp32", dtype_fp32, ~INDICES},
     {"two lanes", dtype_lanes, 0},
     {"no lanes", dtype_no_lanes, 0},
-    {"another device", device_other, BIT(ARG_Q)},
-    {"an odd address", address_odd, 0},
+    {"another device", elsewhere, BIT(ARG_Q)},
+    {"an odd address", misaligned, 0},
 };
 enum { FAULTS = sizeof faults / sizeof *faults };
 
-struct tensor_case {
-    enum argument argument;
-    const struct fault *fault;
-    char name[100];
-};
-
 static void test_tensor_fault(void **state) {
-    const struct tensor_case *c = *state;
+    const struct fault_case *c = *state;
     struct fixture *f = fixture_new();
     if (c->argument == ARG_CHECKPOINT_OFFSETS)
         fixture_use_offsets(f);
@@ -611,7 +508,8 @@ static void expect_success(struct fixture *f) {
     struct fixture *before = malloc(sizeof *before);
     assert_non_null(before);
     memcpy(before, f, sizeof *before);
-    expect_status("prefill", fixture_prefill(f), FLASH_KDA_OK);
+    if (fixture_prefill(f))
+        fail_msg("%s", flash_kda_last_error());
     assert_false(fixture_same_memory(before, f));
     free(before);
     free(f);
@@ -636,28 +534,22 @@ static void test_valid_offsets(void **state) {
 
 static void test_args_null(void **state) {
     (void)state;
+    const flash_kda_status invalid = FLASH_KDA_ERROR_INVALID_ARGUMENT;
     size_t bytes = 0;
     char text[8];
-    expect_status("prefill", flash_kda_prefill(NULL, NULL, 0), FLASH_KDA_ERROR_INVALID_ARGUMENT);
-    expect_message("prefill", "args");
-    expect_status("workspace_size", flash_kda_prefill_workspace_size(NULL, &bytes),
-                  FLASH_KDA_ERROR_INVALID_ARGUMENT);
-    expect_message("workspace_size", "args");
-    expect_status("describe", flash_kda_prefill_describe(NULL, text, sizeof text),
-                  FLASH_KDA_ERROR_INVALID_ARGUMENT);
-    expect_message("describe", "args");
+    expect_failure("prefill", flash_kda_prefill(NULL, NULL, 0), invalid, "args");
+    expect_failure("workspace_size", flash_kda_prefill_workspace_size(NULL, &bytes), invalid, "args");
+    expect_failure("describe", flash_kda_prefill_describe(NULL, text, sizeof text), invalid, "args");
 }
 
 static void test_results_null(void **state) {
     (void)state;
+    const flash_kda_status invalid = FLASH_KDA_ERROR_INVALID_ARGUMENT;
     struct fixture *f = fixture_new();
     char text[8] = "keep";
-    expect_status("workspace_size", flash_kda_prefill_workspace_size(&f->args, NULL),
-                  FLASH_KDA_ERROR_INVALID_ARGUMENT);
-    expect_message("workspace_size", "bytes");
-    expect_status("describe", flash_kda_prefill_describe(&f->args, NULL, 8), FLASH_KDA_ERROR_INVALID_ARGUMENT);
-    expect_message("describe", "text");
-    expect_status("describe", flash_kda_prefill_describe(&f->args, text, 0), FLASH_KDA_ERROR_INVALID_ARGUMENT);
+    expect_failure("workspace_size", flash_kda_prefill_workspace_size(&f->args, NULL), invalid, "bytes");
+    expect_failure("describe", flash_kda_prefill_describe(&f->args, NULL, 8), invalid, "text");
+    expect_failure("describe", flash_kda_prefill_describe(&f->args, text, 0), invalid, "text");
     assert_string_equal(text, "keep");
     free(f);
 }
@@ -695,10 +587,10 @@ static void test_level_unknown(void **state) {
     setenv("FLASH_KDA_CPU", "sse9", 1);
     expect_error(f, FLASH_KDA_ERROR_UNSUPPORTED, "FLASH_KDA_CPU", ALL_ENTRIES);
     assert_null(flash_kda_cpu_level());
-    assert_true(names(flash_kda_last_error(), "sse9"));
+    assert_true(mentions(flash_kda_last_error(), "sse9"));
     /* The oracle has no levels. */
     f->args.backend = FLASH_KDA_BACKEND_REFERENCE;
-    expect_status("prefill", fixture_prefill(f), FLASH_KDA_OK);
+    assert_int_equal(fixture_prefill(f), FLASH_KDA_OK);
     unsetenv("FLASH_KDA_CPU");
     free(f);
 }
@@ -719,29 +611,13 @@ static void test_level_of_another_machine(void **state) {
 
 /* ---- Running them all ------------------------------------------------------------------------------ */
 
-enum { PLAIN = 8 };
-static struct tensor_case tensor_cases[FAULTS * ARGUMENTS];
-
-static size_t list_tensor_cases(struct CMUnitTest *tests) {
-    size_t count = 0;
-    for (int i = 0; i < FAULTS; i++)
-        for (int argument = 0; argument < ARGUMENTS; argument++) {
-            struct tensor_case *c = &tensor_cases[count];
-            if (faults[i].except >> argument & 1)
-                continue;
-            c->argument = (enum argument)argument;
-            c->fault = &faults[i];
-            snprintf(c->name, sizeof c->name, "%s: %s", argument_names[argument], faults[i].name);
-            tests[count++] =
-                (struct CMUnitTest){.name = c->name, .test_func = test_tensor_fault, .initial_state = c};
-        }
-    return count;
-}
-
 int main(void) {
+    enum { PLAIN = 8 };
     static struct CMUnitTest tests[FAULTS * ARGUMENTS + CASES + PLAIN];
+    static struct fault_case fault_cases[FAULTS * ARGUMENTS];
     static struct argument_case writable_cases[CASES];
-    size_t count = list_tensor_cases(tests);
+    size_t count =
+        list_fault_cases(tests, fault_cases, test_tensor_fault, faults, FAULTS, argument_names, ARGUMENTS);
     memcpy(writable_cases, cases, sizeof cases);
     for (int i = 0; i < CASES; i++)
         tests[count++] = (struct CMUnitTest){

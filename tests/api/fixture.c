@@ -6,24 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-const char *const argument_names[ARGUMENTS] = {
-    "q",
-    "k",
-    "v",
-    "g",
-    "beta",
-    "A_log",
-    "dt_bias",
-    "out",
-    "cu_seqlens",
-    "initial_state",
-    "final_state",
-    "state_indices",
-    "checkpoints",
-    "checkpoint_cu_starts",
-    "checkpoint_indices",
-    "checkpoint_offsets",
-};
+#define NAME(place, member) #member,
+const char *const argument_names[ARGUMENTS] = {FIXTURE_TENSORS(NAME)};
 
 static const DLDataType fp32 = {kDLFloat, 32, 1}, int32 = {kDLInt, 32, 1}, int64 = {kDLInt, 64, 1};
 
@@ -97,24 +81,8 @@ struct fixture *fixture_new(void) {
 
 const DLTensor **fixture_member(struct fixture *f, enum argument argument) {
     flash_kda_prefill_args *a = &f->args;
-    const DLTensor **const members[ARGUMENTS] = {
-        &a->q,
-        &a->k,
-        &a->v,
-        &a->g,
-        &a->beta,
-        &a->A_log,
-        &a->dt_bias,
-        &a->out,
-        &a->cu_seqlens,
-        &a->initial_state,
-        &a->final_state,
-        &a->state_indices,
-        &a->checkpoints,
-        &a->checkpoint_cu_starts,
-        &a->checkpoint_indices,
-        &a->checkpoint_offsets,
-    };
+#define MEMBER(place, member) &a->member,
+    const DLTensor **const members[ARGUMENTS] = {FIXTURE_TENSORS(MEMBER)};
     return members[argument];
 }
 

@@ -7,25 +7,20 @@
 
 #include <stdbool.h>
 
-enum argument {
-    ARG_Q,
-    ARG_K,
-    ARG_V,
-    ARG_G,
-    ARG_BETA,
-    ARG_A_LOG,
-    ARG_DT_BIAS,
-    ARG_OUT,
-    ARG_CU_SEQLENS,
-    ARG_INITIAL_STATE,
-    ARG_FINAL_STATE,
-    ARG_STATE_INDICES,
-    ARG_CHECKPOINTS,
-    ARG_CHECKPOINT_CU_STARTS,
-    ARG_CHECKPOINT_INDICES,
-    ARG_CHECKPOINT_OFFSETS, /* not part of the valid call; fixture_use_offsets() exchanges it for the others */
-    ARGUMENTS
-};
+/* X(place in the enum, member of the arguments). ARG_CHECKPOINT_OFFSETS is not part of the valid call;
+ * fixture_use_offsets() exchanges it for the others. */
+/* clang-format off */
+#define FIXTURE_TENSORS(X) \
+    X(ARG_Q, q) X(ARG_K, k) X(ARG_V, v) X(ARG_G, g) X(ARG_BETA, beta) X(ARG_A_LOG, A_log) \
+    X(ARG_DT_BIAS, dt_bias) X(ARG_OUT, out) X(ARG_CU_SEQLENS, cu_seqlens) \
+    X(ARG_INITIAL_STATE, initial_state) X(ARG_FINAL_STATE, final_state) \
+    X(ARG_STATE_INDICES, state_indices) X(ARG_CHECKPOINTS, checkpoints) \
+    X(ARG_CHECKPOINT_CU_STARTS, checkpoint_cu_starts) X(ARG_CHECKPOINT_INDICES, checkpoint_indices) \
+    X(ARG_CHECKPOINT_OFFSETS, checkpoint_offsets)
+/* clang-format on */
+
+#define FIXTURE_PLACE(place, member) place,
+enum argument { FIXTURE_TENSORS(FIXTURE_PLACE) ARGUMENTS };
 
 extern const char *const argument_names[ARGUMENTS];
 

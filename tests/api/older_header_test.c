@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <cmocka.h> /* behind the headers that it needs */
+#include <cmocka.h> /* after the headers that it needs */
 
 /* ---- Layouts that programs were compiled against ----------------------------------------------- */
 
@@ -239,7 +239,7 @@ static void expect_refused(flash_kda_status status, size_t size) {
         fail_msg("%s", flash_kda_last_error());
 }
 
-/* Of a struct that cannot be, nothing but its size is read. */
+/* Nothing but its size is read of a struct that cannot be. */
 static void test_sizes_that_are_none(void **state) {
     (void)state;
     const size_t prefill_sizes[] = {0,

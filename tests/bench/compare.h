@@ -27,7 +27,7 @@ double error_ratio(const struct error *e, double smallest);
 /* The verdict on all of x: NaN if ref is not finite somewhere, infinite if only x is not. */
 double error_of_all(const struct error *e);
 
-/* A whole tensor against one of its shape. */
+/* A whole tensor against one of its shape; NaN if one has more elements. */
 double tensor_error(const struct tensor *x, const struct tensor *ref, bool forgive_rounding);
 
 /* The error ratio of an exact tensor rounded to a type. */

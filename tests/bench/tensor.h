@@ -85,7 +85,7 @@ size_t tensor_extent(const DLTensor *t);
 
 /* All of a tensor, of any device, in its memory. */
 void tensor_view(struct tensor *view, const DLTensor *t);
-/* Of a view only first .. first + length - 1 of a dimension. */
+/* Keeps first .. first + length - 1 of one dimension of a view. */
 void tensor_narrow(struct tensor *view, int dim, int64_t first, int64_t length);
 
 /* ---- Bytes ------------------------------------------------------------------------------------- */

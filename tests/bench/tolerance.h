@@ -3,15 +3,15 @@
 #ifndef BENCH_TOLERANCE_H
 #define BENCH_TOLERANCE_H
 
-/* fp32 arithmetic. Of every difference of a bf16 or fp16 result, half a unit in the last place is forgiven: what
- * rounding to nearest may cost. So those results are held to this too, and one that is truncated fails. */
+/* fp32 arithmetic. Half a unit in the last place, which rounding to nearest may cost, is taken off every difference
+ * of a bf16 or fp16 result. So those results are held to this too, and one that is truncated fails. */
 #define TOLERANCE_FP32 1e-5
 
 /* The oracle against the closed formula: both are fp64, what is left is that the expected values are kept in
  * fp32 (2^-24 at worst) and the bits that terms of both signs cancel. */
 #define TOLERANCE_ORACLE 2e-7
 
-/* The same behind a convolution, whose outputs reach the formula in fp32. */
+/* The same after a convolution, whose outputs reach the formula in fp32. */
 #define TOLERANCE_ORACLE_CONVOLVED 1e-6
 
 /* The same from states that prefill kept in fp32. */

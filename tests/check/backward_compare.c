@@ -6,7 +6,6 @@
 #include "prefill_compare.h"
 
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -22,16 +21,6 @@ struct comparison {
 static bool fail(struct comparison *c, const char *why) {
     snprintf(c->text, sizeof c->text, "%s", why);
     return false;
-}
-
-static void append(struct comparison *c, const char *format, ...) __attribute__((format(printf, 2, 3)));
-
-static void append(struct comparison *c, const char *format, ...) {
-    size_t used = strlen(c->text);
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(c->text + used, sizeof c->text - used, format, arguments);
-    va_end(arguments);
 }
 
 /* ---- Errors ------------------------------------------------------------------------------------ */
@@ -83,11 +72,12 @@ static bool results_within(struct comparison *c, const struct backward_results *
             continue;
         double error = i == DA_LOG ? A_log_error(c, x) : prefill_error(x, ref, &c->b->outputs[i], true);
         double allowed = tolerance(c->b, i, level);
-        append(c, "%s%s %.1e", c->text[0] ? ", " : "", gradient_names[i], error);
+        append_text(c->text, sizeof c->text, "%s%s %.1e", c->text[0] ? ", " : "", gradient_names[i], error);
         if (error <= allowed)
             continue;
         good = false;
-        append(c, isnan(error) ? " (the expected result is not finite)" : " (at most %.1e)", allowed);
+        append_text(c->text, sizeof c->text,
+                    isnan(error) ? " (the expected result is not finite)" : " (at most %.1e)", allowed);
     }
     return good;
 }
@@ -131,7 +121,7 @@ static void compare_level(struct check *check, struct comparison *c, const char 
     good = good && (!wrong || fail(c, wrong));
     good = good && repeats(c, &r, backend) && results_within(c, &r, level);
     if (good && check->bench)
-        append(c, "; %.3f ms", backward_time(c->b, &r, backend) * 1e3);
+        append_text(c->text, sizeof c->text, "; %.3f ms", backward_time(c->b, &r, backend) * 1e3);
     check_report(check, good, level, c->b->p.c.name, c->text);
     backward_results_free(&before);
     backward_results_free(&r);

@@ -7,7 +7,6 @@
 
 #include <complex.h>
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -35,14 +34,7 @@ bool formula_backward_feasible(const struct backward_problem *b) {
     return runs * (double)b->p.HV * K * V < 1.2e8;
 }
 
-static double *numbers(int64_t count) {
-    double *x = calloc((size_t)count + 1, sizeof *x);
-    if (!x) {
-        fprintf(stderr, "out of memory in the formula\n");
-        exit(2);
-    }
-    return x;
-}
+static double *numbers(int64_t count) { return must_allocate(count, sizeof(double)); }
 
 /* Element i of a row, with the step if it is what is stepped. */
 static number load(const struct chain *s, const struct tensor *x, enum gradient what, int64_t t, int64_t head,

@@ -5,7 +5,6 @@
 #include "check.h"
 
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 
 const char *const gradient_names[GRADIENTS] = {"dq",    "dk",     "dv",        "dg",
@@ -32,11 +31,7 @@ static void describe(struct prefill_output *o, DLDataType type, int ndim, const 
     *o = (struct prefill_output){.type = type, .ndim = ndim, .rows = 1};
     for (int d = 0; d < ndim; d++)
         o->shape[d] = shape[d];
-    o->written = calloc(1, sizeof *o->written);
-    if (!o->written) {
-        fprintf(stderr, "out of memory for a test problem\n");
-        exit(2);
-    }
+    o->written = must_allocate(1, sizeof *o->written);
     o->written[0] = true;
 }
 

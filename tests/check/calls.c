@@ -43,6 +43,14 @@ void arguments_free(const struct arguments *args) {
         tensor_free(tensors[i]);
 }
 
+void spoil_indices(struct tensor *t, struct random *r) {
+    const bool wide = t->block && t->dl.dtype.bits == 64;
+    const double wild[] = {-2, -1000, 1000, 2147483647, -2147483648., wide ? 9e18 : 1e6, wide ? -9e18 : -1e6};
+    for (int64_t i = 0; t->block && i < tensor_count(t); i++)
+        if (random_below(r, 2))
+            tensor_set(t, i, wild[random_below(r, sizeof wild / sizeof *wild)]);
+}
+
 static double host_seconds(struct call *c) {
     enum { MIN_RUNS = 5 };
     double begin = timing_now(), best = HUGE_VAL;

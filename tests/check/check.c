@@ -6,6 +6,7 @@
 #include "call.h"
 
 #include <argp.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -48,6 +49,14 @@ void check_report(struct check *check, bool passed, const char *level, const cha
         check->failed++;
     printf("%s %-10s %s: %s\n", passed ? "ok  " : "FAIL", level, name, text);
     fflush(stdout);
+}
+
+void append_text(char *text, size_t size, const char *format, ...) {
+    size_t used = strlen(text);
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text + used, size - used, format, arguments);
+    va_end(arguments);
 }
 
 /* ---- Command line ------------------------------------------------------------------------------ */

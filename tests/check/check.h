@@ -8,6 +8,7 @@
 #include "random.h"
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 enum { CHECK_MAX_LEVELS = 8 };
@@ -41,5 +42,8 @@ bool check_tests_cuda(const struct check *check);
 
 /* Reports one comparison. The text says what was measured or what went wrong. */
 void check_report(struct check *check, bool passed, const char *level, const char *name, const char *text);
+
+/* Appends to a report's text, in an array of so many bytes. */
+void append_text(char *text, size_t size, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 #endif

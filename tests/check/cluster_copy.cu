@@ -12,7 +12,7 @@ namespace ptx = cuda::ptx;
 
 constexpr int PAIR = 2, THREADS = 256, ROUNDS = 1000;
 constexpr int WORDS = 6656; /* a chunk's operands in sm90/cluster/cluster.cu are about as many bytes */
-constexpr uint32_t SENT = 0xa0000000u, BEHIND = 0xb0000000u;
+constexpr uint32_t SENT = 0xa0000000u, LATER = 0xb0000000u;
 
 struct Shared {
     alignas(128) uint32_t source[WORDS];
@@ -51,7 +51,7 @@ __global__ void __cluster_dims__(PAIR) copy_and_overwrite(bool waits, unsigned l
         __syncthreads();
         /* Last words first: they are the last to be read. */
         for (int i = WORDS - 1 - (int)threadIdx.x; i >= 0; i -= THREADS)
-            shared.source[i] = BEHIND + round;
+            shared.source[i] = LATER + round;
         while (!ptx::mbarrier_try_wait_parity(&shared.full, round & 1))
             ;
         for (int i = threadIdx.x; i < WORDS; i += THREADS)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* What decode promises on CUDA alone: graphs that are replayed with other contents, indices in device memory that are out
  * of range, managed memory; and what its kernels for many states and few make of a batch. */
+#include "calls.h"
 #include "decode_case.h"
 #include "decode_families.h"
 #include "replay.h"
@@ -97,21 +98,12 @@ static void graphs(struct check *check) {
 
 /* ---- Wild indices ------------------------------------------------------------------------------ */
 
-/* Replaces about half of an index tensor by values that are out of range, none of which is a slot. */
-static void spoil(struct tensor *t, struct random *r) {
-    const bool wide = t->block && t->dl.dtype.bits == 64;
-    const double wild[] = {-2, -1000, 1000, 2147483647, -2147483648., wide ? 9e18 : 1e6, wide ? -9e18 : -1e6};
-    for (int64_t i = 0; t->block && i < tensor_count(t); i++)
-        if (random_below(r, 2))
-            tensor_set(t, i, wild[random_below(r, sizeof wild / sizeof *wild)]);
-}
-
 static void mark_all(bool *rows, int64_t count) {
     for (int64_t i = 0; i < count; i++)
         rows[i] = true;
 }
 
-/* What rows hold afterwards means nothing, but padding between them, and behind the tensors, is as it was. */
+/* What rows hold afterwards means nothing, but padding between them, and after the tensors, is as it was. */
 static const char *wild_indices_break(struct decode_problem *d, struct random *r) {
     struct decode_results results, before;
     struct tensor *const indices[] = {&d->p.cu_seqlens, &d->state_indices, &d->num_accepted_tokens,
@@ -119,7 +111,7 @@ static const char *wild_indices_break(struct decode_problem *d, struct random *r
     decode_results_make(&results, d);
     decode_results_make(&before, d);
     for (size_t i = 0; i < sizeof indices / sizeof *indices; i++)
-        spoil(indices[i], r);
+        spoil_indices(indices[i], r);
     const flash_kda_decode_args args = decode_bind(d, &results, FLASH_KDA_BACKEND_CUDA);
     const char *wrong = decode_call(&args);
     mark_all(d->out_written, d->p.B * d->p.T);
@@ -261,6 +253,6 @@ void decode_cuda(struct check *check) {
     compare_batches(check);
     batch_invariant(check);
 #ifdef CHECK_CUDA
-    decode_behind(check);
+    decode_after(check);
 #endif
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Decode as a whole step of a layer: convolutions in front of it, a gated norm behind. What is right comes from the oracle
+/* Decode as a whole step of a layer: convolutions in front of it, a gated norm after it. What is right comes from the oracle
  * between them, and from both written once more here. */
 #include "decode_case.h"
 #include "decode_families.h"

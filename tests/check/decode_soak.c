@@ -166,7 +166,7 @@ static bool take_slots(struct server *s, struct sequence *x) {
 
 /* ---- Calls --------------------------------------------------------------------------------------- */
 
-/* The tensors of one call, packed: rows of several sequences behind each other. */
+/* The tensors of one call, packed: rows of several sequences, one after another. */
 struct batch {
     int64_t N, total, length[BATCH];
     struct tensor q, k, v, g, beta, out, cu_seqlens;
@@ -355,7 +355,7 @@ static void choose_rows(struct server *s, struct step *step) {
     }
 }
 
-/* Tokens behind those that will be accepted are drafts that are wrong. */
+/* Tokens after those that will be accepted are drafts that are wrong. */
 static struct token drafted(const struct step *step, int64_t n, int64_t t) {
     const struct sequence *x = step->row[n];
     return token_at(t < step->accepted[n] ? x->seed : ~x->seed, x->position + t);

@@ -7,7 +7,6 @@
 #include "prefill_case.h"
 
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -28,14 +27,7 @@ bool formula_feasible(const struct prefill_problem *p) {
     return pairs * (double)p->HV * (double)(p->c.K + p->c.V) < 2e8;
 }
 
-static double *numbers(int64_t count) {
-    double *x = calloc((size_t)count + 1, sizeof *x);
-    if (!x) {
-        fprintf(stderr, "out of memory in the formula\n");
-        exit(2);
-    }
-    return x;
-}
+static double *numbers(int64_t count) { return must_allocate(count, sizeof(double)); }
 
 static double decay_of(const struct prefill_problem *p, double g, double A_log, double dt_bias) {
     double x = g + dt_bias;

@@ -194,7 +194,7 @@ static const struct option prefill_options[] = {{COUNT(gates), set_gate},
                                                SHAPES,
                                                {2, set_heads}};
 
-/* Of prefill: slots need a state, checkpoint indices need packed sequences. */
+/* What does not go together in prefill: slots need a state, checkpoint indices need packed sequences. */
 static bool prefill_forbids(int a, int x, int b, int y) {
     void (*first)(struct pick *, int) = prefill_options[a].set,
                                  (*second)(struct pick *, int) = prefill_options[b].set;

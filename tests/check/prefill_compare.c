@@ -7,7 +7,6 @@
 #include "compare.h"
 
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -69,28 +68,18 @@ static bool fail(struct comparison *c, const char *why) {
     return false;
 }
 
-static void append(struct comparison *c, const char *format, ...) __attribute__((format(printf, 2, 3)));
-
-static void append(struct comparison *c, const char *format, ...) {
-    size_t used = strlen(c->text);
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(c->text + used, sizeof c->text - used, format, arguments);
-    va_end(arguments);
-}
-
 static bool within(struct comparison *c, const char *name, const struct tensor *x, const struct tensor *ref,
                    const struct prefill_output *o, struct allowance allowed) {
     if (!o->ndim)
         return true;
     double error = prefill_error(x, ref, o, allowed.forgive_rounding);
-    append(c, "%s%s %.1e", c->text[0] ? ", " : "", name, error);
+    append_text(c->text, sizeof c->text, "%s%s %.1e", c->text[0] ? ", " : "", name, error);
     if (error <= allowed.ratio)
         return true;
     if (isnan(error))
-        append(c, " (the expected result is not finite)");
+        append_text(c->text, sizeof c->text, " (the expected result is not finite)");
     else
-        append(c, " (at most %.1e)", allowed.ratio);
+        append_text(c->text, sizeof c->text, " (at most %.1e)", allowed.ratio);
     return false;
 }
 
@@ -157,8 +146,8 @@ static void append_time(struct comparison *c, struct prefill_results *r, const c
     const struct arguments all = arguments_of_prefill(&args);
     double seconds = seconds_of(&all);
     double rows = (double)(p->B * p->T * p->HV), flop = 8 * rows * (double)(p->c.K * p->c.V);
-    append(c, "; %.3f ms, %.1f thousand tokens/s, %.1f GFLOP/s", seconds * 1e3,
-           (double)(p->B * p->T) / seconds * 1e-3, flop / seconds * 1e-9);
+    append_text(c->text, sizeof c->text, "; %.3f ms, %.1f thousand tokens/s, %.1f GFLOP/s", seconds * 1e3,
+                (double)(p->B * p->T) / seconds * 1e-3, flop / seconds * 1e-9);
 }
 
 static void compare_level(struct check *check, struct comparison *c, const char *level) {

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* What only the CUDA backend promises: graphs that are replayed with other contents, indices in device memory that
  * are out of range, managed memory, and errors that name a device; and what it takes Hopper to do. */
+#include "calls.h"
 #include "cluster_copy.h"
 #include "device.h"
 #include "prefill_compare.h"
@@ -109,16 +110,6 @@ static void graphs(struct check *check) {
 
 /* ---- Wild indices ------------------------------------------------------------------------------ */
 
-/* Replaces about half of an index tensor by values that are out of range. Slots stay distinct: none of these is
- * one. */
-static void spoil(struct tensor *t, struct random *r) {
-    const bool wide = t->block && t->dl.dtype.bits == 64;
-    const double wild[] = {-2, -1000, 1000, 2147483647, -2147483648., wide ? 9e18 : 1e6, wide ? -9e18 : -1e6};
-    for (int64_t i = 0; t->block && i < tensor_count(t); i++)
-        if (random_below(r, 2))
-            tensor_set(t, i, wild[random_below(r, sizeof wild / sizeof *wild)]);
-}
-
 static const char *wild_indices_break(struct prefill_problem *p, struct random *r) {
     struct prefill_results results, before;
     struct tensor *const indices[] = {&p->cu_seqlens, &p->state_indices, &p->checkpoint_cu_starts,
@@ -126,7 +117,7 @@ static const char *wild_indices_break(struct prefill_problem *p, struct random *
     prefill_results_make(&results, p);
     prefill_results_make(&before, p);
     for (size_t i = 0; i < sizeof indices / sizeof *indices; i++)
-        spoil(indices[i], r);
+        spoil_indices(indices[i], r);
     const char *wrong = prefill_run(p, &results, FLASH_KDA_BACKEND_CUDA, FILL_ALWAYS);
     /* What rows hold now means nothing, but slots and padding that no index names are as they were. */
     bool *any = p->out.written;
@@ -160,18 +151,18 @@ static void wild_indices(struct check *check) {
     }
 }
 
-/* ---- Parts ------------------------------------------------------------------------------------- */
+/* ---- Stream-K ---------------------------------------------------------------------------------- */
 
 static void fill_strong(struct prefill_problem *p, struct random *r) {
     fill_ordinary(p, r);
     tensor_fill(&p->g, 100);
 }
 
-/* What stream-K leaves to the schedule's kernels is the first word of its workspace, Hopper's enum Outcome. Results are
- * right in any case: only this tells who made them. */
+/* The first word of stream-K's workspace, Hopper's enum Outcome, says which chains are pending: those it leaves to the
+ * schedule's kernels. Results are right in any case: only this tells who made them. */
 static const struct {
     void (*fill)(struct prefill_problem *, struct random *);
-    int32_t left;
+    int32_t outcome;
     const char *name;
 } gates[] = {{fill_strong, 0, "strong gates leave nothing"},
              {fill_moving, 1, "what is not forgotten after all leaves split chains"},
@@ -192,21 +183,21 @@ static const char *run_described(const flash_kda_prefill_args *args, char *text,
     return call_finish(&c, ran);
 }
 
-/* NULL if stream-K left what is expected. hopper: did level sm90 take the call? */
+/* NULL if stream-K's outcome is the expected one. hopper: did level sm90 take the call? */
 static const char *stream_k_leaves(const flash_kda_prefill_args *args, int32_t expected, bool *hopper) {
     static char other[80];
     char text[200] = "";
-    int32_t left = 0;
-    const char *wrong = run_described(args, text, sizeof text, &left);
+    int32_t outcome = 0;
+    const char *wrong = run_described(args, text, sizeof text, &outcome);
     *hopper = strstr(text, "level sm90");
     if (wrong || !*hopper)
         return wrong;
     setenv("FLASH_KDA_CUDA", "sm90/stream_k", 1);
-    wrong = run_described(args, text, sizeof text, &left);
-    snprintf(other, sizeof other, "left %d to other kernels, expected %d", left, expected);
+    wrong = run_described(args, text, sizeof text, &outcome);
+    snprintf(other, sizeof other, "outcome %d, expected %d", outcome, expected);
     return wrong                       ? wrong
            : !strstr(text, "stream_k") ? "was not run by stream-K"
-           : left != expected          ? other
+           : outcome != expected       ? other
                                        : NULL;
 }
 
@@ -230,7 +221,7 @@ static void stream_k(struct check *check) {
         prefill_results_make(&results, &p);
         const flash_kda_prefill_args args = prefill_bind(&p, &results, FLASH_KDA_BACKEND_CUDA);
         bool hopper = false;
-        const char *wrong = stream_k_leaves(&args, gates[i].left, &hopper);
+        const char *wrong = stream_k_leaves(&args, gates[i].outcome, &hopper);
         if (!forced)
             unsetenv("FLASH_KDA_CUDA");
         if (wrong || hopper)

@@ -282,8 +282,8 @@ static void collinear(struct check *check) {
 
 /* ---- Keys that are not normalised ---------------------------------------------------------------- */
 
-/* Where beta |k|^2 is above 2 a token makes what lies along its key larger. Behind keys of length `parameter` and values of 0
- * come some tokens with values, as behind left padding: the answer is 0 up to there, but what a segment does to a state
+/* Where beta |k|^2 is above 2 a token makes what lies along its key larger. After keys of length `parameter` and values of 0
+ * come some tokens with values, as after left padding: the answer is 0 up to there, but what a segment does to a state
  * overflows. */
 static void fill_growing(struct prefill_problem *p, struct random *r) {
     enum { LAST = 20 };

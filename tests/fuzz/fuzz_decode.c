@@ -2,6 +2,7 @@
 /* libFuzzer target: bytes as the arguments of decode. They choose a small call that is often valid, and then damage some
  * of it. Every tensor has just the memory its shape and strides need, so that the sanitizers see any other access. A call
  * that fails must write nothing; one that succeeds must agree with the oracle. */
+#include "bytes.h"
 #include "flash_kda.h"
 
 #include <math.h>
@@ -79,25 +80,6 @@ struct call {
     struct slot slots[ARGUMENTS];
     bool too_large; /* some tensor has no memory */
 };
-
-static void must(bool holds) {
-    if (!holds)
-        abort();
-}
-
-struct bytes {
-    const uint8_t *next;
-    size_t left;
-};
-
-static unsigned take(struct bytes *b) {
-    if (!b->left)
-        return 0;
-    b->left--;
-    return *b->next++;
-}
-
-static int64_t choose(struct bytes *b, int64_t low, int64_t high) { return low + take(b) % (high - low + 1); }
 
 static const DLTensor **member(struct call *c, int argument) {
     return (const DLTensor **)(void *)((char *)&c->args + arguments[argument].member);
@@ -276,7 +258,7 @@ static void damage(struct call *c, struct bytes *b) {
 
 /* ---- Memory ---------------------------------------------------------------------------------------- */
 
-/* Bytes from data to behind the last element, or -1 where that is not a small number. */
+/* Bytes from data to the end of the last element, or -1 where that is not a small number. */
 static int64_t extent(const struct slot *s) {
     int64_t last = 0, compact = 1;
     if (!s->dl.shape || s->dl.ndim < 0 || s->dl.ndim > MAX_DIMS)

@@ -2,6 +2,7 @@
 /* libFuzzer target: bytes as the arguments of prefill. They choose a small call that is often valid, and then
  * damage some of it. Every tensor has just the memory its shape and strides need, so that the sanitizers see
  * any other access. A call that fails must write nothing; one that succeeds must agree with the oracle. */
+#include "bytes.h"
 #include "flash_kda.h"
 
 #include <math.h>
@@ -53,24 +54,7 @@ struct call {
     bool packed, wild_values, too_large;
 };
 
-static void must(bool holds) {
-    if (!holds)
-        abort();
-}
-
-/* ---- Bytes to choices ---------------------------------------------------------------------------- */
-
-struct bytes {
-    const uint8_t *next;
-    size_t left;
-};
-
-static unsigned take(struct bytes *b) {
-    if (!b->left)
-        return 0;
-    b->left--;
-    return *b->next++;
-}
+/* ---- A call that is often valid -------------------------------------------------------------------- */
 
 static int64_t take64(struct bytes *b) {
     uint64_t x = 0;
@@ -78,10 +62,6 @@ static int64_t take64(struct bytes *b) {
         x = x << 8 | take(b);
     return (int64_t)x;
 }
-
-static int64_t choose(struct bytes *b, int64_t low, int64_t high) { return low + take(b) % (high - low + 1); }
-
-/* ---- A call that is often valid -------------------------------------------------------------------- */
 
 static const DLDataType floats[] = {{kDLFloat, 32, 1}, {kDLBfloat, 16, 1}, {kDLFloat, 16, 1}};
 static const DLDataType int32 = {kDLInt, 32, 1}, int64 = {kDLInt, 64, 1};
@@ -285,7 +265,7 @@ static void damage(struct call *c, struct bytes *b) {
 
 /* ---- Memory ----------------------------------------------------------------------------------------- */
 
-/* Bytes from data to behind the last element, or -1 where that is not a small number. */
+/* Bytes from data to the end of the last element, or -1 where that is not a small number. */
 static int64_t extent(const struct slot *s) {
     int64_t last = 0, count = 1, item = s->dl.dtype.bits / 8;
     if (s->dl.ndim < 0 || s->dl.ndim > MAX_DIMS || !s->dl.shape)

@@ -65,7 +65,7 @@ static void check_file(const struct safetensors *file, const uint8_t *data, size
 int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size) {
-    /* A copy of exactly the size, so that reading behind its end is seen. */
+    /* A copy of exactly the size, so that reading past its end is seen. */
     uint8_t *data = malloc(size ? size : 1);
     struct safetensors file;
     if (!data)

@@ -18,7 +18,7 @@ static void fill(struct problem_tensor *t, int seed) {
     }
 }
 
-/* An fp32 tensor of up to four dimensions; those behind the first 0 are left out. */
+/* An fp32 tensor of up to four dimensions; those after the first 0 are left out. */
 static const DLTensor *add(struct problem *p, int64_t a, int64_t b, int64_t c, int64_t d) {
     struct problem_tensor *t = &p->tensors[p->count++];
     const int64_t shape[4] = {a, b, c, d};
@@ -46,7 +46,7 @@ static bool all_there(const struct problem *p) {
     return true;
 }
 
-/* Of what prefill has. */
+/* Backward of the same tensors. */
 static void set_backward(struct problem *p, struct problem_size size) {
     int64_t B = size.B, T = size.T, H = size.H, K = size.K, V = size.V;
     const flash_kda_prefill_args *a = &p->prefill;
@@ -77,7 +77,7 @@ static void set_backward(struct problem *p, struct problem_size size) {
     b->d_initial_state = add(p, B, H, K, V);
 }
 
-/* Of whichever needs more. */
+/* Enough for either. */
 static bool find_workspace_size(struct problem *p) {
     size_t backward;
     if (flash_kda_prefill_workspace_size(&p->prefill, &p->workspace_bytes) != FLASH_KDA_OK ||

@@ -164,7 +164,7 @@ def test_verify_and_commit(accepted, device):
 
 
 def convolve(x, weight, bias, past):
-    """x [B, T, heads, dim] behind past [B, channels, 3]: what comes out, in fp64, and the last three inputs."""
+    """x [B, T, heads, dim] after past [B, channels, 3]: what comes out, in fp64, and the last three inputs."""
     flat = torch.cat([past.double(), x.flatten(2).mT.double()], 2)
     y = torch.nn.functional.conv1d(flat, weight.double()[:, None], None if bias is None else bias.double(),
                                    groups=len(weight))

@@ -41,7 +41,7 @@ A_SECOND = 1_500_000_000  #: in cycles
 
 @pytest.mark.cuda
 def test_current_stream_without_waiting():
-    """The call queues behind what its stream has still to do, and returns before."""
+    """The call queues after what its stream has still to do, and returns before that is done."""
     problem = make().to("cuda")
     expected = libflashkda.prefill(*problem.inputs, **problem.options)
     late = problem.v.clone().zero_()

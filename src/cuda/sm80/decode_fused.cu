@@ -14,8 +14,8 @@ namespace kda {
 namespace decode {
 namespace {
 
-/* Threads of a CTA, at most. Few states get many threads each. Of many states, several share a multiprocessor,
- * so that one loads while another computes. */
+/* Threads of a CTA, at most. Few states get many threads each. Where there are many, several share a
+ * multiprocessor, so that one loads while another computes. */
 constexpr int WIDE = 512, NARROW = 256;
 constexpr int PIECES = 8;       /* of 16 bytes of the state, of one thread */
 constexpr int BATCH = 2;        /* tokens that a thread loads at a time */

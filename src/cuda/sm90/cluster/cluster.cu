@@ -200,7 +200,7 @@ template <bool split, bool bounded, bool keeps> struct Producer {
             ptx::mbarrier_arrive(&shared.empty[s]);
     }
 
-    /* Of every four chunks, rank and rank + 2 are this CTA's, one for each group. When one is made, the group
+    /* This CTA makes chunks rank and rank + 2 of every four, one in each group. When one is made, the group
      * goes on to the next. The loop has every step once, as code competes for the instruction cache. */
     __device__ void produce() {
         int warp = threadIdx.x % GROUP / 32, chunks = shared.work.chunks, slot = 0;

@@ -49,7 +49,7 @@ struct WorkTile {
 template <bool split> struct alignas(1024) Shared {
     Tiles<DIM> tiles[STAGES<split>]; /* k, q and g at first, where the CTA makes them */
     __nv_bfloat16 values[STAGES<split>][CHUNK * GROUP_COLUMNS * CONSUMERS<split>];
-    /* Of each consumer warp, swizzled by 32 bytes. Where there is room, a second one while the first leaves. */
+    /* One for each consumer warp, swizzled by 32 bytes. Where there is room, a second one while the first leaves. */
     __nv_bfloat16 outputs[split ? 2 : 1][CONSUMERS<split> * GROUP / 32][CHUNK * 16];
     Factors<DIM> factors[STAGES<split>];
     Blocks blocks[PRODUCERS];

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
-/* Decode right behind a call on the same stream that writes its state_indices: kernels which look for their states while the
- * work before them ends must not go on with what they saw. The call before is a decode, too, that takes a while over
- * tokens of zeros, and whose last output lies where the index does: the index becomes 0. */
+/* Decode right after a call on the same stream that writes its state_indices. A kernel may read its index while the work
+ * before it still runs, to fetch a state early, but must not go on with what it read. The call before is a decode, too. It
+ * takes a while over tokens of zeros, and its last output lies where the index does, which becomes 0. */
 #include "decode_families.h"
 #include "prefill_compare.h"
 #include "tensor.h"
@@ -113,20 +113,20 @@ static const char *follow_compare(struct follow *f) {
     return wrong;
 }
 
-void decode_behind(struct check *check) {
+void decode_after(struct check *check) {
     static const int64_t heads[] = {4, 70, 140}; /* from half a state to a multiprocessor to several states */
     const DLDataType types[] = {TYPE_FP32, TYPE_BF16};
     for (size_t i = 0; i < sizeof heads / sizeof *heads; i++)
         for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
             char name[96];
             struct follow f;
-            snprintf(name, sizeof name, "decode, right behind what writes its index, H %lld, %s",
+            snprintf(name, sizeof name, "decode, right after what writes its index, H %lld, %s",
                      (long long)heads[i], type_name(types[t]));
             if (!check_wanted(check, name))
                 continue;
             struct random r = random_named(check->seed, name);
             const char *wrong = follow_make(&f, heads[i], types[t], &r) ? follow_compare(&f) : "no memory";
-            check_report(check, !wrong, "cuda", name, wrong ? wrong : "the same bits as behind nothing");
+            check_report(check, !wrong, "cuda", name, wrong ? wrong : "the same bits as after nothing");
             follow_free(&f);
         }
 }
