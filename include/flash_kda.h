@@ -443,7 +443,7 @@ FLASH_KDA_API flash_kda_status flash_kda_decode_describe(const flash_kda_decode_
  *
  * Memory: no written gradient may overlap another argument or the workspace, with one exception: d_initial_state may
  * be d_final_state itself (same address, dtype and strides: in place).
-  */
+ */
 typedef struct flash_kda_backward_args {
     size_t
         struct_size; /* sizeof(flash_kda_backward_args), set by FLASH_KDA_BACKWARD_ARGS_INIT; as of prefill */

@@ -97,7 +97,9 @@ static struct allowance allowance(const struct comparison *comparison, int gradi
         return (struct allowance){b->checkpoints.block ? TOLERANCE_ORACLE_KEPT : TOLERANCE_ORACLE, true};
     if (!level_rounds_gradients(level))
         return (struct allowance){gradient == DA_LOG ? TOLERANCE_DA_LOG : c->fp32_tolerance, true};
-    const struct bf16_gradients bf16 = c->K == 1 ? BF16_GRADIENTS_ONE_CHANNEL : b->c.bf16;
+    const struct bf16_gradients bf16 = c->K == 1   ? BF16_GRADIENTS_ONE_CHANNEL
+                                       : c->K < 16 ? BF16_GRADIENTS_FEW_CHANNELS
+                                                   : b->c.bf16;
     double samples =
         (double)(gradient == D_INITIAL_STATE ? b->p.N * b->p.HV * c->K : b->p.B * b->p.T * b->p.HV);
     double few = bf16.few / sqrt(fmax(1, samples)), ratio = bf16.of[gradient];
