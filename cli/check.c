@@ -25,7 +25,7 @@ static struct tolerance gradient_tolerance(const struct trial *trial, const stru
     for (int i = 0; i < TRIAL_GRADIENTS; i++)
         tolerance.output =
             larger(tolerance.output, rounding_error(&oracle->gradients[i], trial->gradients[i].dl.dtype));
-        tolerance.output += tolerance.state;
+    tolerance.output += tolerance.state;
     if (tensor_present(&trial->checkpoints)) /* in bf16: of a gradient both factors may come from them */
         tolerance.output += 2 * ROUNDING_BF16_RMS;
     return tolerance;

@@ -10,6 +10,7 @@ static void run(struct check *check) {
     backward_pairwise(check);
     backward_traps(check);
     backward_properties(check);
+    backward_cuda(check);
 }
 
 const struct operation backward_operation = {"backward", run};

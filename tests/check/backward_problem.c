@@ -162,8 +162,8 @@ void backward_results_free(struct backward_results *r) {
 
 /* ---- Runs -------------------------------------------------------------------------------------- */
 
-static flash_kda_backward_args bind(const struct backward_problem *b, struct backward_results *r,
-                                    flash_kda_backend backend) {
+flash_kda_backward_args backward_bind(const struct backward_problem *b, struct backward_results *r,
+                                      flash_kda_backend backend) {
     flash_kda_backward_args args = b->args;
     const DLTensor **const members[GRADIENTS] = {
         &args.dq,    &args.dk,     &args.dv,        &args.dg,
@@ -179,13 +179,13 @@ static flash_kda_backward_args bind(const struct backward_problem *b, struct bac
 
 const char *backward_run(const struct backward_problem *b, struct backward_results *r,
                          flash_kda_backend backend, int fill) {
-    const flash_kda_backward_args args = bind(b, r, backend);
+    const flash_kda_backward_args args = backward_bind(b, r, backend);
     const struct arguments all = arguments_of_backward(&args);
     return call_run(&all, memory_of(backend), fill);
 }
 
 double backward_time(const struct backward_problem *b, struct backward_results *r, flash_kda_backend backend) {
-    const flash_kda_backward_args args = bind(b, r, backend);
+    const flash_kda_backward_args args = backward_bind(b, r, backend);
     const struct arguments all = arguments_of_backward(&args);
     return seconds_of(&all);
 }
