@@ -443,8 +443,6 @@ FLASH_KDA_API flash_kda_status flash_kda_decode_describe(const flash_kda_decode_
  *
  * Memory: no written gradient may overlap another argument or the workspace, with one exception: d_initial_state may
  * be d_final_state itself (same address, dtype and strides: in place).
- *
- * The CUDA backend does not run it yet.
  */
 typedef struct flash_kda_backward_args {
     size_t struct_size; /* sizeof(flash_kda_backward_args), set by FLASH_KDA_BACKWARD_ARGS_INIT; as for
@@ -472,7 +470,7 @@ typedef struct flash_kda_backward_args {
     /* -- States that prefill kept; NULL: they are found again, in the workspace -- */
     const DLTensor *checkpoints;          /* fp32 or bf16, as prefill wrote them with checkpoint_every. The last
                                              row of a sequence, its final state, is not read and may be left out */
-    int64_t checkpoint_every;             /* with checkpoints: a multiple of 32, else 0 */
+    int64_t checkpoint_every;             /* with checkpoints: a multiple of 32, else 0; 128 is best on CUDA */
     const DLTensor *checkpoint_cu_starts; /* int32 or int64 [N + 1], with checkpoints and cu_seqlens */
 
     /* -- Gradients of its results: at least one of them -- */
@@ -510,7 +508,8 @@ static inline flash_kda_backward_args flash_kda_backward_args_init() {
 /* Writes to *bytes how much scratch memory, on the device of q, flash_kda_backward() needs for these arguments. The
  * size depends on shapes, dtypes, num_threads, which tensors are given and, for packed sequences, on N. It does not
  * depend on the data. On the CPU each thread needs room for a state every 128 tokens of T, but for none where prefill
- * kept them every 32, 64 or 128. Errors: as flash_kda_backward(). */
+ * kept them every 32, 64 or 128. On CUDA all heads need such room, in bf16, but for none where prefill kept states at
+ * most 512 tokens apart; the rest does not grow with T. Errors: as flash_kda_backward(). */
 FLASH_KDA_API flash_kda_status flash_kda_backward_workspace_size(const flash_kda_backward_args *args,
                                                                  size_t *bytes);
 

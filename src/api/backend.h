@@ -20,8 +20,7 @@ struct kda_backend {
     /* At least one token and one sequence. */
     flash_kda_status (*decode)(const struct kda_decode *d);
     flash_kda_status (*decode_describe)(const struct kda_decode *d, char *text, size_t size);
-    /* NULL in a backend that has no backward. There may be no token and no sequence: sums over them are still
-     * written. */
+    /* There may be no token and no sequence: sums over them are still written. */
     flash_kda_status (*backward_workspace_size)(const struct kda_backward *b, size_t *bytes);
     flash_kda_status (*backward)(const struct kda_backward *b, void *workspace);
     flash_kda_status (*backward_describe)(const struct kda_backward *b, char *text, size_t size);
@@ -49,6 +48,9 @@ flash_kda_status kda_cpu_backward(const struct kda_backward *b, void *workspace)
 flash_kda_status kda_cpu_backward_describe(const struct kda_backward *b, char *text, size_t size);
 flash_kda_status kda_cuda_decode(const struct kda_decode *d);
 flash_kda_status kda_cuda_decode_describe(const struct kda_decode *d, char *text, size_t size);
+flash_kda_status kda_cuda_backward_workspace_size(const struct kda_backward *b, size_t *bytes);
+flash_kda_status kda_cuda_backward(const struct kda_backward *b, void *workspace);
+flash_kda_status kda_cuda_backward_describe(const struct kda_backward *b, char *text, size_t size);
 
 /* Can the host read memory of this device? */
 bool kda_on_host(DLDevice device);

@@ -4,6 +4,7 @@
 #define KDA_CUDA_LEVEL_H
 
 #include "api/decode_problem.h"
+#include "cuda/backward_plan.h"
 #include "cuda/device.h"
 
 /* How one decode runs: in one kernel. */
@@ -31,6 +32,15 @@ struct kda_cuda_level {
     bool (*decode_takes)(const struct kda_decode *d, const struct kda_decode_plan *plan);
     void (*decode_plan)(const struct kda_decode *d, struct kda_decode_plan *plan);
     cudaError_t (*decode)(const struct kda_decode *d, const struct kda_decode_plan *plan);
+
+    /* Backward, likewise; takes is NULL in a level that has none. plan: completes a plan that kda_backward_plan_begin
+     * has started. launch_at: launch number i of the plan, below its count. */
+    bool (*backward_takes)(const struct kda_backward *b);
+    void (*backward_plan)(const struct kda_backward *b, struct kda_backward_plan *plan);
+    struct kda_backward_launch (*backward_launch_at)(const struct kda_backward *b,
+                                                     const struct kda_backward_plan *plan, int i);
+    cudaError_t (*backward_launch)(const struct kda_backward *b, const struct kda_backward_plan *plan,
+                                   const struct kda_backward_launch *launch, void *workspace);
 };
 
 extern const struct kda_cuda_level kda_sm80_level;

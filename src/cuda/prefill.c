@@ -101,4 +101,7 @@ const struct kda_backend kda_cuda_backend = {.name = "cuda",
                                              .prefill = prefill,
                                              .prefill_describe = describe,
                                              .decode = kda_cuda_decode,
-                                             .decode_describe = kda_cuda_decode_describe};
+                                             .decode_describe = kda_cuda_decode_describe,
+                                             .backward_workspace_size = kda_cuda_backward_workspace_size,
+                                             .backward = kda_cuda_backward,
+                                             .backward_describe = kda_cuda_backward_describe};

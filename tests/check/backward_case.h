@@ -17,7 +17,8 @@ struct backward_case {
     enum storage d_final, d_initial; /* STORAGE_IN_PLACE: d_initial_state is d_final_state */
     unsigned without;                /* bits of enum gradient: not asked for */
     DLDataType types[D_INITIAL_STATE];
-    double size; /* of the gradients that are given */
+    double size;                /* of the gradients that are given */
+    struct bf16_gradients bf16; /* tolerances where products are in bf16 */
 };
 
 /* A small plain case to change from, with everything given and asked for, all fp32. */
@@ -47,6 +48,10 @@ void backward_results_make(struct backward_results *r, const struct backward_pro
 /* Compact fp32 tensors of all gradients that there are, nothing in place: for the expected values. */
 void backward_results_make_exact(struct backward_results *r, const struct backward_problem *b);
 void backward_results_free(struct backward_results *r);
+
+/* The arguments of a run on a backend that writes these results. */
+flash_kda_backward_args backward_bind(const struct backward_problem *b, struct backward_results *r,
+                                      flash_kda_backend backend);
 
 /* Calls backward with a workspace of exactly the size asked for, unaligned, guarded and filled with `fill`. NULL or
  * what went wrong. */
