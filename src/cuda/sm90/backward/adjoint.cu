@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Takes R through chains (config.cuh):
- *     dU = M^T dO + KR exp2(G - e) R   dX = F^T dU   R <- exp2(e) exp2(G - e) R + QT^T dO - KT^T dX
+ *     dU = M^T dO + KR exp2(G - e) R   dX = diag(beta) N^T dU   R <- exp2(e) exp2(G - e) R + QT^T dO - KT^T dX
  * Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand. */
 #include "cuda/sm90/backward/config.cuh"
 #include "cuda/sm90/kernels.h"
@@ -92,7 +92,7 @@ __device__ void step_back(const kda_backward &b, const AdjointStage &stage, cons
                           float (&R)[DIM / 8][4], __nv_bfloat16 *rows) {
     const StateOperands &state = stage.operands.state;
     uint64_t M = wgmma_operand(stage.operands.M, 0, 8 * PAIR_ROW, SWIZZLE_64);
-    uint64_t F = wgmma_operand(state.F, 0, 8 * PAIR_ROW, SWIZZLE_64);
+    uint64_t N = wgmma_operand(state.N, 0, 8 * PAIR_ROW, SWIZZLE_64);
     uint64_t KR = wgmma_operand(state.KR, 0, 8 * ROW, SWIZZLE_128);
     uint64_t KT = wgmma_operand(state.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
     uint64_t QT = wgmma_operand(stage.operands.QT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
@@ -123,20 +123,36 @@ __device__ void step_back(const kda_backward &b, const AdjointStage &stage, cons
     for (int t = 0; t < CHUNK / 16; t++)
         wgmma<true, true>(R, dO[t], advanced(QT, t * 16 * ROW));
     wgmma_commit();
+    alignas(16) float own[CHUNK / 4], steps[CHUNK / 4];
+    load_scales(state.diagonal, own);
+    load_scales(state.step, steps);
     wgmma_wait<1>();
     pin(dU);
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i++)
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            float2 x = unpack_bf16(dO[i / 2][i % 2 * 2 + n]);
+            dU[i][2 * n] = fmaf(own[2 * i], x.x, dU[i][2 * n]);
+            dU[i][2 * n + 1] = fmaf(own[2 * i + 1], x.y, dU[i][2 * n + 1]);
+        }
     uint32_t u[CHUNK / 16][4];
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
         pack_operand(dU[2 * t], dU[2 * t + 1], u[t]);
     pin(dX);
     wgmma_fence();
-    wgmma<true, false>(dX, u[0], F);
-    wgmma<true, true>(dX, u[1], advanced(F, 16 * PAIR_ROW));
+    wgmma<true, false>(dX, u[0], N);
+    wgmma<true, true>(dX, u[1], advanced(N, 16 * PAIR_ROW));
     wgmma_commit();
     wgmma_wait<0>();
     pin(dX);
     pin(R);
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            dX[i][n] *= steps[2 * i + n % 2];
     uint32_t x[CHUNK / 16][4], negative[CHUNK / 16][4];
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++) {

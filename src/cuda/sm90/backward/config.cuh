@@ -21,8 +21,10 @@
  *     dq = exp2(G - m) T1   dk = exp2(G - m) T2 + exp2(m - G) T3
  * and RQ T1 + RK T2 enters the sum over pairs that pass a token's decay with the number that CK T3 takes off again.
  *
+ * The diagonals of M and of its gradient, and the step, stay in fp32: with strong gates they are most of the result.
+ *
  * gradients, for one chunk (M = 10^6 multiply-adds):
- *     states     S^T KT^T 0.52, X F^T 0.13, U^T KR 0.52; R2 U^T 0.52, QT^T dO - KT^T dX 1.05, [RQ RK]^T [dM dL] 0.26
+ *     states     S^T KT^T 0.52, X N^T 0.13, U^T KR 0.52; R2 U^T 0.52, QT^T dO - KT^T dX 1.05, [RQ RK]^T [dM dL] 0.26
  *     gradients  [dO; dX] U^T 0.26, S [dO; dX]^T 1.05, CK^T [dM; dL]^T 0.26
  */
 #ifndef KDA_CUDA_SM90_BACKWARD_CONFIG_CUH
@@ -45,14 +47,15 @@ constexpr int PAIR_ROW = CHUNK * 2;     /* bytes of a row of a tile of pairs of 
 /* What states need of a chunk. */
 struct alignas(1024) StateOperands {
     __nv_bfloat16 KT[TILE], KR[TILE];
-    __nv_bfloat16 F[CHUNK * CHUNK];        /* (I + diag(beta) L0)^-1 diag(beta), swizzled by 64 bytes */
-    float fraction[DIM], whole[DIM];       /* the decay of a state, exp2(G - e) and exp2(e), by channel_index */
-    float rk[CHUNK], rq[CHUNK];            /* k and q are to be multiplied by these */
-    float beta[CHUNK], beta_rest[CHUNK];   /* the step, and sigmoid(-beta) */
+    __nv_bfloat16 N[CHUNK * CHUNK];      /* (I + diag(beta) L0)^-1, swizzled by 64 bytes */
+    float fraction[DIM], whole[DIM];     /* the decay of a state, exp2(G - e) and exp2(e), by channel_index */
+    float step[CHUNK], diagonal[CHUNK];  /* beta, and M's diagonal, by token_index */
+    float rk[CHUNK], rq[CHUNK];          /* k and q are to be multiplied by these */
+    float beta[CHUNK], beta_rest[CHUNK]; /* the step, and sigmoid(-beta) */
 };
 
 struct ChunkOperands {
-    __nv_bfloat16 M[CHUNK * CHUNK]; /* swizzled by 64 bytes */
+    __nv_bfloat16 M[CHUNK * CHUNK]; /* below its diagonal, swizzled by 64 bytes */
     __nv_bfloat16 QT[TILE];
     StateOperands state;
 };

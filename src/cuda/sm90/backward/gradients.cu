@@ -2,7 +2,7 @@
 /*
  * Makes the gradients of a segment's q, k, g and beta, from S at its start, R at its end and dX (config.cuh).
  *
- * The states' warpgroups take S through the chunks: X = V - KT S, U = F X, S <- exp2(e + f) S + KR^T exp2(f) U, where f is
+ * The states' warpgroups take S through the chunks: X = V - KT S, U = N diag(beta) X, S <- exp2(e + f) S + KR^T exp2(f) U, where f is
  * the decay's fraction. Then all warpgroups go from the last chunk to the first:
  *
  *     states                                    gradients
@@ -61,8 +61,9 @@ struct alignas(1024) GradientsShared {
     };
     __nv_bfloat16 pairs[2 * CHUNK * CHUNK]; /* rows of dM, then of dL, swizzled by 64 bytes */
     ChannelFactors factors;
+    float own[CHUNK];                     /* M's diagonal */
     float scales[4][CHUNK];               /* rk, rq, beta, beta_rest */
-    float diagonal[CHUNK];                /* of dX U^T */
+    float diagonals[2][CHUNK];            /* of dO U^T and dX U^T */
     float h[DIM];                         /* sums of R S over V, at the chunk's start */
     float partial[TEAM / 32][2 * CHUNK];  /* a warp's sums over channels: q . dq and k . dk by token */
     float along[2 * CHUNK];               /* of all warps */
@@ -139,15 +140,14 @@ inline __device__ void load_value_inputs(const Context &c, int chunk, bool with_
 
 /* ---- The states' warpgroups ----------------------------------------------------------------------- */
 
-/* Makes U of a chunk and takes S through it, as S^T [V][K]. */
-inline __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM / 8][4]) {
+/* Makes U of a chunk and, before the last one, takes S through it, as S^T [V][K]. */
+template <bool last> __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM / 8][4]) {
     GradientsShared &shared = c.shared;
     const StateInputs &in = shared.inputs[chunk % 2].state;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % 4 * 2;
-    bool last = chunk == c.chunks - 1;
     uint64_t KT = wgmma_operand(in.operands.KT, 0, 8 * ROW, SWIZZLE_128);
     uint64_t KR = wgmma_operand(in.operands.KR, TOKENS * 2, 8 * ROW, SWIZZLE_128);
-    uint64_t F = wgmma_operand(in.operands.F, 0, 8 * PAIR_ROW, SWIZZLE_64);
+    uint64_t N = wgmma_operand(in.operands.N, 0, 8 * PAIR_ROW, SWIZZLE_64);
     uint32_t a[DIM / 16][4];
 #pragma unroll
     for (int i = 0; i < DIM / 16; i++)
@@ -172,6 +172,8 @@ inline __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM
     Values v;
     load_values<DIM>(in.v, v);
     clear_pairs(v, chunk_of(c.segment, chunk).count);
+    alignas(16) float steps[CHUNK / 4];
+    load_scales(in.operands.step, steps);
     wgmma_wait<0>();
     pin(W);
     uint32_t x[CHUNK / 16][4];
@@ -181,15 +183,16 @@ inline __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM
         for (int n = 0; n < 4; n++) {
             float2 value = unpack_bf16(v[t][n]);
             const float *w = &W[2 * t + n / 2][n % 2 * 2];
-            x[t][n] = pack_bf16(value.x - w[0], value.y - w[1]);
+            int i = 4 * t + n / 2 * 2;
+            x[t][n] = pack_bf16((value.x - w[0]) * steps[i], (value.y - w[1]) * steps[i + 1]);
         }
     pin(U);
     wgmma_fence();
-    wgmma<false, false>(U, x[0], F);
-    wgmma<false, true>(U, x[1], advanced(F, 32));
+    wgmma<false, false>(U, x[0], N);
+    wgmma<false, true>(U, x[1], advanced(N, 32));
     wgmma_commit();
     float4 fraction[DIM / 16], whole[DIM / 16];
-    if (!last) {
+    if constexpr (!last) {
         load_factors(in.operands.whole, whole);
         decay_state(S, whole);
     }
@@ -199,7 +202,7 @@ inline __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
         pack_operand(U[2 * t], U[2 * t + 1], u[t]);
-    if (!last) {
+    if constexpr (!last) {
         pin(S);
         wgmma_fence();
 #pragma unroll
@@ -209,7 +212,7 @@ inline __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM
     }
     /* The last chunk's is used at once; others wait in memory, and lie till then where no tiles are yet. */
     store_pairs(last ? shared.U : chunk == 0 ? shared.RQ : chunk == 1 ? shared.RK : shared.CK, warp, u);
-    if (!last) {
+    if constexpr (!last) {
         load_factors(in.operands.fraction, fraction);
         wgmma_wait<0>();
         pin(S);
@@ -367,8 +370,9 @@ inline __device__ void run_states(const Context &c, const kda_state &first, cons
     }
     float S[DIM / 8][4];
     load_whole(first, S);
-    for (int chunk = 0; chunk < c.chunks; chunk++)
-        advance_state(c, chunk, S);
+    for (int chunk = 0; chunk < c.chunks - 1; chunk++)
+        advance_state<false>(c, chunk, S);
+    advance_state<true>(c, c.chunks - 1, S);
     if (threadIdx.x == 0) /* U is in memory: it is read there soon */
         ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
     float R[DIM / 8][4];
@@ -461,24 +465,20 @@ inline __device__ void make_tiles(const Context &c, const RawInputs &in, const G
     fence_shared();
 }
 
-/* Rounds the warp's rows of [dO; dX] U^T, for 16 tokens of U, into pairs: what is above the diagonal is not there, and of
- * dX U^T the diagonal neither, which is kept apart. */
+/* Rounds the warp's rows of [dO; dX] U^T below the diagonal, for 16 tokens of U, into pairs. The diagonals are kept
+ * apart. */
 inline __device__ void store_pair_products(GradientsShared &shared, const float (&d)[2][4], int warp) {
     int lane = threadIdx.x % 32, part = lane % 4 * 2, first = warp % 4 * 16 + lane / 4;
-    bool of_dX = warp % 4 >= 2;
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int row = first + r * 8, i = row % CHUNK, column = warp / 4 * 16 + j * 8 + part;
-            float x[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                x[e] = i > column + e || (i == column + e && !of_dX) ? d[j][2 * r + e] : 0.f;
-                if (of_dX && i == column + e)
-                    shared.diagonal[i] = d[j][2 * r + e];
-            }
-            store_shared(shared_address(&shared.pairs[swizzled<2 * CHUNK, CHUNK>(row, column)]), pack_bf16(x[0], x[1]));
+            float left = d[j][2 * r], right = d[j][2 * r + 1];
+            if (i == column || i == column + 1)
+                shared.diagonals[row / CHUNK][i] = i == column ? left : right;
+            store_shared(shared_address(&shared.pairs[swizzled<2 * CHUNK, CHUNK>(row, column)]),
+                         pack_bf16(i > column ? left : 0.f, i > column + 1 ? right : 0.f));
         }
     fence_shared();
 }
@@ -585,34 +585,35 @@ inline __device__ void pack_elements(const Elements &x, Pairs &pairs) {
             pairs[t][n] = pack_bf16(x[t * 2 + n / 2][n % 2][0], x[t * 2 + n / 2][n % 2][1]);
 }
 
-/* The gradient of k or q: `scales` times d, less what lies along x, where rows are normalised. by_head: NULL, or where it
- * goes. The tile has x and then, if it does not go there, the gradient. */
-inline __device__ void finish_rows(const kda_prefill &p, __nv_bfloat16 *tile, const Place &at, int warp,
-                                   const float *scales, float undo, const float *along, Elements &d, float *by_head) {
-    Pairs raw;
-    load_pairs(tile, warp, raw);
+/* The gradient of k or q, from d without what M's diagonal adds: that is `own` times the other one. Rows of x are
+ * multiplied by `scales` to be normalised; `undo` takes p.scale out of these. `along` are sums of x d. The gradient goes
+ * to by_head or, if that is NULL, to the tile. */
+inline __device__ void finish_rows(const kda_prefill &p, __nv_bfloat16 *tile, const Place &at, int warp, Pairs &x,
+                                   const Pairs &other, const float *scales, const float *other_scales, float undo,
+                                   const float *own, const float *along, Elements &d, float *by_head) {
     int part = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++) {
-        float2 scale = *reinterpret_cast<const float2 *>(&scales[j * 8 + part]);
-        float2 sum = *reinterpret_cast<const float2 *>(&along[j * 8 + part]);
-        float2 less = make_float2(0, 0);
+        auto of_tokens = [&](const float *values) { return *reinterpret_cast<const float2 *>(&values[j * 8 + part]); };
+        float2 scale = of_tokens(scales), sum = of_tokens(along), diagonal = of_tokens(own);
+        float2 more = of_tokens(other_scales), less = make_float2(0, 0);
+        more.x *= diagonal.x, more.y *= diagonal.y;
         if (p.qk_norm)
             less = make_float2(sum.x * (scale.x * undo) * (scale.x * undo), sum.y * (scale.y * undo) * (scale.y * undo));
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float2 x = unpack_bf16(raw[j / 2][j % 2 * 2 + r]);
-            d[j][r][0] = fmaf(d[j][r][0], scale.x, -x.x * less.x);
-            d[j][r][1] = fmaf(d[j][r][1], scale.y, -x.y * less.y);
+            float2 y = unpack_bf16(x[j / 2][j % 2 * 2 + r]), z = unpack_bf16(other[j / 2][j % 2 * 2 + r]);
+            d[j][r][0] = fmaf(fmaf(z.x, more.x, d[j][r][0]), scale.x, -y.x * less.x);
+            d[j][r][1] = fmaf(fmaf(z.y, more.y, d[j][r][1]), scale.y, -y.y * less.y);
         }
     }
     if (by_head) {
         store_by_head(p, by_head, at, warp, d);
         return;
     }
-    pack_elements(d, raw);
-    __syncwarp();
-    store_pairs(tile, warp, raw);
+    Pairs packed;
+    pack_elements(d, packed);
+    store_pairs(tile, warp, packed);
 }
 
 /* Sends a chunk's gradients from `in` to memory. */
@@ -691,14 +692,14 @@ inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place
     }
     barrier_wait(BARRIER_GRADIENTS, TEAM);
     if (t < 2 * CHUNK) {
-        float sum = 0;
+        float sum = shared.diagonals[0][lane] * shared.own[lane]; /* of M's diagonal */
 #pragma unroll
         for (int i = 0; i < TEAM / 32; i++)
             sum += shared.partial[i][t];
         shared.along[t] = sum;
     } else if (t < 3 * CHUNK && lane < at.count) {
         float step = shared.scales[2][lane];
-        float d = step > 0 ? shared.diagonal[lane] / step * shared.scales[3][lane] : 0.f;
+        float d = step > 0 ? shared.diagonals[1][lane] / step * shared.scales[3][lane] : 0.f;
         store_float(kda_row(&c.b.dbeta, at.batch, at.token + lane, at.head), c.b.dbeta.dtype, 0, d);
     }
     /* da of a token: h, and what leaves less what enters at all tokens before it. */
@@ -725,13 +726,17 @@ inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place
     __syncwarp();
     store_pairs(in.g, warp, g);
     barrier_wait(BARRIER_GRADIENTS, TEAM); /* sums along rows are there */
+    Pairs q, k;
+    load_pairs(in.q, warp, q), load_pairs(in.k, warp, k);
     Elements &d = da;
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
             d[j][i / 2][i % 2] = decayed[j][i / 2][i % 2] * T[j][i];
-    finish_rows(p, in.q, at, warp, shared.scales[1], 1 / p.scale, shared.along, d, dq_heads);
+    __syncwarp();
+    finish_rows(p, in.q, at, warp, q, k, shared.scales[1], shared.scales[0], 1 / p.scale, shared.diagonals[0],
+                shared.along, d, dq_heads);
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
@@ -739,7 +744,8 @@ inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place
             float x = decayed[j][i / 2][i % 2];
             d[j][i / 2][i % 2] = fmaf(-x, T[CHUNK / 8 + j][i], reciprocal_approximate(x) * T3[j][i]);
         }
-    finish_rows(p, in.k, at, warp, shared.scales[0], 1.f, shared.along + CHUNK, d, dk_heads);
+    finish_rows(p, in.k, at, warp, k, q, shared.scales[0], shared.scales[1], 1.f, shared.diagonals[0],
+                shared.along + CHUNK, d, dk_heads);
     fence_shared();
     barrier_wait(BARRIER_GRADIENTS, TEAM);
     send_gradients(c, in, at, dq_heads);
@@ -765,8 +771,13 @@ inline __device__ void run_gradients(const Context &c, float *dq_heads, float *d
     int t = threadIdx.x - TEAM, warp = t / 32;
     Gate gate = find_gates(c.b.forward, (int)c.segment.head, warp);
     GateSums sums = {};
-    const float *scales = c.operands[c.chunks - 1].state.rk;
-    float next_scale = t < 4 * CHUNK ? scales[t] : 0.f;
+    float next_scale = 0, next_own = 0;
+    auto load_scales = [&](int chunk) {
+        const StateOperands &from = c.operands[chunk].state;
+        next_scale = from.rk[t], next_own = from.diagonal[token_index(t % CHUNK)];
+    };
+    if (t < 4 * CHUNK)
+        load_scales(c.chunks - 1);
     barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
     uint32_t parity = 0, fills[2] = {0, 0};
     for (int chunk = c.chunks - 1; chunk >= 0; chunk--) {
@@ -776,8 +787,10 @@ inline __device__ void run_gradients(const Context &c, float *dq_heads, float *d
         float T[2 * CHUNK / 8][4];
         if (t < 4 * CHUNK) {
             shared.scales[0][t] = next_scale;
+            if (t < CHUNK)
+                shared.own[t] = next_own;
             if (chunk)
-                next_scale = c.operands[chunk - 1].state.rk[t];
+                load_scales(chunk - 1);
         }
         barrier_wait(BARRIER_GRADIENTS, TEAM);
         wait(shared.raw_in[raw_place(chunk)], fills[raw_place(chunk)]);

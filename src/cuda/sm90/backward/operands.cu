@@ -18,38 +18,47 @@ struct alignas(1024) OperandsShared {
     uint64_t arrived;
 };
 
-/* Scales of k and q: 8 threads find the norm of a token's row. */
+/* Scales of k and q, and M's diagonal: 8 threads find those of a token. */
 __device__ void find_scales(const kda_prefill &p, OperandsShared &shared, int count) {
     int token = threadIdx.x / 8, part = threadIdx.x % 8;
+    StateOperands &state = shared.operands.state;
+    float squares[2] = {}, product = 0;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const __nv_bfloat16 *tile = i ? shared.queries : shared.keys;
-        float squares = 0;
+    for (int panel = 0; panel < 2; panel++) {
+        int at = panel * TOKENS + token * PANEL + part * 8;
+        uint4 words[2] = {*reinterpret_cast<const uint4 *>(&shared.keys[at]),
+                          *reinterpret_cast<const uint4 *>(&shared.queries[at])};
+        const uint32_t k[4] = {words[0].x, words[0].y, words[0].z, words[0].w};
+        const uint32_t q[4] = {words[1].x, words[1].y, words[1].z, words[1].w};
 #pragma unroll
-        for (int panel = 0; panel < 2; panel++) {
-            uint4 words = *reinterpret_cast<const uint4 *>(&tile[panel * TOKENS + token * PANEL + part * 8]);
-            const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                float2 x = unpack_bf16(pairs[n]);
-                squares = fmaf(x.x, x.x, fmaf(x.y, x.y, squares));
-            }
+        for (int n = 0; n < 4; n++) {
+            float2 x = unpack_bf16(k[n]), y = unpack_bf16(q[n]);
+            squares[0] = fmaf(x.x, x.x, fmaf(x.y, x.y, squares[0]));
+            squares[1] = fmaf(y.x, y.x, fmaf(y.y, y.y, squares[1]));
+            product = fmaf(x.x, y.x, fmaf(x.y, y.y, product));
         }
-#pragma unroll
-        for (int bit = 4; bit; bit /= 2)
-            squares += __shfl_xor_sync(~0u, squares, bit);
-        float scale = (p.qk_norm ? rsqrtf(squares + 1e-6f) : 1.f) * (i ? p.scale : 1.f);
-        if (part == 0)
-            (i ? shared.operands.state.rq : shared.operands.state.rk)[token] = token < count ? scale : 0.f;
     }
+#pragma unroll
+    for (int bit = 4; bit; bit /= 2) {
+        squares[0] += __shfl_xor_sync(~0u, squares[0], bit), squares[1] += __shfl_xor_sync(~0u, squares[1], bit);
+        product += __shfl_xor_sync(~0u, product, bit);
+    }
+    if (part)
+        return;
+    bool real = token < count;
+    float rk = p.qk_norm ? rsqrtf(squares[0] + 1e-6f) : 1.f, rq = p.qk_norm ? rsqrtf(squares[1] + 1e-6f) : 1.f;
+    rq *= p.scale;
+    state.rk[token] = real ? rk : 0.f, state.rq[token] = real ? rq : 0.f;
+    state.diagonal[token_index(token)] = real ? product * rk * rq : 0.f;
 }
 
 /* The step of the lane's token, and what sigmoid leaves of 1. */
 __device__ void find_steps(const kda_prefill &p, const Place &at, StateOperands &x) {
     uint32_t raw = load_beta(p, at.batch, at.token, at.head, at.count);
     float y = __uint_as_float(raw << 16), grown = exp2_approximate(min_or_nan(y * LOG2E, 120.f));
-    x.beta[threadIdx.x % 32] = find_beta(p, at.count, raw);
-    x.beta_rest[threadIdx.x % 32] = reciprocal_approximate(1.f + grown);
+    int lane = threadIdx.x % 32;
+    x.step[token_index(lane)] = x.beta[lane] = find_beta(p, at.count, raw);
+    x.beta_rest[lane] = reciprocal_approximate(1.f + grown);
 }
 
 /* Makes the tiles of the warp's channels. */
@@ -128,8 +137,8 @@ __device__ void multiply_block(OperandsShared &shared, bool queries, int rows, i
         for (int r = 0; r < 2; r++) {
             int row = rows + lane / 4 + r * 8, column = columns + j * 8 + part;
             float left = d[j][2 * r], right = d[j][2 * r + 1];
-            if (queries) { /* above the diagonal they may be infinite */
-                uint32_t pair = pack_bf16(column <= row ? left : 0.f, column + 1 <= row ? right : 0.f);
+            if (queries) { /* from the diagonal on they may be infinite */
+                uint32_t pair = pack_bf16(column < row ? left : 0.f, column + 1 < row ? right : 0.f);
                 *reinterpret_cast<uint32_t *>(&shared.operands.M[swizzled<CHUNK, CHUNK>(row, column)]) = pair;
             } else {
                 float step = shared.operands.state.beta[row];
@@ -138,10 +147,10 @@ __device__ void multiply_block(OperandsShared &shared, bool queries, int rows, i
         }
 }
 
-/* F by forward substitution: a lane has a column. */
+/* N by forward substitution: a lane has a column. */
 __device__ void invert(OperandsShared &shared) {
     int lane = threadIdx.x % 32;
-    float x[CHUNK], step = shared.operands.state.beta[lane];
+    float x[CHUNK];
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) {
         float sums[4] = {i == lane ? 1.f : 0.f, 0, 0, 0};
@@ -157,7 +166,7 @@ __device__ void invert(OperandsShared &shared) {
                 sums[3] = fmaf(-l.w, x[j + 3], sums[3]);
         }
         x[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        shared.operands.state.F[swizzled<CHUNK, CHUNK>(i, lane)] = __float2bfloat16_rn(x[i] * step);
+        shared.operands.state.N[swizzled<CHUNK, CHUNK>(i, lane)] = __float2bfloat16_rn(x[i]);
     }
 }
 
