@@ -139,6 +139,13 @@ __device__ __forceinline__ uint32_t multiply_pair(uint32_t pair, uint32_t factor
     return product;
 }
 
+/* A 1 that the compiler does not know. */
+__device__ __forceinline__ float some_one() {
+    float one;
+    asm volatile("mov.f32 %0, 0f3f800000;" : "=f"(one));
+    return one;
+}
+
 /* Keeps the compiler from moving what is done with d across the fence or wait beside it. */
 template <int TILES> __device__ __forceinline__ void pin(float (&d)[TILES][4]) {
 #pragma unroll

@@ -96,14 +96,12 @@ __device__ void step_back(const kda_backward &b, const AdjointStage &stage, cons
     uint64_t KR = wgmma_operand(state.KR, 0, 8 * ROW, SWIZZLE_128);
     uint64_t KT = wgmma_operand(state.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
     uint64_t QT = wgmma_operand(stage.operands.QT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
-    float4 factors[DIM / 16];
     uint32_t a[DIM / 16][4];
     float dU[CHUNK / 8][4], dX[CHUNK / 8][4];
     Values dO;
     load_values<COLUMNS>(stage.d_out, dO);
     clear_values(dO, at.count);
-    load_factors(state.fraction, factors);
-    decay_state(R, factors);
+    decay_by(R, state.fraction);
 #pragma unroll
     for (int c = 0; c < DIM / 16; c++)
         pack_operand(R[2 * c], R[2 * c + 1], a[c]);
@@ -115,8 +113,7 @@ __device__ void step_back(const kda_backward &b, const AdjointStage &stage, cons
     for (int c = 0; c < DIM / 16; c++)
         wgmma<false, true>(dU, a[c], advanced(KR, c / 4 * TOKENS * 2 + c % 4 * 32));
     wgmma_commit();
-    load_factors(state.whole, factors);
-    decay_state(R, factors);
+    decay_by(R, state.whole);
     pin(R);
     wgmma_fence();
 #pragma unroll

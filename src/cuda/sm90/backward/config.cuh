@@ -103,6 +103,17 @@ inline __device__ void bring_tile(__nv_bfloat16 *to, const CUtensorMap &map, con
     bring_panel(to + step, map, 1, at, head, barrier, policy);
 }
 
+/* Multiplies columns of a state by factors of their channels, which few registers hold at a time. */
+inline __device__ void decay_by(float (&S)[DIM / 8][4], const float *factors) {
+    factors += thread() % 4 * 4;
+#pragma unroll
+    for (int c = 0; c < DIM / 8; c += 2) {
+        float4 f = *reinterpret_cast<const float4 *>(&factors[c * 8]);
+        S[c][0] *= f.x, S[c][1] *= f.y, S[c][2] *= f.x, S[c][3] *= f.y;
+        S[c + 1][0] *= f.z, S[c + 1][1] *= f.w, S[c + 1][2] *= f.z, S[c + 1][3] *= f.w;
+    }
+}
+
 inline __device__ void expect_bytes(uint64_t &barrier, uint32_t bytes) {
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &barrier, bytes);
 }

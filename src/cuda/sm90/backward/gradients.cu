@@ -26,6 +26,16 @@ namespace {
 constexpr int TEAM = 2 * GROUP, GRADIENT_THREADS = 2 * TEAM; /* the states' warpgroups, and the gradients' */
 constexpr int STATES = CHUNKS - 1;                           /* that are kept at a time */
 
+/* A thread's registers: all that a multiprocessor has, then shared out. */
+constexpr int REGISTERS = 128, STATES_REGISTERS = 152, GRADIENTS_REGISTERS = 2 * REGISTERS - STATES_REGISTERS;
+
+template <int count> __device__ void set_registers() {
+    if constexpr (count > REGISTERS)
+        take_registers<count>();
+    else
+        give_registers<count>();
+}
+
 enum Barrier { BARRIER_STATES = 1, BARRIER_GRADIENTS, BARRIER_TILES, BARRIER_PAIRS, BARRIER_SUMS };
 
 /* What comes from memory for a chunk: first for S, then for gradients, into which k, q and g turn. */
@@ -140,35 +150,56 @@ inline __device__ void load_value_inputs(const Context &c, int chunk, bool with_
 
 /* ---- The states' warpgroups ----------------------------------------------------------------------- */
 
+/* d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. One half after the other, so
+ * that no more of S is packed at a time: with `later`, the second half is still under way. */
+template <bool later, class F = void (*)(int, const uint32_t (&)[4])>
+__device__ void multiply_state(
+    float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile,
+    F each = [](int, const uint32_t (&)[4]) {}) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t a[DIM / 32][4];
+#pragma unroll
+        for (int i = 0; i < DIM / 32; i++) {
+            int at = half * (DIM / 32) + i;
+            pack_operand(S[2 * at], S[2 * at + 1], a[i]);
+            each(at, a[i]);
+        }
+        pin(d);
+        wgmma_fence();
+        if (half == 0)
+            wgmma<false, false>(d, a[0], tile);
+        else
+            wgmma<false, true>(d, a[0], advanced(tile, TOKENS * 2));
+#pragma unroll
+        for (int i = 1; i < DIM / 32; i++)
+            wgmma<false, true>(d, a[i], advanced(tile, half * TOKENS * 2 + i * 32));
+        wgmma_commit();
+        if (half == 0 || !later) {
+            wgmma_wait<0>();
+            pin(d);
+        }
+    }
+}
+
 /* Makes U of a chunk and, before the last one, takes S through it, as S^T [V][K]. */
 template <bool last> __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM / 8][4]) {
     GradientsShared &shared = c.shared;
     const StateInputs &in = shared.inputs[chunk % 2].state;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % 4 * 2;
+    int t = (int)thread(), warp = t / 32, lane = t % 32, part = lane % 4 * 2;
     uint64_t KT = wgmma_operand(in.operands.KT, 0, 8 * ROW, SWIZZLE_128);
     uint64_t KR = wgmma_operand(in.operands.KR, TOKENS * 2, 8 * ROW, SWIZZLE_128);
     uint64_t N = wgmma_operand(in.operands.N, 0, 8 * PAIR_ROW, SWIZZLE_64);
-    uint32_t a[DIM / 16][4];
-#pragma unroll
-    for (int i = 0; i < DIM / 16; i++)
-        pack_operand(S[2 * i], S[2 * i + 1], a[i]);
-    if (chunk || c.chunks <= STATES) { /* else it is found again when there is a place for it */
-        __nv_bfloat16 *kept = shared.states[place_of_state(chunk)];
-#pragma unroll
-        for (int i = 0; i < DIM / 16; i++)
-#pragma unroll
-            for (int n = 0; n < 4; n++)
-                store_shared(state_address(kept, warp * 16 + lane / 4 + n % 2 * 8, i * 16 + n / 2 * 8 + part), a[i][n]);
-    }
+    bool keeps = chunk || c.chunks <= STATES; /* else S is found again when there is a place for it */
+    __nv_bfloat16 *kept = shared.states[place_of_state(chunk)];
     wait(shared.states_in[chunk % 2], chunk / 2 % 2);
     float W[CHUNK / 8][4], U[CHUNK / 8][4];
-    pin(W);
-    wgmma_fence();
-    wgmma<false, false>(W, a[0], KT);
+    multiply_state<true>(W, S, KT, [&](int i, const uint32_t (&a)[4]) {
+        if (keeps)
 #pragma unroll
-    for (int i = 1; i < DIM / 16; i++)
-        wgmma<false, true>(W, a[i], advanced(KT, i / 4 * TOKENS * 2 + i % 4 * 32));
-    wgmma_commit();
+            for (int n = 0; n < 4; n++)
+                store_shared(state_address(kept, warp * 16 + lane / 4 + n % 2 * 8, i * 16 + n / 2 * 8 + part), a[n]);
+    });
     Values v;
     load_values<DIM>(in.v, v);
     clear_pairs(v, chunk_of(c.segment, chunk).count);
@@ -191,10 +222,8 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
     wgmma<false, false>(U, x[0], N);
     wgmma<false, true>(U, x[1], advanced(N, 32));
     wgmma_commit();
-    float4 fraction[DIM / 16], whole[DIM / 16];
     if constexpr (!last) {
-        load_factors(in.operands.whole, whole);
-        decay_state(S, whole);
+        decay_by(S, in.operands.whole);
     }
     wgmma_wait<0>();
     pin(U);
@@ -213,10 +242,9 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
     /* The last chunk's is used at once; others wait in memory, and lie till then where no tiles are yet. */
     store_pairs(last ? shared.U : chunk == 0 ? shared.RQ : chunk == 1 ? shared.RK : shared.CK, warp, u);
     if constexpr (!last) {
-        load_factors(in.operands.fraction, fraction);
         wgmma_wait<0>();
         pin(S);
-        decay_state(S, fraction);
+        decay_by(S, in.operands.fraction);
     }
     fence_shared();
     barrier_wait(BARRIER_STATES, TEAM);
@@ -237,7 +265,7 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
 
 /* Rows of dO and dX from `count` on become 0: they may be another sequence's. */
 inline __device__ void clear_value_rows(GradientsShared &shared, int count) {
-    for (int i = threadIdx.x; i < 4 * (CHUNK - count) * (ROW / 16); i += TEAM) {
+    for (int i = (int)thread(); i < 4 * (CHUNK - count) * (ROW / 16); i += TEAM) {
         int piece = i % (ROW / 16), row = count + i / (ROW / 16) % (CHUNK - count);
         int tile = i / (ROW / 16) / (CHUNK - count);
         reinterpret_cast<uint4 *>(shared.values[0] + tile * TOKENS + row * PANEL)[piece] = make_uint4(0, 0, 0, 0);
@@ -247,7 +275,7 @@ inline __device__ void clear_value_rows(GradientsShared &shared, int count) {
 
 /* Keeps S at the segment's start, where no other state is kept any more. */
 inline __device__ void keep_first_state(const Context &c, const kda_state &first) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int t = (int)thread(), warp = t / 32, lane = t % 32;
     __nv_bfloat16 *kept = c.shared.states[place_of_state(0)];
 #pragma unroll
     for (int n = 0; n < 2; n++)
@@ -270,8 +298,8 @@ __device__ void scale_rows(float (&d)[TILES][4], const float *factors, int chann
 
 /* Sums R S over V, for the thread's two channels. */
 inline __device__ void find_h(GradientsShared &shared, int chunk, const float (&R)[DIM / 8][4]) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    MatrixRow<DIM, DIM> rows(shared.states[place_of_state(chunk)], false);
+    int t = (int)thread(), warp = t / 32, lane = t % 32;
+    MatrixRow<DIM, DIM> rows(shared.states[place_of_state(chunk)], false, thread());
     float h[2] = {};
 #pragma unroll
     for (int i = 0; i < DIM / 16; i++) {
@@ -296,7 +324,7 @@ inline __device__ void find_h(GradientsShared &shared, int chunk, const float (&
 /* Takes R [K][V] through a chunk, and makes T3. */
 inline __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8][4]) {
     GradientsShared &shared = c.shared;
-    int warp = threadIdx.x / 32, panel = warp / 4, channel = warp * 16 + threadIdx.x % 32 / 4;
+    int t = (int)thread(), warp = t / 32, panel = warp / 4, channel = warp * 16 + t % 32 / 4;
     uint64_t U = wgmma_operand(shared.U, 0, 8 * ROW, SWIZZLE_128);
     uint64_t d_out = wgmma_operand(shared.values[0], 2 * TOKENS * 2, 8 * ROW, SWIZZLE_128);
     uint64_t dX = wgmma_operand(shared.values[0] + TOKENS, 2 * TOKENS * 2, 8 * ROW, SWIZZLE_128);
@@ -307,19 +335,9 @@ inline __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8
     uint64_t dM = wgmma_operand(shared.pairs, 0, 8 * PAIR_ROW, SWIZZLE_64);
     uint64_t dL = advanced(dM, CHUNK * PAIR_ROW);
     float T3[CHUNK / 8][4];
-    uint32_t a[DIM / 16][4];
     barrier_wait(BARRIER_TILES, GRADIENT_THREADS);
     scale_rows(R, shared.factors.fraction, channel);
-#pragma unroll
-    for (int i = 0; i < DIM / 16; i++)
-        pack_operand(R[2 * i], R[2 * i + 1], a[i]);
-    pin(T3);
-    wgmma_fence();
-    wgmma<false, false>(T3, a[0], U);
-#pragma unroll
-    for (int i = 1; i < DIM / 16; i++)
-        wgmma<false, true>(T3, a[i], advanced(U, i / 4 * TOKENS * 2 + i % 4 * 32));
-    wgmma_commit();
+    multiply_state<true>(T3, R, U);
     scale_rows(R, shared.factors.whole, channel);
     pin(R);
     wgmma_fence();
@@ -354,7 +372,7 @@ inline __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8
     barrier_wait(BARRIER_STATES, TEAM);
 #pragma unroll
     for (int i = 0; i < CHUNK / 8; i++)
-        shared.T3[panel][i][threadIdx.x % GROUP] = make_float4(T3[i][0], T3[i][1], T3[i][2], T3[i][3]);
+        shared.T3[panel][i][t % GROUP] = make_float4(T3[i][0], T3[i][1], T3[i][2], T3[i][3]);
     barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
 }
 
@@ -395,7 +413,7 @@ inline __device__ void run_states(const Context &c, const kda_state &first, cons
         if (chunk == 0 && c.chunks > STATES)
             keep_first_state(c, first);
         step_back(c, chunk, R);
-        if (threadIdx.x == 0 && chunk)
+        if (thread() == 0 && chunk)
             load_value_inputs(c, chunk - 1, true);
     }
 }
@@ -406,7 +424,7 @@ inline __device__ void run_states(const Context &c, const kda_state &first, cons
  * lane / 4 * 2. */
 template <int N> __device__ void sum_over_channels(float *x) {
     constexpr int BIT = 2 * N; /* of the lane's number: 16, 8, 4 */
-    bool high = threadIdx.x & BIT;
+    bool high = thread() & BIT;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         float keep = high ? x[i + N] : x[i], give = high ? x[i] : x[i + N];
@@ -420,7 +438,7 @@ template <int N> __device__ void sum_over_channels(float *x) {
 inline __device__ void make_tiles(const Context &c, const RawInputs &in, const Gate &gate, int count, int warp,
                                   Elements &decayed) {
     GradientsShared &shared = c.shared;
-    int lane = threadIdx.x % 32;
+    int lane = (int)thread() % 32;
     Pairs raw, tile, shifted;
     load_pairs(in.g, warp, raw);
     References found = find_decays(gate, raw, count, decayed);
@@ -468,7 +486,7 @@ inline __device__ void make_tiles(const Context &c, const RawInputs &in, const G
 /* Rounds the warp's rows of [dO; dX] U^T below the diagonal, for 16 tokens of U, into pairs. The diagonals are kept
  * apart. */
 inline __device__ void store_pair_products(GradientsShared &shared, const float (&d)[2][4], int warp) {
-    int lane = threadIdx.x % 32, part = lane % 4 * 2, first = warp % 4 * 16 + lane / 4;
+    int lane = (int)thread() % 32, part = lane % 4 * 2, first = warp % 4 * 16 + lane / 4;
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -483,10 +501,21 @@ inline __device__ void store_pair_products(GradientsShared &shared, const float 
     fence_shared();
 }
 
+/* As scale_rows, for the second block of the tokens of q and of k. The others are multiplied by 1: were they left alone,
+ * the compiler would run the products before and after one by one. */
+inline __device__ void scale_later_tokens(float (&T)[2 * CHUNK / 8][4], const float *factors, int channel) {
+    float x = factors[channel], y = factors[channel + 8], one = some_one();
+#pragma unroll
+    for (int i = 0; i < 2 * CHUNK / 8; i++) {
+        bool later = i % (CHUNK / 8) >= CHUNK / 16;
+        T[i][0] *= later ? x : one, T[i][1] *= later ? x : one, T[i][2] *= later ? y : one, T[i][3] *= later ? y : one;
+    }
+}
+
 /* [T1 T2] of the warp's channels, from S, [dO; dX] and pairs. */
 inline __device__ void find_rows(const Context &c, int chunk, int warp, float (&T)[2 * CHUNK / 8][4]) {
     GradientsShared &shared = c.shared;
-    int panel = warp / 4, channel = warp * 16 + threadIdx.x % 32 / 4;
+    int panel = warp / 4, channel = warp * 16 + (int)thread() % 32 / 4;
     uint64_t S = wgmma_operand(shared.states[place_of_state(chunk)] + panel * DIM * PANEL, 0, 8 * ROW, SWIZZLE_128);
     uint64_t values = wgmma_operand(shared.values[0], 0, 8 * ROW, SWIZZLE_128);
     uint64_t U = wgmma_operand(shared.U + panel * 16 * PANEL, 0, 8 * ROW, SWIZZLE_128);
@@ -526,8 +555,7 @@ inline __device__ void find_rows(const Context &c, int chunk, int warp, float (&
     wgmma_commit();
     wgmma_wait<0>();
     pin(T);
-    scale_rows(T, shared.factors.across, channel, 2, 4);
-    scale_rows(T, shared.factors.across, channel, 6, 8);
+    scale_later_tokens(T, shared.factors.across, channel);
     pin(T);
     wgmma_fence();
     wgmma_both<true, false, true>(T, advanced(CK, 16 * ROW), advanced(pairs, 32));
@@ -542,8 +570,9 @@ struct GateSums {
 };
 
 /* g's gradient from that of the log2 decay's sums: x is the gradient of a token's log decay, and becomes dg. */
-inline __device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pairs &g, int count, Elements &x,
+inline __device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pairs &g, int count, float (&x)[CHUNK / 8][4],
                                      GateSums &sums) {
+    int part = (int)thread() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
@@ -554,18 +583,18 @@ inline __device__ void gate_backward(const kda_prefill &p, const Gate &gate, con
                 /* y = A (g + dt_bias), a = bound sigmoid(y) */
                 float y = fmaf(e ? raw.y : raw.x, gate.slope, r ? gate.offset.y : gate.offset.x); /* -y log2(e) */
                 float grown = exp2_approximate(fminf(y, 120.f)), s = reciprocal_approximate(1.f + grown);
-                bool real = j * 8 + (int)threadIdx.x % 4 * 2 + e < count;
-                float dy = real ? p.lower_bound * s * (grown * s) * x[j][r][e] : 0.f;
+                bool real = j * 8 + part + e < count;
+                float dy = real ? p.lower_bound * s * (grown * s) * x[j][2 * r + e] : 0.f;
                 sums.A[r] += dy == 0 ? 0.f : y * dy;
-                x[j][r][e] = dy;
+                x[j][2 * r + e] = dy;
                 sums.bias[r] += dy;
             }
         }
 }
 
 /* Stores gradients of q or k by value head, in fp32. */
-inline __device__ void store_by_head(const kda_prefill &p, float *to, const Place &at, int warp, const Elements &x) {
-    int lane = threadIdx.x % 32;
+inline __device__ void store_by_head(const kda_prefill &p, float *to, const Place &at, int warp, const float (*x)[4]) {
+    int lane = (int)thread() % 32;
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
@@ -573,16 +602,17 @@ inline __device__ void store_by_head(const kda_prefill &p, float *to, const Plac
             int token = j * 8 + lane % 4 * 2 + i % 2, channel = warp * 16 + lane / 4 + i / 2 * 8;
             if (token < at.count)
                 to[((at.batch * p.tokens + at.token + token) * p.value_heads + at.head) * DIM + channel] =
-                    x[j][i / 2][i % 2];
+                    x[j][i];
         }
 }
 
-inline __device__ void pack_elements(const Elements &x, Pairs &pairs) {
+/* Rounds an accumulator's tiles into a tile of a chunk. */
+inline __device__ void store_rows(__nv_bfloat16 *tile, int warp, const float (*x)[4]) {
+    Pairs pairs;
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-            pairs[t][n] = pack_bf16(x[t * 2 + n / 2][n % 2][0], x[t * 2 + n / 2][n % 2][1]);
+        pack_operand(x[2 * t], x[2 * t + 1], pairs[t]);
+    store_pairs(tile, warp, pairs);
 }
 
 /* The gradient of k or q, from d without what M's diagonal adds: that is `own` times the other one. Rows of x are
@@ -590,8 +620,8 @@ inline __device__ void pack_elements(const Elements &x, Pairs &pairs) {
  * to by_head or, if that is NULL, to the tile. */
 inline __device__ void finish_rows(const kda_prefill &p, __nv_bfloat16 *tile, const Place &at, int warp, Pairs &x,
                                    const Pairs &other, const float *scales, const float *other_scales, float undo,
-                                   const float *own, const float *along, Elements &d, float *by_head) {
-    int part = threadIdx.x % 4 * 2;
+                                   const float *own, const float *along, float (*d)[4], float *by_head) {
+    int part = (int)thread() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++) {
         auto of_tokens = [&](const float *values) { return *reinterpret_cast<const float2 *>(&values[j * 8 + part]); };
@@ -603,22 +633,20 @@ inline __device__ void finish_rows(const kda_prefill &p, __nv_bfloat16 *tile, co
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float2 y = unpack_bf16(x[j / 2][j % 2 * 2 + r]), z = unpack_bf16(other[j / 2][j % 2 * 2 + r]);
-            d[j][r][0] = fmaf(fmaf(z.x, more.x, d[j][r][0]), scale.x, -y.x * less.x);
-            d[j][r][1] = fmaf(fmaf(z.y, more.y, d[j][r][1]), scale.y, -y.y * less.y);
+            d[j][2 * r] = fmaf(fmaf(z.x, more.x, d[j][2 * r]), scale.x, -y.x * less.x);
+            d[j][2 * r + 1] = fmaf(fmaf(z.y, more.y, d[j][2 * r + 1]), scale.y, -y.y * less.y);
         }
     }
     if (by_head) {
         store_by_head(p, by_head, at, warp, d);
         return;
     }
-    Pairs packed;
-    pack_elements(d, packed);
-    store_pairs(tile, warp, packed);
+    store_rows(tile, warp, d);
 }
 
 /* Sends a chunk's gradients from `in` to memory. */
 inline __device__ void send_gradients(const Context &c, const RawInputs &in, const Place &at, bool by_head) {
-    int t = threadIdx.x - TEAM;
+    int t = (int)thread() - TEAM;
     if (at.count == CHUNK) {
         if (t)
             return;
@@ -655,31 +683,39 @@ inline __device__ void send_gradients(const Context &c, const RawInputs &in, con
 
 /* A chunk's gradients, from [T1 T2] and T3. */
 inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, const Gate &gate, int warp,
-                                    Elements &decayed, const float (&T)[2 * CHUNK / 8][4], float *dq_heads,
+                                    const Elements &decayed, float (&T)[2 * CHUNK / 8][4], float *dq_heads,
                                     float *dk_heads, GateSums &sums) {
     const kda_prefill &p = c.b.forward;
     GradientsShared &shared = c.shared;
-    int t = threadIdx.x - TEAM, lane = t % 32, part = lane % 4 * 2;
-    float T3[CHUNK / 8][4], along[2 * CHUNK / 4]; /* of q's tokens, then of k's: two of each tile */
-    Elements da;
-    Pairs RQ, RK, CK;
-    load_pairs(shared.RQ, warp, RQ), load_pairs(shared.RK, warp, RK), load_pairs(shared.CK, warp, CK);
+    int t = (int)thread() - TEAM, lane = t % 32, part = lane % 4 * 2;
+    float along[2 * CHUNK / 4]; /* of q's tokens, then of k's: two of each tile */
+    float da[CHUNK / 8][4];
+    uint32_t RQ[4], RK[4], CK[4];
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++) {
+        if (j % 2 == 0) {
+            load_half(shared.RQ, warp, j / 2, RQ);
+            load_half(shared.RK, warp, j / 2, RK);
+            load_half(shared.CK, warp, j / 2, CK);
+        }
         float4 x = shared.T3[warp / 4][j][t % GROUP];
-        T3[j][0] = x.x, T3[j][1] = x.y, T3[j][2] = x.z, T3[j][3] = x.w;
+        const float T3[4] = {x.x, x.y, x.z, x.w};
         along[2 * j] = along[2 * j + 1] = along[CHUNK / 4 + 2 * j] = along[CHUNK / 4 + 2 * j + 1] = 0;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            int t16 = j / 2, n = j % 2 * 2 + r;
-            float2 rq = unpack_bf16(RQ[t16][n]), rk = unpack_bf16(RK[t16][n]), ck = unpack_bf16(CK[t16][n]);
+            int n = j % 2 * 2 + r;
+            float2 rq = unpack_bf16(RQ[n]), rk = unpack_bf16(RK[n]), ck = unpack_bf16(CK[n]);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 float of_q = (e ? rq.y : rq.x) * T[j][2 * r + e];
                 float of_row = (e ? rk.y : rk.x) * -T[CHUNK / 8 + j][2 * r + e];
-                float of_column = (e ? ck.y : ck.x) * T3[j][2 * r + e];
+                float of_column = (e ? ck.y : ck.x) * T3[2 * r + e];
                 along[2 * j + e] += of_q, along[CHUNK / 4 + 2 * j + e] += of_row + of_column;
-                da[j][r][e] = of_column - of_q - of_row;
+                da[j][2 * r + e] = of_column - of_q - of_row;
+                float x = decayed[j][r][e]; /* T1 and T2 become dq and dk, but for M's diagonal and the norms */
+                T[j][2 * r + e] *= x;
+                T[CHUNK / 8 + j][2 * r + e] =
+                    fmaf(-x, T[CHUNK / 8 + j][2 * r + e], reciprocal_approximate(x) * T3[2 * r + e]);
             }
         }
     }
@@ -708,44 +744,25 @@ inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place
         float sum = shared.h[warp * 16 + lane / 4 + r * 8];
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; j++) {
-            float first = da[j][r][0], all, before = sum + sum_before(first + da[j][r][1], all);
-            da[j][r][0] = before, da[j][r][1] = before + first;
+            float first = da[j][2 * r], all, before = sum + sum_before(first + da[j][2 * r + 1], part / 2, all);
+            da[j][2 * r] = before, da[j][2 * r + 1] = before + first;
             sum += all;
         }
     }
     Pairs g;
     load_pairs(in.g, warp, g);
     gate_backward(p, gate, g, at.count, da, sums);
-    float A = gate.slope * -(1 / LOG2E);
-#pragma unroll
-    for (int j = 0; j < CHUNK / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            da[j][i / 2][i % 2] *= A;
-    pack_elements(da, g);
+    scale_tiles(da, gate.slope * -(1 / LOG2E));
     __syncwarp();
-    store_pairs(in.g, warp, g);
+    store_rows(in.g, warp, da);
     barrier_wait(BARRIER_GRADIENTS, TEAM); /* sums along rows are there */
     Pairs q, k;
     load_pairs(in.q, warp, q), load_pairs(in.k, warp, k);
-    Elements &d = da;
-#pragma unroll
-    for (int j = 0; j < CHUNK / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            d[j][i / 2][i % 2] = decayed[j][i / 2][i % 2] * T[j][i];
     __syncwarp();
     finish_rows(p, in.q, at, warp, q, k, shared.scales[1], shared.scales[0], 1 / p.scale, shared.diagonals[0],
-                shared.along, d, dq_heads);
-#pragma unroll
-    for (int j = 0; j < CHUNK / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float x = decayed[j][i / 2][i % 2];
-            d[j][i / 2][i % 2] = fmaf(-x, T[CHUNK / 8 + j][i], reciprocal_approximate(x) * T3[j][i]);
-        }
+                shared.along, T, dq_heads);
     finish_rows(p, in.k, at, warp, k, q, shared.scales[0], shared.scales[1], 1.f, shared.diagonals[0],
-                shared.along + CHUNK, d, dk_heads);
+                shared.along + CHUNK, T + CHUNK / 8, dk_heads);
     fence_shared();
     barrier_wait(BARRIER_GRADIENTS, TEAM);
     send_gradients(c, in, at, dq_heads);
@@ -753,7 +770,7 @@ inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place
 
 /* Adds a thread's sums over its tokens to those of its quad and stores them. */
 inline __device__ void store_gate_sums(const Gate &gate, const GateSums &sums, int warp, float *to) {
-    int lane = threadIdx.x % 32;
+    int lane = (int)thread() % 32;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float A = sums.A[r] * -(1 / LOG2E), bias = sums.bias[r] * gate.slope * -(1 / LOG2E);
@@ -768,8 +785,8 @@ inline __device__ void store_gate_sums(const Gate &gate, const GateSums &sums, i
 
 inline __device__ void run_gradients(const Context &c, float *dq_heads, float *dk_heads, float *gate_sums) {
     GradientsShared &shared = c.shared;
-    int t = threadIdx.x - TEAM, warp = t / 32;
-    Gate gate = find_gates(c.b.forward, (int)c.segment.head, warp);
+    int t = (int)threadIdx.x - TEAM;
+    Gate gate = find_gates(c.b.forward, (int)c.segment.head, t / 32);
     GateSums sums = {};
     float next_scale = 0, next_own = 0;
     auto load_scales = [&](int chunk) {
@@ -779,10 +796,11 @@ inline __device__ void run_gradients(const Context &c, float *dq_heads, float *d
     if (t < 4 * CHUNK)
         load_scales(c.chunks - 1);
     barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
-    uint32_t parity = 0, fills[2] = {0, 0};
+    uint32_t parity = 0, fills = 0; /* a bit for each place of raw inputs */
     for (int chunk = c.chunks - 1; chunk >= 0; chunk--) {
         RawInputs &in = shared.inputs[raw_place(chunk)].raw;
         Place at = chunk_of(c.segment, chunk);
+        int warp = ((int)thread() - TEAM) / 32; /* anew: what follows from it is not kept for the next chunk */
         Elements decayed;
         float T[2 * CHUNK / 8][4];
         if (t < 4 * CHUNK) {
@@ -793,8 +811,8 @@ inline __device__ void run_gradients(const Context &c, float *dq_heads, float *d
                 load_scales(chunk - 1);
         }
         barrier_wait(BARRIER_GRADIENTS, TEAM);
-        wait(shared.raw_in[raw_place(chunk)], fills[raw_place(chunk)]);
-        fills[raw_place(chunk)] ^= 1;
+        wait(shared.raw_in[raw_place(chunk)], fills >> raw_place(chunk) & 1);
+        fills ^= 1u << raw_place(chunk);
         make_tiles(c, in, gate, at.count, warp, decayed);
         wait(shared.values_in, parity);
         parity ^= 1;
@@ -807,7 +825,7 @@ inline __device__ void run_gradients(const Context &c, float *dq_heads, float *d
         barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
         finish_chunk(c, in, at, gate, warp, decayed, T, dq_heads, dk_heads, sums);
     }
-    store_gate_sums(gate, sums, warp, gate_sums);
+    store_gate_sums(gate, sums, t / 32, gate_sums);
     if (t == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
 }
@@ -847,10 +865,13 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 1)
             gate_sums[threadIdx.x] = 0;
         return;
     }
-    if (threadIdx.x < TEAM)
+    if (threadIdx.x < TEAM) {
+        set_registers<STATES_REGISTERS>();
         run_states(c, first_state(b, c.segment), memory.adjoints + number * (DIM * DIM / 2));
-    else
+    } else {
+        set_registers<GRADIENTS_REGISTERS>();
         run_gradients(c, memory.queries, memory.keys, gate_sums);
+    }
 }
 
 } // namespace
