@@ -10,10 +10,11 @@
 static flash_kda_status check_size(const struct kda_backward *b) {
     const struct kda_prefill *p = &b->forward;
     if (p->batches * p->tokens > INT_MAX || p->sequences > INT_MAX / p->value_heads)
-        return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
-                        "q has %lld tokens in %lld sequences; expected at most %d tokens, and %d sequences times "
-                        "value heads, on CUDA",
-                        (long long)(p->batches * p->tokens), (long long)p->sequences, INT_MAX, INT_MAX);
+        return kda_fail(
+            FLASH_KDA_ERROR_INVALID_ARGUMENT,
+            "q has %lld tokens in %lld sequences; expected at most %d tokens, and %d sequences times "
+            "value heads, on CUDA",
+            (long long)(p->batches * p->tokens), (long long)p->sequences, INT_MAX, INT_MAX);
     return kda_cuda_check_heads(&p->base);
 }
 

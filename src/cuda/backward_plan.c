@@ -20,8 +20,7 @@ struct kda_backward_plan kda_backward_plan_begin(const struct kda_backward *b, c
     plan.segment = segment_of(b, &plan.finds_states);
     plan.segments = kda_first_segment(x, plan.segment, x->tokens, x->sequences);
     plan.needs_sums = b->dA_log.data || b->d_dt_bias.data;
-    plan.needs_gradients =
-        plan.needs_sums || b->dq.data || b->dk.data || b->dg.data || b->dbeta.data;
+    plan.needs_gradients = plan.needs_sums || b->dq.data || b->dk.data || b->dg.data || b->dbeta.data;
     plan.finds_states = plan.finds_states && plan.needs_gradients;
     return plan;
 }

@@ -71,22 +71,22 @@ inline __device__ float2 unpack_output(kda_dtype dtype, uint32_t pair) {
     return dtype == KDA_BF16 ? unpack_bf16(pair) : __half22float2(*reinterpret_cast<__half2 *>(&pair));
 }
 
-/* Stores O^T of one chunk. Pairs of 2-byte outputs are transposed first, so that a lane holds neighbours in
+/* Stores O^T of one chunk, rows of `out` for its tokens. Pairs of 2-byte outputs are transposed first, so that a lane holds neighbours in
  * V. */
 template <int COLUMNS>
-__device__ void store_outputs(const kda_prefill &p, const Chain &chain, struct kda_span span,
+__device__ void store_outputs(const kda_tensor &out, const Chain &chain, struct kda_span span,
                               const float (&o)[CHUNK / 8][4]) {
     int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16, left = (int)span.count;
-    int size = p.out.dtype == KDA_F32 ? 4 : 2;
-    int64_t stride = p.out.stride[1];
-    char *rows = kda_row(&p.out, chain.sequence.batch, chain.sequence.first + span.first, chain.head) +
+    int size = out.dtype == KDA_F32 ? 4 : 2;
+    int64_t stride = out.stride[1];
+    char *rows = kda_row(&out, chain.sequence.batch, chain.sequence.first + span.first, chain.head) +
                  chain.column * size;
     if (size == 2 && chain.columns == COLUMNS && (reinterpret_cast<uintptr_t>(rows) | stride) % 4 == 0) {
         char *row = rows + lane / 4 * stride + (column + lane % 4 * 2) * 2;
 #pragma unroll
         for (int i = 0; i < CHUNK / 8; i++, row += 8 * stride) {
-            uint32_t first = transpose(pack_output(p.out.dtype, o[i][0], o[i][1]));
-            uint32_t second = transpose(pack_output(p.out.dtype, o[i][2], o[i][3]));
+            uint32_t first = transpose(pack_output(out.dtype, o[i][0], o[i][1]));
+            uint32_t second = transpose(pack_output(out.dtype, o[i][2], o[i][3]));
             if (i * 8 + lane / 4 < left) {
                 reinterpret_cast<uint32_t *>(row)[0] = first;
                 reinterpret_cast<uint32_t *>(row)[4] = second;
@@ -100,7 +100,7 @@ __device__ void store_outputs(const kda_prefill &p, const Chain &chain, struct k
         for (int n = 0; n < 4; n++) {
             int t = i * 8 + lane % 4 * 2 + n % 2, c = column + lane / 4 + n / 2 * 8;
             if (t < left && c < chain.columns)
-                store_float(rows + t * stride, p.out.dtype, c, o[i][n]);
+                store_float(rows + t * stride, out.dtype, c, o[i][n]);
         }
 }
 

@@ -14,10 +14,10 @@ namespace kda {
 inline __device__ void let_next_begin() { cudaTriggerProgrammaticLaunchCompletion(); }
 inline __device__ void wait_for_kernel_before() { cudaGridDependencySynchronize(); }
 
-/* bytes: a CTA's dynamic shared memory. */
+/* bytes: a CTA's dynamic shared memory. overlaps: with the kernel before it. */
 template <class... Parameters, class... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), const kda_launch &launch, int threads, size_t bytes,
-                          void *stream, const Arguments &...arguments) {
+cudaError_t launch_kernel(void (*kernel)(Parameters...), const unsigned (&grid)[2], int threads, size_t bytes,
+                          void *stream, bool overlaps, const Arguments &...arguments) {
     cudaError_t error =
         bytes ? cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes)
               : cudaSuccess;
@@ -27,10 +27,16 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const kda_launch &launc
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(launch.grid[0], launch.grid[1]), config.blockDim = dim3((unsigned)threads),
+    config.gridDim = dim3(grid[0], grid[1]), config.blockDim = dim3((unsigned)threads),
     config.dynamicSmemBytes = bytes, config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute, config.numAttrs = launch.overlaps;
+    config.attrs = &attribute, config.numAttrs = overlaps;
     return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), const kda_launch &launch, int threads, size_t bytes,
+                          void *stream, const Arguments &...arguments) {
+    return launch_kernel(kernel, launch.grid, threads, bytes, stream, launch.overlaps, arguments...);
 }
 
 } // namespace kda

@@ -29,6 +29,9 @@ template <int KP> struct alignas(16) Operands {
     __nv_bfloat16 M[CHUNK * CHUNK];
     float carry[KP]; /* exp(G_C) - 1 */
     float growth;    /* log2 of a bound on what the chunk grows a state by */
+
+    __device__ __nv_bfloat16 *key(int row, int c) { return &queries_keys[swizzled<2 * CHUNK, KP>(row, c)]; }
+    __device__ __nv_bfloat16 *query(int row, int c) { return key(row, c) + CHUNK * PANEL; }
 };
 
 /* The index of element (row, token) of the inverse [CHUNK][CHUNK]. An accumulator holds tokens 2 t and 2 t + 1

@@ -10,6 +10,7 @@
  */
 #include "cuda/chain.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/sm80/columns.cuh"
 #include "cuda/sm80/kernels.h"
 #include "cuda/sm80/plan.h"
 
@@ -42,31 +43,7 @@ __device__ void fetch(const kda_prefill &p, const Chain &chain, const Operands<K
     for (int i = threadIdx.x * 16; i < (int)sizeof(Operands<KP>); i += THREADS * 16)
         copy_async(to + i, from + i);
 
-    int size = p.v.dtype == KDA_F32 ? 4 : 2;
-    const char *rows = kda_row(&p.v, chain.sequence.batch, chain.sequence.first + span.first, chain.head) +
-                       chain.column * size;
-    int64_t left = span.count;
-    if (size == 2 && chain.columns == COLUMNS &&
-        (reinterpret_cast<uintptr_t>(rows) | p.v.stride[1]) % 16 == 0) {
-        uint16_t *values = reinterpret_cast<uint16_t *>(stage.values);
-        for (int i = threadIdx.x; i < CHUNK * COLUMNS / 8; i += THREADS) {
-            int t = i / (COLUMNS / 8), c = i % (COLUMNS / 8) * 8;
-            copy_async(values + swizzled<CHUNK, COLUMNS>(t, c),
-                       t < left ? rows + t * p.v.stride[1] + c * 2 : rows, t < left);
-        }
-        return;
-    }
-    for (int i = threadIdx.x; i < CHUNK * COLUMNS; i += THREADS) {
-        int t = i / COLUMNS, c = i % COLUMNS;
-        bool real = t < left && c < chain.columns;
-        const char *row = rows + t * p.v.stride[1];
-        if (size == 4)
-            reinterpret_cast<float *>(stage.values)[t * COLUMNS + c] =
-                real ? reinterpret_cast<const float *>(row)[c] : 0.f;
-        else
-            reinterpret_cast<uint16_t *>(stage.values)[swizzled<CHUNK, COLUMNS>(t, c)] =
-                real ? reinterpret_cast<const uint16_t *>(row)[c] : 0;
-    }
+    fetch_values<THREADS, COLUMNS>(p.v, chain, span, stage.values);
 }
 
 /* sum^T [16][CHUNK] += u^T [16][CHUNK] M^T; M is lower triangular. */
@@ -83,45 +60,6 @@ __device__ void multiply_M(float (&sum)[CHUNK / 8][4], const Split (&u)[CHUNK / 
             mma(sum[2 * i], u[j].rest, b[0], b[1]);
             mma(sum[2 * i + 1], u[j].rest, b[2], b[3]);
         }
-}
-
-/* u^T [16][CHUNK] = x^T [16][CHUNK] inverse^T. */
-__device__ void multiply_inverse(float (&u)[CHUNK / 8][4], const float (&x)[CHUNK / 8][4],
-                                 const float *inverse) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < CHUNK / 8; i++) /* rows of the inverse, 8 at a time */
-#pragma unroll
-        for (int j = 0; j <= i; j += 2) { /* its columns, 16 at a time */
-            uint32_t a[4], b[4],
-                row = (uint32_t)__cvta_generic_to_shared(
-                    &inverse[tf32_index(i * 8 + lane % 8, j * 8 + lane / 16 * 8 + lane / 8 % 2)]);
-            ldmatrix(b, row);
-            tf32_operand(x[j], a);
-            mma_tf32(u[i], a, b[0], b[1]);
-            tf32_operand(x[j + 1], a);
-            mma_tf32(u[i], a, b[2], b[3]);
-        }
-}
-
-/* x^T [16 columns of V][16 tokens from t on], as two accumulator tiles, from the values of a stage. */
-template <int COLUMNS>
-__device__ void load_values(const kda_prefill &p, const char *values, int t, float (&x)[2][4]) {
-    int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16;
-    if (p.v.dtype == KDA_F32) {
-        for (int i = 0; i < 8; i++)
-            x[i / 4][i % 4] = reinterpret_cast<const float *>(
-                values)[(t + i / 4 * 8 + lane % 4 * 2 + i % 2) * COLUMNS + column + lane / 4 + i % 4 / 2 * 8];
-        return;
-    }
-    uint32_t r[4];
-    ldmatrix_transposed(r, MatrixRow<CHUNK, COLUMNS>(values, false).at(t, column));
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float2 pair =
-            p.v.dtype == KDA_BF16 ? unpack_bf16(r[i]) : __half22float2(*reinterpret_cast<__half2 *>(&r[i]));
-        x[i / 2][i % 2 * 2] = pair.x, x[i / 2][i % 2 * 2 + 1] = pair.y;
-    }
 }
 
 template <int KP>
@@ -151,14 +89,14 @@ __device__ void advance(const kda_prefill &p, const Chain &chain, const Stage<KP
 #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++) {
         float v[2][4];
-        load_values<COLUMNS>(p, stage.values, i * 16, v);
+        load_values<COLUMNS>(p.v.dtype, stage.values, i * 16, v);
 #pragma unroll
         for (int n = 0; n < 4; n++)
             w[2 * i][n] = v[0][n] - w[2 * i][n], w[2 * i + 1][n] = v[1][n] - w[2 * i + 1][n];
     }
     float U[CHUNK / 8][4] = {};
     Split u[CHUNK / 16];
-    multiply_inverse(U, w, operands.inverse);
+    multiply_inverse<false>(U, w, operands.inverse);
 #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++)
         split_operand(U[2 * i], U[2 * i + 1], u[i]);
@@ -213,7 +151,7 @@ __global__ void __launch_bounds__(THREADS)
         fetch<KP>(p, chain, operands, next, kda_chunk_span(&p, chain.n, length, next), stage(next));
         copy_async_commit();
         advance<KP>(p, chain, stage(chunk), S, o);
-        store_outputs<COLUMNS>(p, chain, span, o);
+        store_outputs<COLUMNS>(p.out, chain, span, o);
         store_checkpoints<KP>(p, chain, span.first + span.count, S);
     }
     struct kda_state final_state = kda_state_at(&p, &p.final_state, chain.sequence.slot, chain.head);

@@ -4,6 +4,7 @@
 #define KDA_CUDA_SM80_KERNELS_H
 
 #include "api/decode_problem.h"
+#include "cuda/backward_plan.h"
 #include "cuda/plan.h"
 
 #include <cuda_runtime_api.h>
@@ -27,6 +28,13 @@ cudaError_t kda_sm80_decode(const struct kda_decode *d, bool aligned);
 
 /* The same between convolutions and a norm, those of them that are given. */
 cudaError_t kda_sm80_decode_fused(const struct kda_decode *d, bool aligned);
+
+/* The kernels of backward (backward_plan.h). */
+typedef cudaError_t kda_sm80_backward_launcher(const struct kda_backward *b,
+                                               const struct kda_backward_plan *plan,
+                                               const struct kda_backward_launch *launch, void *workspace);
+kda_sm80_backward_launcher kda_sm80_backward_prepare, kda_sm80_backward_states, kda_sm80_backward_chains,
+    kda_sm80_backward_gradients, kda_sm80_backward_sums;
 
 #ifdef __cplusplus
 }

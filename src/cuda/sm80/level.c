@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* The portable level: every problem, every GPU from sm_80 on. */
 #include "cuda/level.h"
+#include "cuda/sm80/backward_plan.h"
 #include "cuda/sm80/kernels.h"
 #include "cuda/sm80/plan.h"
 
@@ -31,6 +32,18 @@ static cudaError_t decode(const struct kda_decode *d, const struct kda_decode_pl
     return (kda_decode_is_fused(d) ? kda_sm80_decode_fused : kda_sm80_decode)(d, plan->aligned);
 }
 
+static cudaError_t backward_launch(const struct kda_backward *b, const struct kda_backward_plan *plan,
+                                   const struct kda_backward_launch *launch, void *workspace) {
+    static kda_sm80_backward_launcher *const launchers[] = {
+        [KDA_SM80_BACKWARD_PREPARE] = kda_sm80_backward_prepare,
+        [KDA_SM80_BACKWARD_STATES] = kda_sm80_backward_states,
+        [KDA_SM80_BACKWARD_CHAINS] = kda_sm80_backward_chains,
+        [KDA_SM80_BACKWARD_GRADIENTS] = kda_sm80_backward_gradients,
+        [KDA_SM80_BACKWARD_SUMS] = kda_sm80_backward_sums,
+    };
+    return launchers[launch->kernel](b, plan, launch, workspace);
+}
+
 const struct kda_cuda_level kda_sm80_level = {.name = "sm80",
                                               .runs_on = runs_on,
                                               .takes = kda_sm80_takes,
@@ -38,4 +51,8 @@ const struct kda_cuda_level kda_sm80_level = {.name = "sm80",
                                               .launch = launch,
                                               .decode_takes = decode_takes,
                                               .decode_plan = decode_plan,
-                                              .decode = decode};
+                                              .decode = decode,
+                                              .backward_takes = kda_sm80_backward_takes,
+                                              .backward_plan = kda_sm80_backward_plan,
+                                              .backward_launch_at = kda_sm80_backward_launch_at,
+                                              .backward_launch = backward_launch};

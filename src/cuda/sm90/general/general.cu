@@ -184,7 +184,7 @@ __device__ void consume(const kda_prefill &p, const WorkTile &work, const kda_sm
             outputs.to = output_pointer(p, chain.sequence.batch, chain.sequence.first + span.first, span.count,
                                         chain.head, chain.column + threadIdx.x / 32 * 16);
         } else
-            store_outputs<GROUP_COLUMNS * GROUPS>(p, chain, span, o);
+            store_outputs<GROUP_COLUMNS * GROUPS>(p.out, chain, span, o);
         store_checkpoints<KP>(p, chain, span.first + span.count, S);
     }
     if (pass != LOCAL)
