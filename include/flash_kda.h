@@ -443,8 +443,6 @@ FLASH_KDA_API flash_kda_status flash_kda_decode_describe(const flash_kda_decode_
  *
  * Memory: no written gradient may overlap another argument or the workspace, with one exception: d_initial_state may
  * be d_final_state itself (same address, dtype and strides: in place).
- *
- * The CUDA backend does not run it yet.
  */
 typedef struct flash_kda_backward_args {
     size_t
@@ -474,7 +472,7 @@ typedef struct flash_kda_backward_args {
     const DLTensor
         *checkpoints; /* fp32 or bf16, as prefill wrote them with checkpoint_every. The last row of a sequence,
                                     its final state, is not read and may be left out */
-    int64_t checkpoint_every;             /* with checkpoints: a multiple of 32, else 0 */
+    int64_t checkpoint_every;             /* with checkpoints: a multiple of 32, else 0; 128 is best on CUDA */
     const DLTensor *checkpoint_cu_starts; /* int32 or int64 [N + 1], with checkpoints and cu_seqlens */
 
     /* -- Gradients of its results: at least one of them -- */
@@ -511,7 +509,9 @@ static inline flash_kda_backward_args flash_kda_backward_args_init() {
 
 /* Bytes of scratch memory that flash_kda_backward() needs for these arguments, on the device of q, to *bytes. It
  * depends on shapes, dtypes, num_threads, which tensors are given and, for packed sequences, on N, not on the data. On
- * the CPU each thread takes a state every 128 tokens of T, but none where prefill kept them every 32, 64 or 128.
+ * the CPU each thread takes a state every 128 tokens of T, but none where prefill kept them every 32, 64 or 128. On CUDA
+ * there is, beside what does not grow with T, such a state of every head in bf16, but none where prefill kept them at
+ * most 512 tokens apart.
  * Errors: as flash_kda_backward(). */
 FLASH_KDA_API flash_kda_status flash_kda_backward_workspace_size(const flash_kda_backward_args *args,
                                                                  size_t *bytes);

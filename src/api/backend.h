@@ -20,8 +20,7 @@ struct kda_backend {
     /* At least one token and one sequence. */
     flash_kda_status (*decode)(const struct kda_decode *d);
     flash_kda_status (*decode_describe)(const struct kda_decode *d, char *text, size_t size);
-    /* NULL in a backend that has no backward. There may be no token and no sequence: sums over them are still
-     * written. */
+    /* There may be no token and no sequence: sums over them are still written. */
     flash_kda_status (*backward_workspace_size)(const struct kda_backward *b, size_t *bytes);
     flash_kda_status (*backward)(const struct kda_backward *b, void *workspace);
     flash_kda_status (*backward_describe)(const struct kda_backward *b, char *text, size_t size);

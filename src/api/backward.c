@@ -145,11 +145,6 @@ static flash_kda_status check_all(const flash_kda_backward_args *given, struct k
     const struct kda_token_args tokens =
         KDA_TOKEN_ARGS(&args, .known_flags = FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT);
     TRY(kda_check_tokens(&tokens, &b->forward.base, backend));
-    if (!(*backend)->backward)
-        return kda_fail(
-            FLASH_KDA_ERROR_UNSUPPORTED,
-            "backend is %s, which cannot run backward yet; expected cpu or reference, in host memory",
-            (*backend)->name);
     TRY(check_states(&args, b));
     TRY(check_checkpoints(&args, &b->forward));
     TRY(check_gradients(&args, b));

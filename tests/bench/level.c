@@ -35,3 +35,5 @@ bool level_rounds(const char *level, const flash_kda_prefill_args *args) {
            type_equal(args->k->dtype, TYPE_BF16) && type_equal(args->v->dtype, TYPE_BF16) &&
            type_equal(args->out->dtype, TYPE_BF16);
 }
+
+bool level_rounds_gradients(const char *level) { return !strcmp(level, "cuda"); }

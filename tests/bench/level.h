@@ -21,4 +21,7 @@ void level_select(const char *level);
 /* The rule of flash_kda.h: does the level take bf16 operands in the large products of this prefill? */
 bool level_rounds(const char *level, const flash_kda_prefill_args *args);
 
+/* The same of gradients, whatever their dtypes. */
+bool level_rounds_gradients(const char *level);
+
 #endif

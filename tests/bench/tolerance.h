@@ -60,6 +60,31 @@ struct bf16_tolerance {
 #define BF16_ANY \
     (struct bf16_tolerance) { 5.1e-3, 5.1e-3, 4 }
 
+/* Gradients by bf16 products, by an emulation that rounds every operand of every product of backward to bf16, states and
+ * their gradients every 128 tokens: dq, dk, dv, dg, dbeta, dA_log, d_dt_bias, d_initial_state, in the order of the check
+ * program; dA_log by the measure of TOLERANCE_DA_LOG. Margin and `few` as above, samples being tokens of a head. */
+struct bf16_gradients {
+    double of[8], few;
+};
+#define BF16_GRADIENTS_STRONG \
+    (struct bf16_gradients) { {2.4e-3, 2.4e-3, 2.5e-3, 4.0e-3, 3.7e-3, 5e-2, 3.8e-3, 1.8e-3}, 0 }
+#define BF16_GRADIENTS_SLOW \
+    (struct bf16_gradients) { {4.5e-3, 5.4e-3, 4.6e-3, 5.4e-3, 5.8e-3, 5e-2, 5.4e-3, 3.0e-3}, 0 }
+#define BF16_GRADIENTS_COLLINEAR \
+    (struct bf16_gradients) { {1.8e-2, 5.0e-3, 1.8e-2, 1.5e-2, 1.9e-2, 5e-2, 3.7e-2, 1.7e-3}, 0 }
+
+/* Any other input: the worst of the ordinary ones. */
+#define BF16_GRADIENTS_ANY \
+    (struct bf16_gradients) { {4.5e-3, 5.4e-3, 4.6e-3, 5.4e-3, 5.8e-3, 5e-2, 5.4e-3, 5.1e-3}, 4 }
+
+/* Keys of less than 16 channels have much in common: twice that. */
+#define BF16_GRADIENTS_FEW_CHANNELS \
+    (struct bf16_gradients) { {9.0e-3, 1.1e-2, 9.2e-3, 1.1e-2, 1.2e-2, 5e-2, 1.1e-2, 1.1e-2}, 4 }
+
+/* K = 1: keys are collinear, and behind the norm nothing is left of dq and dk but what fp32 rounds. */
+#define BF16_GRADIENTS_ONE_CHANNEL \
+    (struct bf16_gradients) { {1e-1, 1e-1, 1.8e-2, 1.5e-2, 1.9e-2, 5e-2, 3.7e-2, 5.4e-3}, 4 }
+
 /* A state stored in bf16: RMS of rounding, 2^-8 / sqrt(3) averaged over a binade's mantissas. */
 #define ROUNDING_BF16_RMS 1.65e-3
 

@@ -17,7 +17,8 @@ struct backward_case {
     enum storage d_final, d_initial; /* STORAGE_IN_PLACE: d_initial_state is d_final_state */
     unsigned without;                /* bits of enum gradient: not asked for */
     DLDataType types[D_INITIAL_STATE];
-    double size; /* of the gradients that are given */
+    double size;                /* of the gradients that are given */
+    struct bf16_gradients bf16; /* tolerances where products are in bf16 */
 };
 
 /* A small plain case to change from, with everything given and asked for, all fp32. */

@@ -136,6 +136,7 @@ static struct backward_case case_of(const int *row, bool oracle_tested) {
     for (int n = 0; n < c->sequences; n++)
         c->lengths[n] = batches[row[BATCH]].lengths[n];
     b.d_out = states[row[STATES]].d_out;
+
     c->initial = states[row[STATES]].initial;
     b.d_final = states[row[STATES]].d_final;
     b.d_initial = states[row[STATES]].d_initial;

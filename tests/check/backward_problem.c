@@ -16,7 +16,8 @@ struct backward_case backward_case_plain(void) {
                               .d_out = true,
                               .d_final = STORAGE_FP32,
                               .d_initial = STORAGE_FP32,
-                              .size = 1};
+                              .size = 1,
+                              .bf16 = BF16_GRADIENTS_ANY};
     c.forward.final = STORAGE_NONE;
     c.forward.every = 64;
     for (int i = 0; i < D_INITIAL_STATE; i++)

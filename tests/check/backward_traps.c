@@ -185,9 +185,11 @@ static void steps_and_keys(struct check *check) {
     b.forward.qk_norm = false;
     b.forward.beta_mode = FLASH_KDA_BETA_GIVEN;
     b.forward.fp32_tolerance = TOLERANCE_FP32_COLLINEAR;
+    b.bf16 = BF16_GRADIENTS_COLLINEAR;
     backward_compare(check, &b);
     b = trap(check, FLASH_KDA_GATE_SIGMOID, fill_collinear_keys, "equal keys, beta near 1, slow decay");
     b.forward.fp32_tolerance = TOLERANCE_FP32_COLLINEAR;
+    b.bf16 = BF16_GRADIENTS_COLLINEAR;
     backward_compare(check, &b);
     b = trap(check, FLASH_KDA_GATE_SIGMOID, fill_moving, "every channel forgets within 32 tokens");
     backward_compare(check, &b);
@@ -211,15 +213,19 @@ void backward_long(struct check *check) {
         const char *name;
         flash_kda_gate gate;
         double mean;
-    } inputs[] = {{"strong gates", FLASH_KDA_GATE_SIGMOID, 0},
-                  {"slow gates", FLASH_KDA_GATE_SIGMOID, -7},
-                  {"softplus gates", FLASH_KDA_GATE_SOFTPLUS, -3}};
+        struct bf16_gradients bf16;
+    } inputs[] = {{"strong gates", FLASH_KDA_GATE_SIGMOID, 0, BF16_GRADIENTS_STRONG},
+                  {"slow gates", FLASH_KDA_GATE_SIGMOID, -7, BF16_GRADIENTS_SLOW},
+                  {"softplus gates", FLASH_KDA_GATE_SOFTPLUS, -3, BF16_GRADIENTS_SLOW}};
     int64_t shorter = check->quick ? 8 : 1;
     for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
         for (int kept = 0; kept < 2; kept++) {
             struct backward_case b = trap(check, inputs[i].gate, fill_random, "");
             b.forward.lengths[0] = 4096 / shorter;
             b.forward.parameter = inputs[i].mean;
+            b.bf16 = inputs[i].bf16;
+            b.forward.q_type = b.forward.k_type = b.forward.v_type = b.forward.g_type = TYPE_BF16;
+            b.forward.beta_type = b.forward.out_type = TYPE_BF16;
             b.forward.checkpoints = kept ? CHECKPOINTS_EVERY : CHECKPOINTS_NONE;
             b.forward.every = 128;
             snprintf(b.forward.name, sizeof b.forward.name, "backward, 4096 tokens, %s%s", inputs[i].name,
@@ -231,6 +237,7 @@ void backward_long(struct check *check) {
     b.forward.H = 1;
     b.forward.lengths[0] = 16384 / shorter;
     b.forward.fp32_tolerance = TOLERANCE_FP32_COLLINEAR;
+    b.bf16 = BF16_GRADIENTS_COLLINEAR;
     backward_compare(check, &b);
 }
 

@@ -34,13 +34,17 @@ FORCED = {"-sm80": "sm80", "-general": "sm90/general/5", "-persistent": "sm90/pe
           "-split": "sm90/cluster/3", "-stream_k": "sm90/stream_k"}
 DECODE = "-decode"
 DECODE_FORCED = {DECODE + "-sm80": "sm80"}
-JOBS = [name + what for name in ("short", "long", "captured", *TOOLS) for what in ("", *FORCED, DECODE, *DECODE_FORCED)]
+BACKWARD = "-backward"
+BACKWARD_FORCED = {BACKWARD + "-sm80": "sm80"}
+JOBS = [name + what for name in ("short", "long", "captured", *TOOLS)
+        for what in ("", *FORCED, DECODE, *DECODE_FORCED, BACKWARD, *BACKWARD_FORCED)
+        if not (name == "captured" and what.startswith(BACKWARD))]
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 TOOL_FOUND_ERRORS = 99  # exit status
 # Jobs at once on a GPU. It gives processes their turns by time, so that small calls of many wait for each other most of
 # it: beside 15 others the short cases of decode had not ended after 290 s, alone they end within a minute.
 SIDE_BY_SIDE = 4
-LONG_JOBS = ("racecheck", "long" + DECODE)  # minutes; they begin first
+LONG_JOBS = ("racecheck", "long" + DECODE, "long" + BACKWARD)  # minutes; they begin first
 
 
 def commands(build, seed, quick, op):
@@ -48,9 +52,10 @@ def commands(build, seed, quick, op):
     check = [build / "flashkda_check", "--level", "cuda", "--seed", str(seed), "--op", op]
     some = ["--quick"] if quick else []
     jobs = {"short": [[*check, *some]], "long": [[*check, "--long", *some]]}
-    how = ["--decode"] if op == "decode" else []
-    jobs["captured"] = [[build / "flashkda", "run", path, "--backend", "cuda", "--check", *how]
-                        for path in sorted((ROOT / "data").glob("*.safetensors"))]
+        how = ["--decode"] if op == "decode" else []
+    if op != "backward":  # its long cases have such inputs
+        jobs["captured"] = [[build / "flashkda", "run", path, "--backend", "cuda", "--check", *how]
+                            for path in sorted((ROOT / "data").glob("*.safetensors"))]
     for tool in TOOLS if SANITIZER else []:
         jobs[tool] = [[SANITIZER, "--tool", tool, *TOOL_OPTIONS[tool], "--error-exitcode", str(TOOL_FOUND_ERRORS),
                        *check, "--quick", "--bare"]]
@@ -60,7 +65,8 @@ def commands(build, seed, quick, op):
 def all_jobs(build, gpu, seed, quick):
     """Names to commands and what they get in their environment."""
     jobs = {}
-    for op, what, every_way in (("prefill", "", FORCED), ("decode", DECODE, DECODE_FORCED)):
+    for op, what, every_way in (("prefill", "", FORCED), ("decode", DECODE, DECODE_FORCED),
+                                ("backward", BACKWARD, BACKWARD_FORCED)):
         wanted = commands(build, seed, quick, op)
         jobs |= {name + what: (command, {}) for name, command in wanted.items()}
         if gpu["compute_capability"].startswith("9."):
@@ -106,7 +112,7 @@ class Job:
             result["passed"], result["failed"] = self.statuses.count(0), len(self.statuses) - self.statuses.count(0)
         result["failures"] = re.findall(r"^FAIL (.*)$", text, re.M)
         if self.name.startswith("long"):
-            result["measured"] = dict(re.findall(r"^ok   cuda +(.*?): (out .*)$", text, re.M))
+            result["measured"] = dict(re.findall(r"^ok   cuda +(.*?): ((?:out|dq) .*)$", text, re.M))
         if self.name.split("-")[0] in TOOLS:
             summary = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (.*)$", text, re.M)
             result["summary"] = summary[-1] if summary else None

@@ -51,14 +51,18 @@ template <int KP> struct Shared {
     union {
         ColumnTile<KP> stages[Config<KP>::STAGES];
         struct {
-            float slices[Config<KP>::SLICES][KP]; /* sums over rows of S * R */
-        };
-        struct {
-            /* As in prepare.cuh. */
-            __nv_bfloat16 rows_k[CHUNK * KP], rows_q[CHUNK * KP], columns[CHUNK * KP], across[BLOCK * KP];
+            union {
+                float slices[Config<KP>::SLICES][KP]; /* sums over rows of S * R */
+                struct {                              /* as in prepare.cuh */
+                    __nv_bfloat16 rows_k[CHUNK * KP], rows_q[CHUNK * KP], columns[CHUNK * KP],
+                        across[BLOCK * KP];
+                };
+            };
+            float exchange[WARPS][BLOCK][LANE_CHANNELS + 1];
+            alignas(16) float dots[2][WARPS][2 * BLOCK]; /* of rows of q, then k, with their gradients */
+            float bias[KP], A_log[WARPS];
         };
     };
-    float exchange[WARPS][BLOCK / 2][LANE_CHANNELS + 1];
     __nv_bfloat16 dL[CHUNK * CHUNK], dM[CHUNK * CHUNK]; /* of pairs of unit rows, in a unit */
     float largest[WARPS];
     float own[CHUNK];                                       /* dM's diagonal */
@@ -68,8 +72,6 @@ template <int KP> struct Shared {
     float through[BLOCKS][KP];                              /* log2 decay of a block */
     float to_next[BLOCKS][KP]; /* from the middle of block 0 to its end, to the middle of block 1; cut off */
     float rows_after[KP], columns_before[KP]; /* what block 1 takes of the state, and block 0 gives to it */
-    float bias[KP], A_log[WARPS];
-    alignas(16) float dots[2][WARPS][2 * BLOCK]; /* of rows of q, then k, with their gradients */
 };
 
 /* The thread's work. */
@@ -353,23 +355,24 @@ __device__ void multiply_rows(float (&x)[4][4], const Shared<KP> &shared, int la
 
 /* ---- Channels ------------------------------------------------------------------------------------ */
 
-/* From accumulators of a warp to all tokens of a lane's channel. */
-template <int KP> __device__ void to_channel(const float (&x)[4][4], Shared<KP> &shared, float (&y)[BLOCK]) {
-    float(&buffer)[BLOCK / 2][LANE_CHANNELS + 1] = shared.exchange[threadIdx.x / 32];
+/* All tokens of a lane's channel, from accumulators of its warp. */
+struct Tokens {
+    const float *first;
+    __device__ float operator[](int t) const { return first[t * (LANE_CHANNELS + 1)]; }
+};
+
+/* They are there until the next call. */
+template <int KP> __device__ Tokens exchange(const float (&x)[4][4], Shared<KP> &shared) {
+    float(&buffer)[BLOCK][LANE_CHANNELS + 1] = shared.exchange[threadIdx.x / 32];
     int lane = threadIdx.x % 32;
+    __syncwarp();
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        __syncwarp();
+    for (int i = 0; i < 4; i++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            buffer[lane / 4][i * 8 + lane % 4 * 2] = x[i][half * 2];
-            buffer[lane / 4][i * 8 + lane % 4 * 2 + 1] = x[i][half * 2 + 1];
-        }
-        __syncwarp();
-#pragma unroll
-        for (int t = 0; t < BLOCK / 2; t++)
-            y[half * (BLOCK / 2) + t] = buffer[t][lane];
-    }
+        for (int n = 0; n < 4; n++)
+            buffer[lane / 4 + n / 2 * 8][i * 8 + lane % 4 * 2 + n % 2] = x[i][n];
+    __syncwarp();
+    return {&buffer[0][lane]};
 }
 
 /* One channel of a block's rows of q or k, as loaded. */
@@ -434,87 +437,99 @@ __device__ void find_decays(const kda_prefill &p, const Position &at, int64_t he
 }
 
 /* A token's decay between the two of a pair. */
-template <flash_kda_gate gate> __device__ float cut_off(float a) {
-    return gate == FLASH_KDA_GATE_SIGMOID ? a : max_or_nan(a, STRONGEST);
-}
+__device__ float cut_off(float a) { return max_or_nan(a, STRONGEST); }
 
 /* Runs f(t, log2 decay from the middle of the block to token t). */
-template <flash_kda_gate gate, class F> __device__ void from_middle(const float (&a)[BLOCK], F f) {
+template <class F> __device__ void from_middle(const float (&a)[BLOCK], F f) {
     float sum = 0;
 #pragma unroll
     for (int t = MIDDLE; t < BLOCK; t++) {
-        sum += cut_off<gate>(a[t]);
+        sum += cut_off(a[t]);
         f(t, sum);
     }
     sum = 0;
 #pragma unroll
     for (int t = MIDDLE - 1; t >= 0; t--) {
         f(t, sum);
-        sum -= cut_off<gate>(a[t]);
+        sum -= cut_off(a[t]);
     }
 }
 
-/* What a thread has of its channel: gradients of the scaled q and of the normalised k, summed over value heads. */
-template <bool all_bf16> struct Channel {
-    Column<all_bf16> q, k;
+/* What a thread finds of its channel, of the scaled q and the normalised k, summed over value heads. */
+struct Gradients {
     float dq[BLOCK], dk[BLOCK];
 };
 
-/* Products with states: adds to dq and dk; da begins with what passes each token from a state or to one, as far as its
- * block knows. */
+template <bool all_bf16> struct Channel {
+    Column<all_bf16> q, k;
+
+    __device__ void load(const kda_prefill &p, const Position &at, int64_t key_head) {
+        if (at.count > 0 && at.exists) {
+            load_column(p.q, at, key_head, q);
+            load_column(p.k, at, key_head, k);
+        } else
+            *this = {};
+    }
+};
+
+/* Products with states, and of tokens with themselves: adds to dq and dk; da begins with what passes each token from a
+ * state or to one, as far as its block knows. */
 template <int KP, bool all_bf16>
 __device__ void finish_states(const Position &at, const Sums<KP> &sums, const float (&a)[BLOCK],
-                              Channel<all_bf16> &channel, float (&da)[BLOCK], Shared<KP> &shared) {
-    const float *steps = shared.steps + at.block * BLOCK, *factors = shared.factors[0] + at.block * BLOCK;
-    float x[BLOCK], from_start = at.block ? exp2_approximate(shared.through[0][at.c]) : 1.f, sum = 0;
+                              const Channel<all_bf16> &channel, Gradients &gradients, float (&da)[BLOCK],
+                              Shared<KP> &shared) {
+    int first = at.block * BLOCK;
+    float from_start = at.block ? exp2_approximate(shared.through[0][at.c]) : 1.f, sum = 0;
     float to_end = at.block ? 1.f : exp2_approximate(shared.through[1][at.c]);
-    to_channel<KP>(sums.d_out_S, shared, x);
+    Tokens x = exchange<KP>(sums.d_out_S, shared);
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) {
         sum += a[t];
         float d = x[t] * (exp2_approximate(sum) * from_start);
-        channel.dq[t] += d;
-        da[t] = channel.q.get(t) * (factors + CHUNK)[t] * d;
+        da[t] = channel.q.get(t) * shared.factors[1][first + t] * d;
+        gradients.dq[t] += d + shared.own[first + t] * (channel.k.get(t) * shared.factors[0][first + t]);
     }
-    to_channel<KP>(sums.Z_S, shared, x);
+    x = exchange<KP>(sums.Z_S, shared);
     sum = 0;
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) {
         sum += a[t];
-        float d = -steps[t] * x[t] * (exp2_approximate(sum) * from_start);
-        channel.dk[t] += d;
-        da[t] += channel.k.get(t) * factors[t] * d;
+        float d = -shared.steps[first + t] * x[t] * (exp2_approximate(sum) * from_start);
+        da[t] += channel.k.get(t) * shared.factors[0][first + t] * d;
+        gradients.dk[t] += d + shared.own[first + t] * (channel.q.get(t) * shared.factors[1][first + t]);
     }
 #pragma unroll
     for (int t = BLOCK - 2; t >= 0; t--)
         da[t] += da[t + 1];
     if (at.block == 1)
         shared.rows_after[at.c] = da[0];
-    to_channel<KP>(sums.e_R, shared, x);
+    x = exchange<KP>(sums.e_R, shared);
+    float given[BLOCK];
     sum = 0;
 #pragma unroll
     for (int t = BLOCK - 1; t >= 0; t--) {
-        x[t] *= steps[t] * (exp2_approximate(sum) * to_end);
-        channel.dk[t] += x[t];
+        float d = x[t] * (shared.steps[first + t] * (exp2_approximate(sum) * to_end));
+        gradients.dk[t] += d;
+        given[t] = channel.k.get(t) * shared.factors[0][first + t] * d;
         sum += a[t];
     }
-    float given = 0;
+    sum = 0;
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) {
-        da[t] += given;
-        given += channel.k.get(t) * factors[t] * x[t];
+        da[t] += sum;
+        sum += given[t];
     }
     if (at.block == 0)
-        shared.columns_before[at.c] = given;
+        shared.columns_before[at.c] = sum;
 }
 
 /* Tiles of unit rows around the middle of the block. */
-template <int KP, flash_kda_gate gate, bool all_bf16>
+template <int KP, bool all_bf16>
 __device__ void store_tiles(const Position &at, const float (&a)[BLOCK], const Channel<all_bf16> &channel,
                             Shared<KP> &shared) {
     float to_next = at.block == 0 ? exp2_approximate(shared.to_next[0][at.c]) : 0.f;
     float before_next = exp2_approximate(shared.to_next[1][at.c]);
-    from_middle<gate>(a, [&](int t, float x) {
+    from_middle(a, [&](int t, float x) {
         int row = at.block * BLOCK + t, i = swizzled<CHUNK, KP>(row, at.c);
         float k = channel.k.get(t) * shared.units[0][row], q = channel.q.get(t) * shared.units[1][row];
         float decayed = exp2_approximate(x), column = k * exp2_approximate(-x);
@@ -527,11 +542,11 @@ __device__ void store_tiles(const Position &at, const float (&a)[BLOCK], const C
 }
 
 /* Products of pairs: adds to dq, dk and da. */
-template <int KP, flash_kda_gate gate, bool all_bf16>
+template <int KP>
 __device__ void finish_pair_products(const Position &at, const float (&a)[BLOCK], float unit,
-                                     Channel<all_bf16> &channel, float (&da)[BLOCK], Shared<KP> &shared) {
-    int first = at.block * BLOCK, warp_channel = at.c / LANE_CHANNELS * LANE_CHANNELS;
-    float sums[4][4] = {}, x[BLOCK], passing[BLOCK];
+                                     Gradients &gradients, float (&da)[BLOCK], Shared<KP> &shared) {
+    int first = at.block * BLOCK, channel = at.c / LANE_CHANNELS * LANE_CHANNELS;
+    float sums[4][4] = {}, passing[BLOCK];
     auto value = [&](const __nv_bfloat16 *tile, int t) {
         return __bfloat162float(tile[swizzled<CHUNK, KP>(first + t, at.c)]);
     };
@@ -540,37 +555,37 @@ __device__ void finish_pair_products(const Position &at, const float (&a)[BLOCK]
         for (int i = 0; i < 4; i++)
             sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
     };
-    multiply_columns<KP>(sums, shared.dM, shared, at.block, warp_channel);
-    to_channel<KP>(sums, shared, x);
-    from_middle<gate>(a, [&](int t, float decay) {
+    multiply_columns<KP>(sums, shared.dM, shared, at.block, channel);
+    Tokens x = exchange<KP>(sums, shared);
+    from_middle(a, [&](int t, float decay) {
         passing[t] = value(shared.rows_q, t) * x[t];
-        channel.dq[t] += exp2_approximate(decay) * x[t] * (shared.redo[1][first + t] * unit);
+        gradients.dq[t] += exp2_approximate(decay) * x[t] * (shared.redo[1][first + t] * unit);
     });
     clear();
-    multiply_columns<KP>(sums, shared.dL, shared, at.block, warp_channel);
-    to_channel<KP>(sums, shared, x);
-    from_middle<gate>(a, [&](int t, float decay) {
+    multiply_columns<KP>(sums, shared.dL, shared, at.block, channel);
+    x = exchange<KP>(sums, shared);
+    from_middle(a, [&](int t, float decay) {
         passing[t] += value(shared.rows_k, t) * x[t];
-        channel.dk[t] += exp2_approximate(decay) * x[t] * (shared.redo[0][first + t] * unit);
+        gradients.dk[t] += exp2_approximate(decay) * x[t] * (shared.redo[0][first + t] * unit);
     });
     clear();
-    multiply_rows<KP>(sums, shared, at.block, at.block, warp_channel);
-    to_channel<KP>(sums, shared, x);
-    from_middle<gate>(a, [&](int t, float decay) {
+    multiply_rows<KP>(sums, shared, at.block, at.block, channel);
+    x = exchange<KP>(sums, shared);
+    from_middle(a, [&](int t, float decay) {
         passing[t] -= value(shared.columns, t) * x[t];
-        channel.dk[t] += exp2_approximate(-decay) * x[t] * (shared.redo[0][first + t] * unit);
+        gradients.dk[t] += exp2_approximate(-decay) * x[t] * (shared.redo[0][first + t] * unit);
     });
 #pragma unroll
     for (int t = BLOCK - 2; t >= 0; t--)
         passing[t] += passing[t + 1];
     if (at.block == 0) {
         clear();
-        multiply_rows<KP>(sums, shared, 1, 0, warp_channel);
-        to_channel<KP>(sums, shared, x);
+        multiply_rows<KP>(sums, shared, 1, 0, channel);
+        x = exchange<KP>(sums, shared);
         float to_next = exp2_approximate(shared.to_next[0][at.c]);
         float before_next = exp2_approximate(shared.to_next[1][at.c]), given = 0;
-        from_middle<gate>(a, [&](int t, float decay) {
-            channel.dk[t] +=
+        from_middle(a, [&](int t, float decay) {
+            gradients.dk[t] +=
                 exp2_approximate(-decay) * to_next * before_next * x[t] * (shared.redo[0][first + t] * unit);
         });
 #pragma unroll
@@ -581,11 +596,8 @@ __device__ void finish_pair_products(const Position &at, const float (&a)[BLOCK]
     }
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) { /* where a decay was cut off, all of it counts here */
-        float cut = gate == FLASH_KDA_GATE_SIGMOID ? 1.f : exp2_approximate(fminf(a[t] - STRONGEST, 0.f));
+        float cut = exp2_approximate(fminf(a[t] - STRONGEST, 0.f));
         da[t] += passing[t] * unit * cut;
-        float own = shared.own[first + t];
-        channel.dq[t] += own * channel.k.get(t) * shared.factors[0][first + t];
-        channel.dk[t] += own * channel.q.get(t) * shared.factors[1][first + t];
     }
 }
 
@@ -685,21 +697,27 @@ __device__ void store_d_steps(const kda_backward &b, const Work &work, int64_t h
     store_float(kda_row(&b.dbeta, batch, token, head), b.dbeta.dtype, 0, d);
 }
 
-template <int KP, flash_kda_gate gate, bool all_bf16>
+template <int KP, bool all_bf16>
 __device__ void run_head(const kda_backward &b, const Slab &slab, const BackwardMemory<KP> &memory, Work &work,
-                         const Position &at, int64_t head, float *chunk_sums, Channel<all_bf16> &channel,
-                         Shared<KP> &shared) {
+                         const Position &at, int64_t key_head, int64_t head, float *chunk_sums,
+                         Gradients &gradients, Shared<KP> &shared) {
     Sums<KP> sums;
+    Channel<all_bf16> channel;
     float a[BLOCK], da[BLOCK];
     load_tokens(memory.operands[work.number], shared);
     sum_tiles<KP>(b, slab, memory, work, head, shared, sums);
-    find_decays<gate, all_bf16>(b.forward, at, head, a);
+    if (b.forward.gate == FLASH_KDA_GATE_SOFTPLUS)
+        find_decays<FLASH_KDA_GATE_SOFTPLUS, all_bf16>(b.forward, at, head, a);
+    else if (b.forward.gate == FLASH_KDA_GATE_SIGMOID)
+        find_decays<FLASH_KDA_GATE_SIGMOID, all_bf16>(b.forward, at, head, a);
+    else
+        find_decays<FLASH_KDA_GATE_NONE, all_bf16>(b.forward, at, head, a);
     float through = 0, to_next = 0;
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) {
         through += a[t];
         if ((t >= MIDDLE) == (at.block == 0))
-            to_next += cut_off<gate>(a[t]);
+            to_next += cut_off(a[t]);
     }
     shared.through[at.block][at.c] = through;
     shared.to_next[at.block][at.c] = to_next;
@@ -713,18 +731,25 @@ __device__ void run_head(const kda_backward &b, const Slab &slab, const Backward
     for (int i = 0; i < Config<KP>::SLICES; i++)
         across += shared.slices[i][at.c];
     across *= exp2_approximate(shared.through[0][at.c] + shared.through[1][at.c]);
-    finish_states<KP>(at, sums, a, channel, da, shared);
+    channel.load(b.forward, at, key_head);
+    finish_states<KP>(at, sums, a, channel, gradients, da, shared);
     __syncthreads(); /* the slices have been read */
-    store_tiles<KP, gate>(at, a, channel, shared);
+    store_tiles<KP>(at, a, channel, shared);
     across += at.block ? shared.columns_before[at.c] : shared.rows_after[at.c];
     __syncthreads();
-    finish_pair_products<KP, gate>(at, a, unit, channel, da, shared);
+    finish_pair_products<KP>(at, a, unit, gradients, da, shared);
 #pragma unroll
     for (int t = 0; t < BLOCK; t++)
         da[t] += across;
     if (threadIdx.x < CHUNK)
         store_d_steps(b, work, head, shared.steps[threadIdx.x], shared.d_steps[threadIdx.x]);
-    float A_log, bias = finish_gate<gate, all_bf16>(b, at, head, da, A_log);
+    float A_log, bias;
+    if (b.forward.gate == FLASH_KDA_GATE_SOFTPLUS)
+        bias = finish_gate<FLASH_KDA_GATE_SOFTPLUS, all_bf16>(b, at, head, da, A_log);
+    else if (b.forward.gate == FLASH_KDA_GATE_SIGMOID)
+        bias = finish_gate<FLASH_KDA_GATE_SIGMOID, all_bf16>(b, at, head, da, A_log);
+    else
+        bias = finish_gate<FLASH_KDA_GATE_NONE, all_bf16>(b, at, head, da, A_log);
     store_sums<KP>(at, bias, A_log, chunk_sums, shared);
 }
 
@@ -755,35 +780,37 @@ __device__ void store_column(const kda_tensor &t, const Position &at, int64_t he
 
 /* From the scaled q and the normalised k back to both as given. */
 template <int KP, bool all_bf16>
-__device__ void store_rows(const kda_backward &b, const Position &at, int64_t key_head,
-                           Channel<all_bf16> &channel, Shared<KP> &shared) {
+__device__ void store_rows(const kda_backward &b, const Position &at, int64_t key_head, Gradients &gradients,
+                           Shared<KP> &shared) {
     const kda_prefill &p = b.forward;
     int first = at.block * BLOCK, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int t = 0; t < BLOCK; t++)
-        channel.dq[t] *= p.scale;
+        gradients.dq[t] *= p.scale;
     if (p.qk_norm) { /* dx = r (dy - y (y . dy)), y = r x */
+        Channel<all_bf16> channel;
+        channel.load(p, at, key_head);
         float x[2 * BLOCK];
 #pragma unroll
         for (int t = 0; t < BLOCK; t++) {
-            x[t] = channel.q.get(t) * (shared.factors[1][first + t] / p.scale) * channel.dq[t];
-            x[BLOCK + t] = channel.k.get(t) * shared.factors[0][first + t] * channel.dk[t];
+            x[t] = channel.q.get(t) * (shared.factors[1][first + t] / p.scale) * gradients.dq[t];
+            x[BLOCK + t] = channel.k.get(t) * shared.factors[0][first + t] * gradients.dk[t];
         }
         shared.dots[1][warp][lane] = sum_rows<KP>(at, x, shared);
         __syncwarp();
 #pragma unroll
         for (int t = 0; t < BLOCK; t++) {
             float rq = shared.factors[1][first + t] / p.scale, rk = shared.factors[0][first + t];
-            channel.dq[t] = rq * (channel.dq[t] - channel.q.get(t) * rq * shared.dots[1][warp][t]);
-            channel.dk[t] = rk * (channel.dk[t] - channel.k.get(t) * rk * shared.dots[1][warp][BLOCK + t]);
+            gradients.dq[t] = rq * (gradients.dq[t] - channel.q.get(t) * rq * shared.dots[1][warp][t]);
+            gradients.dk[t] = rk * (gradients.dk[t] - channel.k.get(t) * rk * shared.dots[1][warp][BLOCK + t]);
         }
     }
-    store_column(b.dq, at, key_head, channel.dq);
-    store_column(b.dk, at, key_head, channel.dk);
+    store_column(b.dq, at, key_head, gradients.dq);
+    store_column(b.dk, at, key_head, gradients.dk);
 }
 
 /* grouped: several value heads read a q/k head. */
-template <int KP, flash_kda_gate gate, bool all_bf16, bool grouped>
+template <int KP, bool all_bf16, bool grouped>
 __global__ void __launch_bounds__(Config<KP>::THREADS, 512 / Config<KP>::THREADS)
     backward_gradients(const __grid_constant__ kda_backward b, const __grid_constant__ Slab slab,
                        const __grid_constant__ BackwardMemory<KP> memory) {
@@ -812,51 +839,35 @@ __global__ void __launch_bounds__(Config<KP>::THREADS, 512 / Config<KP>::THREADS
     at.token = work.segment.sequence.first + work.span.first + at.block * BLOCK;
     at.count = (int)work.span.count - at.block * BLOCK;
     at.exists = at.c < p.key_dim;
-    Channel<all_bf16> channel;
-    if (at.count > 0 && at.exists) {
-        load_column(p.q, at, key_head, channel.q);
-        load_column(p.k, at, key_head, channel.k);
-    } else
-        channel = {};
+    Gradients gradients;
 #pragma unroll
     for (int t = 0; t < BLOCK; t++)
-        channel.dq[t] = channel.dk[t] = 0;
+        gradients.dq[t] = gradients.dk[t] = 0;
     for (int64_t i = 0; i < (grouped ? group : 1); i++) {
         int64_t head = key_head * (grouped ? group : 1) + i;
         work.number = slab.chunk(head, number, chunk);
         if (i > 0)
             __syncthreads(); /* the last head's tiles have been read */
-        run_head<KP, gate>(b, slab, memory, work, at, head, sums_of(head), channel, shared);
+        run_head<KP, all_bf16>(b, slab, memory, work, at, key_head, head, sums_of(head), gradients, shared);
     }
-    store_rows<KP>(b, at, key_head, channel, shared);
+    store_rows<KP, all_bf16>(b, at, key_head, gradients, shared);
 }
 
 /* ---- Launch -------------------------------------------------------------------------------------- */
 
-template <int KP, flash_kda_gate gate>
-cudaError_t launch_gate(const kda_backward *b, const kda_backward_plan *plan, const kda_backward_launch *launch,
-                        void *workspace) {
+template <int KP>
+cudaError_t launch_padded(const kda_backward *b, const kda_backward_plan *plan,
+                          const kda_backward_launch *launch, void *workspace) {
     const kda_prefill &p = b->forward;
     bool all_bf16 = p.q.dtype == KDA_BF16 && p.k.dtype == KDA_BF16 && p.g.dtype == KDA_BF16;
-    bool grouped = p.value_heads > p.heads;
-    auto kernel = all_bf16 ? grouped ? backward_gradients<KP, gate, true, true>
-                                     : backward_gradients<KP, gate, true, false>
-                           : backward_gradients<KP, gate, false, true>;
+    auto kernel = !all_bf16                 ? backward_gradients<KP, false, true>
+                  : p.value_heads > p.heads ? backward_gradients<KP, true, true>
+                                            : backward_gradients<KP, true, false>;
     BackwardMemory<KP> memory = make_memory<KP>(b, plan, workspace);
     if (!plan->needs_sums)
         memory.sums = nullptr;
     return launch_kernel(kernel, launch->grid, Config<KP>::THREADS, sizeof(Shared<KP>), p.stream, false, *b,
                          make_slab(b, plan, launch), memory);
-}
-
-template <int KP>
-cudaError_t launch_padded(const kda_backward *b, const kda_backward_plan *plan,
-                          const kda_backward_launch *launch, void *workspace) {
-    return b->forward.gate == FLASH_KDA_GATE_SOFTPLUS
-               ? launch_gate<KP, FLASH_KDA_GATE_SOFTPLUS>(b, plan, launch, workspace)
-           : b->forward.gate == FLASH_KDA_GATE_SIGMOID
-               ? launch_gate<KP, FLASH_KDA_GATE_SIGMOID>(b, plan, launch, workspace)
-               : launch_gate<KP, FLASH_KDA_GATE_NONE>(b, plan, launch, workspace);
 }
 
 } // namespace
