@@ -49,8 +49,8 @@ template <int rows, int width> struct MatrixRow {
     static constexpr int LENGTH = width < PANEL ? width : PANEL;
     uint32_t row, piece; /* in bytes */
 
-    __device__ MatrixRow(const void *tile, bool below) {
-        int lane = threadIdx.x % 32, matrix = lane / 8;
+    __device__ MatrixRow(const void *tile, bool below, uint32_t thread = threadIdx.x) {
+        int lane = (int)thread % 32, matrix = lane / 8;
         int down = below ? matrix & 1 : matrix >> 1, right = below ? matrix >> 1 : matrix & 1;
         int r = down * 8 + lane % 8;
         row = (uint32_t)__cvta_generic_to_shared(tile) + r * LENGTH * 2;

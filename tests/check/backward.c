@@ -8,6 +8,8 @@ static void run(struct check *check) {
         return;
     }
     backward_pairwise(check);
+    if (check_tests_cuda(check))
+        backward_tiles(check);
     backward_traps(check);
     backward_properties(check);
     backward_cuda(check);

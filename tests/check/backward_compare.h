@@ -10,6 +10,7 @@
 void backward_compare(struct check *check, const struct backward_case *c);
 
 void backward_pairwise(struct check *check);   /* all options together */
+void backward_tiles(struct check *check);      /* what models are trained with */
 void backward_traps(struct check *check);      /* odd lengths and head dims, numerical traps */
 void backward_properties(struct check *check); /* identities, powers of two, gradients not asked for */
 void backward_cuda(struct check *check);       /* what holds on CUDA alone */

@@ -228,6 +228,8 @@ void backward_long(struct check *check) {
             b.forward.beta_type = b.forward.out_type = TYPE_BF16;
             b.forward.checkpoints = kept ? CHECKPOINTS_EVERY : CHECKPOINTS_NONE;
             b.forward.every = 128;
+            for (int g = 0; kept && g < DA_LOG; g++) /* as models are trained */
+                b.types[g] = TYPE_BF16;
             snprintf(b.forward.name, sizeof b.forward.name, "backward, 4096 tokens, %s%s", inputs[i].name,
                      kept ? ", states kept" : "");
             backward_compare(check, &b);

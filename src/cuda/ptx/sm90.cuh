@@ -122,11 +122,28 @@ __device__ __forceinline__ void arrive_at(uint64_t &barrier, int rank) {
 }
 
 /* Four 8x8 matrices of 2-byte elements, transposed; lane i gives the address of row i % 8 of matrix i / 8. */
-__device__ __forceinline__ void stmatrix_transposed(void *row, const uint32_t (&a)[2], const uint32_t (&b)[2]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     (uint32_t)__cvta_generic_to_shared(row)),
-                 "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(b[1])
+__device__ __forceinline__ void stmatrix_transposed(uint32_t row, const uint32_t (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(x[0]),
+                 "r"(x[1]), "r"(x[2]), "r"(x[3])
                  : "memory");
+}
+__device__ __forceinline__ void stmatrix_transposed(void *row, const uint32_t (&a)[2], const uint32_t (&b)[2]) {
+    const uint32_t x[4] = {a[0], a[1], b[0], b[1]};
+    stmatrix_transposed(shared_address(row), x);
+}
+
+/* Multiplies two bf16 numbers by two. */
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t pair, uint32_t factors) {
+    uint32_t product;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(pair), "r"(factors));
+    return product;
+}
+
+/* A 1 that the compiler does not know. */
+__device__ __forceinline__ float some_one() {
+    float one;
+    asm volatile("mov.f32 %0, 0f3f800000;" : "=f"(one));
+    return one;
 }
 
 /* Keeps the compiler from moving what is done with d across the fence or wait beside it. */
@@ -217,6 +234,46 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[2][4], uint64_t a, uint6
                  "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, 0, 0;\n}\n"
                  : KDA_TILE(0), KDA_TILE(1)
                  : "l"(a), "l"(b), "n"(accumulate));
+}
+
+/* d [64][8 TILES] += a [64][16] b [16][8 TILES], bf16 operands both in shared memory, fp32 sums; -= if negative, and = if
+ * !accumulate. The columns of a lie contiguous in memory if a_columns, else its rows do; the rows of b if b_rows, else
+ * its columns. */
+template <bool a_columns, bool b_rows, bool accumulate, bool negative = false, int TILES>
+__device__ __forceinline__ void wgmma_both(float (&d)[TILES][4], uint64_t a, uint64_t b) {
+    if constexpr (TILES == 2)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                     "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, %11, 1, %12, %13;\n}\n"
+                     : KDA_TILE(0), KDA_TILE(1)
+                     : "l"(a), "l"(b), "n"(accumulate), "n"(negative ? -1 : 1), "n"(a_columns), "n"(b_rows));
+    else if constexpr (TILES == 4)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                     "%16, %17, p, %19, 1, %20, %21;\n}\n"
+                     : KDA_TILES4(0)
+                     : "l"(a), "l"(b), "n"(accumulate), "n"(negative ? -1 : 1), "n"(a_columns), "n"(b_rows));
+    else if constexpr (TILES == 8)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                     "%32, %33, p, %35, 1, %36, %37;\n}\n"
+                     : KDA_TILES8(0)
+                     : "l"(a), "l"(b), "n"(accumulate), "n"(negative ? -1 : 1), "n"(a_columns), "n"(b_rows));
+    else if constexpr (TILES == 16)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                     "%64, %65, p, %67, 1, %68, %69;\n}\n"
+                     : KDA_TILES8(0), KDA_TILES8(8)
+                     : "l"(a), "l"(b), "n"(accumulate), "n"(negative ? -1 : 1), "n"(a_columns), "n"(b_rows));
+    else
+        static_assert(TILES == 2, "2, 4, 8 or 16 tiles");
 }
 
 #undef KDA_TILE

@@ -2,6 +2,7 @@
 /* Hopper's level: its own instructions run on compute capability 9.0 alone. */
 #include "cuda/level.h"
 #include "cuda/sm80/kernels.h"
+#include "cuda/sm90/backward/plan.h"
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/tensor_maps.h"
 
@@ -55,4 +56,8 @@ const struct kda_cuda_level kda_sm90_level = {.name = "sm90",
                                               .launch = launch,
                                               .decode_takes = decode_takes,
                                               .decode_plan = decode_plan,
-                                              .decode = decode};
+                                              .decode = decode,
+                                              .backward_takes = kda_sm90_backward_takes,
+                                              .backward_plan = kda_sm90_backward_plan,
+                                              .backward_launch_at = kda_sm90_backward_launch_at,
+                                              .backward_launch = kda_sm90_backward_launch};

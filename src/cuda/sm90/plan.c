@@ -3,6 +3,7 @@
 
 #include "cuda/sm80/plan.h"
 #include "cuda/sm90/cost.h"
+#include "cuda/sm90/tensor_maps.h"
 
 enum { ALIGNMENT = 16, PANEL = 64, CLUSTER = 2 /* CTAs */ };
 
@@ -18,18 +19,6 @@ bool kda_sm90_takes(const struct kda_prefill *p) {
            aligned;
 }
 
-/* Can the copy engine move its rows? */
-static bool can_map(const struct kda_tensor *t) {
-    const int64_t longest_stride = INT64_C(1) << 40, longest_dimension = INT64_C(1) << 31;
-    bool good = (uintptr_t)t->data % ALIGNMENT == 0;
-    for (int i = 0; i < 3; i++) {
-        bool used = t->shape[i] > 1;
-        good = good && t->shape[i] <= longest_dimension &&
-               (!used || (t->stride[i] > 0 && t->stride[i] < longest_stride && t->stride[i] % ALIGNMENT == 0));
-    }
-    return good && t->shape[3] % PANEL == 0;
-}
-
 /* Can the operands have the form of three tiles, which all schedules but the general one need? It takes K = V =
  * 64 or 128, q, k, v and g in bf16 with rows that start at multiples of 16 bytes, outputs of 2 bytes likewise,
  * normalised q and k, the sigmoid gate or, for 128, the softplus gate. */
@@ -37,9 +26,9 @@ static bool has_tiles(const struct kda_prefill *p) {
     const struct kda_tensor *brought[] = {&p->q, &p->k, &p->v, &p->g};
     bool dims = p->key_dim == 128 || (p->key_dim == 64 && p->gate == FLASH_KDA_GATE_SIGMOID);
     bool good = dims && p->value_dim == p->key_dim && p->qk_norm && p->gate != FLASH_KDA_GATE_NONE &&
-                p->tokens > 0 && p->tokens <= INT32_MAX && p->out.dtype != KDA_F32 && can_map(&p->out);
+                p->tokens > 0 && p->tokens <= INT32_MAX && p->out.dtype != KDA_F32 && kda_sm90_can_map(&p->out);
     for (int i = 0; i < 4; i++)
-        good = good && brought[i]->dtype == KDA_BF16 && can_map(brought[i]);
+        good = good && brought[i]->dtype == KDA_BF16 && kda_sm90_can_map(brought[i]);
     return good;
 }
 

@@ -3,7 +3,7 @@
 #ifndef KDA_CUDA_SM90_TENSOR_MAPS_H
 #define KDA_CUDA_SM90_TENSOR_MAPS_H
 
-#include "api/problem.h"
+#include "api/backward_problem.h"
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -19,11 +19,20 @@ struct kda_sm90_maps {
     CUtensorMap q, k, v, g, out;
 };
 
+/* Of backward's tensors; gradients are taken away as q, k, v and g are brought. */
+struct kda_sm90_backward_maps {
+    CUtensorMap q, k, v, g, d_out, dq, dk, dv, dg;
+};
+
+/* Can the copy engine move a tensor's rows? */
+bool kda_sm90_can_map(const struct kda_tensor *t);
+
 /* Does the driver have the function that makes maps? */
 bool kda_sm90_can_make_maps(void);
 
 /* Makes the maps of a problem that the level plans with them. Does not access the device. */
 cudaError_t kda_sm90_map(const struct kda_prefill *p, struct kda_sm90_maps *maps);
+cudaError_t kda_sm90_map_backward(const struct kda_backward *b, struct kda_sm90_backward_maps *maps);
 
 #ifdef __cplusplus
 }

@@ -126,13 +126,6 @@ inline __device__ uint32_t largest_value(const Values &v) {
     return max(largest & 0xffff, largest >> 16);
 }
 
-/* Multiplies bf16 values by powers of two. */
-inline __device__ uint32_t scale_pair(uint32_t pair, uint32_t factors) {
-    uint32_t scaled;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(scaled) : "r"(pair), "r"(factors));
-    return scaled;
-}
-
 /* Loads values from rows of COLUMNS that all of the CTA's warps share. */
 template <int COLUMNS> __device__ void load_values(const __nv_bfloat16 *rows, Values &v) {
     MatrixRow<CHUNK, COLUMNS> values(rows, false);
@@ -193,7 +186,7 @@ __device__ void advance(const Tiles<DIM> &tiles, const Factors<DIM> &factors, fl
         float tile[4];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            float2 pair = unpack_bf16(scale_pair(v[i / 2][i % 2 * 2 + n], downscale));
+            float2 pair = unpack_bf16(multiply_pair(v[i / 2][i % 2 * 2 + n], downscale));
             tile[2 * n] = fmaf(-rk[2 * i], wy[i][2 * n], pair.x);
             tile[2 * n + 1] = fmaf(-rk[2 * i + 1], wy[i][2 * n + 1], pair.y);
         }

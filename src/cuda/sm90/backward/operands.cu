@@ -1,0 +1,230 @@
+/* SPDX-License-Identifier: MIT */
+/* Makes the operands of a chunk of a value head, which do not depend on states (config.cuh). */
+#include "cuda/sm90/backward/tiles.cuh"
+#include "cuda/sm90/kernels.h"
+#include "cuda/sm90/tensor_maps.h"
+
+namespace kda {
+namespace {
+
+constexpr int THREADS = 256, L_ROW = CHUNK + 4; /* floats of a row of L, 16 bytes of which never meet in a bank */
+
+struct alignas(1024) OperandsShared {
+    ChunkOperands operands;
+    __nv_bfloat16 keys[TILE], queries[TILE], gates[TILE]; /* k, q and g, then RK, RQ and CK */
+    alignas(16) float L[CHUNK * L_ROW];                   /* diag(beta) L0, whose upper part is not used */
+    /* bf16 factors of RK and RQ of the second block, and of CK of the first: to the boundary between them. */
+    uint16_t from_boundary[DIM], to_boundary[DIM];
+    uint64_t arrived;
+};
+
+/* Scales of k and q, and M's diagonal: 8 threads find those of a token. */
+__device__ void find_scales(const kda_prefill &p, OperandsShared &shared, int count) {
+    int token = threadIdx.x / 8, part = threadIdx.x % 8;
+    StateOperands &state = shared.operands.state;
+    float squares[2] = {}, product = 0;
+#pragma unroll
+    for (int panel = 0; panel < 2; panel++) {
+        int at = panel * TOKENS + token * PANEL + part * 8;
+        uint4 words[2] = {*reinterpret_cast<const uint4 *>(&shared.keys[at]),
+                          *reinterpret_cast<const uint4 *>(&shared.queries[at])};
+        const uint32_t k[4] = {words[0].x, words[0].y, words[0].z, words[0].w};
+        const uint32_t q[4] = {words[1].x, words[1].y, words[1].z, words[1].w};
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            float2 x = unpack_bf16(k[n]), y = unpack_bf16(q[n]);
+            squares[0] = fmaf(x.x, x.x, fmaf(x.y, x.y, squares[0]));
+            squares[1] = fmaf(y.x, y.x, fmaf(y.y, y.y, squares[1]));
+            product = fmaf(x.x, y.x, fmaf(x.y, y.y, product));
+        }
+    }
+#pragma unroll
+    for (int bit = 4; bit; bit /= 2) {
+        squares[0] += __shfl_xor_sync(~0u, squares[0], bit), squares[1] += __shfl_xor_sync(~0u, squares[1], bit);
+        product += __shfl_xor_sync(~0u, product, bit);
+    }
+    if (part)
+        return;
+    bool real = token < count;
+    float rk = p.qk_norm ? rsqrtf(squares[0] + 1e-6f) : 1.f, rq = p.qk_norm ? rsqrtf(squares[1] + 1e-6f) : 1.f;
+    rq *= p.scale;
+    state.rk[token] = real ? rk : 0.f, state.rq[token] = real ? rq : 0.f;
+    state.diagonal[token_index(token)] = real ? product * rk * rq : 0.f;
+}
+
+/* The step of the lane's token, and what sigmoid leaves of 1. */
+__device__ void find_steps(const kda_prefill &p, const Place &at, StateOperands &x) {
+    uint32_t raw = load_beta(p, at.batch, at.token, at.head, at.count);
+    float y = __uint_as_float(raw << 16), grown = exp2_approximate(min_or_nan(y * LOG2E, 120.f));
+    int lane = threadIdx.x % 32;
+    x.step[token_index(lane)] = x.beta[lane] = find_beta(p, at.count, raw);
+    x.beta_rest[lane] = reciprocal_approximate(1.f + grown);
+}
+
+/* Makes the tiles of the warp's channels. */
+__device__ void make_tiles(const kda_prefill &p, const Place &at, OperandsShared &shared) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    StateOperands &state = shared.operands.state;
+    Gate gate = find_gates(p, (int)at.head, warp);
+    Pairs k, q, g;
+    load_pairs(shared.keys, warp, k), load_pairs(shared.queries, warp, q), load_pairs(shared.gates, warp, g);
+    clear_pairs(k, at.count), clear_pairs(q, at.count);
+    Elements x, decayed, grown;
+    References found = find_decays(gate, g, at.count, x);
+#pragma unroll
+    for (int j = 0; j < CHUNK / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            decayed[j][i / 2][i % 2] = exp2_approximate(x[j][i / 2][i % 2]);
+            grown[j][i / 2][i % 2] = exp2_approximate(-x[j][i / 2][i % 2]);
+        }
+    Pairs tile, shifted;
+    float to_end[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        to_end[i / 2][i % 2] = found.end[i % 2] - found.middle[i / 2][i % 2];
+    __syncwarp();
+    scale_pairs(k, state.rk, decayed, tile);
+    store_pairs(shared.keys, warp, tile);
+    shift_pairs(tile, found.middle, shifted);
+    store_pairs(state.KT, warp, shifted);
+    scale_pairs(q, state.rq, decayed, tile);
+    store_pairs(shared.queries, warp, tile);
+    shift_pairs(tile, found.middle, shifted);
+    store_pairs(shared.operands.QT, warp, shifted);
+    scale_pairs(k, state.rk, grown, tile);
+    store_pairs(shared.gates, warp, tile);
+    shift_pairs(tile, to_end, shifted);
+    store_pairs(state.KR, warp, shifted);
+    if (lane % 4 == 0)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int channel = warp * 16 + lane / 4 + r * 8;
+            state.fraction[channel_index(channel)] = exp2_approximate(found.fraction[r]);
+            state.whole[channel_index(channel)] = power_of_two((int)found.end[r]);
+            shared.from_boundary[channel] = (uint16_t)power_pair(found.middle[1][r] - found.boundary[r]);
+            shared.to_boundary[channel] = (uint16_t)power_pair(found.boundary[r] - found.middle[0][r]);
+        }
+}
+
+/* Products of 16 rows of RK or RQ and 16 of CK: of the first block, of the second one, or the second's rows with the
+ * first's columns. They become rows of beta L0 or of M. */
+__device__ void multiply_block(OperandsShared &shared, bool queries, int rows, int columns) {
+    int lane = threadIdx.x % 32, part = lane % 4 * 2;
+    MatrixRow<CHUNK, DIM> a_rows(queries ? shared.queries : shared.keys, true), b_rows(shared.gates, false);
+    bool across = rows != columns;
+    float d[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < DIM; k += 16) {
+        uint32_t a[4], b[4];
+        ldmatrix(a, a_rows.at(rows, k));
+        ldmatrix(b, b_rows.at(columns, k));
+        if (across)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int channel = k + i * 8 + part;
+                uint32_t from = *reinterpret_cast<const uint32_t *>(&shared.from_boundary[channel]);
+                uint32_t to = *reinterpret_cast<const uint32_t *>(&shared.to_boundary[channel]);
+                a[2 * i] = multiply_pair(a[2 * i], from), a[2 * i + 1] = multiply_pair(a[2 * i + 1], from);
+                b[i] = multiply_pair(b[i], to), b[2 + i] = multiply_pair(b[2 + i], to);
+            }
+        mma(d[0], a, b[0], b[1]);
+        mma(d[1], a, b[2], b[3]);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = rows + lane / 4 + r * 8, column = columns + j * 8 + part;
+            float left = d[j][2 * r], right = d[j][2 * r + 1];
+            if (queries) { /* from the diagonal on they may be infinite */
+                uint32_t pair = pack_bf16(column < row ? left : 0.f, column + 1 < row ? right : 0.f);
+                *reinterpret_cast<uint32_t *>(&shared.operands.M[swizzled<CHUNK, CHUNK>(row, column)]) = pair;
+            } else {
+                float step = shared.operands.state.beta[row];
+                *reinterpret_cast<float2 *>(&shared.L[row * L_ROW + column]) = make_float2(left * step, right * step);
+            }
+        }
+}
+
+/* N by forward substitution: a lane has a column. */
+__device__ void invert(OperandsShared &shared) {
+    int lane = threadIdx.x % 32;
+    float x[CHUNK];
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) {
+        float sums[4] = {i == lane ? 1.f : 0.f, 0, 0, 0};
+#pragma unroll
+        for (int j = 0; j < i; j += 4) {
+            float4 l = *reinterpret_cast<const float4 *>(&shared.L[i * L_ROW + j]);
+            sums[0] = fmaf(-l.x, x[j], sums[0]);
+            if (j + 1 < i)
+                sums[1] = fmaf(-l.y, x[j + 1], sums[1]);
+            if (j + 2 < i)
+                sums[2] = fmaf(-l.z, x[j + 2], sums[2]);
+            if (j + 3 < i)
+                sums[3] = fmaf(-l.w, x[j + 3], sums[3]);
+        }
+        x[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        shared.operands.state.N[swizzled<CHUNK, CHUNK>(i, lane)] = __float2bfloat16_rn(x[i]);
+    }
+}
+
+__global__ void __launch_bounds__(THREADS, 2)
+    make_operands(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
+                  ChunkOperands *operands) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    OperandsShared &shared = *reinterpret_cast<OperandsShared *>(memory);
+    let_next_begin();
+    const kda_prefill &p = b.forward;
+    int chunk = blockIdx.x % CHUNKS, warp = threadIdx.x / 32;
+    Place at = chunk_of(find_segment(b, blockIdx.x / CHUNKS, blockIdx.y), chunk);
+    if (at.count == 0)
+        return;
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(&shared.arrived, 1);
+        ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+        expect_bytes(shared.arrived, 3 * TILE * 2);
+        bring_tile(shared.keys, maps.k, at, at.key_head, shared.arrived, read_again());
+        bring_tile(shared.queries, maps.q, at, at.key_head, shared.arrived, read_again());
+        bring_tile(shared.gates, maps.g, at, at.head, shared.arrived, read_again());
+    }
+    if (warp == 1)
+        find_steps(p, at, shared.operands.state);
+    if (warp == 2) /* M above the diagonal blocks */
+        *reinterpret_cast<uint4 *>(&shared.operands.M[swizzled<CHUNK, CHUNK>(threadIdx.x % 16, 16 + threadIdx.x % 32 / 16 * 8)]) =
+            make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    wait(shared.arrived, 0);
+    find_scales(p, shared, at.count);
+    __syncthreads();
+    make_tiles(p, at, shared);
+    __syncthreads();
+    if (warp < 6)
+        multiply_block(shared, warp % 2, warp < 2 ? 0 : 16, warp < 4 ? 0 : 16);
+    __syncthreads();
+    if (warp == 0)
+        invert(shared);
+    fence_shared();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        ptx::cp_async_bulk(ptx::space_global, ptx::space_shared, &operands[(int64_t)blockIdx.y * gridDim.x + blockIdx.x],
+                           &shared.operands, (uint32_t)sizeof shared.operands);
+        ptx::cp_async_bulk_commit_group();
+        ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
+    }
+}
+
+} // namespace
+} // namespace kda
+
+extern "C" cudaError_t kda_sm90_backward_operands(const struct kda_backward *b, const struct kda_backward_plan *,
+                                                  const struct kda_launch *launch,
+                                                  const struct kda_sm90_backward_memory *memory) {
+    using namespace kda;
+    kda_sm90_backward_maps maps;
+    cudaError_t error = kda_sm90_map_backward(b, &maps);
+    return error ? error
+                 : launch_kernel(make_operands, *launch, THREADS, sizeof(OperandsShared), b->forward.stream, *b, maps,
+                                 static_cast<ChunkOperands *>(memory->operands));
+}

@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: MIT */
+#include "cuda/sm90/backward/plan.h"
+
+#include "api/workspace.h"
+#include "cuda/sm90/tensor_maps.h"
+
+enum { DIM = KDA_SM90_BACKWARD_DIM, SEGMENT = KDA_SM90_BACKWARD_SEGMENT, CHUNKS = KDA_SM90_BACKWARD_CHUNKS };
+enum { ADJOINT_COLUMNS = 64 }; /* of V, of a CTA */
+
+/* ---- What the level takes ------------------------------------------------------------------------ */
+
+/* Is S kept at every segment's start? Explicit offsets or indices would have to be read. */
+static bool keeps_states(const struct kda_prefill *p) {
+    bool needed = p->tokens > SEGMENT;
+    return !needed || (p->checkpoints.data && p->checkpoint_every > 0 && SEGMENT % p->checkpoint_every == 0);
+}
+
+static bool is_moved(const struct kda_tensor *t) { return t->data && t->dtype == KDA_BF16 && kda_sm90_can_map(t); }
+
+bool kda_sm90_backward_takes(const struct kda_backward *b) {
+    const struct kda_prefill *p = &b->forward;
+    const struct kda_tensor *moved[] = {&p->q, &p->k, &p->v, &p->g, &b->d_out, &b->dq, &b->dk, &b->dv, &b->dg};
+    bool good = p->key_dim == DIM && p->value_dim == DIM && p->gate == FLASH_KDA_GATE_SIGMOID &&
+                p->beta_mode != FLASH_KDA_BETA_GIVEN && p->beta.dtype == KDA_BF16 && b->dbeta.data && p->scale != 0 &&
+                p->tokens > 0 && keeps_states(p);
+    for (size_t i = 0; i < sizeof moved / sizeof *moved; i++)
+        good = good && is_moved(moved[i]);
+    return good;
+}
+
+/* ---- The plan ------------------------------------------------------------------------------------ */
+
+enum kernel { OPERANDS, ADJOINT, GRADIENTS, SUMS, HEADS, KERNELS };
+
+static bool shares_heads(const struct kda_backward *b) { return b->forward.value_heads > b->forward.heads; }
+
+void kda_sm90_backward_plan(const struct kda_backward *b, struct kda_backward_plan *plan) {
+    struct kda_sm90_backward_memory memory;
+    plan->segment = SEGMENT;
+    plan->segments = kda_first_segment(&b->forward.base, SEGMENT, b->forward.tokens, b->forward.sequences);
+    plan->slab_segments = plan->segments, plan->slabs = 1;
+    plan->count = 3 + plan->needs_sums + shares_heads(b);
+    plan->workspace = kda_sm90_backward_lay_out(b, plan, NULL, &memory);
+}
+
+size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_backward_plan *plan, void *workspace,
+                                 struct kda_sm90_backward_memory *memory) {
+    const struct kda_tokens *x = &b->forward.base;
+    struct kda_arena arena = {workspace, 0};
+    size_t segments = (size_t)(plan->segments * x->value_heads), chunks = segments * CHUNKS;
+    size_t rows = shares_heads(b) ? (size_t)(x->batches * x->tokens * x->value_heads) : 0;
+    memory->operands = kda_take(&arena, chunks, KDA_SM90_BACKWARD_OPERANDS);
+    memory->updates = kda_take(&arena, chunks * KDA_CUDA_CHUNK * DIM, sizeof *memory->updates);
+    memory->adjoints = kda_take(&arena, segments * DIM * DIM / 2, sizeof *memory->adjoints);
+    memory->sums = kda_take(&arena, segments * 2 * DIM, sizeof *memory->sums);
+    memory->queries = memory->keys = NULL;
+    if (rows) {
+        memory->queries = kda_take(&arena, rows * DIM, sizeof *memory->queries);
+        memory->keys = kda_take(&arena, rows * DIM, sizeof *memory->keys);
+    }
+    return arena.used;
+}
+
+struct kda_backward_launch kda_sm90_backward_launch_at(const struct kda_backward *b,
+                                                       const struct kda_backward_plan *plan, int i) {
+    static const char *const names[KERNELS] = {[OPERANDS] = "backward_operands",
+                                               [ADJOINT] = "backward_adjoint",
+                                               [GRADIENTS] = "backward_gradients",
+                                               [SUMS] = "backward_sums",
+                                               [HEADS] = "backward_heads"};
+    const struct kda_tokens *x = &b->forward.base;
+    unsigned segments = (unsigned)plan->segments, chunks = segments * CHUNKS, heads = (unsigned)x->value_heads;
+    const unsigned grids[KERNELS][2] = {[OPERANDS] = {chunks, heads},
+                                        [ADJOINT] = {(unsigned)x->sequences * heads, DIM / ADJOINT_COLUMNS},
+                                        [GRADIENTS] = {segments, heads},
+                                        [SUMS] = {heads, 1},
+                                        [HEADS] = {chunks, (unsigned)x->heads}};
+    int kernel = i == SUMS && !plan->needs_sums ? HEADS : i;
+    return (struct kda_backward_launch){
+        .kernel = kernel, .name = names[kernel], .grid = {grids[kernel][0], grids[kernel][1]}};
+}
+
+cudaError_t kda_sm90_backward_launch(const struct kda_backward *b, const struct kda_backward_plan *plan,
+                                     const struct kda_backward_launch *launch, void *workspace) {
+    static kda_sm90_backward_launcher *const launchers[KERNELS] = {[OPERANDS] = kda_sm90_backward_operands,
+                                                                   [ADJOINT] = kda_sm90_backward_adjoint,
+                                                                   [GRADIENTS] = kda_sm90_backward_gradients,
+                                                                   [SUMS] = kda_sm90_backward_sums,
+                                                                   [HEADS] = kda_sm90_backward_heads};
+    struct kda_sm90_backward_memory memory;
+    const struct kda_launch one = {.grid = {launch->grid[0], launch->grid[1]}, .overlaps = launch->kernel != OPERANDS};
+    kda_sm90_backward_lay_out(b, plan, workspace, &memory);
+    return launchers[launch->kernel](b, plan, &one, &memory);
+}

@@ -1,0 +1,138 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * How eight warps turn a chunk's k, q and g into tiles (config.cuh). A warp has 16 channels of all tokens, as an
+ * accumulator [channels][tokens] has them: tile j of 8 tokens, channels lane / 4 + 8 r, tokens lane % 4 * 2 + e.
+ */
+#ifndef KDA_CUDA_SM90_BACKWARD_TILES_CUH
+#define KDA_CUDA_SM90_BACKWARD_TILES_CUH
+
+#include "cuda/sm90/backward/config.cuh"
+
+namespace kda {
+namespace {
+
+/* Pairs of a warp's tokens: of tile j and channels r, pairs[j / 2][j % 2 * 2 + r]. */
+using Pairs = uint32_t[CHUNK / 16][4];
+using Elements = float[CHUNK / 8][2][2]; /* [j][r][e] */
+
+/* Of 16 tokens. */
+inline __device__ void load_half(const __nv_bfloat16 *tile, int warp, int half, uint32_t (&x)[4]) {
+    ldmatrix_transposed(x, MatrixRow<CHUNK, DIM>(tile, false, thread()).at(half * 16, warp * 16));
+}
+
+/* Of a tile [CHUNK][DIM]. */
+inline __device__ void load_pairs(const __nv_bfloat16 *tile, int warp, Pairs &x) {
+    MatrixRow<CHUNK, DIM> rows(tile, false, thread());
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+        ldmatrix_transposed(x[t], rows.at(t * 16, warp * 16));
+}
+
+inline __device__ void store_pairs(__nv_bfloat16 *tile, int warp, const Pairs &x) {
+    MatrixRow<CHUNK, DIM> rows(tile, false, thread());
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+        stmatrix_transposed(rows.at(t * 16, warp * 16), x[t]);
+}
+
+/* Tokens that do not exist become 0. */
+inline __device__ void clear_pairs(Pairs &x, int count) {
+    if (__builtin_expect(count == CHUNK, 1))
+        return;
+    int part = (int)thread() % 4 * 2;
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            int token = t * 16 + n / 2 * 8 + part;
+            x[t][n] &= token + 1 < count ? ~0u : token < count ? 0xffff : 0;
+        }
+}
+
+/* The gates of the thread's channels, 8 apart. */
+inline __device__ Gate find_gates(const kda_prefill &p, int head, int warp) {
+    int channel = warp * 16 + threadIdx.x % 32 / 4;
+    Gate gate = find_gate<true>(p, head, channel);
+    gate.offset.y = find_gate<true>(p, head, channel + 8).offset.x;
+    return gate;
+}
+
+/* log2 decays from the chunk's start, rounded, of the thread's two channels: to the middles of both blocks, to the
+ * boundary between them, and through the chunk. */
+struct References {
+    float middle[2][2], boundary[2], end[2]; /* [block][r] */
+    float fraction[2];                       /* what `end` leaves of the decay */
+};
+
+/* Sums x over the lanes of a quad before this one, which is its `part`; `all` over all four. */
+inline __device__ float sum_before(float x, int part, float &all) {
+    float up = __shfl_up_sync(~0u, x, 1, 4);
+    x += part >= 1 ? up : 0.f;
+    up = __shfl_up_sync(~0u, x, 2, 4);
+    x += part >= 2 ? up : 0.f;
+    up = __shfl_up_sync(~0u, x, 1, 4);
+    all = __shfl_sync(~0u, x, 3, 4);
+    return part ? up : 0.f;
+}
+
+/* x becomes the log2 decay from the middle of a token's block to the token. */
+inline __device__ References find_decays(const Gate &gate, const Pairs &g, int count, Elements &x) {
+    References found;
+    int part = (int)thread() % 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float sum = 0, offset = r ? gate.offset.y : gate.offset.x;
+#pragma unroll
+        for (int j = 0; j < CHUNK / 8; j++) {
+            int token = j * 8 + part * 2;
+            float2 raw = unpack_bf16(g[j / 2][j % 2 * 2 + r]);
+            float first = token < count ? log2_decay<true>(gate, raw.x, offset) : 0.f;
+            float second = token + 1 < count ? log2_decay<true>(gate, raw.y, offset) : 0.f;
+            float all, before = sum + sum_before(first + second, part, all);
+            x[j][r][0] = before + first, x[j][r][1] = before + first + second;
+            sum += all;
+            if (j % 2 == 0)
+                found.middle[j / 2][r] = rintf(sum);
+            if (j == 1)
+                found.boundary[r] = rintf(sum);
+        }
+        found.end[r] = rintf(sum), found.fraction[r] = sum - found.end[r];
+#pragma unroll
+        for (int j = 0; j < CHUNK / 8; j++)
+            x[j][r][0] -= found.middle[j / 2][r], x[j][r][1] -= found.middle[j / 2][r];
+    }
+    return found;
+}
+
+/* 2^exponent as bf16, twice. */
+inline __device__ uint32_t power_pair(float exponent) {
+    return (__float_as_uint(power_of_two((int)exponent)) >> 16) * 0x10001;
+}
+
+/* Multiplies the channels of each block by powers of two. */
+inline __device__ void shift_pairs(const Pairs &x, const float (&exponents)[2][2], Pairs &shifted) {
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            shifted[t][n] = multiply_pair(x[t][n], power_pair(exponents[t][n % 2]));
+}
+
+/* A row's tokens times their scales and the elements' factors. */
+inline __device__ void scale_pairs(const Pairs &x, const float *scales, const Elements &factors, Pairs &scaled) {
+    int part = (int)thread() % 4 * 2;
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            int j = t * 2 + n / 2, r = n % 2;
+            float2 scale = *reinterpret_cast<const float2 *>(&scales[j * 8 + part]);
+            float2 y = unpack_bf16(x[t][n]);
+            scaled[t][n] = pack_bf16(y.x * scale.x * factors[j][r][0], y.y * scale.y * factors[j][r][1]);
+        }
+}
+
+} // namespace
+} // namespace kda
+
+#endif
