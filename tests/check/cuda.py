@@ -52,7 +52,7 @@ def commands(build, seed, quick, op):
     check = [build / "flashkda_check", "--level", "cuda", "--seed", str(seed), "--op", op]
     some = ["--quick"] if quick else []
     jobs = {"short": [[*check, *some]], "long": [[*check, "--long", *some]]}
-        how = ["--decode"] if op == "decode" else []
+    how = ["--decode"] if op == "decode" else []
     if op != "backward":  # its long cases have such inputs
         jobs["captured"] = [[build / "flashkda", "run", path, "--backend", "cuda", "--check", *how]
                             for path in sorted((ROOT / "data").glob("*.safetensors"))]
