@@ -97,15 +97,17 @@ def chunk_kda(
     call = {**gate, "qk_norm": use_qk_l2norm_in_kernel, "scale": scale, "cu_seqlens": cu_seqlens,
             "beta_mode": _beta_mode(use_beta_sigmoid_in_kernel, allow_neg_eigval), "initial_state": initial_state,
             "output_final_state": output_final_state, "state_layout": "v_first" if state_v_first else "k_first"}
-    if library_of(q).differentiated(q, k, v, g, beta, A_log, dt_bias, initial_state):
-        if return_intermediate_states:
-            raise NotImplementedError("return_intermediate_states is given where a gradient is asked for, but none passes "
-                                      "through h; call it under torch.no_grad() or torch.inference_mode()")
-        return _differentiable(q, k, v, g, beta, call)
-    if v.dtype != q.dtype:
-        call["out"] = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-    if output_final_state and initial_state is not None and initial_state.dtype != torch.float32:
-        call["final_state"] = torch.empty(initial_state.shape, dtype=torch.float32, device=q.device)
+    if return_intermediate_states or v.dtype != q.dtype or (
+            output_final_state and initial_state is not None and initial_state.dtype != torch.float32):
+        if library_of(q).differentiated(q, k, v, g, beta, A_log, dt_bias, initial_state):
+            if return_intermediate_states:
+                raise NotImplementedError("return_intermediate_states is given where a gradient is asked for, but none "
+                                          "passes through h; call it under torch.no_grad() or torch.inference_mode()")
+            return _from_new_tensors(q, k, v, g, beta, call)
+        if v.dtype != q.dtype:
+            call["out"] = torch.empty(v.shape, dtype=q.dtype, device=q.device)
+        if output_final_state and initial_state is not None and initial_state.dtype != torch.float32:
+            call["final_state"] = torch.empty(initial_state.shape, dtype=torch.float32, device=q.device)
     h = None
     if not return_intermediate_states or q.ndim != 4 or v.ndim != 4:
         result = prefill(q, k, v, g, beta, **call)
@@ -121,12 +123,12 @@ def chunk_kda(
     return pair if h is None else (*pair, h.to(k.dtype))
 
 
-def _differentiable(q: Array, k: Array, v: Array, g: Array, beta: Array,
-                    call: dict[str, Any]) -> tuple[Array, Array | None]:
-    """Of the dtypes that fla's results have, from new tensors alone."""
+def _from_new_tensors(q: Array, k: Array, v: Array, g: Array, beta: Array,
+                      call: dict[str, Any]) -> tuple[Array, Array | None]:
+    """Gives results the dtypes that fla's have without prefill() writing to given tensors, which has no gradient."""
     if call["initial_state"] is not None:
         call["initial_state"] = call["initial_state"].float()
-    result = prefill(q, k, v if v.dtype == q.dtype else v.float(), g, beta, **call)
+    result = prefill(q, k, v.float() if v.dtype != q.dtype else v, g, beta, **call)
     out, final_state = result if call["output_final_state"] else (result, None)
     return out.to(q.dtype), final_state
 

@@ -212,7 +212,7 @@ def prefill(
     if output_final_state and final_state is None and state_indices is not None:
         raise ValueError("final_state is None with state_indices; expected the states that the indices refer to")
     traced = library.traced(q)
-    if out is None and final_state is None and checkpoints is None and workspace is None and not checkpoint_every and (
+    if out is None and final_state is None and checkpoints is None and workspace is None and (
             traced or library.differentiated(q, k, v, g, beta, A_log, dt_bias, initial_state)):
         return library.record_prefill(
             {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "cu_seqlens": cu_seqlens,

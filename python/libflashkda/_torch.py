@@ -54,7 +54,11 @@ class Torch(Library):
                 or q.is_meta)
 
     def differentiated(self, *inputs: Any) -> bool:
-        return _is_grad_enabled() and any(x is not None and getattr(x, "requires_grad", False) for x in inputs)
+        if _is_grad_enabled():
+            for x in inputs:
+                if x is not None and getattr(x, "requires_grad", False):
+                    return True
+        return False
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         return torch.empty(shape, dtype=dtype, device=like.device)
@@ -88,6 +92,10 @@ class Torch(Library):
         for name, tensor in inputs.items():
             if tensor is not None or name in _REQUIRED:
                 self.check(tensor, name)
+        if options["checkpoint_every"]:
+            raise ValueError("checkpoints is None; expected a tensor with checkpoint_every")
+        if not _is_compiling() and forward_ad._current_level >= 0:
+            _refuse_tangents(inputs)
         if self.differentiated(*inputs.values()):
             options["checkpoint_every"] = _KEEP_EVERY
         out, final_state, _ = torch.ops.libflashkda.prefill(*map(inputs.get, _INPUTS), output_final_state, **options)

@@ -13,6 +13,9 @@ import torch
 # jax would take most of the GPU's memory for itself at its first use.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# The recurrence is made of small operations, on which threads of torch's wait for each other far longer than they work.
+torch.set_num_threads(1)
+
 
 def _missing(item: pytest.Item) -> str | None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from libflashkda import _C, _problem_file, plot
-from recurrence import BF16_ANY, BF16_MARGIN, DATA, _log_decay, error_ratio, make, solve
+from recurrence import BF16_ANY, BF16_MARGIN, DATA, error_ratio, log_decay, make, solve
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")
 
@@ -137,7 +137,7 @@ def test_log_decay(more):
     problem = make(**more)
     options = {name: value.numpy() if isinstance(value, torch.Tensor) and value.dtype != torch.bfloat16 else value
                for name, value in problem.options.items()}
-    expected = _log_decay(problem)
+    expected = log_decay(problem).numpy()
     assert error_ratio(plot.log_decay(problem.g.float().numpy(), **options), expected) < 1e-6
 
 
@@ -146,7 +146,7 @@ def test_log_decay(more):
 def test_trace(more, step, tmp_path):
     problem = make(**more)
     read = _problem_file.read(save(problem, tmp_path / "problem.safetensors"))
-    decays = numpy.exp(_log_decay(problem)).mean(3)
+    decays = numpy.exp(log_decay(problem).numpy()).mean(3)
     _, finals, inner = solve(problem, every=1)
     spans = plot.sequences(read)
     assert len(spans) == len(finals)
