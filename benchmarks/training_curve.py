@@ -108,8 +108,8 @@ def draw(measured, path):
     axes.set_xlabel("step")
     axes.set_ylabel("nats a byte")
     axes.legend(frameon=False)
-    axes.set_title(f"The same model trained in {len(measured['curves'])} ways on {measured['device']}: at most "
-                   f"{measured['apart']['any']:.1g} nats apart", fontsize=10)
+    axes.set_title(f"One model trained in {len(measured['curves'])} ways, on {measured['device']}:\n"
+                   f"at most {measured['apart']['any']:.0e} nats apart", fontsize=10)
     figure.savefig(path, metadata={"Date": None})
     print(f"wrote {path}")
 

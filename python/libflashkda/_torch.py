@@ -23,6 +23,7 @@ _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 # Asked at every call: looked up once.
 _any_true = _C.any_true
 _is_compiling = torch.compiler.is_compiling
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _is_grad_enabled = torch.is_grad_enabled
 _is_negated = torch.Tensor.is_neg
 _requires_grad = torch.Tensor.requires_grad.__get__
@@ -96,7 +97,8 @@ class Torch(Library):
             raise ValueError("checkpoints is None; expected a tensor with checkpoint_every")
         if not _is_compiling() and forward_ad._current_level >= 0:
             _refuse_tangents(inputs)
-        if self.differentiated(*inputs.values()):
+        # An exported program is run for its outputs most of the time. Its gradients find the states again.
+        if self.differentiated(*inputs.values()) and not _is_exporting():
             options["checkpoint_every"] = _KEEP_EVERY
         out, final_state, _ = torch.ops.libflashkda.prefill(*map(inputs.get, _INPUTS), output_final_state, **options)
         return (out, final_state) if output_final_state else out
@@ -193,10 +195,10 @@ def _prefill_outputs(inputs, output_final_state, options):
     kept = (0,)
     if every and len(states) == 4:  # the state after a sequence is read by nobody, but may have a row
         kept = (*(q.shape[:1] if cu_seqlens is None else ()), q.shape[1] // every, *states[1:])
-    rounded = v.dtype == torch.bfloat16 or q.device.type == "cuda"  # where products have bf16 operands anyway
+    kept_dtype = torch.bfloat16 if q.device.type == "cuda" else torch.float32  # on CUDA products have bf16 operands anyway
     return (torch.empty(v.shape, dtype=v.dtype, device=q.device),
             torch.empty(states if output_final_state else (0,), dtype=dtype, device=q.device),
-            torch.empty(kept, dtype=torch.bfloat16 if rounded else torch.float32, device=q.device))
+            torch.empty(kept, dtype=kept_dtype, device=q.device))
 
 
 def _run_kept(function, tensors, checkpoints, options):
@@ -204,11 +206,10 @@ def _run_kept(function, tensors, checkpoints, options):
     every, ends = options.get("checkpoint_every", 0), tensors["cu_seqlens"]
     if checkpoints is None or checkpoints.numel() == 0:
         options = {**options, "checkpoint_every": 0}
-    elif ends is None:
+    elif ends is None or ends.ndim != 1 or ends.dtype not in (torch.int32, torch.int64):  # of which the library says more
         tensors = {**tensors, "checkpoints": checkpoints}
     else:
-        rows = (ends.diff() - 1).clamp(min=0) // every
-        starts = torch.nn.functional.pad(rows.cumsum(0), (1, 0))
+        starts = torch.nn.functional.pad((ends.diff() // every).cumsum(0), (1, 0))
         used = checkpoints[:starts[-1]] if checkpoints.is_cpu else checkpoints
         tensors = {**tensors, "checkpoints": used, "checkpoint_cu_starts": starts}
     with torch.no_grad():

@@ -92,7 +92,10 @@ def log_decay(problem: Problem) -> torch.Tensor:
     if options["gate"] == "none":
         return g
     x = g + (_fp64(options["dt_bias"]) if options.get("dt_bias") is not None else 0)
-    rate = _fp64(options["A_log"]).exp()[:, None] if options.get("A_log") is not None else 1
+    rate = 1
+    if options.get("A_log") is not None:
+        rate = _fp64(options["A_log"]).exp()
+        rate = rate[:, None] if rate.ndim == 1 else rate  # [HV], or for tests one for each element of g
     if options["gate"] == "softplus":
         return -rate * torch.logaddexp(torch.zeros_like(x), x)
     return options["lower_bound"] * torch.sigmoid(rate * x)

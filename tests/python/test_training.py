@@ -42,46 +42,54 @@ def tensors(problem: Problem) -> dict[str, torch.Tensor]:
     return {name: named[name] for name in (*INPUTS, *OPTIONAL) if isinstance(named.get(name), torch.Tensor)}
 
 
-def weights(problem: Problem, v_first=True) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the results are weighted with in a loss: their gradients."""
+def weights(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the results are weighted with in a loss: their gradients, as bf16 holds them."""
     generator = torch.Generator().manual_seed(7)
     cu_seqlens = problem.options.get("cu_seqlens")
     sequences = problem.q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     states = (sequences, problem.v.shape[2], problem.q.shape[3], problem.v.shape[3])
-    d_out, d_state = (torch.randn(shape, generator=generator) for shape in (problem.v.shape, states))
-    return d_out, d_state.mT.contiguous() if v_first else d_state
+    d_out, d_state = (torch.randn(shape, generator=generator).bfloat16().float() for shape in (problem.v.shape, states))
+    return d_out, d_state.mT.contiguous() if problem.options["state_layout"] == "v_first" else d_state
 
 
 def prefill(problem: Problem, **more):
     return libflashkda.prefill(*problem.inputs, **problem.options, output_final_state=True, **more)
 
 
-def gradients(problem: Problem, run=prefill) -> dict[str, torch.Tensor]:
-    """Of every tensor that requires grad, by its name. d_out is rounded to the dtype that out has."""
-    out, state = run(problem)
-    d_out, d_state = (x.to(out.device) for x in weights(problem, problem.options["state_layout"] == "v_first"))
-    torch.autograd.backward((out, state), (d_out.to(out.dtype), d_state.to(state.dtype)))
+def weighted(problem: Problem, out: torch.Tensor, state: torch.Tensor) -> None:
+    d_out, d_state = weights(problem)
+    torch.autograd.backward((out, state), (d_out.to(out), d_state.to(state)))
+
+
+def gradients(problem: Problem, run=prefill, differentiate=weighted) -> dict[str, torch.Tensor]:
+    """Of every tensor that requires grad, by its name."""
+    differentiate(problem, *run(problem))
     return {name: x.grad for name, x in tensors(problem).items() if x.requires_grad}
 
 
-def exact(problem: Problem) -> dict[str, torch.Tensor]:
-    """The same in fp64."""
+def exact(problem: Problem, differentiate=weighted) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """The same in fp64; and for each head the size of the terms whose sum A_log's gradient is, which cancel."""
     here = leaves(problem, dtype=torch.float64)
+    A_log = here.options.get("A_log")
+    if A_log is not None:
+        here.options["A_log"] = A_log.detach()[:, None].expand(here.g.shape).clone().requires_grad_()
     out, state, _ = recurrence(here)
-    v_first = problem.options["state_layout"] == "v_first"
-    d_out, d_state = weights(problem, v_first)
-    initial = problem.options.get("initial_state")
-    d_state = d_state.to(torch.float32 if initial is None else initial.dtype).double()
-    torch.autograd.backward((out, state.mT if v_first else state), (d_out.to(problem.v.dtype).double(), d_state))
-    return {name: x.grad for name, x in tensors(here).items()}
+    differentiate(here, out, state.mT if problem.options["state_layout"] == "v_first" else state)
+    found = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in tensors(here).items()}
+    if A_log is None:
+        return found, None
+    terms = found["A_log"]
+    return {**found, "A_log": terms.sum((0, 1, 3))}, terms.square().sum((0, 1, 3)).sqrt()
 
 
-def assert_right(found: dict[str, torch.Tensor], problem: Problem, description: str) -> None:
-    expected = exact(problem)
+def assert_right(found: dict[str, torch.Tensor], problem: Problem, description: str, differentiate=weighted) -> None:
+    expected, size = exact(problem, differentiate)
     given = tensors(problem)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert gradient.shape == given[name].shape and gradient.dtype == given[name].dtype, name
+        if name == "A_log":  # the error is measured beside the terms
+            gradient, expected[name] = gradient.cpu() - expected[name] + size, size
         assert_close(gradient, expected[name].numpy(), f"{name}, {description}")
 
 
@@ -91,7 +99,7 @@ CASES = [
     {"gate": "sigmoid", "lower_bound": -4.0, "beta_mode": "twice_sigmoid", "v_first": False, "scale": 0.3},
     {"gate": "none", "beta_mode": "given", "qk_norm": False, "initial_state": torch.float32, "v_first": False},
     {"H": 1, "HV": 3, "B": 2, "V": 40},
-    {"lengths": [130, 0, 1, 20, 300], "initial_state": torch.float32, "H": 1},
+    {"lengths": [130, 0, 1, 128, 300], "initial_state": torch.float32, "H": 1},
     {"T": 5},
     {"dtype": torch.float16},
     {"dtype": torch.bfloat16, "initial_state": torch.bfloat16},
@@ -151,14 +159,16 @@ def test_backward_from_states_that_were_kept():
 
 
 class Watched(TorchDispatchMode):
-    """Notes which gradients the op computes."""
+    """Notes which gradients the op is given, and which it computes."""
 
     def __init__(self):
         super().__init__()
+        self.given: list[list[bool]] = []
         self.wanted: list[list[bool]] = []
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function is torch.ops.libflashkda.backward.default:
+            self.given.append([x is not None for x in arguments[-3:-1]])
             self.wanted.append(arguments[-1])
         return function(*arguments, **(keywords or {}))
 
@@ -167,32 +177,42 @@ class Watched(TorchDispatchMode):
 def test_only_what_is_asked_for(names, device):
     problem = make(T=140, K=32, V=32, dtype=torch.float32, initial_state=torch.float32).to(device)
     everything = gradients(leaves(problem))
-    with Watched() as watched:
-        found = gradients(leaves(problem, names))
+    found = gradients(leaves(problem, names))
     assert found.keys() == set(names)
+    with Watched() as watched:
+        gradients(leaves(problem, names))
     assert watched.wanted == [[name in names for name in (*INPUTS, *OPTIONAL)]]
     assert all(torch.equal(found[name], everything[name]) for name in names)
 
 
-@pytest.mark.parametrize("through", ["out", "final_state", "expanded", "columns"])
-def test_one_result_alone(through, device):
-    """And gradients whose strides are none, as of a sum, or that lie in columns."""
-    problem = make(T=40, K=32, V=32, dtype=torch.float32, initial_state=torch.float32)
+def out_alone(problem, out, state):
+    out.backward(weights(problem)[0].to(out))
+
+
+def state_alone(problem, out, state):
+    state.backward(weights(problem)[1].to(state))
+
+
+def sums(problem, out, state):
+    """Whose gradients have no strides."""
+    (out.sum() + state.sum()).backward()
+
+
+def products(problem, out, state):
+    """Whose gradients lie in columns."""
     d_out, d_state = weights(problem)
-    here, right = leaves(problem.to(device)), leaves(problem, dtype=torch.float64)
-    for results, x in (prefill(here), here), (recurrence(right)[:2], right):
-        out, state = results[0], results[1] if x is here else results[1].mT
-        if through == "expanded":
-            (out.sum() + state.sum()).backward()
-        elif through == "columns":
-            ((out.mT @ d_out.to(out)).sum() + (state.mT @ d_state.to(state)).sum()).backward()
-        elif through == "out":
-            (out * d_out.to(out)).sum().backward()
-        else:
-            (state * d_state.to(state)).sum().backward()
-    for name, x in tensors(here).items():
-        expected = tensors(right)[name].grad  # None: q has no part in the final state
-        assert_close(x.grad, numpy.zeros(x.shape) if expected is None else expected.numpy(), name)
+    ((out.mT @ d_out.to(out)).sum() + (state.mT @ d_state.to(state)).sum()).backward()
+
+
+@pytest.mark.parametrize("differentiate", [out_alone, state_alone, sums, products])
+def test_other_gradients_of_the_results(differentiate, device):
+    problem = make(T=40, K=32, V=32, dtype=torch.float32, initial_state=torch.float32)
+    here = leaves(problem.to(device))
+    found = gradients(here, differentiate=differentiate)
+    assert_right(found, problem, libflashkda.prefill_describe(*here.inputs, **here.options), differentiate)
+    with Watched() as watched:
+        gradients(leaves(problem.to(device)), differentiate=differentiate)
+    assert watched.given == [[differentiate is not state_alone, differentiate is not out_alone]]
 
 
 def kept(call) -> list[torch.Tensor]:
@@ -203,17 +223,16 @@ def kept(call) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lengths", [None, [130, 0, 1, 20, 300]])
-def test_what_is_kept(lengths, dtype, device):
+@pytest.mark.parametrize("lengths", [None, [130, 0, 1, 20, 361]])
+def test_what_is_kept(lengths, device):
     """Inputs, and a state every 128 tokens; without a gradient nothing."""
-    problem = make(B=1 if lengths else 2, T=300, K=32, V=16, lengths=lengths, dtype=dtype).to(device)
+    problem = make(B=1 if lengths else 2, T=300, K=32, V=16, lengths=lengths).to(device)
     here = leaves(problem, ("k",))
     found = kept(lambda: prefill(here))
     memory = {x.untyped_storage().data_ptr() for x in (*here.inputs, *here.options.values()) if isinstance(x, torch.Tensor)}
     (states,) = [x for x in found if x.untyped_storage().data_ptr() not in memory]
-    assert states.shape == ((3, 2, 16, 32) if lengths else (2, 2, 2, 16, 32))
-    assert states.dtype == (torch.bfloat16 if device == "cuda" else dtype)
+    assert states.shape == ((4, 2, 16, 32) if lengths else (2, 2, 2, 16, 32))
+    assert states.dtype == (torch.bfloat16 if device == "cuda" else torch.float32)
     with torch.no_grad():
         assert kept(lambda: prefill(here)) == []
     assert kept(lambda: prefill(problem)) == []
@@ -248,12 +267,7 @@ def test_chunk_kda(dtypes, device):
     assert out.dtype == here.q.dtype and state.dtype == torch.float32
     with torch.no_grad():
         assert all(torch.equal(x, y) for x, y in zip((out, state), run(here), strict=True))
-    found = gradients(here, run)
-    right = leaves(problem, dtype=torch.float64)
-    d_out, d_state = weights(problem, v_first=False)
-    torch.autograd.backward(recurrence(right)[:2], (d_out.to(out.dtype).double(), d_state.double()))
-    for name, x in tensors(right).items():
-        assert_close(found[name], x.grad.numpy(), name)
+    assert_right(gradients(here, run), problem, libflashkda.prefill_describe(*here.inputs, **here.options))
 
 
 # ---- What torch does with a function -------------------------------------------------------------
@@ -355,6 +369,18 @@ def test_compile_with_dynamic_shapes(device):
         assert all(torch.equal(found[name], expected[name]) for name in (*INPUTS, *OPTIONAL))
 
 
+def test_export(device):
+    """An exported program keeps nothing for gradients, but has them."""
+    problem = make(T=150, K=32, V=32, dtype=torch.float32, initial_state=torch.float32).to(device)
+    names, here = (*INPUTS, *OPTIONAL), leaves(problem)
+    program = torch.export.export(Layer(), (*(tensors(here)[name] for name in names), None))
+    (node,) = (node for node in program.graph.nodes if node.target is torch.ops.libflashkda.prefill.default)
+    assert not node.kwargs.get("checkpoint_every")
+    found, expected = compiled_gradients(here, program.module()), compiled_gradients(leaves(problem), Layer())
+    for name in names:
+        assert_close(found[name], expected[name].double().cpu().numpy(), name)
+
+
 OPTIONS = {"gate": 1, "lower_bound": 0.0, "beta_mode": 1, "scale": 0.0, "flags": 1}
 
 
@@ -427,13 +453,15 @@ def test_what_has_no_gradient(device):
 @pytest.mark.parametrize("change, exception, sentence", [
     ({"g": [0.0]}, TypeError, "^g is of type"),
     ({"k": None}, TypeError, "^k is of type"),
-    ({"beta": torch.zeros(1, 5)}, ValueError, "^beta has 2 dimensions"),
+    ({"beta": torch.zeros(1, 300)}, ValueError, "^beta has 2 dimensions"),
     ({"checkpoint_every": 32}, ValueError, "^checkpoints is None"),
-    ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"^cu_seqlens\[1\] is 6"),
-    ({"cu_seqlens": torch.tensor(5)}, ValueError, r"^cu_seqlens has 0 dimensions"),
+    ({"cu_seqlens": torch.tensor([0, 500])}, ValueError, r"^cu_seqlens\[1\] is 500"),
+    ({"cu_seqlens": torch.tensor([0, 140, 0, 300])}, ValueError, r"^cu_seqlens\[2\] is 0"),
+    ({"cu_seqlens": torch.tensor(300)}, ValueError, r"^cu_seqlens has 0 dimensions"),
+    ({"cu_seqlens": torch.tensor([0.0, 300.0])}, ValueError, r"^cu_seqlens has dtype float32"),
 ], ids=str)
 def test_bad_input(change, exception, sentence):
-    here = leaves(make(T=5, dtype=torch.float32))
+    here = leaves(make(T=300, K=8, V=8, dtype=torch.float32))
     with pytest.raises(exception, match=sentence):
         libflashkda.prefill(**{**dict(zip(INPUTS, here.inputs)), **here.options, **change})
 
