@@ -97,14 +97,14 @@ def backward(
         d_final_state: state [N, HV, V, K]; None: 0, but one of the two is needed.
         wanted: which of "dq", "dk", "dv", "dg", "dbeta", "dA_log", "d_dt_bias" and "d_initial_state" are computed; the
             others cost nothing. None: those of the inputs that are given.
-        checkpoints, checkpoint_cu_starts: states that the prefill kept, checkpoint_every tokens apart, a multiple of 32.
-            None: they are found again.
+        checkpoints, checkpoint_cu_starts: states that the prefill kept, checkpoint_every tokens apart, a multiple of
+            32. None: they are found again.
         batch_invariant: as prefill()'s, but for dA_log and d_dt_bias, which are sums over the batch.
         backend, num_threads: as prefill()'s. Backend "cuda" does not run it yet.
 
     Returns:
-        The gradients by name, new arrays, each of the shape and dtype of what it belongs to; d_initial_state is fp32 where
-        no initial_state is given.
+        The gradients by name, new arrays, each of the shape and dtype of what it belongs to; d_initial_state is fp32
+        where no initial_state is given.
 
     Raises:
         As prefill().

@@ -58,8 +58,9 @@ def chunk_kda(
         safe_gate: with use_gate_in_kernel lower_bound must be given; changes nothing else here.
         lower_bound: in [-5, 0), nats a token; only with use_gate_in_kernel.
         disable_recompute: changes nothing here.
-        return_intermediate_states: not where a gradient is asked for; also return h, the states before each chunk of chunk_size tokens, of k's dtype:
-            [B, ceil(T / chunk_size), HV, K, V], or with cu_seqlens [1, chunks of all sequences, HV, K, V].
+        return_intermediate_states: also return h, the states before each chunk of chunk_size tokens, of k's dtype:
+            [B, ceil(T / chunk_size), HV, K, V], or with cu_seqlens [1, chunks of all sequences, HV, K, V]. Not where a
+            gradient is asked for.
         state_v_first: every state is [.., V, K] instead of [.., K, V].
         cu_seqlens: int64, here also int32, [N + 1]: packed sequences, B is 1.
         cu_seqlens_cpu: the same on the CPU: h is sized from it, without waiting for the GPU.

@@ -195,7 +195,8 @@ def _prefill_outputs(inputs, output_final_state, options):
     kept = (0,)
     if every and len(states) == 4:  # the state after a sequence is read by nobody, but may have a row
         kept = (*(q.shape[:1] if cu_seqlens is None else ()), q.shape[1] // every, *states[1:])
-    kept_dtype = torch.bfloat16 if q.device.type == "cuda" else torch.float32  # on CUDA products have bf16 operands anyway
+    # On CUDA products have bf16 operands anyway.
+    kept_dtype = torch.bfloat16 if q.device.type == "cuda" else torch.float32
     return (torch.empty(v.shape, dtype=v.dtype, device=q.device),
             torch.empty(states if output_final_state else (0,), dtype=dtype, device=q.device),
             torch.empty(kept, dtype=kept_dtype, device=q.device))
@@ -206,7 +207,7 @@ def _run_kept(function, tensors, checkpoints, options):
     every, ends = options.get("checkpoint_every", 0), tensors["cu_seqlens"]
     if checkpoints is None or checkpoints.numel() == 0:
         options = {**options, "checkpoint_every": 0}
-    elif ends is None or ends.ndim != 1 or ends.dtype not in (torch.int32, torch.int64):  # of which the library says more
+    elif ends is None or ends.ndim != 1 or ends.dtype not in (torch.int32, torch.int64):  # what is wrong is said later
         tensors = {**tensors, "checkpoints": checkpoints}
     else:
         starts = torch.nn.functional.pad((ends.diff() // every).cumsum(0), (1, 0))
@@ -279,12 +280,12 @@ def _gradients(arguments, options):
 def _keep_for_backward(ctx, inputs, keyword_only_inputs, output):
     tensors = dict(zip(_INPUTS, inputs))
     if tensors["state_indices"] is not None:
-        raise NotImplementedError("state_indices is given where gradients are asked for, but training has no pool of states; "
-                                  "expected None")
+        raise NotImplementedError("state_indices is given where a gradient is asked for, but training has no pool of "
+                                  "states; expected None")
     backend = tensors["q"].device.type
     if not _C.backward_available(_C.BACKENDS.get(backend, -1)):
-        raise NotImplementedError(f"q requires grad, but this build of libflashkda has no backward pass on {backend} here; "
-                                  "call it under torch.no_grad() or torch.inference_mode()")
+        raise NotImplementedError(f"a gradient is asked for, but this build of libflashkda has no backward pass on {backend} "
+                                  "here; call it under torch.no_grad() or torch.inference_mode()")
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*map(tensors.get, _READ), output[2])

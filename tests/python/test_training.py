@@ -229,7 +229,8 @@ def test_what_is_kept(lengths, device):
     problem = make(B=1 if lengths else 2, T=300, K=32, V=16, lengths=lengths).to(device)
     here = leaves(problem, ("k",))
     found = kept(lambda: prefill(here))
-    memory = {x.untyped_storage().data_ptr() for x in (*here.inputs, *here.options.values()) if isinstance(x, torch.Tensor)}
+    given = (x for x in (*here.inputs, *here.options.values()) if isinstance(x, torch.Tensor))
+    memory = {x.untyped_storage().data_ptr() for x in given}
     (states,) = [x for x in found if x.untyped_storage().data_ptr() not in memory]
     assert states.shape == ((4, 2, 16, 32) if lengths else (2, 2, 2, 16, 32))
     assert states.dtype == (torch.bfloat16 if device == "cuda" else torch.float32)
@@ -434,7 +435,7 @@ def test_changed_inputs_are_noticed(device):
 ], ids=lambda more: next(iter(more)))
 def test_given_memory_is_refused(more):
     here = leaves(make(T=5, dtype=torch.float32), ("beta",))
-    with pytest.raises(NotImplementedError, match="^beta requires grad, but no gradient passes through a call that writes"):
+    with pytest.raises(NotImplementedError, match="^beta requires grad, but no gradient passes through a call that"):
         libflashkda.prefill(*here.inputs, **here.options, **more)
     assert all(not x.any() for x in more.values() if isinstance(x, torch.Tensor))
 
@@ -442,7 +443,7 @@ def test_given_memory_is_refused(more):
 def test_what_has_no_gradient(device):
     here = leaves(make(T=5, dtype=torch.float32, initial_state=torch.float32).to(device))
     o = {name: value for name, value in here.options.items() if name != "initial_state"}
-    with pytest.raises(NotImplementedError, match="^state_indices is given where gradients are asked for"):
+    with pytest.raises(NotImplementedError, match="^state_indices is given where a gradient is asked for"):
         libflashkda.prefill(*here.inputs, **here.options, state_indices=torch.zeros(1, dtype=torch.int32, device=device))
     with pytest.raises(NotImplementedError, match="^return_intermediate_states is given where a gradient is asked for"):
         libflashkda.chunk_kda(*here.inputs, return_intermediate_states=True)
@@ -480,10 +481,17 @@ def test_bad_input_of_backward(change, exception, sentence):
         libflashkda.backward(**call)
 
 
+def test_a_build_without_a_backward_pass(monkeypatch):
+    here = leaves(make(T=5), ("v",))
+    monkeypatch.setattr(_C, "backward_available", lambda backend: False)
+    with pytest.raises(NotImplementedError, match="^a gradient is asked for, but this build of libflashkda has no backward"):
+        prefill(here)
+
+
 if not ON_CUDA:
 
     @pytest.mark.cuda
     def test_cuda_says_that_it_has_no_backward():
         here = leaves(make(T=5).to("cuda"), ("v",))
-        with pytest.raises(NotImplementedError, match="^q requires grad, but this build of libflashkda has no backward"):
+        with pytest.raises(NotImplementedError, match="^a gradient is asked for, but this build of libflashkda"):
             prefill(here)
