@@ -176,8 +176,8 @@ def _prefill(*arguments, **options):
     that backward reads of the states inside of sequences, else they have no elements."""
     inputs, output_final_state = dict(zip(_INPUTS, arguments)), arguments[len(_INPUTS)]
     out, final_state, checkpoints = _prefill_outputs(inputs, output_final_state, options)
-    tensors = {**inputs, "out": out, "final_state": final_state if output_final_state else None}
-    _run_kept(_C.prefill, tensors, checkpoints, options)
+    _run_kept(_C.prefill, {**inputs, "out": out, "final_state": final_state if output_final_state else None,
+                           "checkpoints": checkpoints}, options)
     return out, final_state, checkpoints
 
 
@@ -202,17 +202,16 @@ def _prefill_outputs(inputs, output_final_state, options):
             torch.empty(kept, dtype=kept_dtype, device=q.device))
 
 
-def _run_kept(function, tensors, checkpoints, options):
-    """With the states that prefill keeps for backward."""
-    every, ends = options.get("checkpoint_every", 0), tensors["cu_seqlens"]
-    if checkpoints is None or checkpoints.numel() == 0:
-        options = {**options, "checkpoint_every": 0}
-    elif ends is None or ends.ndim != 1 or ends.dtype not in (torch.int32, torch.int64):  # what is wrong is said later
-        tensors = {**tensors, "checkpoints": checkpoints}
-    else:
-        starts = torch.nn.functional.pad((ends.diff() // every).cumsum(0), (1, 0))
-        used = checkpoints[:starts[-1]] if checkpoints.is_cpu else checkpoints
-        tensors = {**tensors, "checkpoints": used, "checkpoint_cu_starts": starts}
+def _run_kept(function, tensors, options):
+    """With states that prefill kept or is to keep. Of packed sequences each has a row for every full checkpoint_every
+    tokens, unless the caller says where its rows begin."""
+    kept, ends = tensors["checkpoints"], tensors["cu_seqlens"]
+    if kept is not None and kept.numel() == 0:
+        tensors, options = {**tensors, "checkpoints": None}, {**options, "checkpoint_every": 0}
+    elif kept is not None and tensors.get("checkpoint_cu_starts") is None and ends is not None and ends.ndim == 1 and (
+            ends.dtype in (torch.int32, torch.int64)):  # else the library says what is wrong
+        starts = torch.nn.functional.pad((ends.diff() // options["checkpoint_every"]).cumsum(0), (1, 0))
+        tensors = {**tensors, "checkpoints": kept[:starts[-1]] if kept.is_cpu else kept, "checkpoint_cu_starts": starts}
     with torch.no_grad():
         LIBRARY.run(function, tensors, options, None)
 
@@ -248,13 +247,13 @@ def _(*arguments, **options):
 _KEEP_EVERY = 128  #: tokens from one state to the next that prefill keeps for backward
 
 _READ = (*_REQUIRED, "A_log", "dt_bias", "cu_seqlens", "initial_state")
-_GIVEN = (*_READ, "checkpoints", "d_out", "d_final_state")
+_GIVEN = (*_READ, "checkpoints", "checkpoint_cu_starts", "d_out", "d_final_state")
 
 
 @torch.library.custom_op("libflashkda::backward", mutates_args=(), schema=(
     f"({_tensors(_GIVEN, (), _REQUIRED)}, bool[] wanted, *, {_PREFILL_OPTIONS}) -> Tensor[]"))
 def _backward(*arguments, **options):
-    """wanted says of each of _C.BACKWARD_WRITTEN whether it is among the results. checkpoints are the prefill op's."""
+    """wanted says of each of _C.BACKWARD_WRITTEN whether it is among the results."""
     inputs, made = dict(zip(_GIVEN, arguments)), _gradients(arguments, options)
     d_out = inputs["d_out"]
     if d_out is not None and d_out.stride(-1) != 1:  # as of a sum, whose gradient is one number everywhere
@@ -262,8 +261,7 @@ def _backward(*arguments, **options):
     d_final_state = inputs["d_final_state"]
     if d_final_state is not None and d_final_state.stride(-1) != 1:
         inputs["d_final_state"] = d_final_state.contiguous()
-    checkpoints = inputs.pop("checkpoints")
-    _run_kept(_C.backward, {**inputs, **made}, checkpoints, options)
+    _run_kept(_C.backward, {**inputs, **made}, options)
     return list(made.values())
 
 
@@ -296,8 +294,8 @@ def _backward_of_prefill(ctx, d_out, d_final_state, d_checkpoints):
     wanted = {of: ctx.needs_input_grad[_INPUTS.index(of)] for of in INPUT_OF.values()}
     found = iter(())
     if d_out is not None or d_final_state is not None:
-        found = iter(torch.ops.libflashkda.backward(*ctx.saved_tensors, d_out, d_final_state, list(wanted.values()),
-                                                    **ctx.options))
+        found = iter(torch.ops.libflashkda.backward(*ctx.saved_tensors, None, d_out, d_final_state,
+                                                    list(wanted.values()), **ctx.options))
     gradients = {of: next(found, None) for of, needed in wanted.items() if needed}
     return (*map(gradients.get, _INPUTS), None)
 

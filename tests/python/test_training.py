@@ -155,6 +155,28 @@ def test_backward_from_states_that_were_kept():
     assert not torch.equal(other["dq"], found["dq"])
 
 
+@pytest.mark.parametrize("lengths", [None, [50, 0, 30, 100]])
+def test_backward_is_compiled(lengths, device):
+    """With states that lie where the caller says, the last one's of each sequence among them."""
+    torch.compiler.reset()
+    problem = make(T=70, K=32, V=32, lengths=lengths, dtype=torch.float32).to(device)
+    d_out = weights(problem)[0].to(device)
+    if lengths:
+        starts = torch.tensor([0, 2, 2, 3, 7], device=device)
+        kept = {"checkpoints": torch.empty(7, 2, 32, 32, device=device), "checkpoint_cu_starts": starts}
+    else:
+        kept = {"checkpoints": torch.empty(1, 3, 2, 32, 32, device=device)}
+    kept["checkpoint_every"] = 32
+    libflashkda.prefill(*problem.inputs, **problem.options, **kept)
+
+    def run(d_out):
+        return libflashkda.backward(*problem.inputs, **problem.options, **kept, d_out=d_out, wanted=("dk", "dg"))
+
+    expected = run(d_out)
+    found = torch.compile(run, fullgraph=True, backend="aot_eager")(d_out)
+    assert list(found) == ["dk", "dg"] and all(torch.equal(found[name], expected[name]) for name in found)
+
+
 # ---- What is asked for, and what is kept ---------------------------------------------------------
 
 
@@ -395,7 +417,7 @@ def test_ops_are_well_formed(device):
     with torch.no_grad():
         out, state, kept = torch.ops.libflashkda.prefill(*inputs, None, named["initial_state"], None, True, **options)
     torch.library.opcheck(torch.ops.libflashkda.backward.default,
-                          (*(x.detach() for x in inputs), None, named["initial_state"].detach(), kept, out, state,
+                          (*(x.detach() for x in inputs), None, named["initial_state"].detach(), kept, None, out, state,
                            [True, False, True, True, True, True, True, True]), options)
 
 
