@@ -71,7 +71,7 @@ def train(model: Model, steps: int, batch: int, tokens: int) -> Iterator[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
     torch.manual_seed(0)
