@@ -4,7 +4,8 @@ run over everything.
 
 usage: python examples/kda_layer.py [--device cpu|cuda]
 
-Parameters have the names and shapes of flash-linear-attention's KimiDeltaAttention, whose weights it can load.
+Parameters have the names and shapes of flash-linear-attention's KimiDeltaAttention, whose weights it can load. train.py
+trains it.
 """
 
 from __future__ import annotations
@@ -76,17 +77,21 @@ class KDALayer(nn.Module):
         self.o_norm = GatedNorm(head_dim)
         self.o_proj = nn.Linear(values, hidden_size, bias=False)
 
-    @torch.inference_mode()
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor,
+               state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """KDA itself: outputs [B, T, HV, V] and the state that they leave."""
+        return libflashkda.prefill(q, k, v, g, beta, gate="softplus", A_log=self.A_log,
+                                   dt_bias=self.dt_bias.view(self.value_heads, -1), beta_mode="sigmoid", qk_norm=True,
+                                   initial_state=state, output_final_state=True)
+
     def forward(self, x: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, Cache]:
         """x [B, T, hidden_size], which follows what the cache has seen."""
         q, q_past = self.q_conv1d(self.q_proj(x), cache and cache.q)
         k, k_past = self.k_conv1d(self.k_proj(x), cache and cache.k)
         v, v_past = self.v_conv1d(self.v_proj(x), cache and cache.v)
-        o, state = libflashkda.prefill(
+        o, state = self.attend(
             q.unflatten(2, (self.heads, -1)), k.unflatten(2, (self.heads, -1)), v.unflatten(2, (self.value_heads, -1)),
-            self.f_proj(x).unflatten(2, (self.value_heads, -1)), self.b_proj(x), gate="softplus", A_log=self.A_log,
-            dt_bias=self.dt_bias.view(self.value_heads, -1), beta_mode="sigmoid", qk_norm=True,
-            initial_state=cache and cache.state, output_final_state=True)
+            self.f_proj(x).unflatten(2, (self.value_heads, -1)), self.b_proj(x), cache and cache.state)
         o = self.o_norm(o, self.g_proj(x).view_as(o))
         return self.o_proj(o.flatten(2)), Cache(q_past, k_past, v_past, state)
 
@@ -100,6 +105,7 @@ def error_ratio(x: torch.Tensor, reference: torch.Tensor) -> float:
     return ((x - reference).square().mean() / reference.square().mean()).sqrt().item()
 
 
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""flash-linear-attention's interface (fla.ops.kda.chunk_kda, release 0.6), for inference."""
+"""flash-linear-attention's interface (fla.ops.kda.chunk_kda, release 0.6)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import warnings
 from typing import Any
 
+from ._libraries import library_of
 from ._prefill import Array, prefill
 
 
@@ -39,7 +40,7 @@ def chunk_kda(
     chunk_size: int = 64,
     transpose_state_layout: bool | None = None,
 ) -> tuple[Array, Array | None] | tuple[Array, Array | None, Array]:
-    """Kimi Delta Attention over whole sequences, as fla's chunk_kda under torch.no_grad() or torch.inference_mode().
+    """Kimi Delta Attention over whole sequences, as fla's chunk_kda. Differentiable, with respect to all that is float.
 
     Args:
         q, k: torch tensors [B, T, H, K] of fp32, fp16 or bf16, K at most 256.
@@ -56,9 +57,10 @@ def chunk_kda(
         use_beta_sigmoid_in_kernel: the step is sigmoid(beta), or with allow_neg_eigval 2 sigmoid(beta).
         safe_gate: with use_gate_in_kernel lower_bound must be given; changes nothing else here.
         lower_bound: in [-5, 0), nats a token; only with use_gate_in_kernel.
-        disable_recompute: for training; changes nothing here.
+        disable_recompute: changes nothing here.
         return_intermediate_states: also return h, the states before each chunk of chunk_size tokens, of k's dtype:
-            [B, ceil(T / chunk_size), HV, K, V], or with cu_seqlens [1, chunks of all sequences, HV, K, V].
+            [B, ceil(T / chunk_size), HV, K, V], or with cu_seqlens [1, chunks of all sequences, HV, K, V]. Not where a
+            gradient is asked for.
         state_v_first: every state is [.., V, K] instead of [.., K, V].
         cu_seqlens: int64, here also int32, [N + 1]: packed sequences, B is 1.
         cu_seqlens_cpu: the same on the CPU: h is sized from it, without waiting for the GPU.
@@ -74,7 +76,8 @@ def chunk_kda(
         (o, final_state), or (o, final_state, h): o is [B, T, HV, V] of q's dtype, final_state None if not asked for.
 
     Raises:
-        NotImplementedError: a tensor requires grad or has a tangent, or cp_context is given.
+        NotImplementedError: a tensor has a tangent, or requires grad where there is no backward pass (as prefill());
+            cp_context is given.
         ValueError, TypeError and others: as prefill().
     """
     import torch
@@ -95,10 +98,17 @@ def chunk_kda(
     call = {**gate, "qk_norm": use_qk_l2norm_in_kernel, "scale": scale, "cu_seqlens": cu_seqlens,
             "beta_mode": _beta_mode(use_beta_sigmoid_in_kernel, allow_neg_eigval), "initial_state": initial_state,
             "output_final_state": output_final_state, "state_layout": "v_first" if state_v_first else "k_first"}
-    if v.dtype != q.dtype:
-        call["out"] = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-    if output_final_state and initial_state is not None and initial_state.dtype != torch.float32:
-        call["final_state"] = torch.empty(initial_state.shape, dtype=torch.float32, device=q.device)
+    if return_intermediate_states or v.dtype != q.dtype or (
+            output_final_state and initial_state is not None and initial_state.dtype != torch.float32):
+        if library_of(q).differentiated(q, k, v, g, beta, A_log, dt_bias, initial_state):
+            if return_intermediate_states:
+                raise NotImplementedError("return_intermediate_states is given where a gradient is asked for, but none "
+                                          "passes through h; call it under torch.no_grad() or torch.inference_mode()")
+            return _from_new_tensors(q, k, v, g, beta, call)
+        if v.dtype != q.dtype:
+            call["out"] = torch.empty(v.shape, dtype=q.dtype, device=q.device)
+        if output_final_state and initial_state is not None and initial_state.dtype != torch.float32:
+            call["final_state"] = torch.empty(initial_state.shape, dtype=torch.float32, device=q.device)
     h = None
     if not return_intermediate_states or q.ndim != 4 or v.ndim != 4:
         result = prefill(q, k, v, g, beta, **call)
@@ -112,6 +122,16 @@ def chunk_kda(
         h = chunks.with_initial(states, initial_state)
     pair = result if output_final_state else (result, None)
     return pair if h is None else (*pair, h.to(k.dtype))
+
+
+def _from_new_tensors(q: Array, k: Array, v: Array, g: Array, beta: Array,
+                      call: dict[str, Any]) -> tuple[Array, Array | None]:
+    """Gives results the dtypes that fla's have without prefill() writing to given tensors, which has no gradient."""
+    if call["initial_state"] is not None:
+        call["initial_state"] = call["initial_state"].float()
+    result = prefill(q, k, v.float() if v.dtype != q.dtype else v, g, beta, **call)
+    out, final_state = result if call["output_final_state"] else (result, None)
+    return out.to(q.dtype), final_state
 
 
 REQUIRED = ("q", "k", "v", "g", "beta")

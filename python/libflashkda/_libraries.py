@@ -15,9 +15,9 @@ Options = dict[str, Any]  #: numbers, likewise
 
 def written_names(function: _C.Function, options: Options) -> tuple[str, ...]:
     """Names of the tensors that a call with these options writes."""
-    if function not in (_C.decode, _C.decode_describe):
-        return _C.WRITTEN
-    return ("out",) if options["flags"] & _C.KEEP_STATE else _C.DECODE_WRITTEN
+    if function in (_C.decode, _C.decode_describe):
+        return ("out",) if options["flags"] & _C.KEEP_STATE else _C.DECODE_WRITTEN
+    return _C.BACKWARD_WRITTEN if function in (_C.backward, _C.backward_describe) else _C.WRITTEN
 
 
 class Library:
@@ -37,8 +37,16 @@ class Library:
         """A call that is traced, instead of run()."""
         raise NotImplementedError
 
+    def differentiated(self, *inputs: Any) -> bool:
+        """Will gradients with respect to any of these be asked for?"""
+        return False
+
     def record_prefill(self, inputs: Tensors, output_final_state: bool, options: Options) -> Any:
-        """What is recorded of a prefill() that writes to nothing but new arrays."""
+        """A prefill() that writes to nothing but new arrays, where it is traced or differentiated."""
+        raise NotImplementedError
+
+    def record_backward(self, inputs: Tensors, names: tuple[str, ...], options: Options) -> Tensors:
+        """A backward() that is traced: the gradients of these names."""
         raise NotImplementedError
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: Any) -> Any:

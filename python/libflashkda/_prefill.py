@@ -191,10 +191,14 @@ def prefill(
     Raises:
         ValueError: a shape, dtype, device, stride, range or overlap is wrong; the sentence names the argument.
         TypeError: an argument is no array of q's library, or no number.
-        NotImplementedError: a tensor requires grad or has a tangent; or this build or machine does not have the backend.
+        NotImplementedError: a tensor requires grad and arrays to write to are given, or there is no backward pass on its
+            device; a tensor has a tangent; this build or machine does not have the backend.
         MemoryError: the workspace could not be allocated.
         RuntimeError: the CUDA runtime reports an error.
         Nothing has been written then, save after a RuntimeError.
+
+    With torch the results are differentiable with respect to all inputs that are float, where they are new tensors
+    (docs/training.md).
 
     On CUDA the call is enqueued on the library's current stream (with jax it also waits) and reads no device memory on
     the host: it can be captured in a graph and replayed with other contents of every array, cu_seqlens included. Index
@@ -208,7 +212,8 @@ def prefill(
     if output_final_state and final_state is None and state_indices is not None:
         raise ValueError("final_state is None with state_indices; expected the states that the indices refer to")
     traced = library.traced(q)
-    if traced and out is None and final_state is None and checkpoints is None and workspace is None:
+    if out is None and final_state is None and checkpoints is None and workspace is None and (
+            traced or library.differentiated(q, k, v, g, beta, A_log, dt_bias, initial_state)):
         return library.record_prefill(
             {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "cu_seqlens": cu_seqlens,
              "initial_state": initial_state, "state_indices": state_indices}, output_final_state, options)

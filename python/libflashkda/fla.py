@@ -2,8 +2,8 @@
 """flash-linear-attention (fla 0.6) running on this package.
 
 fla finds a package named flash_kda by itself and sends it what FlashKDA can do. After register() its chunk_kda, and so
-its KDA layer, sends everything that this package can do: head dims up to 256, grouped value heads, the softplus gate,
-flags off, K-first states, intermediate states, the CPU. Its fused_recurrent_kda sends calls of up to 16 tokens to decode.
+its KDA layer, sends everything that this package can do: gradients, head dims up to 256, grouped value heads, the softplus
+gate, flags off, K-first states, intermediate states, the CPU. Its fused_recurrent_kda sends calls of up to 16 tokens to decode.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ _CHUNK = inspect.signature(chunk_kda)
 _RECURRENT = inspect.signature(fused_recurrent_kda_fwd)
 
 
-def _refusal(call: dict[str, Any]) -> str | None:
-    """Why this package cannot take a call of either function, or None."""
+def _needs_grad(call: dict[str, Any]) -> bool:
     import torch
 
+    return torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in call.values())
+
+
+def _refusal(call: dict[str, Any]) -> str | None:
+    """Why this package cannot take a call of either function, or None."""
     q = call["q"]
-    if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in call.values()):
-        return "libflashkda has no backward pass yet"
-    if not _C.backend_available(_C.BACKENDS.get(q.device.type, -1)):
+    backend = _C.BACKENDS.get(q.device.type, -1)
+    if not _C.backend_available(backend):
         return f"this build of libflashkda does not run on {q.device.type} here"
+    if _needs_grad(call) and not _C.backward_available(backend):
+        return f"this build of libflashkda has no backward pass on {q.device.type} here"
     if q.shape[-1] > 256:
         return f"libflashkda takes head dims of keys up to 256, not {q.shape[-1]}"
     bound = call["lower_bound"]
@@ -48,6 +53,8 @@ def _verdict(signature: inspect.Signature, arguments: Any, keywords: Any) -> tup
     if not reason and signature is _RECURRENT:
         names = inspect.signature(recurrent_refusal).parameters
         reason = recurrent_refusal(**{name: call.arguments[name] for name in names})
+        if _needs_grad(call.arguments):
+            reason = "libflashkda's decode has no backward pass"
     elif not reason and call.arguments["cp_context"] is not None:
         reason = "libflashkda runs a sequence on one device only"
     return reason is None, reason

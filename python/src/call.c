@@ -40,16 +40,18 @@ static bool is_dict(PyObject *given) {
 
 /* ---- Tensors ----------------------------------------------------------------------------------- */
 
-static bool is_written(const struct call_tensor *tensor, bool keep_states) {
-    return tensor->access == CALL_WRITTEN || (tensor->access == CALL_STATE && !keep_states);
+static bool is_written(const struct call *call, int i) {
+    enum call_access access = call->operation->tensors[i].access;
+    return access == CALL_WRITTEN || (access == CALL_STATE && !call->keep_states);
 }
 
-bool call_read_tensors(const struct call_operation *operation, PyObject *given, bool keep_states, void *args,
-                       DLTensor *tensors, PyObject **arrays) {
+/* Points members to views of the arrays in a dict from names. */
+static bool read_tensors(struct call *call, PyObject *given) {
+    const struct call_operation *operation = call->operation;
     PyObject *name, *array;
     Py_ssize_t next = 0;
     int i = -1;
-    memset(arrays, 0, (size_t)operation->tensor_count * sizeof *arrays);
+    memset(call->arrays, 0, (size_t)operation->tensor_count * sizeof *call->arrays);
     if (!is_dict(given))
         return false;
     while (PyDict_Next(given, &next, &name, &array)) {
@@ -59,22 +61,22 @@ bool call_read_tensors(const struct call_operation *operation, PyObject *given, 
         if (array == Py_None)
             continue;
         const struct call_tensor *tensor = &operation->tensors[i];
-        if (!array_view(array, tensor->name, is_written(tensor, keep_states), &tensors[i]))
+        if (!array_view(array, tensor->name, is_written(call, i), &call->tensors[i]))
             return false;
-        *(const DLTensor **)(void *)((char *)args + tensor->member) = &tensors[i];
-        arrays[i] = array;
+        *(const DLTensor **)(void *)((char *)&call->args + tensor->member) = &call->tensors[i];
+        call->arrays[i] = array;
     }
     return true;
 }
 
-PyObject *call_written(const struct call_operation *operation, PyObject *const *arrays, bool keep_states) {
-    int count = 0, n = 0;
-    for (int i = 0; i < operation->tensor_count; i++)
-        count += arrays[i] && is_written(&operation->tensors[i], keep_states);
+PyObject *call_written(const struct call *call) {
+    int count = 0, n = 0, tensors = call->operation->tensor_count;
+    for (int i = 0; i < tensors; i++)
+        count += call->arrays[i] && is_written(call, i);
     PyObject *written = PyTuple_New(count);
-    for (int i = 0; written && i < operation->tensor_count; i++)
-        if (arrays[i] && is_written(&operation->tensors[i], keep_states))
-            PyTuple_SetItem(written, n++, Py_NewRef(arrays[i]));
+    for (int i = 0; written && i < tensors; i++)
+        if (call->arrays[i] && is_written(call, i))
+            PyTuple_SetItem(written, n++, Py_NewRef(call->arrays[i]));
     return written;
 }
 
@@ -137,7 +139,8 @@ static bool read_option(const struct call_option *option, PyObject *object, void
     return true;
 }
 
-bool call_read_options(const struct call_operation *operation, PyObject *given, void *args) {
+static bool read_options(struct call *call, PyObject *given) {
+    const struct call_operation *operation = call->operation;
     PyObject *const *names = operation->names + operation->tensor_count;
     PyObject *name, *value;
     Py_ssize_t next = 0;
@@ -149,73 +152,44 @@ bool call_read_options(const struct call_operation *operation, PyObject *given, 
         if (i < 0)
             return false;
         const struct call_option *option = &operation->options[i];
-        if (!read_option(option, value, (char *)args + option->member))
+        void *member = (char *)&call->args + option->member;
+        if (!read_option(option, value, member))
             return false;
+        if (option->kind == CALL_FLAGS)
+            call->keep_states = *(uint32_t *)member & FLASH_KDA_KEEP_STATE;
     }
     return true;
 }
 
-bool call_read_stream(PyObject *object, const DLTensor *q, const struct dlpack1_exchange *exchange,
-                      void **stream) {
-    DLDevice device = q ? q->device : (DLDevice){kDLCPU, 0};
+static bool read_stream(struct call *call, PyObject *object) {
+    void **stream = (void **)(void *)((char *)&call->args + call->operation->stream);
+    DLDevice device = call->arrays[0] ? call->tensors[0].device : (DLDevice){kDLCPU, 0};
     if (object != Py_None) {
         *stream = PyLong_AsVoidPtr(object);
         return !PyErr_Occurred();
     }
-    if (device.device_type == kDLCPU || !exchange)
+    if (device.device_type == kDLCPU || !call->exchange)
         return true;
-    return exchange->current_stream(device.device_type, device.device_id, stream) == 0;
+    return call->exchange->current_stream(device.device_type, device.device_id, stream) == 0;
 }
 
-/* ---- Prefill ----------------------------------------------------------------------------------- */
+/* ---- A call ------------------------------------------------------------------------------------ */
 
-#define MEMBER(name) CALL_MEMBER(flash_kda_prefill_args, name)
-
-static const struct call_tensor tensors[CALL_TENSORS] = {
-    {MEMBER(q), CALL_READ},
-    {MEMBER(k), CALL_READ},
-    {MEMBER(v), CALL_READ},
-    {MEMBER(g), CALL_READ},
-    {MEMBER(beta), CALL_READ},
-    {MEMBER(A_log), CALL_READ},
-    {MEMBER(dt_bias), CALL_READ},
-    {MEMBER(out), CALL_WRITTEN},
-    {MEMBER(cu_seqlens), CALL_READ},
-    {MEMBER(initial_state), CALL_READ},
-    {MEMBER(final_state), CALL_WRITTEN},
-    {MEMBER(state_indices), CALL_READ},
-    {MEMBER(checkpoints), CALL_WRITTEN},
-    {MEMBER(checkpoint_cu_starts), CALL_READ},
-    {MEMBER(checkpoint_indices), CALL_READ},
-    {MEMBER(checkpoint_offsets), CALL_READ},
-};
-
-static const struct call_option options[] = {
-    {MEMBER(gate), CALL_CHOICE},    {MEMBER(lower_bound), CALL_NUMBER}, {MEMBER(beta_mode), CALL_CHOICE},
-    {MEMBER(scale), CALL_NUMBER},   {MEMBER(flags), CALL_FLAGS},        {MEMBER(state_layout), CALL_CHOICE},
-    {MEMBER(backend), CALL_CHOICE}, {MEMBER(num_threads), CALL_INT32},  {MEMBER(checkpoint_every), CALL_INT64},
-};
-
-enum { OPTIONS = sizeof options / sizeof *options };
-static PyObject *names[CALL_TENSORS + OPTIONS];
-const struct call_operation call_prefill = {"prefill", tensors, CALL_TENSORS, options, OPTIONS, names};
-
-bool call_count(Py_ssize_t count) {
-    if (count != CALL_ARGUMENTS)
+bool call_read(struct call *call, const struct call_operation *operation, PyObject *const *arguments,
+               Py_ssize_t count) {
+    enum { ARGUMENTS = 4 };
+    if (count != ARGUMENTS) {
         PyErr_Format(PyExc_TypeError, "%zd arguments; expected tensors, options, stream and workspace", count);
-    return count == CALL_ARGUMENTS;
-}
-
-bool call_read(struct call *call, PyObject *const *arguments, Py_ssize_t count) {
-    if (!call_count(count))
         return false;
-    call->args = (flash_kda_prefill_args)FLASH_KDA_PREFILL_ARGS_INIT;
+    }
+    call->operation = operation;
     call->workspace = arguments[3];
-    if (!call_read_tensors(&call_prefill, arguments[0], false, &call->args, call->tensors, call->arrays) ||
-        !call_read_options(&call_prefill, arguments[1], &call->args))
+    call->keep_states = false;
+    operation->init(&call->args);
+    if (!read_options(call, arguments[1]) || !read_tensors(call, arguments[0]))
         return false;
     call->exchange = call->arrays[0] ? array_exchange(Py_TYPE(call->arrays[0])) : NULL;
-    return call_read_stream(arguments[2], call->args.q, call->exchange, &call->args.stream);
+    return read_stream(call, arguments[2]);
 }
 
 PyObject *call_raise(flash_kda_status status) {

@@ -26,6 +26,13 @@ struct call_option {
 
 #define CALL_MEMBER(args, name) #name, offsetof(args, name)
 
+union call_args {
+    flash_kda_prefill_args prefill;
+    flash_kda_decode_args decode;
+    flash_kda_backward_args backward;
+};
+
+/* An operation of the library, in a file of its own. */
 struct call_operation {
     const char *name;
     const struct call_tensor *tensors; /* the first is q */
@@ -33,50 +40,41 @@ struct call_operation {
     const struct call_option *options;
     int option_count;
     PyObject **names; /* as Python strings: the tensors', then the options'; call_prepare() makes them */
+    size_t stream;    /* where that member is */
+    void (*init)(union call_args *args);
+    flash_kda_status (*run)(const union call_args *args, void *workspace, size_t bytes);
+    flash_kda_status (*workspace_size)(const union call_args *args, size_t *bytes);
+    flash_kda_status (*describe)(const union call_args *args, char *text, size_t size);
+};
+
+extern const struct call_operation call_prefill, call_decode, call_backward;
+
+enum { CALL_TENSORS = 24 }; /* of any operation, at most */
+
+struct call {
+    const struct call_operation *operation;
+    union call_args args;
+    DLTensor tensors[CALL_TENSORS]; /* in the order of the operation's; the first is q */
+    PyObject *arrays[CALL_TENSORS]; /* borrowed; NULL where there is none */
+    bool keep_states;
+    const struct dlpack1_exchange *exchange; /* of q's framework, or NULL */
+    PyObject *workspace;                     /* None, an array, or a function from bytes to an array */
 };
 
 /* Once, before the first call. false: an exception is set. */
 bool call_prepare(const struct call_operation *operation);
 
-/* Points the members of *args to views of the arrays in a dict from names; None and what is not there leave NULL. Views go to
- * tensors[], the arrays themselves, borrowed, to arrays[]. false: an exception that names the argument is set. */
-bool call_read_tensors(const struct call_operation *operation, PyObject *given, bool keep_states, void *args,
-                       DLTensor *tensors, PyObject **arrays);
-
-/* Numbers from a dict from names; what is not there stays as it is in *args. false: as above. */
-bool call_read_options(const struct call_operation *operation, PyObject *given, void *args);
-
-/* The stream that is given, or with None the framework's current one on q's device. false: an exception is set. */
-bool call_read_stream(PyObject *object, const DLTensor *q, const struct dlpack1_exchange *exchange,
-                      void **stream);
+/* Fills *call from four arguments: dicts of tensors and of options, stream (None: the current one of q's framework) and
+ * workspace. What is None or not there is as in FLASH_KDA_.._ARGS_INIT. false: an exception that names the argument is
+ * set. */
+bool call_read(struct call *call, const struct call_operation *operation, PyObject *const *arguments,
+               Py_ssize_t count);
 
 /* Those of the arrays that a call has written to, as a tuple. */
-PyObject *call_written(const struct call_operation *operation, PyObject *const *arrays, bool keep_states);
+PyObject *call_written(const struct call *call);
 
 /* The names of tensors, as a tuple: of all, or of those that are written. */
 PyObject *call_names(const struct call_operation *operation, bool only_written);
-
-/* ---- Prefill ----------------------------------------------------------------------------------- */
-
-enum { CALL_TENSORS = 16 };
-
-extern const struct call_operation call_prefill;
-
-struct call {
-    flash_kda_prefill_args args;
-    DLTensor tensors[CALL_TENSORS];
-    PyObject *arrays[CALL_TENSORS];
-    const struct dlpack1_exchange *exchange; /* of q's framework, or NULL */
-    PyObject *workspace;                     /* None, an array, or a function from bytes to an array */
-};
-
-/* Fills *call from four arguments: dicts of tensors and of options, stream (None: the current one of q's framework) and
- * workspace. false: an exception is set. */
-bool call_read(struct call *call, PyObject *const *arguments, Py_ssize_t count);
-
-/* What every entry takes. false: an exception is set. */
-enum { CALL_ARGUMENTS = 4 };
-bool call_count(Py_ssize_t count);
 
 /* Raises what belongs to a status other than FLASH_KDA_OK, with the library's sentence. Returns NULL. */
 PyObject *call_raise(flash_kda_status status);

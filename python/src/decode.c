@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Decode, from Python's arguments to the library's. */
-#include "decode.h"
+#include "call.h"
 
 #define MEMBER(name) CALL_MEMBER(flash_kda_decode_args, name)
 
@@ -40,50 +40,36 @@ static const struct call_option options[] = {
     {MEMBER(norm_eps), CALL_NUMBER},
 };
 
+static void init(union call_args *args) { args->decode = (flash_kda_decode_args)FLASH_KDA_DECODE_ARGS_INIT; }
+
+/* No workspace is used. */
+static flash_kda_status run(const union call_args *args, void *workspace, size_t bytes) {
+    (void)workspace;
+    (void)bytes;
+    return flash_kda_decode(&args->decode);
+}
+
+static flash_kda_status workspace_size(const union call_args *args, size_t *bytes) {
+    (void)args;
+    *bytes = 0;
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status describe(const union call_args *args, char *text, size_t size) {
+    return flash_kda_decode_describe(&args->decode, text, size);
+}
+
 enum { TENSORS = sizeof tensors / sizeof *tensors, OPTIONS = sizeof options / sizeof *options };
+_Static_assert((int)TENSORS <= (int)CALL_TENSORS, "more tensors than a call has room for");
 static PyObject *names[TENSORS + OPTIONS];
-const struct call_operation call_decode = {"decode", tensors, TENSORS, options, OPTIONS, names};
-
-struct decode_call {
-    flash_kda_decode_args args;
-    DLTensor tensors[TENSORS];
-    PyObject *arrays[TENSORS];
-    bool keep_states;
-};
-
-/* The workspace is not used. */
-static bool read_call(struct decode_call *call, PyObject *const *arguments, Py_ssize_t count) {
-    if (!call_count(count))
-        return false;
-    call->args = (flash_kda_decode_args)FLASH_KDA_DECODE_ARGS_INIT;
-    if (!call_read_options(&call_decode, arguments[1], &call->args))
-        return false;
-    call->keep_states = call->args.flags & FLASH_KDA_KEEP_STATE;
-    if (!call_read_tensors(&call_decode, arguments[0], call->keep_states, &call->args, call->tensors,
-                           call->arrays))
-        return false;
-    return call_read_stream(arguments[2], call->args.q,
-                            call->arrays[0] ? array_exchange(Py_TYPE(call->arrays[0])) : NULL,
-                            &call->args.stream);
-}
-
-PyObject *decode(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
-    (void)module;
-    struct decode_call call;
-    flash_kda_status status = FLASH_KDA_OK;
-    if (!read_call(&call, arguments, count))
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS status = flash_kda_decode(&call.args);
-    Py_END_ALLOW_THREADS return status ? call_raise(status)
-                                       : call_written(&call_decode, call.arrays, call.keep_states);
-}
-
-PyObject *decode_describe(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
-    (void)module;
-    struct decode_call call;
-    char text[512];
-    if (!read_call(&call, arguments, count))
-        return NULL;
-    flash_kda_status status = flash_kda_decode_describe(&call.args, text, sizeof text);
-    return status ? call_raise(status) : PyUnicode_FromString(text);
-}
+const struct call_operation call_decode = {.name = "decode",
+                                           .tensors = tensors,
+                                           .tensor_count = TENSORS,
+                                           .options = options,
+                                           .option_count = OPTIONS,
+                                           .names = names,
+                                           .stream = offsetof(flash_kda_decode_args, stream),
+                                           .init = init,
+                                           .run = run,
+                                           .workspace_size = workspace_size,
+                                           .describe = describe};

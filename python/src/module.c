@@ -1,61 +1,73 @@
 /* SPDX-License-Identifier: MIT */
 /* The module libflashkda._C: the library's entries, for the Python code beside it. */
-#include "decode.h"
-#include "fwd_size.h"
+#include "call.h"
+#include "unread.h"
 #include "workspace.h"
 
 typedef PyObject *(*fast_function)(PyObject *, PyObject *const *, Py_ssize_t);
 
-/* ---- Prefill ----------------------------------------------------------------------------------- */
+/* ---- Operations -------------------------------------------------------------------------------- */
 
-static PyObject *run(const struct call *call) {
+static PyObject *run(const struct call_operation *operation, PyObject *const *arguments, Py_ssize_t count) {
+    struct call call;
     struct workspace workspace;
     size_t bytes = 0;
     flash_kda_status status = FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL;
+    if (!call_read(&call, operation, arguments, count))
+        return NULL;
     /* Most small calls need no more than this, and not to ask saves them checking every argument twice. */
-    void *at_hand = workspace_at_hand(call, &bytes);
+    void *at_hand = workspace_at_hand(&call, &bytes);
     if (at_hand) {
-        Py_BEGIN_ALLOW_THREADS status = flash_kda_prefill(&call->args, at_hand, bytes);
+        Py_BEGIN_ALLOW_THREADS status = operation->run(&call.args, at_hand, bytes);
         Py_END_ALLOW_THREADS
     }
     if (status == FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL)
-        status = flash_kda_prefill_workspace_size(&call->args, &bytes);
+        status = operation->workspace_size(&call.args, &bytes);
     else if (!status)
-        return call_written(&call_prefill, call->arrays, false);
+        return call_written(&call);
     if (status)
         return call_raise(status);
-    if (!workspace_take(&workspace, call, bytes))
+    if (!workspace_take(&workspace, &call, bytes))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS status = flash_kda_prefill(&call->args, workspace.memory, workspace.bytes);
+    Py_BEGIN_ALLOW_THREADS status = operation->run(&call.args, workspace.memory, workspace.bytes);
     Py_END_ALLOW_THREADS workspace_drop(&workspace);
-    return status ? call_raise(status) : call_written(&call_prefill, call->arrays, false);
+    return status ? call_raise(status) : call_written(&call);
 }
 
-static PyObject *prefill(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
-    (void)module;
-    struct call call;
-    return call_read(&call, arguments, count) ? run(&call) : NULL;
-}
-
-static PyObject *prefill_workspace_size(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
-    (void)module;
+static PyObject *workspace_size(const struct call_operation *operation, PyObject *const *arguments,
+                                Py_ssize_t count) {
     struct call call;
     size_t bytes = 0;
-    if (!call_read(&call, arguments, count))
+    if (!call_read(&call, operation, arguments, count))
         return NULL;
-    flash_kda_status status = flash_kda_prefill_workspace_size(&call.args, &bytes);
+    flash_kda_status status = operation->workspace_size(&call.args, &bytes);
     return status ? call_raise(status) : PyLong_FromSize_t(bytes);
 }
 
-static PyObject *prefill_describe(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
-    (void)module;
+static PyObject *describe(const struct call_operation *operation, PyObject *const *arguments,
+                          Py_ssize_t count) {
     struct call call;
     char text[512];
-    if (!call_read(&call, arguments, count))
+    if (!call_read(&call, operation, arguments, count))
         return NULL;
-    flash_kda_status status = flash_kda_prefill_describe(&call.args, text, sizeof text);
+    flash_kda_status status = operation->describe(&call.args, text, sizeof text);
     return status ? call_raise(status) : PyUnicode_FromString(text);
 }
+
+/* An entry of the module: what is done with which operation. */
+#define ENTRY(name, done, operation)                                                        \
+    static PyObject *name(PyObject *module, PyObject *const *arguments, Py_ssize_t count) { \
+        (void)module;                                                                       \
+        return done(&(operation), arguments, count);                                        \
+    }
+
+ENTRY(prefill, run, call_prefill)
+ENTRY(prefill_workspace_size, workspace_size, call_prefill)
+ENTRY(prefill_describe, describe, call_prefill)
+ENTRY(decode, run, call_decode)
+ENTRY(decode_describe, describe, call_decode)
+ENTRY(backward, run, call_backward)
+ENTRY(backward_describe, describe, call_backward)
 
 /* ---- What this build and this machine have ----------------------------------------------------- */
 
@@ -118,18 +130,23 @@ static PyObject *cpu_level(PyObject *module, PyObject *nothing) {
 
 /* ---- The module -------------------------------------------------------------------------------- */
 
+#define FAST(name) \
+    { #name, (PyCFunction)(void (*)(void))(fast_function)(name), METH_FASTCALL, NULL }
+
 static PyMethodDef methods[] = {
-    {"prefill", (PyCFunction)(void (*)(void))(fast_function)prefill, METH_FASTCALL, NULL},
-    {"prefill_workspace_size", (PyCFunction)(void (*)(void))(fast_function)prefill_workspace_size,
-     METH_FASTCALL, NULL},
-    {"prefill_describe", (PyCFunction)(void (*)(void))(fast_function)prefill_describe, METH_FASTCALL, NULL},
-    {"decode", (PyCFunction)(void (*)(void))(fast_function)decode, METH_FASTCALL, NULL},
-    {"decode_describe", (PyCFunction)(void (*)(void))(fast_function)decode_describe, METH_FASTCALL, NULL},
-    {"fwd_workspace_size", (PyCFunction)(void (*)(void))(fast_function)fwd_workspace_size, METH_FASTCALL, NULL},
+    FAST(prefill),
+    FAST(prefill_workspace_size),
+    FAST(prefill_describe),
+    FAST(decode),
+    FAST(decode_describe),
+    FAST(backward),
+    FAST(backward_describe),
+    FAST(fwd_workspace_size),
+    FAST(any_true),
     {"as_bfloat16", array_as_bfloat16, METH_O, NULL},
     {"has_exchange", has_exchange, METH_O, NULL},
-    {"any_true", (PyCFunction)(void (*)(void))(fast_function)any_true, METH_FASTCALL, NULL},
     {"backend_available", backend_available, METH_O, NULL},
+    {"backward_available", backward_available, METH_O, NULL},
     {"cpu_levels", cpu_levels, METH_NOARGS, NULL},
     {"cpu_level", cpu_level, METH_NOARGS, NULL},
     {0},
@@ -174,7 +191,7 @@ static int add_names(PyObject *module) {
 }
 
 static int execute(PyObject *module) {
-    if (!call_prepare(&call_prefill) || !call_prepare(&call_decode) ||
+    if (!call_prepare(&call_prefill) || !call_prepare(&call_decode) || !call_prepare(&call_backward) ||
         PyModule_AddStringConstant(module, "VERSION", flash_kda_version()) ||
         PyModule_AddIntConstant(module, "QK_NORM", FLASH_KDA_QK_NORM) ||
         PyModule_AddIntConstant(module, "BATCH_INVARIANT", FLASH_KDA_BATCH_INVARIANT) ||
@@ -183,7 +200,9 @@ static int execute(PyObject *module) {
         add_tuple(module, "TENSORS", call_names(&call_prefill, false)) ||
         add_tuple(module, "WRITTEN", call_names(&call_prefill, true)) ||
         add_tuple(module, "DECODE_TENSORS", call_names(&call_decode, false)) ||
-        add_tuple(module, "DECODE_WRITTEN", call_names(&call_decode, true)))
+        add_tuple(module, "DECODE_WRITTEN", call_names(&call_decode, true)) ||
+        add_tuple(module, "BACKWARD_TENSORS", call_names(&call_backward, false)) ||
+        add_tuple(module, "BACKWARD_WRITTEN", call_names(&call_backward, true)))
         return -1;
     return add_names(module) ? -1 : 0;
 }

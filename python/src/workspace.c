@@ -22,7 +22,8 @@ static void keep_reason(void *context, const char *kind, const char *message) {
 
 static bool take_from_framework(struct workspace *w, const struct call *call, size_t bytes) {
     int64_t shape = (int64_t)bytes;
-    DLTensor prototype = {.device = call->args.q->device, .ndim = 1, .dtype = {kDLUInt, 8, 1}, .shape = &shape};
+    DLTensor prototype = {
+        .device = call->tensors[0].device, .ndim = 1, .dtype = {kDLUInt, 8, 1}, .shape = &shape};
     if (!call->exchange)
         return out_of_memory(bytes, "no allocator is given");
     if (call->exchange->allocate(&prototype, &w->managed, &bytes, keep_reason))
@@ -46,7 +47,7 @@ static bool take_array(struct workspace *w, const struct call *call, PyObject *a
     DLTensor t;
     if (!array_view(array, "workspace", true, &t))
         return false;
-    DLDevice here = t.device, there = call->args.q->device;
+    DLDevice here = t.device, there = call->tensors[0].device;
     if (here.device_type != there.device_type || here.device_id != there.device_id) {
         PyErr_Format(PyExc_ValueError, "workspace is on DLPack device %d:%d; expected %d:%d, where q is",
                      (int)here.device_type, here.device_id, (int)there.device_type, there.device_id);
@@ -79,7 +80,7 @@ bool workspace_take(struct workspace *w, const struct call *call, size_t bytes) 
         return take_array(w, call, call->workspace);
     if (!bytes)
         return true;
-    if (call->args.q->device.device_type == kDLCPU) {
+    if (call->tensors[0].device.device_type == kDLCPU) {
         w->memory = w->host = malloc(bytes);
         w->bytes = bytes;
         return w->host || out_of_memory(bytes, "malloc() has no more");
@@ -90,7 +91,7 @@ bool workspace_take(struct workspace *w, const struct call *call, size_t bytes) 
 
 void *workspace_at_hand(const struct call *call, size_t *bytes) {
     static _Thread_local unsigned char memory[128 << 10];
-    if (call->workspace != Py_None || !call->args.q || call->args.q->device.device_type != kDLCPU)
+    if (call->workspace != Py_None || !call->arrays[0] || call->tensors[0].device.device_type != kDLCPU)
         return NULL;
     *bytes = sizeof memory;
     return memory;

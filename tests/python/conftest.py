@@ -7,11 +7,17 @@ from __future__ import annotations
 import importlib.util
 import os
 
-import pytest
-import torch
+# Torch would find gradients that it compiled for an earlier version of the package: its key is the graph of the outputs.
+os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # jax would take most of the GPU's memory for itself at its first use.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# The recurrence is made of small operations, on which threads of torch's wait for each other far longer than they work.
+torch.set_num_threads(1)
 
 
 def _missing(item: pytest.Item) -> str | None:

@@ -83,57 +83,68 @@ def captured(gate: str) -> tuple[Problem, torch.Tensor, torch.Tensor]:
 # ---- The recurrence ------------------------------------------------------------------------------
 
 
-def _fp64(tensor: torch.Tensor) -> numpy.ndarray:
-    return tensor.detach().cpu().double().numpy()
+def _fp64(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().double()
 
 
-def _sigmoid(x):
-    return 1 / (1 + numpy.exp(-x))
-
-
-def _log_decay(problem: Problem) -> numpy.ndarray:
+def log_decay(problem: Problem) -> torch.Tensor:
     g, options = _fp64(problem.g), problem.options
     if options["gate"] == "none":
         return g
     x = g + (_fp64(options["dt_bias"]) if options.get("dt_bias") is not None else 0)
-    rate = numpy.exp(_fp64(options["A_log"]))[:, None] if options.get("A_log") is not None else 1
+    rate = 1
+    if options.get("A_log") is not None:
+        rate = _fp64(options["A_log"]).exp()
+        rate = rate[:, None] if rate.ndim == 1 else rate  # [HV], or for tests one for each element of g
     if options["gate"] == "softplus":
-        return -rate * numpy.logaddexp(0, x)
-    return options["lower_bound"] * _sigmoid(rate * x)
+        return -rate * torch.logaddexp(torch.zeros_like(x), x)
+    return options["lower_bound"] * torch.sigmoid(rate * x)
 
 
-def solve(problem: Problem, every: int = 1 << 60):
-    """out [B, T, HV, V]; final states [N, HV, K, V]; for each sequence its states before tokens 0, every, 2 every .."""
+def recurrence(problem: Problem, every: int = 1 << 60):
+    """out [B, T, HV, V]; final states [N, HV, K, V]; for each sequence its states before tokens 0, every, 2 every ..
+
+    In fp64, and differentiable.
+    """
     options = problem.options
-    q, k, v, beta, a = *map(_fp64, (problem.q, problem.k, problem.v, problem.beta)), _log_decay(problem)
+    q, k, v, beta, a = *map(_fp64, (problem.q, problem.k, problem.v, problem.beta)), log_decay(problem)
     if options["qk_norm"]:
-        q, k = (x / numpy.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
     if options["beta_mode"] != "given":
-        beta = _sigmoid(beta) * (2 if options["beta_mode"] == "twice_sigmoid" else 1)
+        beta = torch.sigmoid(beta) * (2 if options["beta_mode"] == "twice_sigmoid" else 1)
     scale = options.get("scale")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     group = v.shape[2] // q.shape[2]
-    q, k = q.repeat(group, 2) * scale, k.repeat(group, 2)
-    ends = options.get("cu_seqlens")
+    q, k = q.repeat_interleave(group, 2) * scale, k.repeat_interleave(group, 2)
+    decay, ends = a.exp(), options.get("cu_seqlens")
     spans = [(b, 0, q.shape[1]) for b in range(q.shape[0])] if ends is None else [
         (0, *span) for span in zip(ends.tolist(), ends.tolist()[1:])]
-    out, finals, inner = numpy.zeros(v.shape), [], []
+    rows: list[list[torch.Tensor]] = [[] for _ in range(q.shape[0])]
+    finals, inner = [], []
     for n, (b, start, end) in enumerate(spans):
-        S = numpy.zeros((v.shape[2], q.shape[3], v.shape[3]))
+        S = torch.zeros(v.shape[2], q.shape[3], v.shape[3], dtype=torch.float64)
         if options.get("initial_state") is not None:
             S = _fp64(options["initial_state"][n])
-            S = S.transpose(0, 2, 1) if options.get("state_layout", "v_first") == "v_first" else S
+            S = S.mT if options.get("state_layout", "v_first") == "v_first" else S
         kept = []
         for t in range(start, end):
             if (t - start) % every == 0:
                 kept.append(S)
-            S = numpy.exp(a[b, t])[..., None] * S
-            u = beta[b, t][:, None] * (v[b, t] - numpy.einsum("hk,hkv->hv", k[b, t], S))
+            S = decay[b, t][..., None] * S
+            u = beta[b, t][:, None] * (v[b, t] - (k[b, t][:, None] @ S)[:, 0])
             S = S + k[b, t][..., None] * u[:, None, :]
-            out[b, t] = numpy.einsum("hk,hkv->hv", q[b, t], S)
+            rows[b].append((q[b, t][:, None] @ S)[:, 0])
         finals.append(S)
         inner.append(kept)
-    return out, numpy.array(finals).reshape(len(spans), v.shape[2], q.shape[3], v.shape[3]), inner
+    out = torch.stack([x for row in rows for x in row]).view(v.shape) if v.shape[1] else torch.zeros_like(v)
+    return out, torch.stack(finals), inner
+
+
+def solve(problem: Problem, every: int = 1 << 60):
+    """The same for numpy."""
+    with torch.no_grad():
+        out, finals, inner = recurrence(problem, every)
+    return out.numpy(), finals.numpy(), [[state.numpy() for state in kept] for kept in inner]
 
 
 # ---- How far a result may be from it -------------------------------------------------------------
@@ -144,7 +155,7 @@ BF16_MARGIN, BF16_ANY, BF16_FEW = 1.15, 5.1e-3, 4
 
 
 def error_ratio(x, reference: numpy.ndarray) -> float:
-    x = _fp64(x) if isinstance(x, torch.Tensor) else numpy.asarray(x, numpy.float64)
+    x = _fp64(x.detach()).numpy() if isinstance(x, torch.Tensor) else numpy.asarray(x, numpy.float64)
     assert x.shape == reference.shape, (x.shape, reference.shape)
     scale = math.sqrt(float((reference**2).mean())) if reference.size else 0.0
     error = math.sqrt(float(((x - reference) ** 2).mean())) if reference.size else 0.0

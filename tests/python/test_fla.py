@@ -11,7 +11,7 @@ import sys
 import libflashkda
 import pytest
 import torch
-from recurrence import BF16_ANY, BF16_MARGIN, assert_close, error_ratio, in_layout, make, solve
+from recurrence import BF16_ANY, BF16_MARGIN, Problem, assert_close, error_ratio, in_layout, make, recurrence, solve
 
 pytestmark = [pytest.mark.library("fla"), pytest.mark.usefixtures("no_grad"),
               pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")]
@@ -122,6 +122,86 @@ def test_intermediate_states(registered, lengths, device):
                  libflashkda.prefill_describe(*problem.to(device).inputs, **problem.to(device).options))
 
 
+# ---- Training ------------------------------------------------------------------------------------
+
+trains = pytest.mark.parametrize("device", ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)]
+                                                     if libflashkda._C.backward_available(3) else [])])
+
+
+@trains
+@pytest.mark.parametrize("more", [{"initial_state": torch.float32}, {"lengths": [30, 0, 50]}], ids=str)
+def test_gradients(registered, more, device):
+    import fla.ops.kda
+
+    problem = make(**{"dtype": torch.float32, "K": 32, "V": 32, **more})
+    names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+    d_out = torch.randn(problem.v.shape, generator=torch.Generator().manual_seed(1))
+    with torch.enable_grad():
+        call = {name: x.requires_grad_() if name in names and x is not None else x
+                for name, x in arguments(problem, device).items()}
+        out, state = fla.ops.kda.chunk_kda(**call)
+        torch.autograd.backward((out, state), (d_out.to(device), torch.ones_like(state)))
+        assert len(registered) == 1
+        given = {**dict(zip(names, problem.inputs)), **problem.options}
+        exact = {name: x.detach().double().requires_grad_() if name in names else x for name, x in given.items()}
+        expected = recurrence(Problem(*(exact.pop(name) for name in names[:5]), exact))[:2]
+        torch.autograd.backward(expected, (d_out.double(), torch.ones_like(expected[1])))
+    for name in names[6:]:
+        if call[name] is not None:
+            assert_close(call[name].grad.reshape(exact[name].shape), exact[name].grad.numpy(), name)
+
+
+class PlainNorm(torch.nn.Module):
+    """fla's gated norm, which needs Triton."""
+
+    def __init__(self, theirs):
+        super().__init__()
+        self.weight, self.eps = theirs.weight, theirs.eps
+
+    def forward(self, x, gate):
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps) * gate.sigmoid()
+
+
+def test_model_is_trained_on_a_cpu(registered, monkeypatch):
+    """fla's KDA model, without what needs Triton beside attention: the loss of every step is that of the recurrence."""
+    import fla.layers.kda
+    import fla.modules.mlp
+    from fla.models.kda import KDAConfig, KDAForCausalLM
+
+    monkeypatch.setattr(fla.modules.mlp, "swiglu", lambda gate, y: torch.nn.functional.silu(gate) * y)
+    tokens = torch.randint(256, (2, 140), generator=torch.Generator().manual_seed(1))
+
+    def exact(q, k, v, g, beta, A_log, dt_bias, **_):
+        options = {"gate": "softplus", "beta_mode": "sigmoid", "qk_norm": True, "A_log": A_log,
+                   "dt_bias": dt_bias.view(g.shape[2:])}
+        return recurrence(Problem(q, k, v, g, beta, options))[0].to(q.dtype), None
+
+    def losses():
+        torch.manual_seed(0)
+        model = KDAForCausalLM(KDAConfig(
+            hidden_size=64, head_dim=32, num_heads=2, num_hidden_layers=2, vocab_size=256, use_short_conv=False,
+            fuse_norm=False, fuse_swiglu=False, fuse_cross_entropy=False)).train()
+        for layer in model.model.layers:
+            layer.attn.o_norm = PlainNorm(layer.attn.o_norm)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        found = []
+        for _ in range(4):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    with torch.enable_grad():
+        ours = losses()
+        assert len(registered) == 8
+        monkeypatch.setattr(fla.layers.kda, "chunk_kda", exact)
+        theirs = losses()
+    assert len(registered) == 8
+    assert theirs[3] < theirs[0] - 0.1 and ours == pytest.approx(theirs, abs=1e-5)
+
+
 # ---- The token recurrence ------------------------------------------------------------------------
 
 
@@ -217,14 +297,27 @@ def test_arguments_that_are_no_tensors_are_named(recurrent, name):
             function(**{**given, name: [0.0]})
 
 
-def test_gradients_go_elsewhere(registered, registry):
+def test_gradients_of_the_token_recurrence_go_elsewhere(registered):
+    import fla.backends
+
+    backend = fla.backends._operation_registries["kda"]._backends["flash_kda"]
+    call = {**recurrent_arguments(make(T=2), "cpu"), "inplace_final_state": False}
+    call["A_log"].requires_grad_()
+    assert backend.verify("fused_recurrent_kda_fwd", **call) == (True, None)
+    with torch.enable_grad():
+        accepted, reason = backend.verify("fused_recurrent_kda_fwd", **call)
+    assert not accepted and "backward" in reason
+
+
+def test_gradients_go_elsewhere_where_there_is_no_backward(registered, registry, monkeypatch):
     (backend,) = (backend for backend in registry._get_sorted_backends() if backend.backend_type == "flash_kda")
     call = arguments(make(), "cpu")
     call["A_log"].requires_grad_()
+    monkeypatch.setattr(libflashkda._C, "backward_available", lambda backend: False)
     assert backend.verify("chunk_kda", **call) == (True, None)
     with torch.enable_grad():
         accepted, reason = backend.verify("chunk_kda", **call)
-    assert not accepted and "backward" in reason
+    assert not accepted and reason == "this build of libflashkda has no backward pass on cpu here"
 
 
 def test_dispatch_that_is_off():

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from libflashkda import _C, _problem_file, plot
-from recurrence import BF16_ANY, BF16_MARGIN, DATA, _log_decay, error_ratio, make, solve
+from recurrence import BF16_ANY, BF16_MARGIN, DATA, error_ratio, log_decay, make, solve
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")
 
@@ -137,7 +137,7 @@ def test_log_decay(more):
     problem = make(**more)
     options = {name: value.numpy() if isinstance(value, torch.Tensor) and value.dtype != torch.bfloat16 else value
                for name, value in problem.options.items()}
-    expected = _log_decay(problem)
+    expected = log_decay(problem).numpy()
     assert error_ratio(plot.log_decay(problem.g.float().numpy(), **options), expected) < 1e-6
 
 
@@ -146,7 +146,7 @@ def test_log_decay(more):
 def test_trace(more, step, tmp_path):
     problem = make(**more)
     read = _problem_file.read(save(problem, tmp_path / "problem.safetensors"))
-    decays = numpy.exp(_log_decay(problem)).mean(3)
+    decays = numpy.exp(log_decay(problem).numpy()).mean(3)
     _, finals, inner = solve(problem, every=1)
     spans = plot.sequences(read)
     assert len(spans) == len(finals)
@@ -295,6 +295,28 @@ def test_layer(device):
     assert result.stdout.endswith(f"on {device}: the same in parts as in one go\n")
 
 
+# As in conftest.py: torch's threads do not pay here.
+ONE_THREAD = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+
+
+def test_train():
+    result = run(ROOT / "examples" / "train.py", "--device", "cpu", "--steps", "15", **ONE_THREAD)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("on cpu: it learns\n")
+
+
+def test_training_curves(tmp_path):
+    """What the benchmark makes of few steps: this library's losses are the plain recurrence's."""
+    path = tmp_path / "curves.json"
+    result = run(ROOT / "benchmarks" / "training_curve.py", "--device", "cpu", "--steps", "4", "-o", path, **ONE_THREAD)
+    assert result.returncode == 0, result.stdout + result.stderr
+    measured = json.loads(path.read_text())
+    ours, plain = (measured["curves"][way]["losses"] for way in ("libflashkda", "recurrence"))
+    assert len(ours) == 4 and ours[3] < ours[0] - 0.1
+    assert ours == pytest.approx(plain, abs=1e-5) and measured["apart"]["any"] < 1e-5
+    assert path.with_suffix(".svg").read_text().startswith("<?xml")
+
+
 def layers(monkeypatch):
     """fla's layer and the example's, with the same weights."""
     from fla.layers.kda import KimiDeltaAttention
@@ -324,7 +346,7 @@ def test_layer_is_flas(monkeypatch):
     x = torch.randn(2, 300, 256, dtype=torch.bfloat16, device="cuda")
     with torch.inference_mode():
         expected, _, _ = theirs(x)
-    y, _ = ours(x)
+        y, _ = ours(x)
     assert error_ratio(y, expected.double().cpu().numpy()) <= 2 * (BF16_MARGIN * BF16_ANY + 2 * 1.65e-3)
 
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* The scratch memory of a FlashKDA call, from its sizes alone. */
-#include "fwd_size.h"
+/* What the library says of calls whose tensors nobody reads. */
+#include "unread.h"
 
 enum { HEAD_DIM = 128 };
 
@@ -69,4 +69,28 @@ PyObject *fwd_workspace_size(PyObject *module, PyObject *const *arguments, Py_ss
     flash_kda_status status = size_of(T, H, N, cu_seqlens, &bytes);
     PyMem_Free(cu_seqlens);
     return status ? call_raise(status) : PyLong_FromSize_t(bytes);
+}
+
+PyObject *backward_available(PyObject *module, PyObject *backend) {
+    (void)module;
+    long value = PyLong_AsLong(backend);
+    if (value == -1 && PyErr_Occurred())
+        return NULL;
+    if (!flash_kda_backend_available((flash_kda_backend)value))
+        return PyBool_FromLong(0);
+    DLDevice device = {value == FLASH_KDA_BACKEND_CUDA ? kDLCUDA : kDLCPU, 0};
+    int64_t one[4] = {1, 1, 1, 1};
+    DLTensor q = unread(0, device, kDLFloat, 32, 4, one), k = unread(1, device, kDLFloat, 32, 4, one),
+             v = unread(2, device, kDLFloat, 32, 4, one), g = unread(3, device, kDLFloat, 32, 4, one),
+             beta = unread(4, device, kDLFloat, 32, 3, one), d_out = unread(5, device, kDLFloat, 32, 4, one);
+    flash_kda_backward_args args = FLASH_KDA_BACKWARD_ARGS_INIT;
+    args.q = &q;
+    args.k = &k;
+    args.v = &v;
+    args.g = &g;
+    args.beta = &beta;
+    args.d_out = &d_out;
+    args.backend = (flash_kda_backend)value;
+    size_t bytes;
+    return PyBool_FromLong(flash_kda_backward_workspace_size(&args, &bytes) == FLASH_KDA_OK);
 }
