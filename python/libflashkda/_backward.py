@@ -100,7 +100,7 @@ def backward(
         checkpoints, checkpoint_cu_starts: states that the prefill kept, checkpoint_every tokens apart, a multiple of
             32. None: they are found again.
         batch_invariant: as prefill()'s, but for dA_log and d_dt_bias, which are sums over the batch.
-        backend, num_threads: as prefill()'s. Backend "cuda" does not run it yet.
+        backend, num_threads: as prefill()'s.
 
     Returns:
         The gradients by name, new arrays, each of the shape and dtype of what it belongs to; d_initial_state is fp32
