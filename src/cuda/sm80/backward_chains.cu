@@ -7,6 +7,7 @@
  *             S^T <- S^T diag(1 + carry) + U^T KR
  *     back    dU^T = R^T KR^T + dO^T M   Z^T = dU^T INV'      dV^T = Z^T diag(b)
  *             R^T <- R^T diag(1 + carry) + dO^T QT - dV^T KT
+ * R enters in two terms of bf16: where keys nearly coincide dV is a small difference of what it makes.
  * Neither needs anything of the other, so the ways back of whole chains and those there of single segments, whose first
  * states are known, share a launch: the few CTAs of the former leave room.
  */
@@ -223,20 +224,28 @@ __device__ void times_steps(float (&x)[CHUNK / 8][4], float factor, const Backwa
     }
 }
 
-/* x^T [16][CHUNK] += S^T rows^T */
-template <int KP>
+/* x^T [16][CHUNK] += S^T rows^T; S in one term, or in two. */
+template <int KP, bool exact>
 __device__ void multiply_state(float (&x)[CHUNK / 8][4], const float (&S)[KP / 8][4],
                                const __nv_bfloat16 *rows) {
     MatrixRow<CHUNK, KP> tile(rows, false);
 #pragma unroll
     for (int c = 0; c < KP / 16; c++) {
-        uint32_t a[4], k[4];
-        pack_operand(S[2 * c], S[2 * c + 1], a);
+        Split a;
+        uint32_t k[4];
+        if (exact)
+            split_operand(S[2 * c], S[2 * c + 1], a);
+        else
+            pack_operand(S[2 * c], S[2 * c + 1], a.rounded);
 #pragma unroll
         for (int i = 0; i < CHUNK / 16; i++) {
             ldmatrix(k, tile.at(i * 16, c * 16));
-            mma(x[2 * i], a, k[0], k[1]);
-            mma(x[2 * i + 1], a, k[2], k[3]);
+            mma(x[2 * i], a.rounded, k[0], k[1]);
+            mma(x[2 * i + 1], a.rounded, k[2], k[3]);
+            if (exact) {
+                mma(x[2 * i], a.rest, k[0], k[1]);
+                mma(x[2 * i + 1], a.rest, k[2], k[3]);
+            }
         }
     }
 }
@@ -282,7 +291,7 @@ __device__ void advance(const kda_tensor &v, const Stage<KP> &stage, float (&S)[
                         float (&e)[CHUNK / 8][4]) {
     const BackwardOperands<KP> &operands = stage.operands;
     float x[CHUNK / 8][4] = {};
-    multiply_state<KP>(x, S, operands.keys);
+    multiply_state<KP, false>(x, S, operands.keys);
 #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++) {
         float values[2][4];
@@ -388,7 +397,7 @@ __device__ void go_back(const kda_tensor &d_out, const Stage<KP> &stage, float (
     const BackwardOperands<KP> &operands = stage.operands;
     uint32_t given[CHUNK / 16][4] = {}; /* dO^T */
     float dU[CHUNK / 8][4] = {};
-    multiply_state<KP>(dU, R, operands.keys_to_end);
+    multiply_state<KP, true>(dU, R, operands.keys_to_end);
     if (d_out.data)
 #pragma unroll
         for (int i = 0; i < CHUNK / 16; i++) {
