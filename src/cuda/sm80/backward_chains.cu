@@ -2,7 +2,8 @@
 /*
  * Takes states and gradients of states through the chunks of a slab, with the operands that backward_prepare.cu left.
  *
- * One CTA works a chain, or a segment of one, for 64 columns of V, and one warp 16 of them, transposed as in general.cu:
+ * One CTA works a chain, or a segment of one, for 64 columns of V, and one warp 16 of them, transposed as in
+ * general.cu:
  *     there   X^T = V^T - S^T KT^T       e^T = X^T INV^T      U^T = e^T diag(b)
  *             S^T <- S^T diag(1 + carry) + U^T KR
  *     back    dU^T = R^T KR^T + dO^T M   Z^T = dU^T INV'      dV^T = Z^T diag(b)
@@ -167,8 +168,8 @@ __device__ void fetch(const BackwardOperands<KP> *all, const kda_tensor &values,
         fetch_values<THREADS, COLUMNS>(values, chain, span, stage.values);
 }
 
-/* Stages of shared memory, in turns. walk runs f(chunk, its stage) for count chunks from `chunk` on, `step` (1 or -1) from
- * one to the next. */
+/* Stages of shared memory, in turns. walk runs f(chunk, its stage) for count chunks from `chunk` on, `step` (1 or -1)
+ * from one to the next. */
 template <int KP> struct Stages {
     char *memory;
     int bytes;
