@@ -245,6 +245,8 @@ static const char *kept_states_ignored(struct backward_problem *b, flash_kda_bac
         if (!wrong && all_finite(&r) != (i == 2))
             wrong = i == 2 ? "the final state is read" : "a kept state is not read";
     }
+    for (int64_t e = 0; e < tensor_count(&kept); e++) /* as the next level expects them */
+        tensor_set(&b->checkpoints, e, tensor_get(&kept, e));
     tensor_free(&kept);
     backward_results_free(&r);
     return wrong;
