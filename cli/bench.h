@@ -30,7 +30,7 @@ struct bench_table {
 };
 
 /* By operation and backend. */
-const struct bench_table *bench_table(bool decode, bool cuda);
+const struct bench_table *bench_table(enum operation_kind op, bool cuda);
 
 /* Where it was measured. */
 struct bench_machine {
@@ -42,17 +42,18 @@ struct bench_machine {
 struct bench_result {
     char name[96];
     struct case_spec spec;
-    const char *decode; /* what becomes of decode's states; NULL: it is prefill */
+    enum operation_kind op;
+    const char *decode; /* what becomes of decode's states */
     int64_t tokens;     /* of a batch entry */
     DLDataType out_dtype;
     char level[16];
     int threads; /* 0 on CUDA */
     char ran_on[256];
     int64_t bytes;                         /* of all tensors: what a call must move at least */
-    int64_t workspace_bytes;               /* of prefill */
+    int64_t workspace_bytes;               /* of prefill and backward */
     int64_t checked_tokens, checked_heads; /* of each batch entry, from the first ones, against the oracle */
-    double output_error, state_error, checkpoint_error;
-    bool passed; /* within tolerance; timing is only there if so */
+    double output_error, state_error, checkpoint_error; /* of backward: of tokens' gradients, of d_dt_bias */
+    bool passed;                                        /* within tolerance; timing is only there if so */
     struct timing timing;
     struct timing warm; /* of decode on one set of tensors, all in the cache; no repeats: not measured */
 };
@@ -63,7 +64,7 @@ enum { BENCH_MAX_REPEATS = 1000 };
 
 /* A case, what is asked of it, and the exact answer to its first tokens and heads. */
 struct bench_case {
-    bool decode;
+    enum operation_kind op;
     enum decode_way way;
     flash_kda_backend backend;
     int repeats;
@@ -84,14 +85,15 @@ bool bench_measure(const struct bench_case *c, struct bench_result *result);
 
 double bench_tokens_per_second(const struct bench_result *result);
 
-/* 8 K V floating-point operations for a token of a value head: three products and one update of the state. */
+/* 8 K V floating-point operations for a token of a value head: three products and one update of the state. Of backward 18 K V: the
+ * state again, two updates and five products of its gradient and of both. */
 double bench_gflops(const struct bench_result *result);
 
 /* Bytes a second, of those that a call must move. */
 double bench_byte_rate(const struct bench_result *result);
 
 /* The table on standard output, line by line. */
-void bench_print_head(const struct bench_machine *machine, bool decode);
+void bench_print_head(const struct bench_machine *machine, enum operation_kind op);
 void bench_print_line(const struct bench_machine *machine, const struct bench_result *result);
 
 /* The whole as text, to be freed; NULL if out of memory. commit: what was built, or NULL. */
