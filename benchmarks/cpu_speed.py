@@ -5,7 +5,8 @@ usage: cpu_speed.py [ARGUMENT...]      (through ./dev bench)
 
 Without arguments: the whole table of `flashkda bench` on every level; writes results/cpu/CPU.json and draws
 results/cpu/speed.svg; then that of decode, beside the rate of a copy, and that of backward, and writes
-results/cpu/CPU-decode.json and CPU-backward.json. With arguments, which go to `flashkda bench`: prints, and writes nothing.
+results/cpu/CPU-decode.json and CPU-backward.json. With arguments, which go to `flashkda bench`: prints, and writes
+nothing.
 """
 
 import json

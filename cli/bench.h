@@ -73,8 +73,8 @@ struct bench_case {
     struct trial oracle; /* of prefix, fp32 */
 };
 
-/* Makes the case of a spec, what is asked of it being set. On failure returns false, with failure(), and leaves nothing to
- * free. */
+/* Makes the case of a spec, what is asked of it being set. On failure returns false, with failure(), and
+ * leaves nothing to free. */
 bool bench_case_make(struct bench_case *c, const struct case_spec *spec);
 void bench_case_free(struct bench_case *c);
 
@@ -85,8 +85,8 @@ bool bench_measure(const struct bench_case *c, struct bench_result *result);
 
 double bench_tokens_per_second(const struct bench_result *result);
 
-/* 8 K V floating-point operations for a token of a value head: three products and one update of the state. Of backward 18 K V: the
- * state again, two updates and five products of its gradient and of both. */
+/* 8 K V floating-point operations for a token of a value head: three products and one update of the state.
+ * Of backward 18 K V: the state again, two updates and five products of its gradient and of both. */
 double bench_gflops(const struct bench_result *result);
 
 /* Bytes a second, of those that a call must move. */

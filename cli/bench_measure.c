@@ -19,8 +19,9 @@ enum {
 /* After this long no further repeat begins, seconds. */
 static const double time_budget = 4;
 
-/* The oracle looks at so many heads, then tokens, that its work, tokens x value heads x K x V, stays below this:
- * about a second. Of a longer case the rest is covered by the shorter one: no token depends on a later one. */
+/* The oracle looks at so many heads, then tokens, that its work, tokens x value heads x K x V, stays below
+ * this: about a second. Of a longer case the rest is covered by the shorter one: no token depends on a later
+ * one. */
 static const int64_t oracle_budget = (int64_t)1 << 29;
 
 /* ---- A case ------------------------------------------------------------------------------------ */
@@ -100,8 +101,8 @@ static void judge(struct bench_result *result, const struct bench_case *c, const
                      &result->checkpoint_error);
 }
 
-/* Backward's gradients depend on all later tokens: only those of a whole problem are compared. dA_log, whose terms cancel, is
- * compared by flashkda_check. */
+/* Backward's gradients depend on all later tokens: only those of a whole problem are compared. dA_log, whose
+ * terms cancel, is compared by flashkda_check. */
 static void judge_gradients(struct bench_result *result, const struct bench_case *c,
                             const struct trial *trial) {
     for (int i = 0; i < TRIAL_GRADIENTS; i++) {
@@ -217,7 +218,8 @@ static bool time_cold(const struct bench_case *c, const struct trial *checked, s
     return good;
 }
 
-/* Warm: every call of a GPU on the same tensors, where the states fit in its L2 cache, with room for the rest. */
+/* Warm: every call of a GPU on the same tensors, where the states fit in its L2 cache, with room for the
+ * rest. */
 static bool time_warm(const struct bench_case *c, struct trial *trial, struct timing *timing) {
     double seconds[BENCH_MAX_REPEATS];
     struct call *calls[WARM_CALLS];

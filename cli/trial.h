@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: MIT */
-/* One call on a case, with the memory it needs, to be run as often as wanted. What fails returns false, with failure(). */
+/* One call on a case, with the memory it needs, to be run as often as wanted. What fails returns false, with
+ * failure(). */
 #ifndef FLASHKDA_TRIAL_H
 #define FLASHKDA_TRIAL_H
 
 #include "call.h"
 #include "case.h"
 
-/* What becomes of decode's states: written back after the last token, left as they are, or written after each token to a slot
- * of its own. */
+/* What becomes of decode's states: written back after the last token, left as they are, or written after
+ * each token to a slot of its own. */
 enum decode_way { DECODE_IN_PLACE, DECODE_STATE_KEPT, DECODE_STATE_EACH };
 
 /* Their names, ended by NULL; the index is the value. */
@@ -43,7 +44,8 @@ struct trial {
     struct call call;
 };
 
-/* Prefill. The oracle's states and checkpoints are fp32, others as the case says. On failure nothing is left to free. */
+/* Prefill. The oracle's states and checkpoints are fp32, others as the case says. On failure nothing is left
+ * to free. */
 bool trial_prefill(struct trial *trial, const struct kda_case *c, DLDataType out_type,
                    flash_kda_backend backend, int32_t threads);
 
@@ -51,8 +53,8 @@ bool trial_prefill(struct trial *trial, const struct kda_case *c, DLDataType out
 bool trial_decode(struct trial *trial, const struct kda_case *c, enum decode_way way, flash_kda_backend backend,
                   int32_t threads);
 
-/* Backward of prefill from random gradients of its outputs, the same for cases of the same shape; without checkpoints. The oracle's
- * gradients are fp32, others of this type. On failure as above. */
+/* Backward of prefill from random gradients of its outputs, the same for cases of the same shape; without
+ * checkpoints. The oracle's gradients are fp32, others of this type. On failure as above. */
 bool trial_backward(struct trial *trial, const struct kda_case *c, DLDataType type, flash_kda_backend backend,
                     int32_t threads);
 

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * The CPU backend's backward: how the work is shared out among threads. Two schedules, with the same bits:
- *   apart     a thread takes a q/k head of a sequence with the value heads that read it, from the first token to the last and
- *             back; for many heads.
- *   together  first the two ways of every value head, states there and their gradients back, each by groups of columns of
- *             V: what they keep lets all segments of tokens find their gradients side by side; for few heads.
+ *   apart     a thread takes a q/k head of a sequence with the value heads that read it, from the first token to
+ *             the last and back; for many heads.
+ *   together  first the two ways of every value head, states there and their gradients back, each by groups of
+ *             columns of V; from what they keep all segments of tokens find their gradients side by side; for few
+ *             heads.
  */
 #include "cpu/backward.h"
 
@@ -24,8 +25,8 @@ enum {
     WORK = 12,    /* of them a token, for each element of a state */
 };
 
-/* What a value head's tokens cost one thread, in parts: to prepare their chunks, to take the state or its gradient through
- * them, and the gradients from both. */
+/* What a value head's tokens cost one thread, in parts: to prepare their chunks, to take the state or its
+ * gradient through them, and the gradients from both. */
 enum { PREPARE = 1, WAY = 4, GRADIENTS = 9 };
 
 struct plan {
@@ -95,7 +96,8 @@ static flash_kda_status make_plan(const struct kda_backward *b, struct plan *pla
 
 /* ---- Workspace --------------------------------------------------------------------------------- */
 
-/* Where the segments of sequence n begin among those of all: some slots stay empty, none is in two sequences. */
+/* Where the segments of sequence n begin among those of all: some slots stay empty, none is in two
+ * sequences. */
 static int64_t first_slot(const struct kda_prefill *p, int64_t n) {
     struct kda_sequence tokens = kda_tokens_of(&p->base, n);
     return (tokens.batch * p->tokens + tokens.first) / KDA_SEGMENT + n;

@@ -174,8 +174,8 @@ static inline void load_values(const struct head *h, const struct kda_tensor *t,
 
 /* ---- There ------------------------------------------------------------------------------------- */
 
-/* Asks for a chunk's rows of q, k and g, if it is one: the rows of one head lie apart, where the hardware does not foresee
- * them. Always inlined, or gcc drops a call that only prefetches. */
+/* Asks for a chunk's rows of q, k and g, if it is one: the rows of one head lie apart, where the hardware
+ * does not foresee them. Always inlined, or gcc drops a call that only prefetches. */
 __attribute__((always_inline)) static inline void prefetch_chunk(const struct head *h, int64_t first) {
     if (first >= 0)
         prefetch_keys(h->p, &h->chain, first, KDA_CHUNK);
@@ -315,8 +315,9 @@ static inline void transpose(const float *from, int64_t from_stride, int64_t row
         }
 }
 
-/* out [a_rows][TOKENS or less, stride]: for `vectors` of tokens, sums over all columns of V of a, [tiles][a_rows][KDA_TILE], times
- * b, [V][TOKENS]; `rows` at a time. Always inlined, for these two are constants. */
+/* out [a_rows][TOKENS or less, stride]: for `vectors` of tokens, sums over all columns of V of a,
+ * [tiles][a_rows][KDA_TILE], times b, [V][TOKENS]; `rows` at a time. Always inlined, for these two are
+ * constants. */
 __attribute__((always_inline)) static inline void multiply_vectors(const float *a, int64_t a_rows,
                                                                    int64_t tiles, const float *b, float *out,
                                                                    int64_t stride, int rows, int vectors) {
@@ -394,8 +395,8 @@ static inline void give_back(const struct head *h, const struct step *s) {
     }
 }
 
-/* R: from that after the chunk to that before it. What the chunk leaves of it is 1 + carry where it is slow, a product where
- * little is left. */
+/* R: from that after the chunk to that before it. What the chunk leaves of it is 1 + carry where it is slow,
+ * a product where little is left. */
 static inline void carry_back(const struct head *h, const struct step *s) {
     float carries[KDA_MAX_PADDED_K], keeps[KDA_MAX_PADDED_K];
     for (int64_t c = 0; c < h->Kp; c += LANES) {
@@ -516,9 +517,9 @@ static inline void store_dbeta(const struct head *h, const struct step *s) {
 
 /* ---- Back: channels ---------------------------------------------------------------------------- */
 
-/* Every number that passes a token is multiplied by its decay there: keys on their way to later tokens, which are
- * kept, and on the way back what meets them, from outputs, from later keys and from R. Both functions work LANES
- * channels from c on. */
+/* Every number that passes a token is multiplied by its decay there: keys on their way to later tokens,
+ * which are kept, and on the way back what meets them, from outputs, from later keys and from R. Both
+ * functions work LANES channels from c on. */
 
 /* What outputs and later keys take of the state and of earlier keys: dq, and dk as far as it comes from there.
  * start: decay from the start of the chunk to before each token. */
@@ -637,7 +638,8 @@ static inline void store_gate(const struct head *h, const struct step *s, double
 
 /* ---- Back: rows of q and k ------------------------------------------------------------------------ */
 
-/* The sum of products of two rows, as exact as in fp64: what each product and each sum loses by rounding is summed beside it. */
+/* The sum of products of two rows, as exact as in fp64: what each product and each sum loses by rounding is
+ * summed beside it. */
 static inline double sum_of_products(const float *a, const float *b, int64_t Kp) {
     vf sum = vf_set1(0), lost = vf_set1(0);
     float lanes[LANES] ALIGNED, rest[LANES] ALIGNED;
@@ -656,8 +658,9 @@ static inline double sum_of_products(const float *a, const float *b, int64_t Kp)
     return total;
 }
 
-/* dy, the gradient of a row after the norm, becomes that of the row: r (dy - y (y . dy)), y = r x. Where dy is along y little
- * is left of it, so y . dy is more exact than fp32. A row whose square could leave fp32 is made smaller. */
+/* dy, the gradient of a row after the norm, becomes that of the row: r (dy - y (y . dy)), y = r x. Where dy
+ * is along y little is left of it, so y . dy is more exact than fp32. A row whose square could leave fp32 is
+ * made smaller. */
 static inline void norm_back(float *x, int64_t Kp, float *dy) {
     double scale = 1, squares = sum_of_products(x, x, Kp);
     if (!(squares < 0x1p100)) {

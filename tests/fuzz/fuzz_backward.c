@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
-/* libFuzzer target: bytes as the arguments of backward, as fuzz_prefill.c does it for prefill: a small call that is often
- * valid, some of it damaged. A call that fails must write nothing; one that succeeds must agree with the oracle. */
+/* libFuzzer target: bytes as the arguments of backward, as fuzz_prefill.c does it for prefill: a small call
+ * that is often valid, some of it damaged. A call that fails must write nothing; one that succeeds must
+ * agree with the oracle. */
 #include "flash_kda.h"
 
 #include <math.h>

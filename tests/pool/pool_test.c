@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* The thread pool by itself. What pieces write are plain numbers, so that ThreadSanitizer sees an order that is missing. */
+/* The thread pool by itself. What pieces write are plain numbers, so that ThreadSanitizer sees an order that
+ * is missing. */
 #include "cpu/pool.h"
 
 #include "child.h"
@@ -210,7 +211,8 @@ static void test_nobody_waits_for_a_late_helper(void **state) {
     assert_string_equal(wrong ? wrong : "", "");
 }
 
-/* Calls 10 ms apart, long enough for helpers to join: what these look for work costs a tenth of a millisecond or less. */
+/* Calls 10 ms apart, long enough for helpers to join: what these look for work costs a tenth of a
+ * millisecond or less. */
 static void test_idle_helpers_sleep(void **state) {
     (void)state;
     enum { CALLS = 20 };
