@@ -486,6 +486,21 @@ static inline void turn_tokens(const struct head *h, const struct step *s) {
     }
 }
 
+/* Asks for the rows that the chunk's gradients will be written to. */
+__attribute__((always_inline)) static inline void prefetch_outputs(const struct head *h, const struct step *s) {
+    const struct kda_tensor *const keys[] = {&h->b->dq, &h->b->dk}, *const values[] = {&h->b->dg, &h->b->dv};
+    int64_t batch = h->chain.tokens.batch, head = h->chain.head, group = h->p->value_heads / h->p->heads;
+    for (int64_t t = 0; t < s->chunk.count; t++) {
+        int64_t token = h->chain.tokens.first + s->chunk.first + t;
+        for (int i = 0; i < 2; i++) {
+            if (keys[i]->data && h->kept->last)
+                PREFETCH_ROW(*keys[i], batch, token, head / group, 0, h->p->key_dim);
+            if (values[i]->data)
+                PREFETCH_ROW(*values[i], batch, token, head, 0, i ? h->p->value_dim : h->p->key_dim);
+        }
+    }
+}
+
 /* All products with the state and its gradient, which becomes that before the chunk. */
 static inline void multiply_back(const struct head *h, const struct step *s) {
     const struct memory *m = &h->m;
@@ -757,6 +772,7 @@ static void gradients(const struct kda_backward *b, const struct kda_backward_he
             const struct step *s = &h.m.steps[i];
             prefetch_values(&h, &b->d_out, s->chunk.first - KDA_CHUNK);
             prefetch_chunk(&h, i ? s->chunk.first - KDA_CHUNK : s->chunk.first - KDA_SEGMENT);
+            prefetch_outputs(&h, s);
             multiply_back(&h, s);
             store_dbeta(&h, s);
             for (int64_t c = 0; c < h.Kp; c += LANES) {
