@@ -15,7 +15,6 @@ CELLS = {
     "prefill T4096 H8": (["bench", "--tokens=4096", "--heads=8"], "T4096-H8-softplus-slow"),
     "prefill T65536 H1": (["bench", "--tokens=65536", "--heads=1"], "T65536-H1-softplus-slow"),
     "prefill data/small_softplus": (["run", str(ROOT / "data" / "small_softplus.safetensors"), "--repeat=41"], None),
-    "backward T4096 H8": (["bench", "--op=backward", "--tokens=4096", "--heads=8"], "T4096-H8-softplus-slow"),
     "decode B4 H32 fp32": (["bench", "--decode"], "H32-B4-T1-fp32"),
     "decode B4 H32 bf16": (["bench", "--decode"], "H32-B4-T1-bf16"),
     "decode B16 H32 fp32": (["bench", "--decode"], "H32-B16-T1-fp32"),

@@ -4,9 +4,8 @@
 usage: cpu_speed.py [ARGUMENT...]      (through ./dev bench)
 
 Without arguments: the whole table of `flashkda bench` on every level; writes results/cpu/CPU.json and draws
-results/cpu/speed.svg; then that of decode, beside the rate of a copy, and that of backward, and writes
-results/cpu/CPU-decode.json and CPU-backward.json. With arguments, which go to `flashkda bench`: prints, and writes
-nothing.
+results/cpu/speed.svg; then that of decode, beside the rate of a copy, and writes results/cpu/CPU-decode.json. With
+arguments, which go to `flashkda bench`: prints, and writes nothing.
 """
 
 import json
@@ -93,8 +92,7 @@ def main():
     record(measured)
     plot.draw(measured, RESULTS / "speed.svg")
     print(f"drew {(RESULTS / 'speed.svg').relative_to(ROOT)}")
-    record(bench(["--op", "decode"]), "-decode")
-    record(bench(["--op", "backward", "--level", "all"]), "-backward")
+    record(bench(["--decode"]), "-decode")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,12 @@ enum {
 };
 
 static const char documentation[] =
-    "Times prefill, or with --op decode or backward, on random cases: a built-in table, or the one case that "
+    "Times prefill, or with --decode decode, on random cases: a built-in table, or the one case that "
     "the options describe. A result is timed only after it has been compared with the oracle, where "
     "that takes long on its first heads and tokens.\v"
     "Each line is the median of repeated runs after a warm-up, with the quartiles. On CUDA it is the "
     "GPU's time by replay of a CUDA graph, over as many copies of the tensors as overflow the L2 cache. "
-    "GFLOP/s counts 8 K V operations for a token of a value head, for backward 18; GB/s the bytes of all "
-    "tensors, each "
+    "GFLOP/s counts 8 K V operations for a token of a value head; GB/s the bytes of all tensors, each "
     "once. Decode on CUDA has both: cold, in that way, as between the layers of a model; and warm, "
     "where the states fit in the L2 cache: all calls on one set of tensors.\n\n"
     "Examples:\n"
@@ -45,12 +44,9 @@ enum option_key {
     OPTION_COMMIT,
     OPTION_OUT_DTYPE,
     OPTION_DECODE,
-    OPTION_OP,
 };
 
 static const char *const backend_names[] = {"cpu", "cuda", NULL};
-static const char *const op_names[] = {
-    [KIND_PREFILL] = "prefill", [KIND_DECODE] = "decode", [KIND_BACKWARD] = "backward", NULL};
 
 static const struct argp_option argp_options[] = {
     {"backend", 'b', "NAME", 0, "cpu or cuda (cpu)", 0},
@@ -58,9 +54,7 @@ static const struct argp_option argp_options[] = {
     {"threads", 't', "N", 0, "Threads (as many as flashkda info says)", 0},
     {"repeat", 'r', "N", 0, "Times to run each case after the warm-up, fewer if it takes long (9)", 0},
     {"quick", OPTION_QUICK, NULL, 0, "A table of a few short cases", 0},
-    {"op", OPTION_OP, "NAME", 0,
-     "prefill, decode, which has a table of its own beside the rate of a copy, or backward (prefill)", 0},
-    {"decode", OPTION_DECODE, NULL, 0, "The same as --op decode", 0},
+    {"decode", OPTION_DECODE, NULL, 0, "A table of decode instead of prefill, beside the rate of a copy", 0},
     {"out-dtype", OPTION_OUT_DTYPE, "NAME", 0, "Only this output dtype: bf16, fp16 or fp32", 0},
     {"output", 'o', "FILE", 0, "Write the results as JSON", 0},
     {"json", 'j', NULL, 0, "Print JSON instead of the table", 0},
@@ -74,8 +68,7 @@ struct bench_options {
     int64_t threads, repeats; /* 0: the default */
     DLDataType out_dtype;     /* where has_out_dtype */
     int backend;              /* in backend_names */
-    int op;                   /* enum operation_kind */
-    bool has_out_dtype, quick, json;
+    bool has_out_dtype, decode, quick, json;
 };
 
 static bool on_cuda(const struct bench_options *options) { return options->backend == 1; }
@@ -83,8 +76,8 @@ static bool on_cuda(const struct bench_options *options) { return options->backe
 static error_t check_options(const struct argp_state *state, const struct bench_options *options) {
     if (options->spec.given && options->quick)
         return argument_error(state, "--quick is a table of its own: it does not go with options of a case");
-    if (options->op == KIND_DECODE && (options->spec.given || options->has_out_dtype))
-        return argument_error(state, "decode is a table of its own: it does not go with options of a case");
+    if (options->decode && (options->spec.given || options->has_out_dtype))
+        return argument_error(state, "--decode is a table of its own: it does not go with options of a case");
     if (options->commit && !options->json && !options->path)
         return argument_error(state, "--commit is kept in the JSON: it goes with --output or --json");
     if (options->path && is_stream(options->path))
@@ -124,10 +117,8 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         options->quick = true;
         return 0;
     case OPTION_DECODE:
-        options->op = KIND_DECODE;
+        options->decode = true;
         return 0;
-    case OPTION_OP:
-        return parse_name(state, "op", argument, op_names, &options->op);
     case OPTION_OUT_DTYPE:
         options->has_out_dtype = type_named(argument, &options->out_dtype);
         return options->has_out_dtype
@@ -184,7 +175,7 @@ static int row_variants(const struct bench *bench, const struct bench_row *row, 
 
 static void name_result(struct bench_result *result, const struct bench_case *c) {
     const struct case_spec *spec = &result->spec;
-    if (c->op != KIND_DECODE) {
+    if (!c->decode) {
         case_spec_name(spec, result->name, sizeof result->name);
         return;
     }
@@ -217,7 +208,7 @@ static bool bench_spec(struct bench *bench, const struct case_spec *spec, const 
     const struct bench_options *options = bench->options;
     struct variant variants[MAX_VARIANTS];
     int count = row_variants(bench, row, spec->dtype, variants);
-    struct bench_case c = {.op = (enum operation_kind)options->op,
+    struct bench_case c = {.decode = options->decode,
                            .way = row->way,
                            .backend = on_cuda(options) ? FLASH_KDA_BACKEND_CUDA : FLASH_KDA_BACKEND_CPU,
                            .repeats = options->repeats ? (int)options->repeats
@@ -254,7 +245,7 @@ static struct case_spec row_spec(const struct bench_row *row) {
 
 /* The next row of the table that is asked for, from row i on; NULL after the last. */
 static const struct bench_row *next_row(const struct bench_options *options, int *i) {
-    const struct bench_table *table = bench_table((enum operation_kind)options->op, on_cuda(options));
+    const struct bench_table *table = bench_table(options->decode, on_cuda(options));
     while (*i < table->count && table->rows[*i].quick != options->quick)
         ++*i;
     return *i < table->count ? &table->rows[(*i)++] : NULL;
@@ -318,7 +309,7 @@ static bool describe_machine(struct bench *bench) {
     if (on_cuda(bench->options))
         return device_describe(&machine->device, 0) && replay_copy(&machine->copy_rate);
     int64_t threads = bench->options->threads;
-    if (bench->options->op == KIND_DECODE)
+    if (bench->options->decode)
         machine->copy_rate = machine_copy_rate(threads ? (int)threads : machine->host.threads);
     return true;
 }
@@ -333,7 +324,7 @@ static bool bench_all(struct bench *bench, struct new_file *file) {
     if (!bench->results)
         return failed("out of memory for %d results", bench->total);
     if (!options->json)
-        bench_print_head(&bench->machine, (enum operation_kind)options->op);
+        bench_print_head(&bench->machine, options->decode);
     bool good = options->spec.given ? bench_spec(bench, &options->spec.spec, &plain) : bench_rows(bench);
     progress_clear();
     return good && print_results(bench, file);

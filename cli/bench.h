@@ -30,7 +30,7 @@ struct bench_table {
 };
 
 /* By operation and backend. */
-const struct bench_table *bench_table(enum operation_kind op, bool cuda);
+const struct bench_table *bench_table(bool decode, bool cuda);
 
 /* Where it was measured. */
 struct bench_machine {
@@ -42,18 +42,17 @@ struct bench_machine {
 struct bench_result {
     char name[96];
     struct case_spec spec;
-    enum operation_kind op;
-    const char *decode; /* what becomes of decode's states */
+    const char *decode; /* what becomes of decode's states; NULL: it is prefill */
     int64_t tokens;     /* of a batch entry */
     DLDataType out_dtype;
     char level[16];
     int threads; /* 0 on CUDA */
     char ran_on[256];
     int64_t bytes;                         /* of all tensors: what a call must move at least */
-    int64_t workspace_bytes;               /* of prefill and backward */
+    int64_t workspace_bytes;               /* of prefill */
     int64_t checked_tokens, checked_heads; /* of each batch entry, from the first ones, against the oracle */
-    double output_error, state_error, checkpoint_error; /* of backward: of tokens' gradients, of d_dt_bias */
-    bool passed;                                        /* within tolerance; timing is only there if so */
+    double output_error, state_error, checkpoint_error;
+    bool passed; /* within tolerance; timing is only there if so */
     struct timing timing;
     struct timing warm; /* of decode on one set of tensors, all in the cache; no repeats: not measured */
 };
@@ -64,7 +63,7 @@ enum { BENCH_MAX_REPEATS = 1000 };
 
 /* A case, what is asked of it, and the exact answer to its first tokens and heads. */
 struct bench_case {
-    enum operation_kind op;
+    bool decode;
     enum decode_way way;
     flash_kda_backend backend;
     int repeats;
@@ -73,8 +72,8 @@ struct bench_case {
     struct trial oracle; /* of prefix, fp32 */
 };
 
-/* Makes the case of a spec, what is asked of it being set. On failure returns false, with failure(), and
- * leaves nothing to free. */
+/* Makes the case of a spec, what is asked of it being set. On failure returns false, with failure(), and leaves nothing to
+ * free. */
 bool bench_case_make(struct bench_case *c, const struct case_spec *spec);
 void bench_case_free(struct bench_case *c);
 
@@ -85,15 +84,14 @@ bool bench_measure(const struct bench_case *c, struct bench_result *result);
 
 double bench_tokens_per_second(const struct bench_result *result);
 
-/* 8 K V floating-point operations for a token of a value head: three products and one update of the state.
- * Of backward 18 K V: the state again, two updates and five products of its gradient and of both. */
+/* 8 K V floating-point operations for a token of a value head: three products and one update of the state. */
 double bench_gflops(const struct bench_result *result);
 
 /* Bytes a second, of those that a call must move. */
 double bench_byte_rate(const struct bench_result *result);
 
 /* The table on standard output, line by line. */
-void bench_print_head(const struct bench_machine *machine, enum operation_kind op);
+void bench_print_head(const struct bench_machine *machine, bool decode);
 void bench_print_line(const struct bench_machine *machine, const struct bench_result *result);
 
 /* The whole as text, to be freed; NULL if out of memory. commit: what was built, or NULL. */

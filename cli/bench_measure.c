@@ -19,9 +19,8 @@ enum {
 /* After this long no further repeat begins, seconds. */
 static const double time_budget = 4;
 
-/* The oracle looks at so many heads, then tokens, that its work, tokens x value heads x K x V, stays below
- * this: about a second. Of a longer case the rest is covered by the shorter one: no token depends on a later
- * one. */
+/* The oracle looks at so many heads, then tokens, that its work, tokens x value heads x K x V, stays below this:
+ * about a second. Of a longer case the rest is covered by the shorter one: no token depends on a later one. */
 static const int64_t oracle_budget = (int64_t)1 << 29;
 
 /* ---- A case ------------------------------------------------------------------------------------ */
@@ -33,19 +32,11 @@ static int64_t affordable(int64_t work, int64_t most) {
     return count > 0 ? count : 1;
 }
 
-static bool make_prefix(struct kda_case *prefix, const struct kda_case *c, enum operation_kind op) {
-    /* Of one head; backward is some four times as much. */
-    int64_t token =
-        c->batch * (c->value_heads / c->heads) * c->key_dim * c->value_dim * (op == KIND_BACKWARD ? 4 : 1);
+static bool make_prefix(struct kda_case *prefix, const struct kda_case *c) {
+    int64_t token = c->batch * (c->value_heads / c->heads) * c->key_dim * c->value_dim; /* of one head */
     int64_t heads = affordable(token * c->tokens, c->heads);
     return case_prefix(prefix, c, c->tokens ? affordable(token * heads, c->tokens) : 0, heads) ||
            failed("out of memory for a case");
-}
-
-static bool make_oracle(struct bench_case *c) {
-    return c->op == KIND_BACKWARD
-               ? trial_backward(&c->oracle, &c->prefix, TYPE_FP32, FLASH_KDA_BACKEND_REFERENCE, 1)
-               : trial_prefill(&c->oracle, &c->prefix, TYPE_FP32, FLASH_KDA_BACKEND_REFERENCE, 1);
 }
 
 void bench_case_free(struct bench_case *c) {
@@ -56,8 +47,9 @@ void bench_case_free(struct bench_case *c) {
 
 bool bench_case_make(struct bench_case *c, const struct case_spec *spec) {
     double seconds = 0;
-    bool good = captured_generate(&c->whole, spec) && make_prefix(&c->prefix, &c->whole, c->op) &&
-                make_oracle(c) && trial_run(&c->oracle, &seconds);
+    bool good = captured_generate(&c->whole, spec) && make_prefix(&c->prefix, &c->whole) &&
+                trial_prefill(&c->oracle, &c->prefix, TYPE_FP32, FLASH_KDA_BACKEND_REFERENCE, 1) &&
+                trial_run(&c->oracle, &seconds);
     if (!good)
         bench_case_free(c);
     return good;
@@ -65,11 +57,8 @@ bool bench_case_make(struct bench_case *c, const struct case_spec *spec) {
 
 static bool make_trial(struct trial *trial, const struct bench_case *c, const struct kda_case *problem,
                        const struct bench_result *result) {
-    if (c->op == KIND_DECODE)
-        return trial_decode(trial, problem, c->way, c->backend, result->threads);
-    if (c->op == KIND_BACKWARD)
-        return trial_backward(trial, problem, result->out_dtype, c->backend, result->threads);
-    return trial_prefill(trial, problem, result->out_dtype, c->backend, result->threads);
+    return c->decode ? trial_decode(trial, problem, c->way, c->backend, result->threads)
+                     : trial_prefill(trial, problem, result->out_dtype, c->backend, result->threads);
 }
 
 /* ---- Is it right? ------------------------------------------------------------------------------ */
@@ -92,7 +81,7 @@ static void judge(struct bench_result *result, const struct bench_case *c, const
     tensor_view(&first, &trial->out.dl);
     tensor_narrow(&first, 1, 0, c->prefix.tokens);
     judge_tensor(result, &first, &oracle->out, 2, tolerance.output, &result->output_error);
-    if (trial->c->tokens != c->prefix.tokens || (c->op == KIND_DECODE && c->way == DECODE_STATE_KEPT))
+    if (trial->c->tokens != c->prefix.tokens || (c->decode && c->way == DECODE_STATE_KEPT))
         return;
     trial_last_states(trial, &states);
     judge_tensor(result, &states, &oracle->state, 1, tolerance.state, &result->state_error);
@@ -101,57 +90,23 @@ static void judge(struct bench_result *result, const struct bench_case *c, const
                      &result->checkpoint_error);
 }
 
-/* Backward's gradients depend on all later tokens: only those of a whole problem are compared. dA_log, whose
- * terms cancel, is compared by flashkda_check. */
-static void judge_gradients(struct bench_result *result, const struct bench_case *c,
-                            const struct trial *trial) {
-    for (int i = 0; i < TRIAL_GRADIENTS; i++) {
-        const struct tensor *value = &trial->gradients[i], *exact = &c->oracle.gradients[i];
-        bool sums = i == TRIAL_D_DT_BIAS;
-        if (i == TRIAL_DA_LOG || !tensor_present(value))
-            continue;
-        struct comparison comparison = compare(value, exact, gradient_tolerance(trial, exact, value->dl.dtype));
-        double *error = sums ? &result->state_error : &result->output_error;
-        *error = fmax(*error, comparison.error_ratio);
-        result->passed = result->passed && comparison.passed;
-    }
-}
-
-static bool all_finite(const struct trial *trial) {
-    struct tensor states;
-    int64_t wrong = 0;
-    for (int i = 0; i < TRIAL_GRADIENTS; i++)
-        wrong += tensor_present(&trial->gradients[i]) ? count_non_finite(&trial->gradients[i]) : 0;
-    if (trial->call.args.kind == KIND_BACKWARD)
-        return wrong == 0;
-    trial_last_states(trial, &states);
-    return count_non_finite(&trial->out) == 0 && count_non_finite(&states) == 0;
-}
-
-/* Compares a whole case, or its prefix run alone. */
-static void judge_run(struct bench_result *result, const struct bench_case *c, const struct trial *trial) {
-    if (c->op != KIND_BACKWARD)
-        judge(result, c, trial);
-    else if (trial->c->tokens == c->prefix.tokens && trial->c->value_heads == c->prefix.value_heads)
-        judge_gradients(result, c, trial);
-}
-
 /* Runs the case once, which warms up, and where only its first tokens have an exact answer those too. */
 static bool check_trial(const struct bench_case *c, struct trial *trial, struct bench_result *result) {
     double seconds = 0;
+    struct tensor states;
     if (!trial_run(trial, &seconds))
         return false;
-    result->passed = all_finite(trial);
-    judge_run(result, c, trial);
-    if (c->prefix.tokens == c->whole.tokens &&
-        (c->op != KIND_BACKWARD || c->prefix.value_heads == c->whole.value_heads))
+    trial_last_states(trial, &states);
+    result->passed = count_non_finite(&trial->out) == 0 && count_non_finite(&states) == 0;
+    judge(result, c, trial);
+    if (c->prefix.tokens == c->whole.tokens)
         return true;
     struct trial prefix;
     if (!make_trial(&prefix, c, &c->prefix, result))
         return false;
     bool good = trial_run(&prefix, &seconds);
     if (good)
-        judge_run(result, c, &prefix);
+        judge(result, c, &prefix);
     trial_free(&prefix);
     return good;
 }
@@ -161,17 +116,10 @@ static bool check_trial(const struct bench_case *c, struct trial *trial, struct 
 /* Do the copies hold the bits of the result that was found right? Decode's states have gone on since. */
 static bool same_result(const struct bench_case *c, struct trial *copies, int count,
                         const struct trial *checked) {
-    for (int i = 0; i < count && c->op != KIND_DECODE; i++) {
+    for (int i = 0; i < count && !c->decode; i++) {
         if (!call_fetch(&copies[i].call))
             return false;
-        bool same = true;
-        if (c->op == KIND_BACKWARD)
-            for (int n = 0; n < TRIAL_GRADIENTS; n++)
-                same = same && (!tensor_present(&checked->gradients[n]) ||
-                                tensor_same(&copies[i].gradients[n], &checked->gradients[n]));
-        else
-            same = tensor_same(&copies[i].out, &checked->out) && tensor_same(&copies[i].state, &checked->state);
-        if (!same)
+        if (!tensor_same(&copies[i].out, &checked->out) || !tensor_same(&copies[i].state, &checked->state))
             return failed("a replayed call gave other bits than the one that was compared with the oracle");
     }
     return true;
@@ -218,12 +166,11 @@ static bool time_cold(const struct bench_case *c, const struct trial *checked, s
     return good;
 }
 
-/* Warm: every call of a GPU on the same tensors, where the states fit in its L2 cache, with room for the
- * rest. */
+/* Warm: every call of a GPU on the same tensors, where the states fit in its L2 cache, with room for the rest. */
 static bool time_warm(const struct bench_case *c, struct trial *trial, struct timing *timing) {
     double seconds[BENCH_MAX_REPEATS];
     struct call *calls[WARM_CALLS];
-    if (c->op != KIND_DECODE || trial->call.memory == MEMORY_HOST ||
+    if (!c->decode || trial->call.memory == MEMORY_HOST ||
         4 * (int64_t)tensor_bytes(&trial->state) > 3 * c->l2_bytes)
         return true;
     for (int i = 0; i < WARM_CALLS; i++)
@@ -234,7 +181,7 @@ static bool time_warm(const struct bench_case *c, struct trial *trial, struct ti
     return true;
 }
 
-/* Prefill and backward on the CPU: again and again. */
+/* Prefill on the CPU: again and again. */
 static bool time_hot(const struct bench_case *c, struct trial *trial, struct timing *timing) {
     double seconds[BENCH_MAX_REPEATS], sum = 0;
     int count = 0;
@@ -251,9 +198,8 @@ bool bench_measure(const struct bench_case *c, struct bench_result *result) {
     struct trial trial;
     if (!make_trial(&trial, c, &c->whole, result))
         return false;
-    bool hot = c->op != KIND_DECODE && trial.call.memory == MEMORY_HOST;
-    result->op = c->op;
-    result->decode = c->op == KIND_DECODE ? decode_way_names[c->way] : NULL;
+    bool hot = !c->decode && trial.call.memory == MEMORY_HOST;
+    result->decode = c->decode ? decode_way_names[c->way] : NULL;
     result->tokens = c->whole.tokens;
     result->checked_tokens = c->prefix.tokens;
     result->checked_heads = c->prefix.value_heads;

@@ -21,8 +21,7 @@ double bench_tokens_per_second(const struct bench_result *result) {
 
 double bench_gflops(const struct bench_result *result) {
     const struct case_spec *spec = &result->spec;
-    double operations =
-        (result->op == KIND_BACKWARD ? 18.0 : 8.0) * (double)spec->key_dim * (double)spec->value_dim;
+    double operations = 8.0 * (double)spec->key_dim * (double)spec->value_dim;
     return bench_tokens_per_second(result) * (double)value_heads(spec) * operations * 1e-9;
 }
 
@@ -32,18 +31,17 @@ double bench_byte_rate(const struct bench_result *result) {
 
 /* ---- Table ------------------------------------------------------------------------------------- */
 
-void bench_print_head(const struct bench_machine *machine, enum operation_kind op) {
+void bench_print_head(const struct bench_machine *machine, bool decode) {
     printf("%s, ", machine->device.name[0] ? machine->device.name : machine->host.cpu);
     if (machine->copy_rate > 0)
         printf("copies %.3g GB/s, ", machine->copy_rate * 1e-9);
     printf("flashkda %s\n", flash_kda_version());
-    if (op == KIND_DECODE)
+    if (decode)
         printf("%-32s %-10s %7s %10s %21s %9s %8s %10s %15s\n", "case", "level", "threads", "cold us",
                "quartiles", "GB/s", "of copy", "warm us", "error o, state");
     else
         printf("%-36s %-4s %-10s %7s %9s %19s %10s %8s %7s %15s\n", "case", "out", "level", "threads",
-               "median ms", "quartiles", "tokens/s", "GFLOP/s", "GB/s",
-               op == KIND_BACKWARD ? "error, of bias" : "error o, state");
+               "median ms", "quartiles", "tokens/s", "GFLOP/s", "GB/s", "error o, state");
 }
 
 static void print_prefill_time(const struct bench_result *result) {
@@ -118,8 +116,6 @@ static json_t *result_json(const struct bench_result *result) {
         (json_int_t)result->checked_tokens, "value_heads", (json_int_t)result->checked_heads, "output_error",
         real(result->output_error), "state_error", real(result->state_error), "checkpoint_error",
         result->spec.checkpoint_every ? real(result->checkpoint_error) : json_null(), "passed", result->passed);
-    if (result->op == KIND_BACKWARD)
-        json_object_set_new(object, "op", json_string("backward"));
     if (result->decode)
         json_object_set_new(object, "decode", json_string(result->decode));
     if (result->passed) {

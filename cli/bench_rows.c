@@ -112,27 +112,11 @@ static const struct bench_row decode_cuda_rows[] = {
     BOTH_STATES(.heads = 32, .batch = 64, .tokens = 4, .way = DECODE_STATE_EACH),
 };
 
-/* ---- Backward ---------------------------------------------------------------------------------- */
-
-/* Rows of prefill's table, to stand beside them. */
-static const struct bench_row backward_rows[] = {
-    {.quick = true, .tokens = 1024, .heads = 8, .gate = SOFTPLUS, .regime = SLOW},
-
-    {.tokens = 4096, .heads = 8, .gate = SOFTPLUS, .regime = SLOW, .fp32_out = true, .one_thread = true},
-    {.tokens = 4096, .heads = 8, .gate = SIGMOID, .regime = STRONG},
-    {.tokens = 65536, .heads = 1, .gate = SOFTPLUS, .regime = SLOW, .one_thread = true},
-    {.lengths = MIXED_LENGTHS, .heads = 8, .gate = SIGMOID, .regime = SLOW},
-    {.tokens = 2048, .heads = 4, .value_heads = 16, .gate = SOFTPLUS, .regime = SLOW},
-};
-
 #define TABLE(rows) \
     { rows, sizeof(rows) / sizeof *(rows) }
 
-const struct bench_table *bench_table(enum operation_kind op, bool cuda) {
-    static const struct bench_table tables[][2] = {
-        [KIND_PREFILL] = {TABLE(cpu_rows), TABLE(cuda_rows)},
-        [KIND_DECODE] = {TABLE(decode_cpu_rows), TABLE(decode_cuda_rows)},
-        [KIND_BACKWARD] = {TABLE(backward_rows), TABLE(backward_rows)},
-    };
-    return &tables[op][cuda];
+const struct bench_table *bench_table(bool decode, bool cuda) {
+    static const struct bench_table tables[2][2] = {{TABLE(cpu_rows), TABLE(cuda_rows)},
+                                                    {TABLE(decode_cpu_rows), TABLE(decode_cuda_rows)}};
+    return &tables[decode][cuda];
 }

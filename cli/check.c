@@ -28,11 +28,6 @@ struct tolerance trial_tolerance(const struct trial *trial, const struct trial *
     return tolerance;
 }
 
-double gradient_tolerance(const struct trial *trial, const struct tensor *exact, DLDataType type) {
-    bool collinear = strcmp(trial->c->regime, regime_names[REGIME_NEAR_COLLINEAR]) == 0;
-    return (collinear ? TOLERANCE_FP32_COLLINEAR : TOLERANCE_FP32) + rounding_error(exact, type);
-}
-
 struct comparison compare(const struct tensor *value, const struct tensor *reference, double tolerance) {
     double ratio = tensor_error(value, reference, false);
     return (struct comparison){ratio, tolerance, ratio <= tolerance};

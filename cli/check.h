@@ -13,9 +13,6 @@ struct tolerance {
 /* How far the result of this trial may be from that of the oracle. */
 struct tolerance trial_tolerance(const struct trial *trial, const struct trial *oracle);
 
-/* How far a gradient may be from the exact one, being of this type. */
-double gradient_tolerance(const struct trial *trial, const struct tensor *exact, DLDataType type);
-
 struct comparison {
     double error_ratio, tolerance;
     bool passed;

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #include "trial.h"
 
-#include "random.h"
 #include "timing.h"
 
 #include <stdio.h>
@@ -90,71 +89,6 @@ bool trial_decode(struct trial *trial, const struct kda_case *c, enum decode_way
     return call_make(&trial->call, &all, memory_of(backend), FILL_NONE) || give_up(trial);
 }
 
-/* ---- Backward ---------------------------------------------------------------------------------- */
-
-/* Those of tokens have the type asked for, sums over tokens are fp32. */
-static bool allocate_gradients(struct trial *trial, const struct kda_case *c, DLDataType type) {
-    const struct tensor *const inputs[TRIAL_GRADIENTS] = {&c->q,    &c->k,     &c->v,      &c->g,
-                                                          &c->beta, &c->A_log, &c->dt_bias};
-    int64_t out[TENSOR_MAX_DIMS];
-    case_out_shape(c, out);
-    bool good = tensor_alloc(&trial->d_out, TYPE_BF16, 4, out);
-    for (int i = 0; good && i < TRIAL_GRADIENTS; i++)
-        good = !tensor_present(inputs[i]) ||
-               tensor_alloc(&trial->gradients[i], i < TRIAL_DA_LOG ? type : TYPE_FP32, inputs[i]->dl.ndim,
-                            inputs[i]->shape);
-    return good;
-}
-
-static const DLTensor *given(const struct tensor *t) { return tensor_present(t) ? &t->dl : NULL; }
-
-static flash_kda_backward_args backward_args(const struct trial *trial, const flash_kda_prefill_args *prefill) {
-    const struct tensor *gradients = trial->gradients;
-    flash_kda_backward_args args = FLASH_KDA_BACKWARD_ARGS_INIT;
-    args.q = prefill->q;
-    args.k = prefill->k;
-    args.v = prefill->v;
-    args.g = prefill->g;
-    args.beta = prefill->beta;
-    args.A_log = prefill->A_log;
-    args.dt_bias = prefill->dt_bias;
-    args.cu_seqlens = prefill->cu_seqlens;
-    args.initial_state = prefill->initial_state;
-    args.gate = prefill->gate;
-    args.lower_bound = prefill->lower_bound;
-    args.beta_mode = prefill->beta_mode;
-    args.scale = prefill->scale;
-    args.flags = prefill->flags;
-    args.state_layout = prefill->state_layout;
-    args.d_out = &trial->d_out.dl;
-    args.dq = &gradients[TRIAL_DQ].dl;
-    args.dk = &gradients[TRIAL_DK].dl;
-    args.dv = &gradients[TRIAL_DV].dl;
-    args.dg = &gradients[TRIAL_DG].dl;
-    args.dbeta = &gradients[TRIAL_DBETA].dl;
-    args.dA_log = given(&gradients[TRIAL_DA_LOG]);
-    args.d_dt_bias = given(&gradients[TRIAL_D_DT_BIAS]);
-    return args;
-}
-
-bool trial_backward(struct trial *trial, const struct kda_case *c, DLDataType type, flash_kda_backend backend,
-                    int32_t threads) {
-    *trial = (struct trial){.c = c};
-    if (!allocate_gradients(trial, c, backend == FLASH_KDA_BACKEND_REFERENCE ? TYPE_FP32 : type)) {
-        trial_free(trial);
-        return failed("out of memory for the gradients");
-    }
-    struct random r = random_named(0, "d_out");
-    for (int64_t i = 0, count = tensor_count(&trial->d_out); i < count; i++)
-        tensor_set(&trial->d_out, i, random_normal(&r));
-    const flash_kda_prefill_args prefill = case_args(c);
-    flash_kda_backward_args args = backward_args(trial, &prefill);
-    args.backend = backend;
-    args.num_threads = threads;
-    const struct arguments all = arguments_of_backward(&args);
-    return call_make(&trial->call, &all, memory_of(backend), FILL_NONE) || give_up(trial);
-}
-
 /* ---- Prefill's tokens through decode ----------------------------------------------------------- */
 
 enum { STATE_VIEW = TOKEN_ARGUMENTS, VIEWS };
@@ -229,9 +163,8 @@ bool trial_describe(const struct trial *trial, char *text, size_t size) {
         status = flash_kda_decode_describe(&args, token, sizeof token);
         snprintf(text, size, "%s; decode, token by token", status ? "" : token);
     } else {
-        status = a->kind == KIND_DECODE     ? flash_kda_decode_describe(&a->decode, text, size)
-                 : a->kind == KIND_BACKWARD ? flash_kda_backward_describe(&a->backward, text, size)
-                                            : flash_kda_prefill_describe(&a->prefill, text, size);
+        status = a->kind == KIND_DECODE ? flash_kda_decode_describe(&a->decode, text, size)
+                                        : flash_kda_prefill_describe(&a->prefill, text, size);
     }
     return !status || failed("%s", flash_kda_last_error());
 }
@@ -268,7 +201,4 @@ void trial_free(struct trial *trial) {
     tensor_free(&trial->state);
     tensor_free(&trial->checkpoints);
     tensor_free(&trial->state_indices);
-    tensor_free(&trial->d_out);
-    for (int i = 0; i < TRIAL_GRADIENTS; i++)
-        tensor_free(&trial->gradients[i]);
 }

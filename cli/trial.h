@@ -1,30 +1,17 @@
 /* SPDX-License-Identifier: MIT */
-/* One call on a case, with the memory it needs, to be run as often as wanted. What fails returns false, with
- * failure(). */
+/* One call on a case, with the memory it needs, to be run as often as wanted. What fails returns false, with failure(). */
 #ifndef FLASHKDA_TRIAL_H
 #define FLASHKDA_TRIAL_H
 
 #include "call.h"
 #include "case.h"
 
-/* What becomes of decode's states: written back after the last token, left as they are, or written after
- * each token to a slot of its own. */
+/* What becomes of decode's states: written back after the last token, left as they are, or written after each token to a slot
+ * of its own. */
 enum decode_way { DECODE_IN_PLACE, DECODE_STATE_KEPT, DECODE_STATE_EACH };
 
 /* Their names, ended by NULL; the index is the value. */
 extern const char *const decode_way_names[];
-
-/* What backward writes. */
-enum trial_gradient {
-    TRIAL_DQ,
-    TRIAL_DK,
-    TRIAL_DV,
-    TRIAL_DG,
-    TRIAL_DBETA,
-    TRIAL_DA_LOG,
-    TRIAL_D_DT_BIAS,
-    TRIAL_GRADIENTS
-};
 
 /* Holds struct tensor: not to be copied or moved. */
 struct trial {
@@ -35,28 +22,20 @@ struct trial {
                             it writes states, or 1 */
     struct tensor
         checkpoints; /* of prefill, [B, rows, HV, V, K] or [B, rows, HV, K, V]; absent if the case has none */
-    struct tensor state_indices;              /* of decode, [B] or [B, T] */
-    struct tensor d_out;                      /* of backward */
-    struct tensor gradients[TRIAL_GRADIENTS]; /* of backward; absent if the case has no such input */
+    struct tensor state_indices; /* of decode, [B] or [B, T] */
     enum decode_way way;
     bool
         by_token; /* set by the caller: what prefill is to run goes through decode, one token after the other */
     struct call call;
 };
 
-/* Prefill. The oracle's states and checkpoints are fp32, others as the case says. On failure nothing is left
- * to free. */
+/* Prefill. The oracle's states and checkpoints are fp32, others as the case says. On failure nothing is left to free. */
 bool trial_prefill(struct trial *trial, const struct kda_case *c, DLDataType out_type,
                    flash_kda_backend backend, int32_t threads);
 
 /* Decode of a dense case with an initial state, whose dtype the states keep. On failure as above. */
 bool trial_decode(struct trial *trial, const struct kda_case *c, enum decode_way way, flash_kda_backend backend,
                   int32_t threads);
-
-/* Backward of prefill from random gradients of its outputs, the same for cases of the same shape; without
- * checkpoints. The oracle's gradients are fp32, others of this type. On failure as above. */
-bool trial_backward(struct trial *trial, const struct kda_case *c, DLDataType type, flash_kda_backend backend,
-                    int32_t threads);
 
 /* Runs it once; *seconds is how long the call took, copies between memories not counted. */
 bool trial_run(struct trial *trial, double *seconds);

@@ -121,8 +121,7 @@ holds 'the JSON is written' grep -q '"tokens_per_second"' written.json
 if [ "${2:-}" != quick ]; then
     says 0 '^N9-T512' bench --quick
     says 0 '^H8-B2-T4-fp32, state each' bench --quick --decode --threads 2
-    says 0 '"decode": "in place"' bench --quick --op decode --json
-    says 0 '^T300-H2-softplus-slow .*fp32 ' bench --op backward --tokens 300 --heads 2 --out-dtype fp32
+    says 0 '"decode": "in place"' bench --quick --decode --json
 fi
 table 2 <<'ROWS'
 --level is 'bogus', expected one of: all, generic             | bench --level bogus
@@ -131,8 +130,7 @@ table 2 <<'ROWS'
 --out-dtype is 'int', expected one of                         | bench --out-dtype int
 --backend is 'tpu', expected one of: cpu, cuda                | bench --backend tpu
 --quick is a table of its own                                 | bench --quick --tokens 3
-decode is a table of its own                                  | bench --decode --tokens 3
---op is 'train', expected one of: prefill, decode, backward   | bench --op train
+--decode is a table of its own                                | bench --decode --tokens 3
 --level and --threads are the CPU backend's                   | bench --backend cuda --threads 3
 --commit is kept in the JSON                                  | bench --commit abc
 --output - would mix JSON with the table                      | bench -o -
