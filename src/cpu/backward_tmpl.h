@@ -11,9 +11,9 @@
 #include "cpu/chunk_tmpl.h"
 
 enum {
-    SEGMENT = 128, /* tokens between states that are kept over the whole sequence */
-    CHUNKS = SEGMENT / KDA_CHUNK,
+    CHUNKS = KDA_SEGMENT / KDA_CHUNK,
     PAIRS = KDA_CHUNK * (KDA_CHUNK - 1) / 2,
+    TOKENS = 3 * KDA_CHUNK, /* side by side: what a chunk gives to R, then its u */
 };
 
 /* ---- Memory ------------------------------------------------------------------------------------ */
@@ -23,40 +23,37 @@ struct step {
     struct kda_chunk chunk; /* L is not times beta */
     struct rows rows;       /* k, q and decay stay */
     float *S;               /* K rows: the state before the chunk */
-    float *u, *e;           /* KDA_CHUNK rows: u = beta e, e = v - D^T k */
+    float *e, *u;           /* KDA_CHUNK rows: e = v - D^T k, u = beta e */
 };
 
 struct memory {
     struct step steps[CHUNKS];
-    float *kept;            /* [segments]: the state before each; NULL where prefill kept all of them */
-    float *R;               /* K rows: gradient of the state after the chunk */
-    float *given;           /* 2 KDA_CHUNK rows: -dX, then dO; what KT and QT give to R */
-    float *z;               /* KDA_CHUNK rows: gradient of u */
-    float *to_state;        /* [2 KDA_CHUNK][Kp]: S (-dX), S dO */
-    float *to_R;            /* [KDA_CHUNK][Kp]: R u */
-    float *across;          /* [Kp]: sum over columns of S R */
-    float *pairs;           /* [2 KDA_CHUNK][KDA_CHUNK]: gradients of L, then of M */
-    float *dq, *dk;         /* [KDA_CHUNK][Kp]; of the scaled q */
-    float *sums_q, *sums_k; /* [T][Kp]: over the value heads of a q/k head, where there are several */
-    float *keys;            /* [pairs of tokens][LANES]: what channels_back keeps */
-    float *raw, *da;        /* [KDA_CHUNK][Kp]: g, and the gradient of the log decay, then of g */
+    float *e;        /* of a segment; NULL where it is kept */
+    float *S;        /* K rows: the first step's, where it is not kept */
+    float *R;        /* K rows: gradient of the state after the chunk */
+    float *given;    /* 2 KDA_CHUNK rows: -dX, then dO; what KT and QT give to R */
+    float *z;        /* KDA_CHUNK rows: gradient of u */
+    float *tokens;   /* [V][TOKENS]: given, then u */
+    float *products; /* [Kp][TOKENS]: S given, R u */
+    float *to_state; /* [2 KDA_CHUNK][Kp]: S (-dX), S dO */
+    float *to_R;     /* [KDA_CHUNK][Kp], behind to_state: R u */
+    float *across;   /* [Kp]: sum over columns of S R */
+    float *pairs;    /* [2 KDA_CHUNK][KDA_CHUNK]: gradients of L, then of M */
+    float *dq, *dk;  /* [KDA_CHUNK][Kp]; of the scaled q */
+    float *keys;     /* [pairs of tokens][LANES]: what channels_back keeps */
+    float *raw, *da; /* [KDA_CHUNK][Kp]: g, and the gradient of the log decay, then of g */
 };
 
-/* One value head of one sequence. */
+/* One value head of one sequence, and the columns that are worked. */
 struct head {
     const struct kda_backward *b;
     const struct kda_prefill *p;
-    struct memory *m;
+    const struct kda_backward_head *kept;
+    struct memory m;
     struct kda_chain chain;
     int64_t Kp, tiles, state; /* floats of a state */
-    bool first, last;         /* of the value heads of a q/k head */
-    double *sums;
+    int64_t first_tile, end_tile;
 };
-
-/* Does every segment begin with a state that prefill kept? */
-static inline bool all_kept(const struct kda_prefill *p) {
-    return p->checkpoints.data && SEGMENT % p->checkpoint_every == 0;
-}
 
 static inline void lay_out_step(int64_t Kp, int64_t Vp, struct kda_arena *arena, struct step *s) {
     size_t row = (size_t)Kp * sizeof(float), column = (size_t)Vp * sizeof(float);
@@ -71,32 +68,30 @@ static inline void lay_out_step(int64_t Kp, int64_t Vp, struct kda_arena *arena,
     s->rows.decay = kda_take(arena, KDA_CHUNK, row);
     s->S = kda_take(arena, (size_t)Kp, column);
     s->u = kda_take(arena, KDA_CHUNK, column);
-    s->e = kda_take(arena, KDA_CHUNK, column);
 }
 
 static inline void lay_out_all(const struct kda_backward *b, struct kda_arena *arena, struct memory *m) {
     const struct kda_prefill *p = &b->forward;
     int64_t Kp = kda_padded_key_dim(p), Vp = kda_tiles(p->value_dim) * KDA_TILE;
     size_t row = (size_t)Kp * sizeof(float), column = (size_t)Vp * sizeof(float);
-    size_t segments = all_kept(p) ? 0 : (size_t)(p->tokens + SEGMENT - 1) / SEGMENT;
-    size_t summed = p->value_heads > p->heads ? (size_t)p->tokens : 0;
     for (int i = 0; i < CHUNKS; i++)
         lay_out_step(Kp, Vp, arena, &m->steps[i]);
     float *to_here = kda_take(arena, KDA_CHUNK, row);
     for (int i = 0; i < CHUNKS; i++)
         m->steps[i].rows.to_here = to_here;
-    m->kept = kda_take(arena, segments * (size_t)Kp, column);
+    m->e = kda_take(arena, kda_kept_all(p) ? KDA_SEGMENT : 0, column);
+    m->S = m->steps[0].S;
     m->R = kda_take(arena, (size_t)Kp, column);
     m->given = kda_take(arena, 2 * KDA_CHUNK, column);
     m->z = kda_take(arena, KDA_CHUNK, column);
-    m->to_state = kda_take(arena, 2 * KDA_CHUNK, row);
-    m->to_R = kda_take(arena, KDA_CHUNK, row);
+    m->tokens = kda_take(arena, TOKENS, column);
+    m->products = kda_take(arena, TOKENS, row);
+    m->to_state = kda_take(arena, TOKENS, row);
+    m->to_R = m->to_state ? m->to_state + 2 * KDA_CHUNK * Kp : NULL;
     m->across = kda_take(arena, 1, row);
     m->pairs = kda_take(arena, 2 * (size_t)KDA_CHUNK * KDA_CHUNK, sizeof(float));
     m->dq = kda_take(arena, KDA_CHUNK, row);
     m->dk = kda_take(arena, KDA_CHUNK, row);
-    m->sums_q = kda_take(arena, summed, row);
-    m->sums_k = kda_take(arena, summed, row);
     m->keys = kda_take(arena, PAIRS * LANES, sizeof(float));
     m->raw = kda_take(arena, KDA_CHUNK, row);
     m->da = kda_take(arena, KDA_CHUNK, row);
@@ -107,6 +102,24 @@ static void lay_out(const struct kda_backward *b, struct kda_arena *arena) {
     lay_out_all(b, arena, &unused);
 }
 
+static inline struct head head_of(const struct kda_backward *b, const struct kda_backward_head *kept,
+                                  int64_t first_tile, int64_t end_tile, void *scratch) {
+    const struct kda_prefill *p = &b->forward;
+    struct kda_arena arena = {scratch, 0};
+    struct head h = {.b = b,
+                     .p = p,
+                     .kept = kept,
+                     .Kp = kda_padded_key_dim(p),
+                     .tiles = kda_tiles(p->value_dim),
+                     .state = kda_state_floats(p),
+                     .first_tile = first_tile,
+                     .end_tile = end_tile};
+    h.chain = (struct kda_chain){
+        .sequence = kept->sequence, .head = kept->head, .tokens = kda_tokens_of(&p->base, kept->sequence)};
+    lay_out_all(b, &arena, &h.m);
+    return h;
+}
+
 /* ---- States ------------------------------------------------------------------------------------ */
 
 static inline struct kda_tile_io columns_of(const struct head *h, int64_t tile) {
@@ -115,55 +128,91 @@ static inline struct kda_tile_io columns_of(const struct head *h, int64_t tile) 
 }
 
 static inline void load_matrix(const struct head *h, struct kda_state state, float *S) {
-    for (int64_t tile = 0; tile < h->tiles; tile++) {
+    for (int64_t tile = h->first_tile; tile < h->end_tile; tile++) {
         const struct kda_tile_io io = columns_of(h, tile);
         load_tile(h->p, state, &io, S + tile * h->Kp * KDA_TILE);
     }
 }
 
 static inline void store_matrix(const struct head *h, struct kda_state state, const float *S) {
-    for (int64_t tile = 0; tile < h->tiles; tile++) {
+    for (int64_t tile = h->first_tile; tile < h->end_tile; tile++) {
         const struct kda_tile_io io = columns_of(h, tile);
         store_tile(h->p, state, &io, S + tile * h->Kp * KDA_TILE);
     }
 }
 
-/* A row of v, dO or dv at the columns of a tile. */
-static inline char *values_at(const struct head *h, const struct kda_tensor *t, int64_t token, int64_t tile) {
-    return kda_row(t, h->chain.tokens.batch, h->chain.tokens.first + token, h->chain.head) +
-           tile * KDA_TILE * (int64_t)kda_dtype_size(t->dtype);
+/* The columns of V that are worked. */
+static inline int64_t first_column(const struct head *h) { return h->first_tile * KDA_TILE; }
+static inline int64_t end_column(const struct head *h) {
+    return kda_min64(h->end_tile * KDA_TILE, h->p->value_dim);
 }
 
-/* to [KDA_CHUNK][KDA_TILE]: a chunk's rows of v or dO at the columns of a tile, zeros after them. */
+/* A row of v, dO or dv from a column on. */
+static inline char *values_at(const struct head *h, const struct kda_tensor *t, int64_t token, int64_t column) {
+    return kda_row(t, h->chain.tokens.batch, h->chain.tokens.first + token, h->chain.head) +
+           column * (int64_t)kda_dtype_size(t->dtype);
+}
+
+enum { COLUMNS = 4 * KDA_TILE }; /* of a row in memory that are taken at a time */
+
+/* Rows of v or dO of a chunk to a matrix of `stride` rows, zeros after them. */
 static inline void load_values(const struct head *h, const struct kda_tensor *t, const struct kda_chunk *chunk,
-                               int64_t tile, float *to) {
-    int64_t columns = columns_of(h, tile).columns, count = t->data ? chunk->count : 0;
-    for (int64_t i = 0; i < count; i++)
-        load_row(to + i * KDA_TILE, values_at(h, t, chunk->first + i, tile), t->dtype, columns, KDA_TILE);
-    memset(to + count * KDA_TILE, 0, (size_t)(KDA_CHUNK - count) * KDA_TILE * sizeof *to);
+                               int64_t stride, float *to) {
+    float row[COLUMNS] ALIGNED = {0};
+    for (int64_t i = 0; i < KDA_CHUNK; i++)
+        for (int64_t column = first_column(h); column < end_column(h); column += COLUMNS) {
+            int64_t columns = kda_min64(COLUMNS, end_column(h) - column);
+            int64_t width = kda_tiles(columns) * KDA_TILE;
+            if (t->data && i < chunk->count)
+                load_row(row, values_at(h, t, chunk->first + i, column), t->dtype, columns, width);
+            else
+                memset(row, 0, sizeof row);
+            for (int64_t v = 0; v < width; v += KDA_TILE)
+                memcpy(to + ((column + v) * stride + i * KDA_TILE), row + v, KDA_TILE * sizeof *row);
+        }
 }
 
 /* ---- There ------------------------------------------------------------------------------------- */
 
-static inline void begin_step(const struct head *h, int64_t first, struct step *s) {
+/* Asks for a chunk's rows of q, k and g, if it is one: the rows of one head lie apart, where the hardware
+ * does not foresee them. Always inlined, or gcc drops a call that only prefetches. */
+__attribute__((always_inline)) static inline void prefetch_chunk(const struct head *h, int64_t first) {
+    if (first >= 0)
+        prefetch_keys(h->p, &h->chain, first, KDA_CHUNK);
+}
+
+__attribute__((always_inline)) static inline void prefetch_values(const struct head *h,
+                                                                  const struct kda_tensor *t, int64_t first) {
+    for (int64_t token = first; t->data && first >= 0 && token < first + KDA_CHUNK && token < h->chain.end;
+         token++)
+        PREFETCH_ROW(*t, h->chain.tokens.batch, h->chain.tokens.first + token, h->chain.head, first_column(h),
+                     end_column(h) - first_column(h));
+}
+
+/* queries: M and QT are wanted, too. */
+static inline void begin_step(const struct head *h, int64_t first, bool queries, struct step *s) {
     const struct kda_prefill *p = h->p;
     struct kda_chunk *chunk = &s->chunk;
     int64_t Kp = h->Kp;
     chunk->first = first;
     chunk->count = kda_min64(KDA_CHUNK, h->chain.tokens.length - first);
+    struct rows rows = s->rows;
+    if (!queries)
+        rows.q = rows.k; /* some numbers to take the place of them */
     for (int64_t t = 0; t < chunk->count; t++) {
-        load_key(p, &p->k, &h->chain, first + t, 1, Kp, s->rows.k + t * Kp);
-        load_key(p, &p->q, &h->chain, first + t, p->scale, Kp, s->rows.q + t * Kp);
+        load_key(p, &p->k, &h->chain, first + t, 1, Kp, rows.k + t * Kp);
+        if (queries)
+            load_key(p, &p->q, &h->chain, first + t, p->scale, Kp, rows.q + t * Kp);
     }
     size_t missing = (size_t)((KDA_CHUNK - chunk->count) * Kp) * sizeof(float);
-    memset(s->rows.k + chunk->count * Kp, 0, missing);
-    memset(s->rows.q + chunk->count * Kp, 0, missing);
-    load_decay(p, &h->chain, Kp, chunk, s->rows.decay);
+    memset(rows.k + chunk->count * Kp, 0, missing);
+    memset(rows.q + chunk->count * Kp, 0, missing);
+    load_decay(p, &h->chain, Kp, chunk, rows.decay);
     load_beta(p, &h->chain, chunk, chunk->beta);
     for (int t = 0; t < KDA_CHUNK; t++)
-        s->rows.beta[t] = 1;
-    store_operands(&s->rows, Kp, chunk);
-    find_pairs(&s->rows, Kp, chunk);
+        rows.beta[t] = 1;
+    store_operands(&rows, Kp, chunk);
+    find_pairs(&rows, Kp, chunk);
 }
 
 /* e and u of one tile by forward substitution, in place of v in e; product: KT S. */
@@ -181,14 +230,23 @@ static inline void solve_there(const struct kda_chunk *chunk, const float *produ
     }
 }
 
-static inline void correct(const struct head *h, struct step *s) {
+static inline void correct(const struct head *h, const struct step *s) {
     float product[KDA_CHUNK * KDA_TILE] ALIGNED;
-    for (int64_t tile = 0; tile < h->tiles; tile++) {
+    load_values(h, &h->p->v, &s->chunk, KDA_CHUNK, s->e);
+    for (int64_t tile = h->first_tile; tile < h->end_tile; tile++) {
         int64_t at = tile * KDA_CHUNK * KDA_TILE;
         const struct kda_tile S = {.S = s->S + tile * h->Kp * KDA_TILE};
-        load_values(h, &h->p->v, &s->chunk, tile, s->e + at);
         multiply_state(s->chunk.queries_keys, &S, h->Kp, KDA_CHUNK, product);
         solve_there(&s->chunk, product, s->e + at, s->u + at);
+    }
+}
+
+/* u from e, as solve_there has it. */
+static inline void correct_again(const struct head *h, const struct step *s) {
+    for (int64_t row = 0; row < h->tiles * KDA_CHUNK; row++) {
+        vf beta = vf_set1(s->chunk.beta[row % KDA_CHUNK]);
+        for (int v = 0; v < KDA_TILE; v += LANES)
+            vf_store(s->u + row * KDA_TILE + v, vf_mul(beta, vf_load(s->e + row * KDA_TILE + v)));
     }
 }
 
@@ -200,74 +258,96 @@ static inline void leave_step(const struct head *h, const struct step *s, float 
         load_matrix(h, kept, S);
         return;
     }
-    if (S != s->S)
-        memcpy(S, s->S, (size_t)h->state * sizeof *S);
-    for (int64_t tile = 0; tile < h->tiles; tile++)
-        carry_and_add(s->chunk.carry, s->chunk.keys_to_end, s->u + tile * KDA_CHUNK * KDA_TILE, KDA_CHUNK,
-                      h->Kp, S + tile * h->Kp * KDA_TILE);
+    for (int64_t tile = h->first_tile; tile < h->end_tile; tile++) {
+        int64_t at = tile * h->Kp * KDA_TILE;
+        carry_and_add(s->chunk.carry, NULL, s->chunk.keys_to_end, s->u + tile * KDA_CHUNK * KDA_TILE, KDA_CHUNK,
+                      h->Kp, s->S + at, S + at);
+    }
 }
 
-/* The state before a segment, to S: from memory, or from the state before it. */
-static inline void find_state(const struct head *h, int64_t segment, float *S) {
+/* The state before a segment: in S from memory, or where the way there left it. */
+static inline float *find_state(const struct head *h, int64_t segment, float *S) {
     const struct kda_prefill *p = h->p;
-    if (segment == 0)
-        load_matrix(h, kda_state_at(p, &p->initial_state, h->chain.sequence, h->chain.head), S);
-    else if (all_kept(p))
-        load_matrix(h, kda_kept_state(h->b, h->chain.sequence, segment * SEGMENT, h->chain.head), S);
-    else
-        memcpy(S, h->m->kept + segment * h->state, (size_t)h->state * sizeof *S);
+    if (segment && !kda_kept_all(p))
+        return h->kept->S + segment * h->state;
+    load_matrix(h,
+                segment ? kda_kept_state(h->b, h->chain.sequence, segment * KDA_SEGMENT, h->chain.head)
+                        : kda_state_at(p, &p->initial_state, h->chain.sequence, h->chain.head),
+                S);
+    return S;
 }
 
-/* The states before all segments but the first. */
-static inline void keep_states(const struct head *h) {
-    struct step *s = &h->m->steps[0];
-    int64_t length = h->chain.tokens.length;
-    find_state(h, 0, s->S);
-    for (int64_t first = 0; first + SEGMENT < length; first += SEGMENT) {
-        for (int64_t i = 0; i < SEGMENT; i += KDA_CHUNK) {
-            begin_step(h, first + i, s);
-            correct(h, s);
-            leave_step(h, s, s->S);
-        }
-        memcpy(h->m->kept + (first / SEGMENT + 1) * h->state, s->S, (size_t)h->state * sizeof *s->S);
+static inline float *kept_e(const struct head *h, int64_t token) {
+    return h->kept->e + token * h->tiles * KDA_TILE;
+}
+
+static void there(const struct kda_backward *b, const struct kda_backward_head *kept, int64_t first,
+                  int64_t end, void *scratch) {
+    const struct head h = head_of(b, kept, first, end, scratch);
+    struct step step = h.m.steps[0];
+    float *S = step.S;
+    find_state(&h, 0, S);
+    for (int64_t token = 0, next; token < h.chain.tokens.length; token = next) {
+        next = token + KDA_CHUNK;
+        step.e = kept_e(&h, token);
+        prefetch_chunk(&h, next);
+        prefetch_values(&h, &b->forward.v, next);
+        begin_step(&h, token, false, &step);
+        correct(&h, &step);
+        float *left = next % KDA_SEGMENT ? S : kept->S + next / KDA_SEGMENT * h.state;
+        if (next < h.chain.tokens.length)
+            leave_step(&h, &step, left);
+        step.S = left;
     }
 }
 
 /* ---- Back: matrices ---------------------------------------------------------------------------- */
 
-/* Rows of b at a time, for as many accumulators as a level has for products. */
-enum { ROWS_OF_B = PRODUCT_ROWS * PRODUCT_VECTORS < 16 ? 2 : 4 };
-
-/* out [a_rows][stride]: sums over all columns of V of a's rows times b's; rows in multiples of 4. */
-static inline void multiply_rows(const float *a, int a_rows, const float *b, int64_t b_rows, int64_t tiles,
-                                 float *out, int64_t stride) {
-    for (int64_t j = 0; j < b_rows; j += 4)
-        for (int i = 0; i < a_rows; i += 4) {
-            vf all[16];
-            UNROLL for (int y = 0; y < 4; y += ROWS_OF_B) {
-                vf sum[4][ROWS_OF_B];
-                UNROLL for (int n = 0; n < 4; n++) UNROLL for (int r = 0; r < ROWS_OF_B; r++) sum[n][r] =
-                    vf_set1(0);
-                for (int64_t tile = 0; tile < tiles; tile++) {
-                    const float *from_a = a + (tile * a_rows + i) * KDA_TILE;
-                    const float *from_b = b + (tile * b_rows + j + y) * KDA_TILE;
-                    for (int v = 0; v < KDA_TILE; v += LANES) {
-                        vf x[ROWS_OF_B];
-                        UNROLL for (int r = 0; r < ROWS_OF_B; r++) x[r] = vf_load(from_b + r * KDA_TILE + v);
-                        UNROLL for (int n = 0; n < 4; n++) {
-                            vf row = vf_load(from_a + n * KDA_TILE + v);
-                            UNROLL for (int r = 0; r < ROWS_OF_B; r++) sum[n][r] = vf_fma(row, x[r], sum[n][r]);
-                        }
-                    }
-                }
-                UNROLL for (int n = 0; n < 4; n++) UNROLL for (int r = 0; r < ROWS_OF_B; r++)
-                    all[4 * n + y + r] = sum[n][r];
-            }
-            float sums[16];
-            vf_sums(all, sums);
-            for (int n = 0; n < 4; n++)
-                memcpy(out + (i + n) * stride + j, sums + 4 * n, 4 * sizeof *sums);
+/* to [columns][to_stride] = from [rows][from_stride] transposed; multiples of LANES. */
+static inline void transpose(const float *from, int64_t from_stride, int64_t rows, int64_t columns, float *to,
+                             int64_t to_stride) {
+    for (int64_t row = 0; row < rows; row += LANES)
+        for (int64_t column = 0; column < columns; column += LANES) {
+            vf x[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) x[i] = vf_load(from + (row + i) * from_stride + column);
+            vf_transpose(x);
+            UNROLL for (int i = 0; i < LANES; i++) vf_store(to + (column + i) * to_stride + row, x[i]);
         }
+}
+
+/* out [a_rows][TOKENS or less, stride]: for `vectors` of tokens, sums over all columns of V of a,
+ * [tiles][a_rows][KDA_TILE], times b, [V][TOKENS]; `rows` at a time. Always inlined, for these two are
+ * constants. */
+__attribute__((always_inline)) static inline void multiply_vectors(const float *a, int64_t a_rows,
+                                                                   int64_t tiles, const float *b, float *out,
+                                                                   int64_t stride, int rows, int vectors) {
+    for (int64_t row = 0; row < a_rows; row += rows) {
+        vf sum[16][2];
+        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < vectors; j++) sum[r][j] = vf_set1(0);
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            const float *from = a + (tile * a_rows + row) * KDA_TILE, *to = b + tile * KDA_TILE * TOKENS;
+            for (int v = 0; v < KDA_TILE; v++) {
+                vf x[2];
+                UNROLL for (int j = 0; j < vectors; j++) x[j] = vf_load(to + v * TOKENS + j * LANES);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    vf s = vf_set1(from[r * KDA_TILE + v]);
+                    UNROLL for (int j = 0; j < vectors; j++) sum[r][j] = vf_fma(s, x[j], sum[r][j]);
+                }
+            }
+        }
+        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < vectors; j++)
+            vf_store(out + (row + r) * stride + j * LANES, sum[r][j]);
+    }
+}
+
+/* The same for `count` tokens, KDA_CHUNK or twice that; a_rows in multiples of KDA_CHUNK. */
+static inline void multiply_tokens(const float *a, int64_t a_rows, int64_t tiles, const float *b, int count,
+                                   float *out, int64_t stride) {
+    int first = 0, width = PRODUCT_VECTORS * LANES;
+    for (; first + width <= count; first += width)
+        multiply_vectors(a, a_rows, tiles, b + first, out + first, stride, PRODUCT_ROWS, PRODUCT_VECTORS);
+    if (first < count) /* vectors are as wide as a chunk */
+        multiply_vectors(a, a_rows, tiles, b + first, out + first, stride, PRODUCT_ROWS * PRODUCT_VECTORS, 1);
 }
 
 /* One row of each: the sum over all columns of V. */
@@ -303,62 +383,145 @@ static inline void solve_back(const struct kda_chunk *chunk, const float *produc
     }
 }
 
-static inline void store_dv(const struct head *h, const struct step *s, int64_t tile, const float *given) {
-    const struct kda_tensor *dv = &h->b->dv;
-    float row[KDA_TILE] ALIGNED;
-    for (int64_t t = 0; dv->data && t < s->chunk.count; t++) {
-        for (int v = 0; v < KDA_TILE; v += LANES)
-            vf_store(row + v, vf_sub(vf_set1(0), vf_load(given + t * KDA_TILE + v)));
-        store_row(values_at(h, dv, s->chunk.first + t, tile), dv->dtype, row, columns_of(h, tile).columns);
+/* What a chunk gives to R. */
+static inline void give_back(const struct head *h, const struct step *s) {
+    float product[KDA_CHUNK * KDA_TILE] ALIGNED;
+    load_values(h, &h->b->d_out, &s->chunk, 2 * KDA_CHUNK, h->m.given + KDA_CHUNK * KDA_TILE);
+    for (int64_t tile = h->first_tile; tile < h->end_tile; tile++) {
+        const struct kda_tile R = {.S = h->m.R + tile * h->Kp * KDA_TILE};
+        multiply_state(s->chunk.keys_to_end, &R, h->Kp, KDA_CHUNK, product);
+        solve_back(&s->chunk, product, h->m.given + tile * 2 * KDA_CHUNK * KDA_TILE,
+                   h->m.z + tile * KDA_CHUNK * KDA_TILE);
     }
 }
 
-/* R times what the chunk leaves of a state: 1 + carry where it is slow, as a product where little is left. */
-static inline void decay_back(const struct head *h, const struct step *s) {
-    for (int64_t c = 0; c < h->Kp; c++) {
-        float left = 1, carry = s->chunk.carry[c];
-        bool slow = carry > -0.5f;
-        for (int t = 0; t < KDA_CHUNK; t++)
-            left *= s->rows.decay[t * h->Kp + c];
-        vf factor = vf_set1(slow ? carry : left);
-        for (int64_t tile = 0; tile < h->tiles; tile++)
-            for (int v = 0; v < KDA_TILE; v += LANES) {
-                float *R = h->m->R + (tile * h->Kp + c) * KDA_TILE + v;
-                vf x = vf_load(R);
-                vf_store(R, slow ? vf_fma(factor, x, x) : vf_mul(factor, x));
-            }
+/* R: from that after the chunk to that before it. What the chunk leaves of it is 1 + carry where it is slow,
+ * a product where little is left. */
+static inline void carry_back(const struct head *h, const struct step *s) {
+    float carries[KDA_MAX_PADDED_K], keeps[KDA_MAX_PADDED_K];
+    for (int64_t c = 0; c < h->Kp; c += LANES) {
+        float left[LANES] ALIGNED;
+        vf product = vf_load(s->rows.decay + c);
+        for (int t = 1; t < KDA_CHUNK; t++)
+            product = vf_mul(product, vf_load(s->rows.decay + t * h->Kp + c));
+        vf_store(left, product);
+        for (int i = 0; i < LANES; i++) {
+            bool slow = s->chunk.carry[c + i] > -0.5F;
+            carries[c + i] = slow ? s->chunk.carry[c + i] : left[i];
+            keeps[c + i] = slow ? 1 : 0;
+        }
+    }
+    for (int64_t tile = h->first_tile; tile < h->end_tile; tile++) {
+        float *R = h->m.R + tile * h->Kp * KDA_TILE;
+        carry_and_add(carries, keeps, s->chunk.queries_keys, h->m.given + tile * 2 * KDA_CHUNK * KDA_TILE,
+                      2 * KDA_CHUNK, h->Kp, R, R);
+    }
+}
+
+static inline void load_d_final_state(const struct head *h) {
+    load_matrix(h, kda_state_in(&h->p->base, &h->b->d_final_state, h->chain.sequence, h->chain.head), h->m.R);
+}
+
+static inline void copy_R(const struct head *h, const float *from, float *to) {
+    int64_t first = h->first_tile * h->Kp * KDA_TILE, end = h->end_tile * h->Kp * KDA_TILE;
+    memcpy(to + first, from + first, (size_t)(end - first) * sizeof *to);
+}
+
+static void back(const struct kda_backward *b, const struct kda_backward_head *kept, int64_t first, int64_t end,
+                 void *scratch) {
+    const struct head h = head_of(b, kept, first, end, scratch);
+    struct step step = h.m.steps[0];
+    int64_t length = h.chain.tokens.length, chunks = (length + KDA_CHUNK - 1) / KDA_CHUNK;
+    load_d_final_state(&h);
+    for (int64_t i = chunks - 1; i >= 0; i--) {
+        if (i + 1 == chunks || (i + 1) % CHUNKS == 0)
+            copy_R(&h, h.m.R, kept->R + i / CHUNKS * h.state);
+        if (i == 0)
+            break;
+        prefetch_chunk(&h, (i - 1) * KDA_CHUNK);
+        prefetch_values(&h, &b->d_out, (i - 1) * KDA_CHUNK);
+        begin_step(&h, i * KDA_CHUNK, true, &step);
+        give_back(&h, &step);
+        carry_back(&h, &step);
+    }
+}
+
+static inline void store_dv(const struct head *h, const struct step *s) {
+    const struct kda_tensor *dv = &h->b->dv;
+    float row[COLUMNS] ALIGNED;
+    for (int64_t t = 0; dv->data && t < s->chunk.count; t++)
+        for (int64_t column = 0; column < h->p->value_dim; column += COLUMNS) {
+            int64_t columns = kda_min64(COLUMNS, h->p->value_dim - column);
+            vf beta = vf_set1(s->chunk.beta[t]);
+            for (int64_t v = 0; v < columns; v += KDA_TILE)
+                UNROLL for (int j = 0; j < KDA_TILE; j += LANES) vf_store(
+                    row + v + j, vf_mul(beta, vf_load(h->m.z + (column + v) * KDA_CHUNK + t * KDA_TILE + j)));
+            store_row(values_at(h, dv, s->chunk.first + t, column), dv->dtype, row, columns);
+        }
+}
+
+/* across [Kp]: sums over all columns of a state and its gradient. */
+static inline void multiply_states(const struct head *h, const float *S, const float *R, float *across) {
+    for (int64_t c = 0; c < h->Kp; c += 16) {
+        vf sum[16];
+        UNROLL for (int n = 0; n < 16; n++) {
+            sum[n] = vf_set1(0);
+            for (int64_t tile = 0; tile < h->tiles; tile++)
+                UNROLL for (int v = 0; v < KDA_TILE; v += LANES) {
+                    int64_t at = (tile * h->Kp + c + n) * KDA_TILE + v;
+                    sum[n] = vf_fma(vf_load(S + at), vf_load(R + at), sum[n]);
+                }
+        }
+        vf_sums(sum, across + c);
+    }
+}
+
+/* The chunk's tokens side by side. */
+static inline void turn_tokens(const struct head *h, const struct step *s) {
+    for (int64_t tile = 0; tile < h->tiles; tile++) {
+        float *to = h->m.tokens + tile * KDA_TILE * TOKENS;
+        transpose(h->m.given + tile * 2 * KDA_CHUNK * KDA_TILE, KDA_TILE, 2 * KDA_CHUNK, KDA_TILE, to, TOKENS);
+        transpose(s->u + tile * KDA_CHUNK * KDA_TILE, KDA_TILE, KDA_CHUNK, KDA_TILE, to + 2 * KDA_CHUNK,
+                  TOKENS);
+    }
+}
+
+/* Asks for the rows that the chunk's gradients will be written to. */
+__attribute__((always_inline)) static inline void prefetch_outputs(const struct head *h, const struct step *s) {
+    const struct kda_tensor *const keys[] = {&h->b->dq, &h->b->dk}, *const values[] = {&h->b->dg, &h->b->dv};
+    int64_t batch = h->chain.tokens.batch, head = h->chain.head, group = h->p->value_heads / h->p->heads;
+    for (int64_t t = 0; t < s->chunk.count; t++) {
+        int64_t token = h->chain.tokens.first + s->chunk.first + t;
+        for (int i = 0; i < 2; i++) {
+            if (keys[i]->data && h->kept->last)
+                PREFETCH_ROW(*keys[i], batch, token, head / group, 0, h->p->key_dim);
+            if (values[i]->data)
+                PREFETCH_ROW(*values[i], batch, token, head, 0, i ? h->p->value_dim : h->p->key_dim);
+        }
     }
 }
 
 /* All products with the state and its gradient, which becomes that before the chunk. */
 static inline void multiply_back(const struct head *h, const struct step *s) {
-    const struct memory *m = h->m;
-    float product[KDA_CHUNK * KDA_TILE] ALIGNED;
-    const float none[KDA_MAX_PADDED_K] = {0};
-    for (int64_t tile = 0; tile < h->tiles; tile++) {
-        float *given = m->given + tile * 2 * KDA_CHUNK * KDA_TILE;
-        const struct kda_tile R = {.S = m->R + tile * h->Kp * KDA_TILE};
-        load_values(h, &h->b->d_out, &s->chunk, tile, given + KDA_CHUNK * KDA_TILE);
-        multiply_state(s->chunk.keys_to_end, &R, h->Kp, KDA_CHUNK, product);
-        solve_back(&s->chunk, product, given, m->z + tile * KDA_CHUNK * KDA_TILE);
-        store_dv(h, s, tile, given);
-    }
-    multiply_rows(m->given, 2 * KDA_CHUNK, s->S, h->Kp, h->tiles, m->to_state, h->Kp);
-    multiply_rows(s->u, KDA_CHUNK, m->R, h->Kp, h->tiles, m->to_R, h->Kp);
-    multiply_rows(m->given, 2 * KDA_CHUNK, s->u, KDA_CHUNK, h->tiles, m->pairs, KDA_CHUNK);
-    for (int64_t c = 0; c < h->Kp; c++)
-        m->across[c] = multiply_row(s->S + c * KDA_TILE, (int)h->Kp, m->R + c * KDA_TILE, h->Kp, h->tiles);
-    decay_back(h, s);
-    for (int64_t tile = 0; tile < h->tiles; tile++)
-        carry_and_add(none, s->chunk.queries_keys, m->given + tile * 2 * KDA_CHUNK * KDA_TILE, 2 * KDA_CHUNK,
-                      h->Kp, m->R + tile * h->Kp * KDA_TILE);
+    const struct memory *m = &h->m;
+    give_back(h, s);
+    store_dv(h, s);
+    turn_tokens(h, s);
+    multiply_tokens(s->S, h->Kp, h->tiles, m->tokens, 2 * KDA_CHUNK, m->products, TOKENS);
+    multiply_tokens(m->R, h->Kp, h->tiles, m->tokens + 2 * KDA_CHUNK, KDA_CHUNK, m->products + 2 * KDA_CHUNK,
+                    TOKENS);
+    multiply_tokens(m->given, 2 * KDA_CHUNK, h->tiles, m->tokens + 2 * KDA_CHUNK, KDA_CHUNK, m->pairs,
+                    KDA_CHUNK);
+    transpose(m->products, TOKENS, h->Kp, TOKENS, m->to_state, h->Kp);
+    multiply_states(h, s->S, m->R, m->across);
+    carry_back(h, s);
 }
 
 static inline void store_dbeta(const struct head *h, const struct step *s) {
     const struct kda_tensor *dbeta = &h->b->dbeta, *beta = &h->p->beta;
     for (int64_t t = 0; dbeta->data && t < s->chunk.count; t++) {
         int64_t batch = h->chain.tokens.batch, token = h->chain.tokens.first + s->chunk.first + t;
-        float d = multiply_row(h->m->z + t * KDA_TILE, KDA_CHUNK, s->e + t * KDA_TILE, KDA_CHUNK, h->tiles);
+        float d = multiply_row(h->m.z + t * KDA_TILE, KDA_CHUNK, s->e + t * KDA_TILE, KDA_CHUNK, h->tiles);
         if (h->p->beta_mode != FLASH_KDA_BETA_GIVEN) {
             float raw = kda_load(kda_row(beta, batch, token, h->chain.head), beta->dtype, 0);
             d *= s->chunk.beta[t] / (1 + expf(raw)); /* step times sigmoid(-beta) */
@@ -369,14 +532,14 @@ static inline void store_dbeta(const struct head *h, const struct step *s) {
 
 /* ---- Back: channels ---------------------------------------------------------------------------- */
 
-/* Every number that passes a token is multiplied by its decay there: keys on their way to later tokens, which are
- * kept, and on the way back what meets them, from outputs, from later keys and from R. Both functions work LANES
- * channels from c on. */
+/* Every number that passes a token is multiplied by its decay there: keys on their way to later tokens,
+ * which are kept, and on the way back what meets them, from outputs, from later keys and from R. Both
+ * functions work LANES channels from c on. */
 
 /* What outputs and later keys take of the state and of earlier keys: dq, and dk as far as it comes from there.
  * start: decay from the start of the chunk to before each token. */
 static inline void channels_there(const struct head *h, const struct step *s, int64_t c, vf *start) {
-    const struct memory *m = h->m;
+    const struct memory *m = &h->m;
     const float *dL = m->pairs, *dM = m->pairs + KDA_CHUNK * KDA_CHUNK;
     float *here = m->keys; /* of the tokens before t, decayed up to before it */
     start[0] = vf_set1(1);
@@ -406,7 +569,7 @@ static inline void channels_there(const struct head *h, const struct step *s, in
 
 /* The rest of dk, and da: what comes back to each token, times what arrived there. */
 static inline void channels_back(const struct head *h, const struct step *s, int64_t c, const vf *start) {
-    const struct memory *m = h->m;
+    const struct memory *m = &h->m;
     const float *dL = m->pairs, *dM = m->pairs + KDA_CHUNK * KDA_CHUNK;
     vf back[KDA_CHUNK], back_state = vf_load(m->across + c);
     for (int j = 0; j < KDA_CHUNK; j++)
@@ -432,7 +595,7 @@ static inline void channels_back(const struct head *h, const struct step *s, int
 
 /* dg from da in place; adds to the sums of dt_bias and A_log. Where da is 0, all of this is. */
 static inline void gate_back(const struct head *h, const struct step *s, flash_kda_gate gate,
-                             const float *dt_bias, float A) {
+                             const float *dt_bias, float A, double *sums) {
     const vf lowest = vf_set1(-FLT_MAX), highest = vf_set1(FLT_MAX), zero = vf_set1(0);
     const vf lower_bound = vf_set1(h->p->lower_bound);
     int64_t K = h->p->key_dim, Kp = h->Kp;
@@ -441,8 +604,8 @@ static inline void gate_back(const struct head *h, const struct step *s, flash_k
     for (int64_t c = 0; c < Kp; c += LANES) {
         vf bias_sum = zero, bias = vf_load(dt_bias + c);
         for (int64_t t = 0; t < s->chunk.count; t++) {
-            float *da = h->m->da + t * Kp + c;
-            vf d = vf_load(da), z = vf_add(vf_load(h->m->raw + t * Kp + c), bias);
+            float *da = h->m.da + t * Kp + c;
+            vf d = vf_load(da), z = vf_add(vf_load(h->m.raw + t * Kp + c), bias);
             if (gate == FLASH_KDA_GATE_SOFTPLUS) {
                 vf a =
                     vf_max(lowest, vf_mul(vf_set1(-A), vf_softplus(z))); /* finite, so that times 0 it is 0 */
@@ -460,52 +623,75 @@ static inline void gate_back(const struct head *h, const struct step *s, flash_k
         }
         vf_store(lanes, bias_sum);
         for (int64_t i = 0; i < LANES && c + i < K; i++)
-            h->sums[c + i] += (double)lanes[i];
+            sums[c + i] += (double)lanes[i];
     }
     vf_store(lanes, A_sum);
     for (int i = 0; i < LANES; i++)
-        h->sums[K] += (double)lanes[i];
+        sums[K] += (double)lanes[i];
 }
 
-static inline void store_gate(const struct head *h, const struct step *s) {
+static inline void store_gate(const struct head *h, const struct step *s, double *sums) {
     const struct kda_prefill *p = h->p;
     const struct kda_tensor *dg = &h->b->dg;
     int64_t Kp = h->Kp, head = h->chain.head, batch = h->chain.tokens.batch;
     int64_t first = h->chain.tokens.first + s->chunk.first;
     float dt_bias[KDA_MAX_PADDED_K] ALIGNED = {0}, A = gate_factor(&p->base, head);
     for (int64_t t = 0; t < s->chunk.count; t++)
-        load_row(h->m->raw + t * Kp, kda_row(&p->g, batch, first + t, head), p->g.dtype, p->key_dim, Kp);
+        load_row(h->m.raw + t * Kp, kda_row(&p->g, batch, first + t, head), p->g.dtype, p->key_dim, Kp);
     if (p->dt_bias.data)
         load_row(dt_bias, p->dt_bias.data + head * p->dt_bias.stride[0], p->dt_bias.dtype, p->key_dim, Kp);
     /* One loop a gate: the choice is constant inside. */
     if (p->gate == FLASH_KDA_GATE_SOFTPLUS)
-        gate_back(h, s, FLASH_KDA_GATE_SOFTPLUS, dt_bias, A);
+        gate_back(h, s, FLASH_KDA_GATE_SOFTPLUS, dt_bias, A, sums);
     else if (p->gate == FLASH_KDA_GATE_SIGMOID)
-        gate_back(h, s, FLASH_KDA_GATE_SIGMOID, dt_bias, A);
+        gate_back(h, s, FLASH_KDA_GATE_SIGMOID, dt_bias, A, sums);
     else
-        gate_back(h, s, FLASH_KDA_GATE_NONE, dt_bias, A);
+        gate_back(h, s, FLASH_KDA_GATE_NONE, dt_bias, A, sums);
     for (int64_t t = 0; dg->data && t < s->chunk.count; t++)
-        store_row(kda_row(dg, batch, first + t, head), dg->dtype, h->m->da + t * Kp, p->key_dim);
+        store_row(kda_row(dg, batch, first + t, head), dg->dtype, h->m.da + t * Kp, p->key_dim);
 }
 
 /* ---- Back: rows of q and k ------------------------------------------------------------------------ */
 
-/* dy, the gradient of a row after the norm, becomes that of the row: r (dy - y (y . dy)), y = r x. Where dy is
- * along y little is left of it, so all of this is fp64. */
-static inline void norm_back(const float *x, int64_t Kp, float *dy) {
-    double squares[LANES] = {0}, along[LANES] = {0}, all_squares = 1e-6, all_along = 0;
-    for (int64_t c = 0; c < Kp; c += LANES)
-        for (int i = 0; i < LANES; i++) {
-            squares[i] += (double)x[c + i] * (double)x[c + i];
-            along[i] += (double)x[c + i] * (double)dy[c + i];
-        }
-    for (int i = 0; i < LANES; i++) {
-        all_squares += squares[i];
-        all_along += along[i];
+/* The sum of products of two rows, as exact as in fp64: what each product and each sum loses by rounding is
+ * summed beside it. */
+static inline double sum_of_products(const float *a, const float *b, int64_t Kp) {
+    vf sum = vf_set1(0), lost = vf_set1(0);
+    float lanes[LANES] ALIGNED, rest[LANES] ALIGNED;
+    double total = 0;
+    for (int64_t c = 0; c < Kp; c += LANES) {
+        vf x = vf_load(a + c), y = vf_load(b + c), product = vf_mul(x, y), next = vf_add(sum, product);
+        vf added = vf_sub(next, sum);
+        vf lost_sum = vf_add(vf_sub(sum, vf_sub(next, added)), vf_sub(product, added));
+        lost = vf_add(lost, vf_add(lost_sum, vf_lost(x, y, product)));
+        sum = next;
     }
-    double r = 1 / sqrt(all_squares), share = all_along / all_squares;
-    for (int64_t c = 0; c < Kp; c++)
-        dy[c] = (float)(r * ((double)dy[c] - (double)x[c] * share));
+    vf_store(lanes, sum);
+    vf_store(rest, lost);
+    for (int i = 0; i < LANES; i++)
+        total += (double)lanes[i] + (double)rest[i];
+    return total;
+}
+
+/* dy, the gradient of a row after the norm, becomes that of the row: r (dy - y (y . dy)), y = r x. Where dy
+ * is along y little is left of it, so y . dy is more exact than fp32. A row whose square could leave fp32 is
+ * made smaller. */
+static inline void norm_back(float *x, int64_t Kp, float *dy) {
+    double scale = 1, squares = sum_of_products(x, x, Kp);
+    if (!(squares < 0x1p100)) {
+        scale = 0x1p-96;
+        scale_row(x, Kp, (float)scale);
+        squares = sum_of_products(x, x, Kp);
+    }
+    squares += 1e-6 * scale * scale;
+    double share = sum_of_products(x, dy, Kp) / squares;
+    float high = (float)share, low = (float)(share - (double)high);
+    vf r = vf_set1((float)(scale / sqrt(squares)));
+    for (int64_t c = 0; c < Kp; c += LANES) {
+        vf row = vf_load(x + c), along = vf_mul(row, vf_set1(high));
+        vf rest = vf_fma(row, vf_set1(low), vf_lost(row, vf_set1(high), along));
+        vf_store(dy + c, vf_mul(r, vf_sub(vf_sub(vf_load(dy + c), along), rest)));
+    }
 }
 
 /* dy: of a normalised row times factor. */
@@ -526,87 +712,82 @@ static inline void store_key(const struct head *h, const struct kda_tensor *x, c
     store_row(kda_row(out, batch, token, head), out->dtype, dy, p->key_dim);
 }
 
-/* A chunk's rows, with those of the value heads before. */
-static inline float *sum_rows(const struct head *h, const struct step *s, float *rows, float *sums) {
+/* A chunk's rows, with those of the value heads before; at: where its rows are in the sums. */
+static inline float *sum_rows(const struct head *h, const struct step *s, int64_t at, float *rows,
+                              float *sums) {
     int64_t count = s->chunk.count * h->Kp;
-    if (h->first && h->last)
+    if (!sums)
         return rows;
-    sums += s->chunk.first * h->Kp;
-    if (h->first)
+    sums += at * h->Kp;
+    if (h->kept->first)
         memcpy(sums, rows, (size_t)count * sizeof *rows);
-    for (int64_t i = 0; !h->first && i < count; i += LANES)
+    for (int64_t i = 0; !h->kept->first && i < count; i += LANES)
         vf_store(sums + i, vf_add(vf_load(sums + i), vf_load(rows + i)));
     return sums;
 }
 
-static inline void store_keys(const struct head *h, const struct step *s) {
-    const struct memory *m = h->m;
-    float *dq = sum_rows(h, s, m->dq, m->sums_q), *dk = sum_rows(h, s, m->dk, m->sums_k);
-    for (int64_t t = 0; h->last && t < s->chunk.count; t++) {
+static inline void store_keys(const struct head *h, const struct step *s, int64_t first) {
+    float *dq = sum_rows(h, s, s->chunk.first - first, h->m.dq, h->kept->sums_q);
+    float *dk = sum_rows(h, s, s->chunk.first - first, h->m.dk, h->kept->sums_k);
+    for (int64_t t = 0; h->kept->last && t < s->chunk.count; t++) {
         store_key(h, &h->p->q, &h->b->dq, s->chunk.first + t, h->p->scale, dq + t * h->Kp);
         store_key(h, &h->p->k, &h->b->dk, s->chunk.first + t, 1, dk + t * h->Kp);
     }
 }
 
-/* ---- A head ------------------------------------------------------------------------------------ */
+/* ---- Segments ---------------------------------------------------------------------------------- */
 
-static inline void run_segment(const struct head *h, int64_t segment) {
-    struct step *steps = h->m->steps;
-    int64_t first = segment * SEGMENT, tokens = kda_min64(SEGMENT, h->chain.tokens.length - first);
+/* The chunks of a segment on their way there; returns how many. */
+static inline int64_t go_there(const struct head *h, int64_t segment, struct step *steps) {
+    int64_t first = segment * KDA_SEGMENT, tokens = kda_min64(KDA_SEGMENT, h->chain.tokens.length - first);
     int64_t count = (tokens + KDA_CHUNK - 1) / KDA_CHUNK;
-    find_state(h, segment, steps[0].S);
+    steps[0].S = find_state(h, segment, h->m.S);
     for (int64_t i = 0; i < count; i++) {
-        begin_step(h, first + i * KDA_CHUNK, &steps[i]);
-        correct(h, &steps[i]);
+        struct step *s = &steps[i];
+        s->e = h->kept->e ? kept_e(h, first + i * KDA_CHUNK) : h->m.e + i * KDA_CHUNK * h->tiles * KDA_TILE;
         if (i + 1 < count)
-            leave_step(h, &steps[i], steps[i + 1].S);
+            prefetch_chunk(h, first + (i + 1) * KDA_CHUNK);
+        begin_step(h, first + i * KDA_CHUNK, true, s);
+        if (h->kept->e)
+            correct_again(h, s);
+        else
+            correct(h, s);
+        if (i + 1 < count)
+            leave_step(h, s, steps[i + 1].S);
     }
-    for (int64_t i = count - 1; i >= 0; i--) {
-        multiply_back(h, &steps[i]);
-        store_dbeta(h, &steps[i]);
-        for (int64_t c = 0; c < h->Kp; c += LANES) {
-            vf start[KDA_CHUNK];
-            channels_there(h, &steps[i], c, start);
-            channels_back(h, &steps[i], c, start);
+    return count;
+}
+
+static void gradients(const struct kda_backward *b, const struct kda_backward_head *kept, int64_t first,
+                      int64_t end, void *scratch) {
+    struct head h = head_of(b, kept, 0, kda_tiles(b->forward.value_dim), scratch);
+    if (kept->R && first < end)
+        copy_R(&h, kept->R + (end - 1) * h.state, h.m.R);
+    else
+        load_d_final_state(&h);
+    for (int64_t segment = end - 1; segment >= first; segment--) {
+        double *sums = kept->sums + segment * kept->sums_stride;
+        memset(sums, 0, (size_t)(h.p->key_dim + 1) * sizeof *sums);
+        for (int64_t i = go_there(&h, segment, h.m.steps) - 1; i >= 0; i--) {
+            const struct step *s = &h.m.steps[i];
+            prefetch_values(&h, &b->d_out, s->chunk.first - KDA_CHUNK);
+            prefetch_chunk(&h, i ? s->chunk.first - KDA_CHUNK : s->chunk.first - KDA_SEGMENT);
+            prefetch_outputs(&h, s);
+            multiply_back(&h, s);
+            store_dbeta(&h, s);
+            for (int64_t c = 0; c < h.Kp; c += LANES) {
+                vf start[KDA_CHUNK];
+                channels_there(&h, s, c, start);
+                channels_back(&h, s, c, start);
+            }
+            store_gate(&h, s, sums);
+            store_keys(&h, s, first * KDA_SEGMENT);
         }
-        store_gate(h, &steps[i]);
-        store_keys(h, &steps[i]);
     }
-}
-
-static inline void run_head(const struct head *h) {
-    const struct kda_tokens *x = &h->p->base;
-    int64_t n = h->chain.sequence, head = h->chain.head,
-            segments = (h->chain.tokens.length + SEGMENT - 1) / SEGMENT;
-    memset(h->sums, 0, (size_t)(x->key_dim + 1) * sizeof *h->sums);
-    if (!all_kept(h->p))
-        keep_states(h);
-    load_matrix(h, kda_state_in(x, &h->b->d_final_state, n, head), h->m->R);
-    for (int64_t segment = segments - 1; segment >= 0; segment--)
-        run_segment(h, segment);
-    if (h->b->d_initial_state.data)
-        store_matrix(h, kda_state_in(x, &h->b->d_initial_state, n, head), h->m->R);
-}
-
-static void run(const struct kda_backward *b, int64_t n, int64_t key_head, void *scratch, double *sums) {
-    const struct kda_prefill *p = &b->forward;
-    struct kda_arena arena = {scratch, 0};
-    struct memory m;
-    int64_t group = p->value_heads / p->heads;
-    lay_out_all(b, &arena, &m);
-    for (int64_t i = 0; i < group; i++) {
-        struct head h = {
-            .b = b, .p = p, .m = &m, .Kp = kda_padded_key_dim(p), .tiles = kda_tiles(p->value_dim)};
-        h.chain = (struct kda_chain){
-            .sequence = n, .head = key_head * group + i, .tokens = kda_tokens_of(&p->base, n)};
-        h.state = h.Kp * h.tiles * KDA_TILE;
-        h.first = i == 0;
-        h.last = i == group - 1;
-        h.sums = kda_sums_of(b, sums, n, h.chain.head);
-        run_head(&h);
-    }
+    if (first == 0 && b->d_initial_state.data)
+        store_matrix(&h, kda_state_in(&h.p->base, &b->d_initial_state, kept->sequence, kept->head), h.m.R);
 }
 
 /* The table of a level's backward.c. */
 #define KDA_BACKWARD_KERNELS \
-    { .lay_out = lay_out, .run = run }
+    { .lay_out = lay_out, .there = there, .back = back, .gradients = gradients }

@@ -7,23 +7,6 @@
 
 /* ---- Prepare ----------------------------------------------------------------------------------- */
 
-#define PREFETCH_ROW(tensor, batch, token, head, first, count)                                   \
-    for (int64_t byte = 0; byte < (count) * (int64_t)kda_dtype_size((tensor).dtype); byte += 64) \
-    __builtin_prefetch(kda_row(&(tensor), batch, token, head) +                                  \
-                       (first) * (int64_t)kda_dtype_size((tensor).dtype) + byte)
-
-/* Asks for the rows of q, k and g of `count` tokens. Always inlined, or gcc drops a call that only prefetches. */
-__attribute__((always_inline)) static inline void
-prefetch_keys(const struct kda_prefill *p, const struct kda_chain *chain, int64_t first, int64_t count) {
-    int64_t batch = chain->tokens.batch, head = chain->head, key_head = head / (p->value_heads / p->heads);
-    for (int64_t t = first; t < first + count && t < chain->end; t++) {
-        int64_t token = chain->tokens.first + t;
-        PREFETCH_ROW(p->q, batch, token, key_head, 0, p->key_dim);
-        PREFETCH_ROW(p->k, batch, token, key_head, 0, p->key_dim);
-        PREFETCH_ROW(p->g, batch, token, head, 0, p->key_dim);
-    }
-}
-
 /* A token's decay makes a state larger by its largest factor above 1, its delta rule, I - beta k k^T, by |1 - beta |k|^2|
  * where that is above 1. NaN in any of them gives NaN. */
 static float log_growth(const struct rows *rows, int64_t Kp, int64_t count) {

@@ -45,18 +45,18 @@ static inline void multiply_state(const operand *queries_keys, const struct kda_
         }
 }
 
-/* S <- S + diag(carry) S + keys^T U, keys [rows][Kp], U [rows][KDA_TILE] */
-static inline void carry_and_add(const float *carries, const operand *keys, const float *U, int rows,
-                                 int64_t Kp, float *to) {
+/* to = diag(keep + carry) from + keys^T U, keys [rows][Kp], U [rows][KDA_TILE]; keeps NULL: 1. to may be from. */
+static inline void carry_and_add(const float *carries, const float *keeps, const operand *keys, const float *U,
+                                 int rows, int64_t Kp, const float *from, float *to) {
     for (int column = 0; column < KDA_TILE; column += PRODUCT_VECTORS * LANES)
         for (int64_t row = 0; row < Kp; row += PRODUCT_ROWS) {
-            float *S = to + row * KDA_TILE + column;
+            int64_t at = row * KDA_TILE + column;
             vf sum[PRODUCT_ROWS][PRODUCT_VECTORS];
             UNROLL for (int r = 0; r < PRODUCT_ROWS; r++) {
                 vf carry = vf_set1(carries[row + r]);
                 UNROLL for (int j = 0; j < PRODUCT_VECTORS; j++) {
-                    vf s = vf_load(S + r * KDA_TILE + j * LANES);
-                    sum[r][j] = vf_fma(carry, s, s);
+                    vf s = vf_load(from + at + r * KDA_TILE + j * LANES);
+                    sum[r][j] = vf_fma(carry, s, keeps ? vf_mul(vf_set1(keeps[row + r]), s) : s);
                 }
             }
             for (int t = 0; t < rows; t++) {
@@ -69,14 +69,14 @@ static inline void carry_and_add(const float *carries, const operand *keys, cons
                 }
             }
             UNROLL for (int r = 0; r < PRODUCT_ROWS; r++) UNROLL for (int j = 0; j < PRODUCT_VECTORS; j++)
-                vf_store(S + r * KDA_TILE + j * LANES, sum[r][j]);
+                vf_store(to + at + r * KDA_TILE + j * LANES, sum[r][j]);
         }
 }
 
 /* S <- S + diag(carry) S + KR^T U, U [KDA_CHUNK][KDA_TILE] */
 static inline void update_state(const struct kda_chunk *chunk, const float *U, int64_t Kp,
                                 struct kda_tile *tile) {
-    carry_and_add(chunk->carry, chunk->keys_to_end, U, KDA_CHUNK, Kp, tile->S);
+    carry_and_add(chunk->carry, NULL, chunk->keys_to_end, U, KDA_CHUNK, Kp, tile->S, tile->S);
 }
 
 #endif

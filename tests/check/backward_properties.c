@@ -197,29 +197,45 @@ static void fewer_gradients(struct check *check) {
 
 /* ---- Threads ------------------------------------------------------------------------------------- */
 
+/* Do all threads share each head? */
+static bool shares_heads(const struct backward_problem *b) {
+    char text[200] = "";
+    return !flash_kda_backward_describe(&b->args, text, sizeof text) && strstr(text, "all to each");
+}
+
+/* Few enough threads take a head each, many share the segments and columns of each head. */
 static const char *threads_differ(struct backward_problem *b, flash_kda_backend backend) {
-    static const int threads[] = {2, 3, 16};
+    static const int threads[] = {2, 3, 16, 40};
     struct backward_results one, more;
+    int shared = 0;
     backward_results_make(&one, b);
     b->args.num_threads = 1;
     const char *wrong = backward_run(b, &one, backend, WORKSPACE_FILL);
-    for (int i = 0; i < 3 && !wrong; i++) {
+    for (int i = 0; i < 4 && !wrong; i++) {
         backward_results_make(&more, b);
         b->args.num_threads = threads[i];
         wrong = backward_run(b, &more, backend, WORKSPACE_FILL);
         for (int g = 0; g < GRADIENTS && !wrong; g++)
             if (memcmp(more.tensors[g].block, one.tensors[g].block, one.tensors[g].block_bytes) != 0)
                 wrong = "another number of threads gave other bits";
+        shared += shares_heads(b);
         backward_results_free(&more);
     }
+    if (!wrong && backend == FLASH_KDA_BACKEND_CPU && (shared == 0 || shared == 4))
+        wrong = "only one of the two schedules was tried";
     backward_results_free(&one);
     return wrong;
 }
 
 static void threads(struct check *check) {
     struct backward_case b = property(check, FLASH_KDA_GATE_SIGMOID, "backward, threads");
-    b.forward.H = 3;
-    each_level(check, &b, threads_differ);
+    for (int kept = 0; kept < 2; kept++) {
+        b.forward.H = 1 + 2 * kept;
+        b.forward.checkpoints = kept ? CHECKPOINTS_EVERY : b.forward.checkpoints;
+        if (kept)
+            snprintf(b.forward.name, sizeof b.forward.name, "backward, threads, from states that prefill kept");
+        each_level(check, &b, threads_differ);
+    }
 }
 
 /* ---- States that prefill kept ------------------------------------------------------------------ */
@@ -247,6 +263,8 @@ static const char *kept_states_ignored(struct backward_problem *b, flash_kda_bac
         if (!wrong && all_finite(&r) != (i == 2))
             wrong = i == 2 ? "the final state is read" : "a kept state is not read";
     }
+    for (int64_t e = 0; e < tensor_count(&kept); e++) /* as the next level expects them */
+        tensor_set(&b->checkpoints, e, tensor_get(&kept, e));
     tensor_free(&kept);
     backward_results_free(&r);
     return wrong;

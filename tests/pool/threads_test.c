@@ -88,6 +88,8 @@ static void test_version_1(void **state) {
     put(&tree, "cpu,cpuacct/docker/1/cpu.cfs_period_us", "100000\n");
     put(&tree, "memory/x/cpu.cfs_quota_us", "100000\n"); /* not a cpu controller's */
     put(&tree, "memory/x/cpu.cfs_period_us", "100000\n");
+    put(&tree, "cpuset/y/cpu.cfs_quota_us", "100000\n"); /* nor is cpuset */
+    put(&tree, "cpuset/y/cpu.cfs_period_us", "100000\n");
     assert_int_equal(quota(&tree), INT_MAX);
     put(&tree, "cpu,cpuacct/docker/1/cpu.cfs_quota_us", "250000\n");
     assert_int_equal(quota(&tree), 3);

@@ -27,6 +27,8 @@ static inline vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 static inline vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vf vf_fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
+/* What the rounded product of a and b has lost, exactly. */
+static inline vf vf_lost(vf a, vf b, vf product) { return vf_fma(a, b, vf_sub(vf_set1(0), product)); }
 /* Of two operands of which one is NaN, the second. */
 static inline vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 static inline vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
@@ -72,6 +74,24 @@ static inline void vf_sums(const vf x[16], float sums[16]) {
         vf high = vf_sums_of_4(x[i + 4], x[i + 5], x[i + 6], x[i + 7]);
         _mm256_storeu_ps(sums + i, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
                                                  _mm256_permute2f128_ps(low, high, 0x31)));
+    }
+}
+
+/* x [LANES][LANES] becomes its transpose. */
+static inline void vf_transpose(vf x[LANES]) {
+    vf pairs[8], fours[8]; /* of each 128 bits, rows 0 1, then 0 1 2 3, of a column */
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0x44);
+            fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+        x[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
     }
 }
 

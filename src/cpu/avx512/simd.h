@@ -27,6 +27,8 @@ static inline vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 static inline vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vf vf_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
+/* What the rounded product of a and b has lost, exactly. */
+static inline vf vf_lost(vf a, vf b, vf product) { return vf_fma(a, b, vf_sub(vf_set1(0), product)); }
 /* Of two operands of which one is NaN, the second. */
 static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
@@ -73,6 +75,30 @@ static inline void vf_sums(const vf x[16], float sums[16]) {
     vf first = vf_add_parts(vf_sums_of_4(x[0], x[1], x[2], x[3]), vf_sums_of_4(x[4], x[5], x[6], x[7]));
     vf second = vf_add_parts(vf_sums_of_4(x[8], x[9], x[10], x[11]), vf_sums_of_4(x[12], x[13], x[14], x[15]));
     _mm512_storeu_ps(sums, vf_add_parts(first, second));
+}
+
+/* x [LANES][LANES] becomes its transpose. */
+static inline void vf_transpose(vf x[LANES]) {
+    vf pairs[16], fours[16]; /* of each 128 bits, rows 0 1, then 0 1 2 3, of a column */
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0x44);
+            fours[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        vf low = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x88);
+        vf low_odd = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xdd);
+        vf high = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
+        vf high_odd = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xdd);
+        x[i] = _mm512_shuffle_f32x4(low, high, 0x88);
+        x[i + 4] = _mm512_shuffle_f32x4(low_odd, high_odd, 0x88);
+        x[i + 8] = _mm512_shuffle_f32x4(low, high, 0xdd);
+        x[i + 12] = _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd);
+    }
 }
 
 #endif

@@ -30,6 +30,13 @@ static inline vf vf_mul(vf a, vf b) { return a * b; }
 static inline vf vf_div(vf a, vf b) { return a / b; }
 static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 static inline vf vf_fnma(vf a, vf b, vf c) { return c - a * b; }
+/* What the rounded product of a and b has lost, exactly. */
+static inline vf vf_lost(vf a, vf b, vf product) {
+    vf lost = vf_set1(0);
+    for (int i = 0; i < LANES; i++)
+        lost[i] = (float)((double)a[i] * (double)b[i] - (double)product[i]);
+    return lost;
+}
 /* Of two operands of which one is NaN, the second. */
 static inline vf vf_max(vf a, vf b) {
     vu greater = (vu)(a > b);
@@ -71,6 +78,15 @@ static inline void vf_store_f16(uint16_t *p, vf x) {
 static inline void vf_sums(const vf x[16], float sums[16]) {
     for (int i = 0; i < 16; i++)
         sums[i] = (x[i][0] + x[i][1]) + (x[i][2] + x[i][3]);
+}
+
+/* x [LANES][LANES] becomes its transpose. */
+static inline void vf_transpose(vf x[LANES]) {
+    vf y[LANES];
+    memcpy(y, x, sizeof y);
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++)
+            x[i][j] = y[j][i];
 }
 
 #endif

@@ -27,6 +27,8 @@ static inline vf vf_mul(vf a, vf b) { return vmulq_f32(a, b); }
 static inline vf vf_div(vf a, vf b) { return vdivq_f32(a, b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 static inline vf vf_fnma(vf a, vf b, vf c) { return vfmsq_f32(c, a, b); }
+/* What the rounded product of a and b has lost, exactly. */
+static inline vf vf_lost(vf a, vf b, vf product) { return vf_fma(a, b, vf_sub(vf_set1(0), product)); }
 /* Of two operands of which one is NaN: NaN. */
 static inline vf vf_max(vf a, vf b) { return vmaxq_f32(a, b); }
 static inline vf vf_min(vf a, vf b) { return vminq_f32(a, b); }
@@ -51,6 +53,15 @@ static inline void vf_store_f16(uint16_t *p, vf x) { vst1_u16(p, vreinterpret_u1
 static inline void vf_sums(const vf x[16], float sums[16]) {
     for (int i = 0; i < 16; i += 4)
         vst1q_f32(sums + i, vpaddq_f32(vpaddq_f32(x[i], x[i + 1]), vpaddq_f32(x[i + 2], x[i + 3])));
+}
+
+/* x [LANES][LANES] becomes its transpose. */
+static inline void vf_transpose(vf x[LANES]) {
+    float32x4x2_t low = vtrnq_f32(x[0], x[1]), high = vtrnq_f32(x[2], x[3]);
+    for (int i = 0; i < 2; i++) {
+        x[i] = vcombine_f32(vget_low_f32(low.val[i]), vget_low_f32(high.val[i]));
+        x[i + 2] = vcombine_f32(vget_high_f32(low.val[i]), vget_high_f32(high.val[i]));
+    }
 }
 
 #endif
