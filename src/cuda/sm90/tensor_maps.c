@@ -71,7 +71,8 @@ cudaError_t kda_sm90_map_backward(const struct kda_backward *b, struct kda_sm90_
     if (!encode)
         return cudaErrorNotSupported;
     const struct kda_prefill *p = &b->forward;
-    const struct kda_tensor *tensors[] = {&p->q, &p->k, &p->v, &p->g, &b->d_out, &b->dq, &b->dk, &b->dv, &b->dg};
+    const struct kda_tensor *tensors[] = {&p->q,  &p->k,  &p->v,  &p->g, &b->d_out,
+                                          &b->dq, &b->dk, &b->dv, &b->dg};
     CUtensorMap *results[] = {&maps->q,  &maps->k,  &maps->v,  &maps->g, &maps->d_out,
                               &maps->dq, &maps->dk, &maps->dv, &maps->dg};
     bool good = true;

@@ -39,10 +39,11 @@
 namespace kda {
 namespace {
 
-constexpr int DIM = KDA_SM90_BACKWARD_DIM, SEGMENT = KDA_SM90_BACKWARD_SEGMENT, CHUNKS = KDA_SM90_BACKWARD_CHUNKS;
-constexpr int TILE = CHUNK * DIM;       /* elements of a tile of a chunk's tokens, in two panels */
-constexpr int TOKENS = CHUNK * PANEL;   /* of one of its panels */
-constexpr int PAIR_ROW = CHUNK * 2;     /* bytes of a row of a tile of pairs of tokens */
+constexpr int DIM = KDA_SM90_BACKWARD_DIM, SEGMENT = KDA_SM90_BACKWARD_SEGMENT,
+              CHUNKS = KDA_SM90_BACKWARD_CHUNKS;
+constexpr int TILE = CHUNK * DIM;     /* elements of a tile of a chunk's tokens, in two panels */
+constexpr int TOKENS = CHUNK * PANEL; /* of one of its panels */
+constexpr int PAIR_ROW = CHUNK * 2;   /* bytes of a row of a tile of pairs of tokens */
 
 /* What states need of a chunk. */
 struct alignas(1024) StateOperands {
@@ -51,7 +52,7 @@ struct alignas(1024) StateOperands {
     float fraction[DIM], whole[DIM];     /* the decay of a state, exp2(G - e) and exp2(e), by channel_index */
     float step[CHUNK], diagonal[CHUNK];  /* beta, and M's diagonal, by token_index */
     float rk[CHUNK], rq[CHUNK];          /* k and q are to be multiplied by these */
-    float beta[CHUNK], beta_rest[CHUNK]; /* the step, and sigmoid(-beta) */
+    float beta[CHUNK], beta_rest[CHUNK]; /* the step, and sigmoid(-beta) or, where it is given, its inverse */
 };
 
 struct ChunkOperands {

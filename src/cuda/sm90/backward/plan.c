@@ -15,14 +15,15 @@ static bool keeps_states(const struct kda_prefill *p) {
     return !needed || (p->checkpoints.data && p->checkpoint_every > 0 && SEGMENT % p->checkpoint_every == 0);
 }
 
-static bool is_moved(const struct kda_tensor *t) { return t->data && t->dtype == KDA_BF16 && kda_sm90_can_map(t); }
+static bool is_moved(const struct kda_tensor *t) {
+    return t->data && t->dtype == KDA_BF16 && kda_sm90_can_map(t);
+}
 
 bool kda_sm90_backward_takes(const struct kda_backward *b) {
     const struct kda_prefill *p = &b->forward;
     const struct kda_tensor *moved[] = {&p->q, &p->k, &p->v, &p->g, &b->d_out, &b->dq, &b->dk, &b->dv, &b->dg};
-    bool good = p->key_dim == DIM && p->value_dim == DIM && p->gate == FLASH_KDA_GATE_SIGMOID &&
-                p->beta_mode != FLASH_KDA_BETA_GIVEN && p->beta.dtype == KDA_BF16 && b->dbeta.data && p->scale != 0 &&
-                p->tokens > 0 && keeps_states(p);
+    bool good = p->key_dim == DIM && p->value_dim == DIM && p->gate != FLASH_KDA_GATE_NONE &&
+                p->beta.dtype == KDA_BF16 && b->dbeta.data && p->scale != 0 && p->tokens > 0 && keeps_states(p);
     for (size_t i = 0; i < sizeof moved / sizeof *moved; i++)
         good = good && is_moved(moved[i]);
     return good;
@@ -43,8 +44,8 @@ void kda_sm90_backward_plan(const struct kda_backward *b, struct kda_backward_pl
     plan->workspace = kda_sm90_backward_lay_out(b, plan, NULL, &memory);
 }
 
-size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_backward_plan *plan, void *workspace,
-                                 struct kda_sm90_backward_memory *memory) {
+size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_backward_plan *plan,
+                                 void *workspace, struct kda_sm90_backward_memory *memory) {
     const struct kda_tokens *x = &b->forward.base;
     struct kda_arena arena = {workspace, 0};
     size_t segments = (size_t)(plan->segments * x->value_heads), chunks = segments * CHUNKS;
@@ -88,7 +89,8 @@ cudaError_t kda_sm90_backward_launch(const struct kda_backward *b, const struct 
                                                                    [SUMS] = kda_sm90_backward_sums,
                                                                    [HEADS] = kda_sm90_backward_heads};
     struct kda_sm90_backward_memory memory;
-    const struct kda_launch one = {.grid = {launch->grid[0], launch->grid[1]}, .overlaps = launch->kernel != OPERANDS};
+    const struct kda_launch one = {.grid = {launch->grid[0], launch->grid[1]},
+                                   .overlaps = launch->kernel != OPERANDS};
     kda_sm90_backward_lay_out(b, plan, workspace, &memory);
     return launchers[launch->kernel](b, plan, &one, &memory);
 }

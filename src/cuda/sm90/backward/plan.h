@@ -21,18 +21,19 @@ enum { KDA_SM90_BACKWARD_OPERANDS = 30720 };
 
 /* The workspace. Segments and chunks of all sequences share one numbering (cuda/segments.h). */
 struct kda_sm90_backward_memory {
-    void *operands;       /* [HV][4 segments]: of each chunk, without a state */
-    uint16_t *updates;    /* U, bf16 [HV][4 segments][32 x 128], as tiles lie in shared memory */
-    uint32_t *adjoints;   /* R at each segment's end, bf16 [HV][segments][128 x 128], as threads have it */
-    float *sums;          /* [HV][segments][2][128]: what the segment adds to dA_log, by channel, and to d_dt_bias */
-    float *queries, *keys; /* gradients of q and k by value head, [B T][HV][128]; only where heads share q and k */
+    void *operands;     /* [HV][4 segments]: of each chunk, without a state */
+    uint16_t *updates;  /* U, bf16 [HV][4 segments][32 x 128], as tiles lie in shared memory */
+    uint32_t *adjoints; /* R at each segment's end, bf16 [HV][segments][128 x 128], as threads have it */
+    float *sums; /* [HV][segments][2][128]: what the segment adds to dA_log, by channel, and to d_dt_bias */
+    float *queries,
+        *keys; /* gradients of q and k by value head, [B T][HV][128]; only where heads share q and k */
 };
 
 /* Lays out the workspace and returns its bytes. NULL: only counts them. */
-size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_backward_plan *plan, void *workspace,
-                                 struct kda_sm90_backward_memory *memory);
+size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_backward_plan *plan,
+                                 void *workspace, struct kda_sm90_backward_memory *memory);
 
-/* It takes K = V = 128, the sigmoid gate, beta through a sigmoid, and a prefill's checkpoints at every 128th token;
+/* It takes K = V = 128, a gate, and a prefill's checkpoints at every 128th token;
  * tensors in bf16 whose rows the copy engine can move; gradients of q, k, v, g and beta all asked for. */
 bool kda_sm90_backward_takes(const struct kda_backward *b);
 void kda_sm90_backward_plan(const struct kda_backward *b, struct kda_backward_plan *plan);
@@ -43,7 +44,8 @@ cudaError_t kda_sm90_backward_launch(const struct kda_backward *b, const struct 
 
 /* The kernels, in their order: operands of all chunks; R at segments' ends, dv and the gradient of the first state; the
  * other gradients; sums over segments, and over the value heads that share q and k. */
-typedef cudaError_t kda_sm90_backward_launcher(const struct kda_backward *b, const struct kda_backward_plan *plan,
+typedef cudaError_t kda_sm90_backward_launcher(const struct kda_backward *b,
+                                               const struct kda_backward_plan *plan,
                                                const struct kda_launch *launch,
                                                const struct kda_sm90_backward_memory *memory);
 kda_sm90_backward_launcher kda_sm90_backward_operands, kda_sm90_backward_adjoint, kda_sm90_backward_gradients,
