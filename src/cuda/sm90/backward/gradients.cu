@@ -945,7 +945,9 @@ extern "C" cudaError_t kda_sm90_backward_gradients(const struct kda_backward *b,
                                                    const struct kda_launch *launch,
                                                    const struct kda_sm90_backward_memory *memory) {
     using namespace kda;
-    auto *kernel = is_bounded(&b->forward) ? make_gradients<true> : make_gradients<false>;
+    auto *kernel = &make_gradients<true>;
+    if (!is_bounded(&b->forward))
+        kernel = &make_gradients<false>;
     kda_sm90_backward_maps maps;
     cudaError_t error = kda_sm90_map_backward(b, &maps);
     return error ? error

@@ -181,8 +181,8 @@ __device__ void invert(OperandsShared &shared) {
 
 template <bool bounded>
 __global__ void __launch_bounds__(THREADS, 2)
-    make_operands(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
-                  ChunkOperands *operands) {
+    prepare_chunk(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
+                  const __grid_constant__ kda_sm90_backward_memory workspace) {
     extern __shared__ __align__(1024) uint8_t memory[];
     OperandsShared &shared = *reinterpret_cast<OperandsShared *>(memory);
     let_next_begin();
@@ -220,8 +220,9 @@ __global__ void __launch_bounds__(THREADS, 2)
     __syncthreads();
     if (threadIdx.x == 0) {
         ptx::cp_async_bulk(ptx::space_global, ptx::space_shared,
-                           &operands[(int64_t)blockIdx.y * gridDim.x + blockIdx.x], &shared.operands,
-                           (uint32_t)sizeof shared.operands);
+                           static_cast<ChunkOperands *>(workspace.operands) +
+                               ((int64_t)blockIdx.y * gridDim.x + blockIdx.x),
+                           &shared.operands, (uint32_t)sizeof shared.operands);
         ptx::cp_async_bulk_commit_group();
         ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
     }
@@ -235,10 +236,12 @@ extern "C" cudaError_t kda_sm90_backward_operands(const struct kda_backward *b,
                                                   const struct kda_launch *launch,
                                                   const struct kda_sm90_backward_memory *memory) {
     using namespace kda;
-    auto *kernel = is_bounded(&b->forward) ? make_operands<true> : make_operands<false>;
+    auto *kernel = &prepare_chunk<true>;
+    if (!is_bounded(&b->forward))
+        kernel = &prepare_chunk<false>;
     kda_sm90_backward_maps maps;
     cudaError_t error = kda_sm90_map_backward(b, &maps);
     return error ? error
                  : launch_kernel(kernel, *launch, THREADS, sizeof(OperandsShared), b->forward.stream, *b, maps,
-                                 static_cast<ChunkOperands *>(memory->operands));
+                                 *memory);
 }
