@@ -2,7 +2,7 @@
 /*
  * Backward on Hopper, for K = V = 128. Letters as in docs/maths.md; R is the gradient of a state.
  *
- * operands   A CTA makes what a chunk needs besides states, and leaves it in the workspace.
+ * prepare    A CTA makes what a chunk needs besides states, and leaves it in the workspace.
  * adjoint    A CTA takes 64 columns of V of R through a chain's chunks, from the last to the first, in the accumulators of
  *            a warpgroup as R^T [V][K]. It stores R at the end of every segment of 128 tokens, and dX = dv.
  * gradients  A CTA makes all other gradients of a segment. Two warpgroups take S forwards from the segment's checkpoint

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "cuda/sm90/backward/plan.h"
 
-#include "api/workspace.h"
-#include "cuda/sm90/tensor_maps.h"
+#include "cuda/sm90/plan.h"
 
 enum { DIM = KDA_SM90_BACKWARD_DIM, SEGMENT = KDA_SM90_BACKWARD_SEGMENT, CHUNKS = KDA_SM90_BACKWARD_CHUNKS };
 enum { ADJOINT_COLUMNS = 64 }; /* of V, of a CTA */
@@ -30,8 +29,6 @@ bool kda_sm90_backward_takes(const struct kda_backward *b) {
 }
 
 /* ---- The plan ------------------------------------------------------------------------------------ */
-
-enum kernel { OPERANDS, ADJOINT, GRADIENTS, SUMS, HEADS, KERNELS };
 
 static bool shares_heads(const struct kda_backward *b) { return b->forward.value_heads > b->forward.heads; }
 
@@ -64,33 +61,21 @@ size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_
 
 struct kda_backward_launch kda_sm90_backward_launch_at(const struct kda_backward *b,
                                                        const struct kda_backward_plan *plan, int i) {
-    static const char *const names[KERNELS] = {[OPERANDS] = "backward_operands",
-                                               [ADJOINT] = "backward_adjoint",
-                                               [GRADIENTS] = "backward_gradients",
-                                               [SUMS] = "backward_sums",
-                                               [HEADS] = "backward_heads"};
+    static const char *const names[] = {[KDA_SM90_BACKWARD_PREPARE] = "backward_prepare",
+                                        [KDA_SM90_BACKWARD_ADJOINT] = "backward_adjoint",
+                                        [KDA_SM90_BACKWARD_GRADIENTS] = "backward_gradients",
+                                        [KDA_SM90_BACKWARD_SUMS] = "backward_sums",
+                                        [KDA_SM90_BACKWARD_HEADS] = "backward_heads"};
     const struct kda_tokens *x = &b->forward.base;
     unsigned segments = (unsigned)plan->segments, chunks = segments * CHUNKS, heads = (unsigned)x->value_heads;
-    const unsigned grids[KERNELS][2] = {[OPERANDS] = {chunks, heads},
-                                        [ADJOINT] = {(unsigned)x->sequences * heads, DIM / ADJOINT_COLUMNS},
-                                        [GRADIENTS] = {segments, heads},
-                                        [SUMS] = {heads, 1},
-                                        [HEADS] = {chunks, (unsigned)x->heads}};
-    int kernel = i == SUMS && !plan->needs_sums ? HEADS : i;
+    const unsigned grids[][2] = {
+        [KDA_SM90_BACKWARD_PREPARE] = {chunks, heads},
+        [KDA_SM90_BACKWARD_ADJOINT] = {(unsigned)x->sequences * heads, DIM / ADJOINT_COLUMNS},
+        [KDA_SM90_BACKWARD_GRADIENTS] = {segments, heads},
+        [KDA_SM90_BACKWARD_SUMS] = {heads, 1},
+        [KDA_SM90_BACKWARD_HEADS] = {chunks, (unsigned)x->heads}};
+    bool skips = i == KDA_SM90_BACKWARD_SUMS && !plan->needs_sums;
+    int kernel = skips ? KDA_SM90_BACKWARD_HEADS : i;
     return (struct kda_backward_launch){
         .kernel = kernel, .name = names[kernel], .grid = {grids[kernel][0], grids[kernel][1]}};
-}
-
-cudaError_t kda_sm90_backward_launch(const struct kda_backward *b, const struct kda_backward_plan *plan,
-                                     const struct kda_backward_launch *launch, void *workspace) {
-    static kda_sm90_backward_launcher *const launchers[KERNELS] = {[OPERANDS] = kda_sm90_backward_operands,
-                                                                   [ADJOINT] = kda_sm90_backward_adjoint,
-                                                                   [GRADIENTS] = kda_sm90_backward_gradients,
-                                                                   [SUMS] = kda_sm90_backward_sums,
-                                                                   [HEADS] = kda_sm90_backward_heads};
-    struct kda_sm90_backward_memory memory;
-    const struct kda_launch one = {.grid = {launch->grid[0], launch->grid[1]},
-                                   .overlaps = launch->kernel != OPERANDS};
-    kda_sm90_backward_lay_out(b, plan, workspace, &memory);
-    return launchers[launch->kernel](b, plan, &one, &memory);
 }

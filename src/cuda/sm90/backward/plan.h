@@ -5,13 +5,19 @@
 #define KDA_CUDA_SM90_BACKWARD_PLAN_H
 
 #include "cuda/backward_plan.h"
-#include "cuda/plan.h"
-
-#include <cuda_runtime_api.h>
 
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/* The kernels, in their order (config.cuh). */
+enum kda_sm90_backward_kernel {
+    KDA_SM90_BACKWARD_PREPARE,   /* the operands of all chunks */
+    KDA_SM90_BACKWARD_ADJOINT,   /* R at segments' ends, dv and the gradient of the first state */
+    KDA_SM90_BACKWARD_GRADIENTS, /* of q, k, g and beta */
+    KDA_SM90_BACKWARD_SUMS,      /* dA_log and d_dt_bias over segments */
+    KDA_SM90_BACKWARD_HEADS      /* dq and dk over the value heads that share q and k */
+};
 
 /* K and V; tokens of a segment, which are four chunks. */
 enum { KDA_SM90_BACKWARD_DIM = 128, KDA_SM90_BACKWARD_SEGMENT = 128, KDA_SM90_BACKWARD_CHUNKS = 4 };
@@ -39,17 +45,6 @@ bool kda_sm90_backward_takes(const struct kda_backward *b);
 void kda_sm90_backward_plan(const struct kda_backward *b, struct kda_backward_plan *plan);
 struct kda_backward_launch kda_sm90_backward_launch_at(const struct kda_backward *b,
                                                        const struct kda_backward_plan *plan, int i);
-cudaError_t kda_sm90_backward_launch(const struct kda_backward *b, const struct kda_backward_plan *plan,
-                                     const struct kda_backward_launch *launch, void *workspace);
-
-/* The kernels, in their order: operands of all chunks; R at segments' ends, dv and the gradient of the first state; the
- * other gradients; sums over segments, and over the value heads that share q and k. */
-typedef cudaError_t kda_sm90_backward_launcher(const struct kda_backward *b,
-                                               const struct kda_backward_plan *plan,
-                                               const struct kda_launch *launch,
-                                               const struct kda_sm90_backward_memory *memory);
-kda_sm90_backward_launcher kda_sm90_backward_operands, kda_sm90_backward_adjoint, kda_sm90_backward_gradients,
-    kda_sm90_backward_sums, kda_sm90_backward_heads;
 
 #ifdef __cplusplus
 }

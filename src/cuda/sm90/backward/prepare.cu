@@ -231,10 +231,9 @@ __global__ void __launch_bounds__(THREADS, 2)
 } // namespace
 } // namespace kda
 
-extern "C" cudaError_t kda_sm90_backward_operands(const struct kda_backward *b,
-                                                  const struct kda_backward_plan *,
-                                                  const struct kda_launch *launch,
-                                                  const struct kda_sm90_backward_memory *memory) {
+extern "C" cudaError_t kda_sm90_backward_prepare(const struct kda_backward *b, const struct kda_backward_plan *,
+                                                 const struct kda_launch *launch,
+                                                 const struct kda_sm90_backward_memory *memory) {
     using namespace kda;
     auto *kernel = &prepare_chunk<true>;
     if (!is_bounded(&b->forward))
