@@ -68,15 +68,16 @@ struct alignas(1024) GradientsShared {
     union {
         __nv_bfloat16 decayed[2][2][TOKENS]; /* in each panel of 64 channels QT, then KT */
         float4 T3[2][CHUNK / 8][GROUP];      /* then T3 of each of them, as threads have it */
+        __nv_bfloat16 d_out[2][TILE];        /* before both: dO of chunks, for their U */
     };
     __nv_bfloat16 pairs[2 * CHUNK * CHUNK]; /* rows of dM, then of dL, swizzled by 64 bytes */
     ChannelFactors factors;
-    float own[CHUNK];                    /* M's diagonal */
     float scales[4][CHUNK];              /* rk, rq, beta, beta_rest */
-    float diagonals[2][CHUNK];           /* of dO U^T and dX U^T */
+    float with_U[CHUNKS][CHUNK];         /* of each chunk the diagonal of dO U^T, from U before it is rounded */
+    float diagonals[CHUNK];              /* of dX U^T */
     float h[DIM];                        /* sums of R S over V, at the chunk's start */
     float partial[TEAM / 32][2 * CHUNK]; /* a warp's sums over channels: q . dq and k . dk by token */
-    float along[2 * CHUNK];              /* of all warps */
+    float along[2 * CHUNK];              /* of all warps, and of M's diagonal */
     bool cut[TEAM / 32];                 /* is a decay of a warp's channels cut off (tiles.cuh) */
     uint64_t states_in[2], raw_in[2], values_in;
 };
@@ -120,9 +121,11 @@ struct Context {
 inline __device__ void load_state_inputs(const Context &c, int chunk) {
     StateInputs &to = c.shared.inputs[chunk % 2].state;
     uint64_t &barrier = c.shared.states_in[chunk % 2];
-    expect_bytes(barrier, sizeof(StateOperands) + TILE * 2);
+    expect_bytes(barrier, sizeof(StateOperands) + 2 * TILE * 2);
     bring_bytes(&to.operands, &c.operands[chunk].state, sizeof(StateOperands), barrier);
     bring_tile(to.v, c.maps.v, chunk_of(c.segment, chunk), c.segment.head, barrier, read_once());
+    bring_tile(c.shared.d_out[chunk % 2], c.maps.d_out, chunk_of(c.segment, chunk), c.segment.head, barrier,
+               read_again());
 }
 
 /* Those of the last chunk lie where its S's did not. */
@@ -183,6 +186,30 @@ __device__ void multiply_state(
     }
 }
 
+/* Sums U dO over the warp's 16 columns of V, token by token. */
+inline __device__ void multiply_diagonal(const float (&U)[CHUNK / 8][4], const __nv_bfloat16 *d_out,
+                                         float *sums) {
+    Values o;
+    load_values<DIM>(d_out, o);
+    float x[CHUNK / 4];
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i++) {
+        float2 upper = unpack_bf16(o[i / 2][i % 2 * 2]), lower = unpack_bf16(o[i / 2][i % 2 * 2 + 1]);
+        x[2 * i] = fmaf(U[i][0], upper.x, U[i][2] * lower.x);
+        x[2 * i + 1] = fmaf(U[i][1], upper.y, U[i][3] * lower.y);
+    }
+#pragma unroll
+    for (int bit = 4; bit < 32; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < CHUNK / 4; i++)
+            x[i] += __shfl_xor_sync(~0u, x[i], bit);
+    int lane = (int)thread() % 32;
+    if (lane < 4)
+#pragma unroll
+        for (int i = 0; i < CHUNK / 8; i++)
+            *reinterpret_cast<float2 *>(&sums[i * 8 + lane * 2]) = make_float2(x[2 * i], x[2 * i + 1]);
+}
+
 /* Makes U of a chunk and, before the last one, takes S through it, as S^T [V][K]. */
 template <bool last> __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM / 8][4]) {
     GradientsShared &shared = c.shared;
@@ -229,6 +256,7 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
     }
     wgmma_wait<0>();
     pin(U);
+    float *sums = shared.partial[warp] + chunk % 2 * CHUNK;
     uint32_t u[CHUNK / 16][4];
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
@@ -243,6 +271,7 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
     }
     /* The last chunk's is used at once; others wait in memory, and lie till then where no tiles are yet. */
     store_pairs(last ? shared.U : chunk == 0 ? shared.RQ : chunk == 1 ? shared.RK : shared.CK, warp, u);
+    multiply_diagonal(U, shared.d_out[chunk % 2], sums);
     if constexpr (!last) {
         wgmma_wait<0>();
         pin(S);
@@ -250,6 +279,13 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
     }
     fence_shared();
     barrier_wait(BARRIER_STATES, TEAM);
+    if (t < CHUNK) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < TEAM / 32; i++)
+            sum += shared.partial[i][chunk % 2 * CHUNK + t];
+        shared.with_U[chunk][t] = sum;
+    }
     if (threadIdx.x == 0) {
         if (!last) {
             ptx::cp_async_bulk(ptx::space_global, ptx::space_shared, c.updates + chunk * TILE,
@@ -533,8 +569,8 @@ inline __device__ void store_pair_products(GradientsShared &shared, const float 
         for (int r = 0; r < 2; r++) {
             int row = first + r * 8, i = row % CHUNK, column = warp / 4 * 16 + j * 8 + part;
             float left = d[j][2 * r], right = d[j][2 * r + 1];
-            if (i == column || i == column + 1)
-                shared.diagonals[row / CHUNK][i] = i == column ? left : right;
+            if (row >= CHUNK && (i == column || i == column + 1))
+                shared.diagonals[i] = i == column ? left : right;
             store_shared(shared_address(&shared.pairs[swizzled<2 * CHUNK, CHUNK>(row, column)]),
                          pack_bf16(i > column ? left : 0.f, i > column + 1 ? right : 0.f));
         }
@@ -746,7 +782,7 @@ inline __device__ void send_gradients(const Context &c, const RawInputs &in, con
 template <bool bounded>
 __device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, const Gate &gate, int warp,
                              const Elements &decayed, float (&T)[2 * CHUNK / 8][4], float *dq_heads,
-                             float *dk_heads, GateSums &sums) {
+                             float *dk_heads, const float *with_U, GateSums &sums) {
     const kda_prefill &p = c.b.forward;
     GradientsShared &shared = c.shared;
     int t = (int)thread() - TEAM, lane = t % 32, part = lane % 4 * 2;
@@ -790,14 +826,14 @@ __device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, c
     }
     barrier_wait(BARRIER_GRADIENTS, TEAM);
     if (t < 2 * CHUNK) {
-        float sum = shared.diagonals[0][lane] * shared.own[lane]; /* of M's diagonal */
+        float sum = shared.along[t];
 #pragma unroll
         for (int i = 0; i < TEAM / 32; i++)
             sum += shared.partial[i][t];
         shared.along[t] = sum;
     } else if (t < 3 * CHUNK && lane < at.count) {
         float step = shared.scales[2][lane];
-        float d = step != 0 ? shared.diagonals[1][lane] / step * shared.scales[3][lane] : 0.f;
+        float d = step != 0 ? shared.diagonals[lane] / step * shared.scales[3][lane] : 0.f;
         store_float(kda_row(&c.b.dbeta, at.batch, at.token + lane, at.head), c.b.dbeta.dtype, 0, d);
     }
     /* da of a token: h, and what leaves less what enters at all tokens before it. */
@@ -820,10 +856,10 @@ __device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, c
     Pairs q, k;
     load_pairs(in.q, warp, q), load_pairs(in.k, warp, k);
     __syncwarp();
-    finish_rows(p, in.q, at, warp, q, k, shared.scales[1], shared.scales[0], 1 / p.scale, shared.diagonals[0],
-                shared.along, T, dq_heads);
-    finish_rows(p, in.k, at, warp, k, q, shared.scales[0], shared.scales[1], 1.f, shared.diagonals[0],
-                shared.along + CHUNK, T + CHUNK / 8, dk_heads);
+    finish_rows(p, in.q, at, warp, q, k, shared.scales[1], shared.scales[0], 1 / p.scale, with_U, shared.along,
+                T, dq_heads);
+    finish_rows(p, in.k, at, warp, k, q, shared.scales[0], shared.scales[1], 1.f, with_U, shared.along + CHUNK,
+                T + CHUNK / 8, dk_heads);
     fence_shared();
     barrier_wait(BARRIER_GRADIENTS, TEAM);
     send_gradients(c, in, at, dq_heads);
@@ -868,7 +904,7 @@ __device__ void run_gradients(const Context &c, float *dq_heads, float *dk_heads
         if (t < 4 * CHUNK) {
             shared.scales[0][t] = next_scale;
             if (t < CHUNK)
-                shared.own[t] = next_own;
+                shared.along[t] = shared.along[CHUNK + t] = next_own * shared.with_U[chunk][t];
             if (chunk)
                 load_scales(chunk - 1);
         }
@@ -885,7 +921,8 @@ __device__ void run_gradients(const Context &c, float *dq_heads, float *dk_heads
         }
         find_rows<bounded>(c, chunk, warp, T);
         barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
-        finish_chunk<bounded>(c, in, at, gate, warp, decayed, T, dq_heads, dk_heads, sums);
+        finish_chunk<bounded>(c, in, at, gate, warp, decayed, T, dq_heads, dk_heads, shared.with_U[chunk],
+                              sums);
     }
     store_gate_sums(sums, t / 32, gate_sums);
     if (t == 0)
