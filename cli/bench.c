@@ -21,7 +21,8 @@ enum {
 };
 
 static const char documentation[] =
-    "Times prefill, or with --decode decode, on random cases: a built-in table, or the one case that "
+    "Times prefill, or with --decode decode, or with --backward backward, on random cases: a built-in table, "
+    "or the one case that "
     "the options describe. A result is timed only after it has been compared with the oracle, where "
     "that takes long on its first heads and tokens.\v"
     "Each line is the median of repeated runs after a warm-up, with the quartiles. On CUDA it is the "
@@ -35,6 +36,7 @@ static const char documentation[] =
     "  flashkda bench --tokens 65536 --heads 1 --threads 1 --out-dtype fp32\n"
     "  flashkda bench --backend cuda -o cuda.json\n"
     "  flashkda bench --backend cuda --decode\n"
+    "  flashkda bench --backend cuda --backward --tokens 8192 --heads 32\n"
     "  flashkda bench --backend cuda --captured data/small_softplus.safetensors --tokens 8192 --heads 32\n"
     "  flashkda bench --commit $(git rev-parse HEAD) -o cpu.json";
 
@@ -44,6 +46,7 @@ enum option_key {
     OPTION_COMMIT,
     OPTION_OUT_DTYPE,
     OPTION_DECODE,
+    OPTION_BACKWARD,
 };
 
 static const char *const backend_names[] = {"cpu", "cuda", NULL};
@@ -55,6 +58,9 @@ static const struct argp_option argp_options[] = {
     {"repeat", 'r', "N", 0, "Times to run each case after the warm-up, fewer if it takes long (9)", 0},
     {"quick", OPTION_QUICK, NULL, 0, "A table of a few short cases", 0},
     {"decode", OPTION_DECODE, NULL, 0, "A table of decode instead of prefill, beside the rate of a copy", 0},
+    {"backward", OPTION_BACKWARD, NULL, 0,
+     "Backward instead of prefill: every gradient but those of A_log and dt_bias, in the dtype of the inputs",
+     0},
     {"out-dtype", OPTION_OUT_DTYPE, "NAME", 0, "Only this output dtype: bf16, fp16 or fp32", 0},
     {"output", 'o', "FILE", 0, "Write the results as JSON", 0},
     {"json", 'j', NULL, 0, "Print JSON instead of the table", 0},
@@ -68,7 +74,8 @@ struct bench_options {
     int64_t threads, repeats; /* 0: the default */
     DLDataType out_dtype;     /* where has_out_dtype */
     int backend;              /* in backend_names */
-    bool has_out_dtype, decode, quick, json;
+    enum bench_operation operation;
+    bool has_out_dtype, quick, json;
 };
 
 static bool on_cuda(const struct bench_options *options) { return options->backend == 1; }
@@ -76,7 +83,9 @@ static bool on_cuda(const struct bench_options *options) { return options->backe
 static error_t check_options(const struct argp_state *state, const struct bench_options *options) {
     if (options->spec.given && options->quick)
         return argument_error(state, "--quick is a table of its own: it does not go with options of a case");
-    if (options->decode && (options->spec.given || options->has_out_dtype))
+    if (options->operation == BENCH_BACKWARD && options->has_out_dtype)
+        return argument_error(state, "--out-dtype is of an output: it does not go with --backward");
+    if (options->operation == BENCH_DECODE && (options->spec.given || options->has_out_dtype))
         return argument_error(state, "--decode is a table of its own: it does not go with options of a case");
     if (options->commit && !options->json && !options->path)
         return argument_error(state, "--commit is kept in the JSON: it goes with --output or --json");
@@ -117,7 +126,10 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         options->quick = true;
         return 0;
     case OPTION_DECODE:
-        options->decode = true;
+        options->operation = BENCH_DECODE;
+        return 0;
+    case OPTION_BACKWARD:
+        options->operation = BENCH_BACKWARD;
         return 0;
     case OPTION_OUT_DTYPE:
         options->has_out_dtype = type_named(argument, &options->out_dtype);
@@ -175,7 +187,7 @@ static int row_variants(const struct bench *bench, const struct bench_row *row, 
 
 static void name_result(struct bench_result *result, const struct bench_case *c) {
     const struct case_spec *spec = &result->spec;
-    if (!c->decode) {
+    if (c->operation != BENCH_DECODE) {
         case_spec_name(spec, result->name, sizeof result->name);
         return;
     }
@@ -208,7 +220,7 @@ static bool bench_spec(struct bench *bench, const struct case_spec *spec, const 
     const struct bench_options *options = bench->options;
     struct variant variants[MAX_VARIANTS];
     int count = row_variants(bench, row, spec->dtype, variants);
-    struct bench_case c = {.decode = options->decode,
+    struct bench_case c = {.operation = options->operation,
                            .way = row->way,
                            .backend = on_cuda(options) ? FLASH_KDA_BACKEND_CUDA : FLASH_KDA_BACKEND_CPU,
                            .repeats = options->repeats ? (int)options->repeats
@@ -245,7 +257,7 @@ static struct case_spec row_spec(const struct bench_row *row) {
 
 /* The next row of the table that is asked for, from row i on; NULL after the last. */
 static const struct bench_row *next_row(const struct bench_options *options, int *i) {
-    const struct bench_table *table = bench_table(options->decode, on_cuda(options));
+    const struct bench_table *table = bench_table(options->operation, on_cuda(options));
     while (*i < table->count && table->rows[*i].quick != options->quick)
         ++*i;
     return *i < table->count ? &table->rows[(*i)++] : NULL;
@@ -309,7 +321,7 @@ static bool describe_machine(struct bench *bench) {
     if (on_cuda(bench->options))
         return device_describe(&machine->device, 0) && replay_copy(&machine->copy_rate);
     int64_t threads = bench->options->threads;
-    if (bench->options->decode)
+    if (bench->options->operation == BENCH_DECODE)
         machine->copy_rate = machine_copy_rate(threads ? (int)threads : machine->host.threads);
     return true;
 }
@@ -324,7 +336,7 @@ static bool bench_all(struct bench *bench, struct new_file *file) {
     if (!bench->results)
         return failed("out of memory for %d results", bench->total);
     if (!options->json)
-        bench_print_head(&bench->machine, options->decode);
+        bench_print_head(&bench->machine, options->operation == BENCH_DECODE);
     bool good = options->spec.given ? bench_spec(bench, &options->spec.spec, &plain) : bench_rows(bench);
     progress_clear();
     return good && print_results(bench, file);

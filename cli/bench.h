@@ -30,7 +30,8 @@ struct bench_table {
 };
 
 /* By operation and backend. */
-const struct bench_table *bench_table(bool decode, bool cuda);
+enum bench_operation { BENCH_PREFILL, BENCH_DECODE, BENCH_BACKWARD, BENCH_OPERATIONS };
+const struct bench_table *bench_table(enum bench_operation operation, bool cuda);
 
 /* Where it was measured. */
 struct bench_machine {
@@ -42,17 +43,19 @@ struct bench_machine {
 struct bench_result {
     char name[96];
     struct case_spec spec;
-    const char *decode; /* what becomes of decode's states; NULL: it is prefill */
-    int64_t tokens;     /* of a batch entry */
+    const char *decode; /* what becomes of decode's states; NULL: it is another operation */
+    bool backward;
+    int64_t tokens; /* of a batch entry */
     DLDataType out_dtype;
     char level[16];
     int threads; /* 0 on CUDA */
     char ran_on[256];
     int64_t bytes;                         /* of all tensors: what a call must move at least */
-    int64_t workspace_bytes;               /* of prefill */
+    int64_t workspace_bytes;               /* not of decode */
     int64_t checked_tokens, checked_heads; /* of each batch entry, from the first ones, against the oracle */
-    double output_error, state_error, checkpoint_error;
-    bool passed; /* within tolerance; timing is only there if so */
+    double output_error, state_error,
+        checkpoint_error; /* of backward: of all gradients but states'; of those */
+    bool passed;          /* within tolerance; timing is only there if so */
     struct timing timing;
     struct timing warm; /* of decode on one set of tensors, all in the cache; no repeats: not measured */
 };
@@ -63,7 +66,7 @@ enum { BENCH_MAX_REPEATS = 1000 };
 
 /* A case, what is asked of it, and the exact answer to its first tokens and heads. */
 struct bench_case {
-    bool decode;
+    enum bench_operation operation;
     enum decode_way way;
     flash_kda_backend backend;
     int repeats;

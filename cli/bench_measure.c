@@ -47,8 +47,10 @@ void bench_case_free(struct bench_case *c) {
 
 bool bench_case_make(struct bench_case *c, const struct case_spec *spec) {
     double seconds = 0;
+    bool backward = c->operation == BENCH_BACKWARD;
     bool good = captured_generate(&c->whole, spec) && make_prefix(&c->prefix, &c->whole) &&
-                trial_prefill(&c->oracle, &c->prefix, TYPE_FP32, FLASH_KDA_BACKEND_REFERENCE, 1) &&
+                (backward ? trial_backward(&c->oracle, &c->prefix, FLASH_KDA_BACKEND_REFERENCE, 1)
+                          : trial_prefill(&c->oracle, &c->prefix, TYPE_FP32, FLASH_KDA_BACKEND_REFERENCE, 1)) &&
                 trial_run(&c->oracle, &seconds);
     if (!good)
         bench_case_free(c);
@@ -57,8 +59,11 @@ bool bench_case_make(struct bench_case *c, const struct case_spec *spec) {
 
 static bool make_trial(struct trial *trial, const struct bench_case *c, const struct kda_case *problem,
                        const struct bench_result *result) {
-    return c->decode ? trial_decode(trial, problem, c->way, c->backend, result->threads)
-                     : trial_prefill(trial, problem, result->out_dtype, c->backend, result->threads);
+    if (c->operation == BENCH_BACKWARD)
+        return trial_backward(trial, problem, c->backend, result->threads);
+    return c->operation == BENCH_DECODE
+               ? trial_decode(trial, problem, c->way, c->backend, result->threads)
+               : trial_prefill(trial, problem, result->out_dtype, c->backend, result->threads);
 }
 
 /* ---- Is it right? ------------------------------------------------------------------------------ */
@@ -78,14 +83,20 @@ static void judge(struct bench_result *result, const struct bench_case *c, const
     struct tolerance tolerance = trial_tolerance(trial, &c->oracle);
     const struct trial *oracle = &c->oracle;
     struct tensor first, states;
+    bool whole = trial->c->tokens == c->prefix.tokens;
+    if (c->operation == BENCH_BACKWARD && !whole) /* gradients depend on later tokens */
+        return;
     tensor_view(&first, &trial->out.dl);
     tensor_narrow(&first, 1, 0, c->prefix.tokens);
     judge_tensor(result, &first, &oracle->out, 2, tolerance.output, &result->output_error);
-    if (trial->c->tokens != c->prefix.tokens || (c->decode && c->way == DECODE_STATE_KEPT))
+    for (int i = 0; i < TRIAL_GRADIENTS && c->operation == BENCH_BACKWARD; i++)
+        judge_tensor(result, &trial->gradients[i], &oracle->gradients[i], 2, tolerance.output,
+                     &result->output_error);
+    if (!whole || (c->operation == BENCH_DECODE && c->way == DECODE_STATE_KEPT))
         return;
     trial_last_states(trial, &states);
     judge_tensor(result, &states, &oracle->state, 1, tolerance.state, &result->state_error);
-    if (tensor_present(&trial->checkpoints))
+    if (tensor_present(&oracle->checkpoints))
         judge_tensor(result, &trial->checkpoints, &oracle->checkpoints, 2, tolerance.checkpoints,
                      &result->checkpoint_error);
 }
@@ -98,6 +109,8 @@ static bool check_trial(const struct bench_case *c, struct trial *trial, struct 
         return false;
     trial_last_states(trial, &states);
     result->passed = count_non_finite(&trial->out) == 0 && count_non_finite(&states) == 0;
+    for (int i = 0; i < TRIAL_GRADIENTS && c->operation == BENCH_BACKWARD; i++)
+        result->passed = result->passed && count_non_finite(&trial->gradients[i]) == 0;
     judge(result, c, trial);
     if (c->prefix.tokens == c->whole.tokens)
         return true;
@@ -116,10 +129,14 @@ static bool check_trial(const struct bench_case *c, struct trial *trial, struct 
 /* Do the copies hold the bits of the result that was found right? Decode's states have gone on since. */
 static bool same_result(const struct bench_case *c, struct trial *copies, int count,
                         const struct trial *checked) {
-    for (int i = 0; i < count && !c->decode; i++) {
+    for (int i = 0; i < count && c->operation != BENCH_DECODE; i++) {
         if (!call_fetch(&copies[i].call))
             return false;
-        if (!tensor_same(&copies[i].out, &checked->out) || !tensor_same(&copies[i].state, &checked->state))
+        bool same =
+            tensor_same(&copies[i].out, &checked->out) && tensor_same(&copies[i].state, &checked->state);
+        for (int n = 0; n < TRIAL_GRADIENTS && c->operation == BENCH_BACKWARD; n++)
+            same = same && tensor_same(&copies[i].gradients[n], &checked->gradients[n]);
+        if (!same)
             return failed("a replayed call gave other bits than the one that was compared with the oracle");
     }
     return true;
@@ -170,7 +187,7 @@ static bool time_cold(const struct bench_case *c, const struct trial *checked, s
 static bool time_warm(const struct bench_case *c, struct trial *trial, struct timing *timing) {
     double seconds[BENCH_MAX_REPEATS];
     struct call *calls[WARM_CALLS];
-    if (!c->decode || trial->call.memory == MEMORY_HOST ||
+    if (c->operation != BENCH_DECODE || trial->call.memory == MEMORY_HOST ||
         4 * (int64_t)tensor_bytes(&trial->state) > 3 * c->l2_bytes)
         return true;
     for (int i = 0; i < WARM_CALLS; i++)
@@ -198,8 +215,9 @@ bool bench_measure(const struct bench_case *c, struct bench_result *result) {
     struct trial trial;
     if (!make_trial(&trial, c, &c->whole, result))
         return false;
-    bool hot = !c->decode && trial.call.memory == MEMORY_HOST;
-    result->decode = c->decode ? decode_way_names[c->way] : NULL;
+    bool hot = c->operation != BENCH_DECODE && trial.call.memory == MEMORY_HOST;
+    result->decode = c->operation == BENCH_DECODE ? decode_way_names[c->way] : NULL;
+    result->backward = c->operation == BENCH_BACKWARD;
     result->tokens = c->whole.tokens;
     result->checked_tokens = c->prefix.tokens;
     result->checked_heads = c->prefix.value_heads;

@@ -112,11 +112,49 @@ static const struct bench_row decode_cuda_rows[] = {
     BOTH_STATES(.heads = 32, .batch = 64, .tokens = 4, .way = DECODE_STATE_EACH),
 };
 
+/* ---- Backward ---------------------------------------------------------------------------------- */
+
+static const struct bench_row backward_cpu_rows[] = {
+    {.quick = true, .tokens = 512, .heads = 2, .gate = SIGMOID, .regime = SLOW, .checkpoint_every = 128},
+    {.quick = true, .lengths = "64,17,33,128,1,95,0,162,12", .heads = 2, .gate = SOFTPLUS, .regime = STRONG},
+
+    {.tokens = 4096, .heads = 8, .gate = SIGMOID, .regime = SLOW},
+    {.tokens = 4096, .heads = 8, .gate = SIGMOID, .regime = SLOW, .checkpoint_every = 128},
+    {.tokens = 2048, .heads = 4, .value_heads = 16, .gate = SOFTPLUS, .regime = SLOW},
+};
+
+/* States found again, and kept by prefill. */
+#define BOTH_WAYS(...)                                                                               \
+    {.gate = SIGMOID, .regime = SLOW, .initial_state = true, __VA_ARGS__}, {                         \
+        .gate = SIGMOID, .regime = SLOW, .initial_state = true, .checkpoint_every = 128, __VA_ARGS__ \
+    }
+
+static const struct bench_row backward_cuda_rows[] = {
+    {.quick = true, .tokens = 1024, .heads = 8, .gate = SIGMOID, .regime = SLOW, .checkpoint_every = 128},
+    {.quick = true, .lengths = "64,17,33,128,1,95,0,162,12", .heads = 8, .gate = SOFTPLUS, .regime = STRONG},
+
+    BOTH_WAYS(.heads = 96, .tokens = 8192),
+    BOTH_WAYS(.heads = 64, .tokens = 8192),
+    BOTH_WAYS(.heads = 32, .tokens = 8192),
+    BOTH_WAYS(.heads = 16, .tokens = 8192),
+    BOTH_WAYS(.heads = 8, .tokens = 8192),
+    BOTH_WAYS(.heads = 8, .tokens = 65536),
+    BOTH_WAYS(.heads = 8, .value_heads = 32, .tokens = 8192),
+    BOTH_WAYS(.heads = 32, .batch = 32, .tokens = 256),
+    {.heads = 32, .tokens = 8192, .gate = SIGMOID, .regime = STRONG, .checkpoint_every = 128},
+    {.heads = 32, .lengths = MIXED_LENGTHS, .gate = SIGMOID, .regime = SLOW},
+    {.heads = 32, .batch = 64, .tokens = 64, .gate = SIGMOID, .regime = SLOW},
+    {.heads = 32, .tokens = 8192, .gate = SOFTPLUS, .regime = SLOW, .checkpoint_every = 128},
+    {.heads = 32, .tokens = 8192, .dim = 64, .gate = SIGMOID, .regime = SLOW, .checkpoint_every = 128},
+};
+
 #define TABLE(rows) \
     { rows, sizeof(rows) / sizeof *(rows) }
 
-const struct bench_table *bench_table(bool decode, bool cuda) {
-    static const struct bench_table tables[2][2] = {{TABLE(cpu_rows), TABLE(cuda_rows)},
-                                                    {TABLE(decode_cpu_rows), TABLE(decode_cuda_rows)}};
-    return &tables[decode][cuda];
+const struct bench_table *bench_table(enum bench_operation operation, bool cuda) {
+    static const struct bench_table tables[BENCH_OPERATIONS][2] = {
+        [BENCH_PREFILL] = {TABLE(cpu_rows), TABLE(cuda_rows)},
+        [BENCH_DECODE] = {TABLE(decode_cpu_rows), TABLE(decode_cuda_rows)},
+        [BENCH_BACKWARD] = {TABLE(backward_cpu_rows), TABLE(backward_cuda_rows)}};
+    return &tables[operation][cuda];
 }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "trial.h"
 
+#include "random.h"
 #include "timing.h"
 
 #include <stdio.h>
@@ -89,6 +90,77 @@ bool trial_decode(struct trial *trial, const struct kda_case *c, enum decode_way
     return call_make(&trial->call, &all, memory_of(backend), FILL_NONE) || give_up(trial);
 }
 
+/* ---- Backward ---------------------------------------------------------------------------------- */
+
+static bool allocate_gradients(struct trial *trial, const struct kda_case *c, DLDataType type) {
+    int64_t out[TENSOR_MAX_DIMS], state[TENSOR_MAX_DIMS];
+    case_out_shape(c, out);
+    case_state_shape(c, state);
+    const int64_t like_q[] = {c->batch, c->tokens, c->heads, c->key_dim};
+    const int64_t like_g[] = {c->batch, c->tokens, c->value_heads, c->key_dim};
+    return tensor_alloc(&trial->out, type, 4, out) && tensor_alloc(&trial->d_out, c->v.dl.dtype, 4, out) &&
+           tensor_alloc(&trial->state, TYPE_FP32, 4, state) &&
+           tensor_alloc(&trial->gradients[TRIAL_DQ], type, 4, like_q) &&
+           tensor_alloc(&trial->gradients[TRIAL_DK], type, 4, like_q) &&
+           tensor_alloc(&trial->gradients[TRIAL_DG], type, 4, like_g) &&
+           tensor_alloc(&trial->gradients[TRIAL_DBETA], type, 3, like_g);
+}
+
+/* Each row has a generator of its own. */
+static void fill_d_out(struct tensor *d_out) {
+    const int64_t *shape = d_out->shape;
+    for (int64_t row = 0, i = 0; row < shape[0] * shape[1] * shape[2]; row++) {
+        int64_t token = row / shape[2] % shape[1], batch = row / shape[2] / shape[1];
+        struct random r = {(uint64_t)(batch << 48 ^ token << 16 ^ row % shape[2])};
+        for (int64_t v = 0; v < shape[3]; v++)
+            tensor_set(d_out, i++, random_normal(&r));
+    }
+}
+
+/* The states that prefill keeps, in host memory. */
+static bool keep_states(struct trial *trial, const struct kda_case *c, flash_kda_backend backend,
+                        int32_t threads) {
+    struct trial prefill;
+    double seconds;
+    if (!trial_prefill(&prefill, c, c->v.dl.dtype, backend, threads))
+        return false;
+    const struct tensor *kept = &prefill.checkpoints;
+    bool good = trial_run(&prefill, &seconds) &&
+                (tensor_alloc(&trial->checkpoints, kept->dl.dtype, kept->dl.ndim, kept->shape) ||
+                 failed("out of memory for kept states"));
+    if (good)
+        memcpy(trial->checkpoints.dl.data, kept->dl.data, tensor_bytes(kept));
+    trial_free(&prefill);
+    return good;
+}
+
+bool trial_backward(struct trial *trial, const struct kda_case *c, flash_kda_backend backend, int32_t threads) {
+    bool exact = backend == FLASH_KDA_BACKEND_REFERENCE;
+    *trial = (struct trial){.c = c};
+    if (!allocate_gradients(trial, c, exact ? TYPE_FP32 : c->q.dl.dtype))
+        return no_memory(trial);
+    fill_d_out(&trial->d_out);
+    const flash_kda_prefill_args prefill = case_args(c);
+    flash_kda_backward_args args = backward_of_prefill(&prefill);
+    if (c->checkpoint_every && !exact) {
+        if (!keep_states(trial, c, backend, threads))
+            return give_up(trial);
+        args.checkpoints = &trial->checkpoints.dl;
+        args.checkpoint_every = c->checkpoint_every;
+    }
+    args.d_out = &trial->d_out.dl;
+    args.dv = &trial->out.dl;
+    args.d_initial_state = &trial->state.dl;
+    args.dq = &trial->gradients[TRIAL_DQ].dl;
+    args.dk = &trial->gradients[TRIAL_DK].dl;
+    args.dg = &trial->gradients[TRIAL_DG].dl;
+    args.dbeta = &trial->gradients[TRIAL_DBETA].dl;
+    args.backend = backend;
+    args.num_threads = threads;
+    const struct arguments all = arguments_of_backward(&args);
+    return call_make(&trial->call, &all, memory_of(backend), FILL_NONE) || give_up(trial);
+}
+
 /* ---- Prefill's tokens through decode ----------------------------------------------------------- */
 
 enum { STATE_VIEW = TOKEN_ARGUMENTS, VIEWS };
@@ -163,8 +235,9 @@ bool trial_describe(const struct trial *trial, char *text, size_t size) {
         status = flash_kda_decode_describe(&args, token, sizeof token);
         snprintf(text, size, "%s; decode, token by token", status ? "" : token);
     } else {
-        status = a->kind == KIND_DECODE ? flash_kda_decode_describe(&a->decode, text, size)
-                                        : flash_kda_prefill_describe(&a->prefill, text, size);
+        status = a->kind == KIND_DECODE     ? flash_kda_decode_describe(&a->decode, text, size)
+                 : a->kind == KIND_BACKWARD ? flash_kda_backward_describe(&a->backward, text, size)
+                                            : flash_kda_prefill_describe(&a->prefill, text, size);
     }
     return !status || failed("%s", flash_kda_last_error());
 }
@@ -201,4 +274,7 @@ void trial_free(struct trial *trial) {
     tensor_free(&trial->state);
     tensor_free(&trial->checkpoints);
     tensor_free(&trial->state_indices);
+    tensor_free(&trial->d_out);
+    for (int i = 0; i < TRIAL_GRADIENTS; i++)
+        tensor_free(&trial->gradients[i]);
 }

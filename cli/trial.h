@@ -13,6 +13,9 @@ enum decode_way { DECODE_IN_PLACE, DECODE_STATE_KEPT, DECODE_STATE_EACH };
 /* Their names, ended by NULL; the index is the value. */
 extern const char *const decode_way_names[];
 
+/* Backward's gradients that have the heads of q or of g in their third dimension. */
+enum { TRIAL_DQ, TRIAL_DK, TRIAL_DG, TRIAL_DBETA, TRIAL_GRADIENTS };
+
 /* Holds struct tensor: not to be copied or moved. */
 struct trial {
     const struct kda_case *c; /* must outlive it */
@@ -23,6 +26,8 @@ struct trial {
     struct tensor
         checkpoints; /* of prefill, [B, rows, HV, V, K] or [B, rows, HV, K, V]; absent if the case has none */
     struct tensor state_indices; /* of decode, [B] or [B, T] */
+    /* Of backward: dO as given; what is written beside out and state, which are dv and d_initial_state. */
+    struct tensor d_out, gradients[TRIAL_GRADIENTS];
     enum decode_way way;
     bool
         by_token; /* set by the caller: what prefill is to run goes through decode, one token after the other */
@@ -36,6 +41,11 @@ bool trial_prefill(struct trial *trial, const struct kda_case *c, DLDataType out
 /* Decode of a dense case with an initial state, whose dtype the states keep. On failure as above. */
 bool trial_decode(struct trial *trial, const struct kda_case *c, enum decode_way way, flash_kda_backend backend,
                   int32_t threads);
+
+/* Backward, of a random gradient of out, which is the same for the same token, head and column of any case; with the states
+ * that prefill keeps if the case keeps some. The oracle's gradients are fp32, others of the inputs' dtype. On failure as
+ * above. */
+bool trial_backward(struct trial *trial, const struct kda_case *c, flash_kda_backend backend, int32_t threads);
 
 /* Runs it once; *seconds is how long the call took, copies between memories not counted. */
 bool trial_run(struct trial *trial, double *seconds);

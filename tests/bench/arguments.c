@@ -129,6 +129,27 @@ struct tensor *decode_tensor(const flash_kda_decode_args *a, const char *name) {
 
 /* ---- From one call to another ------------------------------------------------------------------ */
 
+flash_kda_backward_args backward_of_prefill(const flash_kda_prefill_args *args) {
+    flash_kda_backward_args a = FLASH_KDA_BACKWARD_ARGS_INIT;
+    a.q = args->q;
+    a.k = args->k;
+    a.v = args->v;
+    a.g = args->g;
+    a.beta = args->beta;
+    a.A_log = args->A_log;
+    a.dt_bias = args->dt_bias;
+    a.gate = args->gate;
+    a.lower_bound = args->lower_bound;
+    a.beta_mode = args->beta_mode;
+    a.scale = args->scale;
+    a.flags = args->flags;
+    a.cu_seqlens = args->cu_seqlens;
+    a.state_layout = args->state_layout;
+    a.initial_state = args->initial_state;
+    a.num_threads = args->num_threads;
+    return a;
+}
+
 flash_kda_decode_args decode_of_prefill(const flash_kda_prefill_args *args) {
     return (flash_kda_decode_args){.struct_size = sizeof(flash_kda_decode_args),
                                    .q = args->q,

@@ -48,6 +48,9 @@ struct tensor *decode_tensor(const flash_kda_decode_args *a, const char *name);
 /* Decode of the same tensors in the same way; its states are final_state. */
 flash_kda_decode_args decode_of_prefill(const flash_kda_prefill_args *args);
 
+/* Backward of the same inputs; gradients and kept states are left to the caller. */
+flash_kda_backward_args backward_of_prefill(const flash_kda_prefill_args *args);
+
 /* Those that have a row for each token: q, k, v, g, beta, out. */
 enum { TOKEN_ARGUMENTS = 6 };
 

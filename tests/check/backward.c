@@ -12,6 +12,7 @@ static void run(struct check *check) {
         backward_tiles(check);
     backward_traps(check);
     backward_properties(check);
+    backward_cuda(check);
 }
 
 const struct operation backward_operation = {"backward", run};

@@ -49,6 +49,10 @@ void backward_results_make(struct backward_results *r, const struct backward_pro
 void backward_results_make_exact(struct backward_results *r, const struct backward_problem *b);
 void backward_results_free(struct backward_results *r);
 
+/* The arguments of a run on a backend that writes these results. */
+flash_kda_backward_args backward_bind(const struct backward_problem *b, struct backward_results *r,
+                                      flash_kda_backend backend);
+
 /* Calls backward with a workspace of exactly the size asked for, unaligned, guarded and filled with `fill`. NULL or
  * what went wrong. */
 const char *backward_run(const struct backward_problem *b, struct backward_results *r,

@@ -13,6 +13,7 @@ void backward_pairwise(struct check *check);   /* all options together */
 void backward_tiles(struct check *check);      /* what models are trained with */
 void backward_traps(struct check *check);      /* odd lengths and head dims, numerical traps */
 void backward_properties(struct check *check); /* identities, powers of two, gradients not asked for */
+void backward_cuda(struct check *check);       /* what holds on CUDA alone */
 void backward_long(struct check *check);       /* thousands of tokens */
 
 #endif

@@ -107,32 +107,10 @@ static const char *make_checkpoints(struct backward_problem *b) {
     return wrong;
 }
 
-static void make_args(struct backward_problem *b) {
-    const flash_kda_prefill_args *p = &b->p.args;
-    flash_kda_backward_args *a = &b->args;
-    a->struct_size = sizeof *a;
-    a->q = p->q;
-    a->k = p->k;
-    a->v = p->v;
-    a->g = p->g;
-    a->beta = p->beta;
-    a->A_log = p->A_log;
-    a->dt_bias = p->dt_bias;
-    a->gate = p->gate;
-    a->lower_bound = p->lower_bound;
-    a->beta_mode = p->beta_mode;
-    a->scale = p->scale;
-    a->flags = p->flags;
-    a->cu_seqlens = p->cu_seqlens;
-    a->state_layout = p->state_layout;
-    a->initial_state = p->initial_state;
-    a->num_threads = p->num_threads;
-}
-
 const char *backward_problem_make(struct backward_problem *b, const struct backward_case *c, struct random *r) {
     *b = (struct backward_problem){.c = *c};
     prefill_problem_make(&b->p, &c->forward, r);
-    make_args(b);
+    b->args = backward_of_prefill(&b->p.args);
     make_given(b, r);
     describe_outputs(b);
     return make_checkpoints(b);
@@ -184,8 +162,8 @@ void backward_results_free(struct backward_results *r) {
 
 /* ---- Runs -------------------------------------------------------------------------------------- */
 
-static flash_kda_backward_args bind(const struct backward_problem *b, struct backward_results *r,
-                                    flash_kda_backend backend) {
+flash_kda_backward_args backward_bind(const struct backward_problem *b, struct backward_results *r,
+                                      flash_kda_backend backend) {
     flash_kda_backward_args args = b->args;
     const DLTensor **const members[GRADIENTS] = {
         &args.dq,    &args.dk,     &args.dv,        &args.dg,
@@ -201,13 +179,13 @@ static flash_kda_backward_args bind(const struct backward_problem *b, struct bac
 
 const char *backward_run(const struct backward_problem *b, struct backward_results *r,
                          flash_kda_backend backend, int fill) {
-    const flash_kda_backward_args args = bind(b, r, backend);
+    const flash_kda_backward_args args = backward_bind(b, r, backend);
     const struct arguments all = arguments_of_backward(&args);
     return call_run(&all, memory_of(backend), fill);
 }
 
 double backward_time(const struct backward_problem *b, struct backward_results *r, flash_kda_backend backend) {
-    const flash_kda_backward_args args = bind(b, r, backend);
+    const flash_kda_backward_args args = backward_bind(b, r, backend);
     const struct arguments all = arguments_of_backward(&args);
     return seconds_of(&all);
 }

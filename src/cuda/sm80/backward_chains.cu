@@ -2,11 +2,13 @@
 /*
  * Takes states and gradients of states through the chunks of a slab, with the operands that backward_prepare.cu left.
  *
- * One CTA works a chain, or a segment of one, for 64 columns of V, and one warp 16 of them, transposed as in general.cu:
+ * One CTA works a chain, or a segment of one, for 64 columns of V, and one warp 16 of them, transposed as in
+ * general.cu:
  *     there   X^T = V^T - S^T KT^T       e^T = X^T INV^T      U^T = e^T diag(b)
  *             S^T <- S^T diag(1 + carry) + U^T KR
  *     back    dU^T = R^T KR^T + dO^T M   Z^T = dU^T INV'      dV^T = Z^T diag(b)
  *             R^T <- R^T diag(1 + carry) + dO^T QT - dV^T KT
+ * R enters in two terms of bf16: where keys nearly coincide dV is a small difference of what it makes.
  * Neither needs anything of the other, so the ways back of whole chains and those there of single segments, whose first
  * states are known, share a launch: the few CTAs of the former leave room.
  */
@@ -166,8 +168,8 @@ __device__ void fetch(const BackwardOperands<KP> *all, const kda_tensor &values,
         fetch_values<THREADS, COLUMNS>(values, chain, span, stage.values);
 }
 
-/* Stages of shared memory, in turns. walk runs f(chunk, its stage) for count chunks from `chunk` on, `step` (1 or -1) from
- * one to the next. */
+/* Stages of shared memory, in turns. walk runs f(chunk, its stage) for count chunks from `chunk` on, `step` (1 or -1)
+ * from one to the next. */
 template <int KP> struct Stages {
     char *memory;
     int bytes;
@@ -223,20 +225,28 @@ __device__ void times_steps(float (&x)[CHUNK / 8][4], float factor, const Backwa
     }
 }
 
-/* x^T [16][CHUNK] += S^T rows^T */
-template <int KP>
+/* x^T [16][CHUNK] += S^T rows^T; S in one term, or in two. */
+template <int KP, bool exact>
 __device__ void multiply_state(float (&x)[CHUNK / 8][4], const float (&S)[KP / 8][4],
                                const __nv_bfloat16 *rows) {
     MatrixRow<CHUNK, KP> tile(rows, false);
 #pragma unroll
     for (int c = 0; c < KP / 16; c++) {
-        uint32_t a[4], k[4];
-        pack_operand(S[2 * c], S[2 * c + 1], a);
+        Split a;
+        uint32_t k[4];
+        if (exact)
+            split_operand(S[2 * c], S[2 * c + 1], a);
+        else
+            pack_operand(S[2 * c], S[2 * c + 1], a.rounded);
 #pragma unroll
         for (int i = 0; i < CHUNK / 16; i++) {
             ldmatrix(k, tile.at(i * 16, c * 16));
-            mma(x[2 * i], a, k[0], k[1]);
-            mma(x[2 * i + 1], a, k[2], k[3]);
+            mma(x[2 * i], a.rounded, k[0], k[1]);
+            mma(x[2 * i + 1], a.rounded, k[2], k[3]);
+            if (exact) {
+                mma(x[2 * i], a.rest, k[0], k[1]);
+                mma(x[2 * i + 1], a.rest, k[2], k[3]);
+            }
         }
     }
 }
@@ -282,7 +292,7 @@ __device__ void advance(const kda_tensor &v, const Stage<KP> &stage, float (&S)[
                         float (&e)[CHUNK / 8][4]) {
     const BackwardOperands<KP> &operands = stage.operands;
     float x[CHUNK / 8][4] = {};
-    multiply_state<KP>(x, S, operands.keys);
+    multiply_state<KP, false>(x, S, operands.keys);
 #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++) {
         float values[2][4];
@@ -388,7 +398,7 @@ __device__ void go_back(const kda_tensor &d_out, const Stage<KP> &stage, float (
     const BackwardOperands<KP> &operands = stage.operands;
     uint32_t given[CHUNK / 16][4] = {}; /* dO^T */
     float dU[CHUNK / 8][4] = {};
-    multiply_state<KP>(dU, R, operands.keys_to_end);
+    multiply_state<KP, true>(dU, R, operands.keys_to_end);
     if (d_out.data)
 #pragma unroll
         for (int i = 0; i < CHUNK / 16; i++) {

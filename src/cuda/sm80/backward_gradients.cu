@@ -46,6 +46,9 @@ template <int KP> struct Config {
     static constexpr int SLICES = THREADS / (KP / 8); /* of the rows of a state, in sums over them */
 };
 
+/* Where a warp's accumulators become columns of channels. */
+typedef float Exchange[BLOCK][LANE_CHANNELS + 1];
+
 template <int KP> struct Shared {
     static constexpr int WARPS = Config<KP>::WARPS;
     union {
@@ -53,12 +56,13 @@ template <int KP> struct Shared {
         struct {
             union {
                 float slices[Config<KP>::SLICES][KP]; /* sums over rows of S * R */
-                struct {                              /* as in prepare.cuh */
+                Exchange of_states[2][WARPS];
+                struct { /* as in prepare.cuh */
                     __nv_bfloat16 rows_k[CHUNK * KP], rows_q[CHUNK * KP], columns[CHUNK * KP],
                         across[BLOCK * KP];
                 };
             };
-            float exchange[WARPS][BLOCK][LANE_CHANNELS + 1];
+            Exchange exchange[WARPS];
             alignas(16) float dots[2][WARPS][2 * BLOCK]; /* of rows of q, then k, with their gradients */
             float bias[KP], A_log[WARPS];
         };
@@ -361,9 +365,8 @@ struct Tokens {
     __device__ float operator[](int t) const { return first[t * (LANE_CHANNELS + 1)]; }
 };
 
-/* They are there until the next call. */
-template <int KP> __device__ Tokens exchange(const float (&x)[4][4], Shared<KP> &shared) {
-    float(&buffer)[BLOCK][LANE_CHANNELS + 1] = shared.exchange[threadIdx.x / 32];
+/* They are there until the buffer's next use. */
+__device__ Tokens exchange(const float (&x)[4][4], Exchange &buffer) {
     int lane = threadIdx.x % 32;
     __syncwarp();
 #pragma unroll
@@ -472,29 +475,33 @@ template <bool all_bf16> struct Channel {
     }
 };
 
+/* dO S^T, Z S^T and e R^T of the thread's channel. */
+struct StateProducts {
+    Tokens d_out_S, Z_S, e_R;
+};
+
 /* Products with states, and of tokens with themselves: adds to dq and dk; da begins with what passes each token from a
  * state or to one, as far as its block knows. */
 template <int KP, bool all_bf16>
-__device__ void finish_states(const Position &at, const Sums<KP> &sums, const float (&a)[BLOCK],
+__device__ void finish_states(const Position &at, const StateProducts &products, const float (&a)[BLOCK],
                               const Channel<all_bf16> &channel, Gradients &gradients, float (&da)[BLOCK],
                               Shared<KP> &shared) {
     int first = at.block * BLOCK;
     float from_start = at.block ? exp2_approximate(shared.through[0][at.c]) : 1.f, sum = 0;
     float to_end = at.block ? 1.f : exp2_approximate(shared.through[1][at.c]);
-    Tokens x = exchange<KP>(sums.d_out_S, shared);
+
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) {
         sum += a[t];
-        float d = x[t] * (exp2_approximate(sum) * from_start);
+        float d = products.d_out_S[t] * (exp2_approximate(sum) * from_start);
         da[t] = channel.q.get(t) * shared.factors[1][first + t] * d;
         gradients.dq[t] += d + shared.own[first + t] * (channel.k.get(t) * shared.factors[0][first + t]);
     }
-    x = exchange<KP>(sums.Z_S, shared);
     sum = 0;
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) {
         sum += a[t];
-        float d = -shared.steps[first + t] * x[t] * (exp2_approximate(sum) * from_start);
+        float d = -shared.steps[first + t] * products.Z_S[t] * (exp2_approximate(sum) * from_start);
         da[t] += channel.k.get(t) * shared.factors[0][first + t] * d;
         gradients.dk[t] += d + shared.own[first + t] * (channel.q.get(t) * shared.factors[1][first + t]);
     }
@@ -503,12 +510,11 @@ __device__ void finish_states(const Position &at, const Sums<KP> &sums, const fl
         da[t] += da[t + 1];
     if (at.block == 1)
         shared.rows_after[at.c] = da[0];
-    x = exchange<KP>(sums.e_R, shared);
     float given[BLOCK];
     sum = 0;
 #pragma unroll
     for (int t = BLOCK - 1; t >= 0; t--) {
-        float d = x[t] * (shared.steps[first + t] * (exp2_approximate(sum) * to_end));
+        float d = products.e_R[t] * (shared.steps[first + t] * (exp2_approximate(sum) * to_end));
         gradients.dk[t] += d;
         given[t] = channel.k.get(t) * shared.factors[0][first + t] * d;
         sum += a[t];
@@ -547,6 +553,7 @@ __device__ void finish_pair_products(const Position &at, const float (&a)[BLOCK]
                                      Gradients &gradients, float (&da)[BLOCK], Shared<KP> &shared) {
     int first = at.block * BLOCK, channel = at.c / LANE_CHANNELS * LANE_CHANNELS;
     float sums[4][4] = {}, passing[BLOCK];
+    Exchange &buffer = shared.exchange[threadIdx.x / 32];
     auto value = [&](const __nv_bfloat16 *tile, int t) {
         return __bfloat162float(tile[swizzled<CHUNK, KP>(first + t, at.c)]);
     };
@@ -556,21 +563,21 @@ __device__ void finish_pair_products(const Position &at, const float (&a)[BLOCK]
             sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
     };
     multiply_columns<KP>(sums, shared.dM, shared, at.block, channel);
-    Tokens x = exchange<KP>(sums, shared);
+    Tokens x = exchange(sums, buffer);
     from_middle(a, [&](int t, float decay) {
         passing[t] = value(shared.rows_q, t) * x[t];
         gradients.dq[t] += exp2_approximate(decay) * x[t] * (shared.redo[1][first + t] * unit);
     });
     clear();
     multiply_columns<KP>(sums, shared.dL, shared, at.block, channel);
-    x = exchange<KP>(sums, shared);
+    x = exchange(sums, buffer);
     from_middle(a, [&](int t, float decay) {
         passing[t] += value(shared.rows_k, t) * x[t];
         gradients.dk[t] += exp2_approximate(decay) * x[t] * (shared.redo[0][first + t] * unit);
     });
     clear();
     multiply_rows<KP>(sums, shared, at.block, at.block, channel);
-    x = exchange<KP>(sums, shared);
+    x = exchange(sums, buffer);
     from_middle(a, [&](int t, float decay) {
         passing[t] -= value(shared.columns, t) * x[t];
         gradients.dk[t] += exp2_approximate(-decay) * x[t] * (shared.redo[0][first + t] * unit);
@@ -581,7 +588,7 @@ __device__ void finish_pair_products(const Position &at, const float (&a)[BLOCK]
     if (at.block == 0) {
         clear();
         multiply_rows<KP>(sums, shared, 1, 0, channel);
-        x = exchange<KP>(sums, shared);
+        x = exchange(sums, buffer);
         float to_next = exp2_approximate(shared.to_next[0][at.c]);
         float before_next = exp2_approximate(shared.to_next[1][at.c]), given = 0;
         from_middle(a, [&](int t, float decay) {
@@ -731,9 +738,14 @@ __device__ void run_head(const kda_backward &b, const Slab &slab, const Backward
     for (int i = 0; i < Config<KP>::SLICES; i++)
         across += shared.slices[i][at.c];
     across *= exp2_approximate(shared.through[0][at.c] + shared.through[1][at.c]);
-    channel.load(b.forward, at, key_head);
-    finish_states<KP>(at, sums, a, channel, gradients, da, shared);
     __syncthreads(); /* the slices have been read */
+    int warp = threadIdx.x / 32;
+    StateProducts products = {exchange(sums.d_out_S, shared.exchange[warp]),
+                              exchange(sums.Z_S, shared.of_states[0][warp]),
+                              exchange(sums.e_R, shared.of_states[1][warp])};
+    channel.load(b.forward, at, key_head);
+    finish_states<KP>(at, products, a, channel, gradients, da, shared);
+    __syncthreads(); /* the products have been read */
     store_tiles<KP>(at, a, channel, shared);
     across += at.block ? shared.columns_before[at.c] : shared.rows_after[at.c];
     __syncthreads();
