@@ -79,7 +79,8 @@ inline __device__ Place find_segment(const kda_backward &b, int64_t segment, int
     at.head = head, at.key_head = head / (x.value_heads / x.heads), at.batch = s.batch, at.length = s.length;
     at.first = (segment - kda_first_segment(&x, SEGMENT, s.first, at.n)) * SEGMENT;
     at.token = s.first + at.first;
-    at.count = (int)kda_clamp(s.length - at.first, 0, SEGMENT);
+    /* cu_seqlens that do not ascend may put it before the sequence. */
+    at.count = at.first < 0 ? 0 : (int)kda_clamp(s.length - at.first, 0, SEGMENT);
     return at;
 }
 
