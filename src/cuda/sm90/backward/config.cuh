@@ -3,11 +3,13 @@
  * Backward on Hopper, for K = V = 128. Letters as in docs/maths.md; R is the gradient of a state.
  *
  * prepare    A CTA makes what a chunk needs besides states, and leaves it in the workspace.
- * adjoint    A CTA takes 64 columns of V of R through a chain's chunks, from the last to the first, in the accumulators of
- *            a warpgroup as R^T [V][K]. It stores R at the end of every segment of 128 tokens, and dX = dv.
- * gradients  A CTA makes all other gradients of a segment. Two warpgroups take S forwards from the segment's checkpoint
- *            and leave S and U of each chunk. Then they take R backwards, as R [K][V]; since dX is known, no product of
- *            that waits for another. Beside them two warpgroups make tiles and gradients, with channels as rows.
+ * adjoint    A CTA takes 64 columns of V of R through a chain's chunks, from the last to the first, in the
+ *            accumulators of a warpgroup, as R^T [V][K]. It stores R at the end of every segment of 128 tokens,
+ *            and dX = dv.
+ * gradients  A CTA makes all other gradients of a segment. Two warpgroups take S forwards from the segment's
+ *            checkpoint and leave S and U of each chunk. Then they take R backwards, as R [K][V]; since dX is known,
+ *            no product of that waits for another. Beside them two warpgroups make tiles and gradients, with
+ *            channels as rows.
  * sums       Adds what segments leave of dA_log and d_dt_bias, in a fixed order.
  * heads      Adds gradients of q and k over the value heads that share them.
  *

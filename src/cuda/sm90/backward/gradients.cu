@@ -2,8 +2,8 @@
 /*
  * Makes the gradients of a segment's q, k, g and beta, from S at its start, R at its end and dX (config.cuh).
  *
- * The states' warpgroups take S through the chunks: X = V - KT S, U = N diag(beta) X, S <- exp2(e + f) S + KR^T exp2(f) U, where f is
- * the decay's fraction. Then all warpgroups go from the last chunk to the first:
+ * The states' warpgroups take S through the chunks: X = V - KT S, U = N diag(beta) X, and, f being the decay's
+ * fraction, S <- exp2(f) (exp2(e) S + KR^T U). Then all warpgroups go from the last chunk to the first:
  *
  *     states                                    gradients
  *                                               RQ RK CK, QT KT, exponents          barrier TILES
@@ -154,8 +154,8 @@ inline __device__ void load_value_inputs(const Context &c, int chunk, bool with_
 
 /* ---- The states' warpgroups ----------------------------------------------------------------------- */
 
-/* d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. One half after the other, so
- * that no more of S is packed at a time: with `later`, the second half is still under way. */
+/* d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. One half after the
+ * other, so that no more of S is packed at a time: with `later`, the second half is still under way. */
 template <bool later, class F = void (*)(int, const uint32_t (&)[4])>
 __device__ void multiply_state(
     float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile,
@@ -339,8 +339,8 @@ __device__ void scale_rows(float (&d)[TILES][4], const float *factors, int chann
         d[i][0] *= x, d[i][1] *= x, d[i][2] *= y, d[i][3] *= y;
 }
 
-/* Multiplies sums with states, of channels and tokens, by what was cut off of decays from the chunk's start or, to_end, to
- * its end. Of d, tiles i and i + CHUNK / 8 are of the same tokens. */
+/* Multiplies sums with states, of channels and tokens, by what was cut off of decays from the chunk's start or,
+ * to_end, to its end. Of d, tiles i and i + CHUNK / 8 are of the same tokens. */
 template <bool bounded, bool to_end, int TILES>
 __device__ void apply_rests(const Context &c, int chunk, int warp, float (&d)[TILES][4]) {
     if constexpr (!bounded) {
@@ -461,8 +461,10 @@ __device__ void run_states(const Context &c, const kda_state &first, const uint3
     for (int chunk = 0; chunk < c.chunks - 1; chunk++)
         advance_state<false>(c, chunk, S);
     advance_state<true>(c, c.chunks - 1, S);
-    if (threadIdx.x == 0) /* U is in memory: it is read there soon */
+    if (threadIdx.x == 0) { /* U is in memory, where the copy engine finds it soon */
         ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
+        ptx::fence_proxy_async(ptx::space_global);
+    }
     float R[DIM / 8][4];
     adjoint += threadIdx.x / 32 * (DIM / 8 * 2 * 32) + threadIdx.x % 32;
 #pragma unroll
@@ -577,8 +579,8 @@ inline __device__ void store_pair_products(GradientsShared &shared, const float 
     fence_shared();
 }
 
-/* As scale_rows, for the second block of the tokens of q and of k. The others are multiplied by 1: were they left alone,
- * the compiler would run the products before and after one by one. */
+/* As scale_rows, for the second block of the tokens of q and of k. The others are multiplied by 1: were they left
+ * alone, the compiler would run the products before and after one by one. */
 inline __device__ void scale_later_tokens(float (&T)[2 * CHUNK / 8][4], const float *factors, int channel) {
     float x = factors[channel], y = factors[channel + 8], one = some_one();
 #pragma unroll
@@ -651,8 +653,8 @@ struct GateSums {
     float A[2] /* times log2(e) */, bias[2];
 };
 
-/* x is the gradient of a token's log decay a, and becomes g's. With z = g + dt_bias, a = lower_bound sigmoid(A z) or
- * -A softplus(z). */
+/* x is the gradient of a token's log decay a, and becomes g's. With z = g + dt_bias, a = lower_bound sigmoid(A z)
+ * or -A softplus(z). */
 template <bool bounded>
 __device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pairs &g, int count,
                               float (&x)[CHUNK / 8][4], GateSums &sums) {
@@ -708,8 +710,8 @@ inline __device__ void store_rows(__nv_bfloat16 *tile, int warp, const float (*x
 }
 
 /* The gradient of k or q, from d without what M's diagonal adds: that is `own` times the other one. Rows of x are
- * multiplied by `scales` to be normalised; `undo` takes p.scale out of these. `along` are sums of x d. The gradient goes
- * to by_head or, if that is NULL, to the tile. */
+ * multiplied by `scales` to be normalised; `undo` takes p.scale out of these. `along` are sums of x d. The
+ * gradient goes to by_head or, if that is NULL, to the tile. */
 inline __device__ void finish_rows(const kda_prefill &p, __nv_bfloat16 *tile, const Place &at, int warp,
                                    Pairs &x, const Pairs &other, const float *scales, const float *other_scales,
                                    float undo, const float *own, const float *along, float (*d)[4],

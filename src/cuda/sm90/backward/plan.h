@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* Which backwards Hopper's level takes, how it plans them, and what lies in their workspace. Plain host code: no device is
- * needed. */
+/* Which backwards Hopper's level takes, how it plans them, and what lies in their workspace. Plain host code: no
+ * device is needed. */
 #ifndef KDA_CUDA_SM90_BACKWARD_PLAN_H
 #define KDA_CUDA_SM90_BACKWARD_PLAN_H
 

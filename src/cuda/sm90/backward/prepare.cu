@@ -54,8 +54,8 @@ __device__ void find_scales(const kda_prefill &p, OperandsShared &shared, int co
     state.diagonal[token_index(token)] = real ? product * rk * rq : 0.f;
 }
 
-/* The step of the lane's token, and what u . du / step is to be multiplied by. A step that is given as 0 becomes so small
- * that nobody sees it, but for the step's own gradient, which needs what the token would have written. */
+/* The step of the lane's token, and what u . du / step is to be multiplied by. A step that is given as 0 becomes
+ * so small that nobody sees it, but for the step's own gradient, which needs what the token would have written. */
 __device__ void find_steps(const kda_prefill &p, const Place &at, StateOperands &x) {
     constexpr float LEAST = 0x1p-30f;
     int lane = threadIdx.x % 32;
@@ -115,8 +115,8 @@ __device__ void make_tiles(const kda_prefill &p, const Place &at, OperandsShared
         }
 }
 
-/* Products of 16 rows of RK or RQ and 16 of CK: of the first block, of the second one, or the second's rows with the
- * first's columns. They become rows of beta L0 or of M. */
+/* Products of 16 rows of RK or RQ and 16 of CK: of the first block, of the second one, or the second's rows with
+ * the first's columns. They become rows of beta L0 or of M. */
 __device__ void multiply_block(OperandsShared &shared, bool queries, int rows, int columns) {
     int lane = threadIdx.x % 32, part = lane % 4 * 2;
     MatrixRow<CHUNK, DIM> a_rows(queries ? shared.queries : shared.keys, true), b_rows(shared.gates, false);

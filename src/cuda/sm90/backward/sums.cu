@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* What is left to add once all segments are done (config.cuh): dA_log and d_dt_bias over segments, dq and dk over the
- * value heads that share them. The orders are fixed, so that bits do not change from run to run. */
+/* What is left to add once all segments are done (config.cuh): dA_log and d_dt_bias over segments, dq and dk over
+ * the value heads that share them. The orders are fixed, so that bits do not change from run to run. */
 #include "cuda/sm90/backward/config.cuh"
 #include "cuda/sm90/kernels.h"
 

@@ -77,11 +77,9 @@ inline __device__ float sum_before(float x, int part, float &all) {
     return part ? up : 0.f;
 }
 
-/*
- * Without a bound the factors of a block could leave bf16's range. Within a chunk a token's log2 decay then counts for no
- * less than DEEPEST, as in unbounded.cuh. What is cut off, the rest, is a whole number: states get it, in KT, QT and KR,
- * by powers of two.
- */
+/* Without a bound the factors of a block could leave bf16's range. Within a chunk a token's log2 decay then counts
+ * for no less than DEEPEST, as in unbounded.cuh. What is cut off, the rest, is a whole number: states get it, in KT,
+ * QT and KR, by powers of two. */
 inline __device__ float rest_of(float decay) {
     return decay < DEEPEST ? floorf(max_or_nan(decay, -0x1p20f) - DEEPEST) : 0.f;
 }
