@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Backward of what models are trained with: K = V = 128, bf16, the sigmoid gate, states kept. A GPU's level may have
+/* Backward of what models are trained with: K = V = 128, bf16, a gate, states kept. A GPU's level may have
  * kernels of its own for it; the other options meet each other in pairs. */
 #include "backward_compare.h"
 #include "pairwise.h"
@@ -31,7 +31,20 @@ static const struct {
 static const int64_t intervals[] = {128, 64, 32};
 static const double sizes_of_d_out[] = {1, 0x1p-30};
 
-enum option { BATCH, STATES, LAYOUT, BETA, NORM, RATIO, GATE, INTERVAL, CHECKPOINT_TYPE, SPACING, WITHOUT, SIZE, OPTIONS };
+enum option {
+    BATCH,
+    STATES,
+    LAYOUT,
+    BETA,
+    NORM,
+    RATIO,
+    GATE,
+    INTERVAL,
+    CHECKPOINT_TYPE,
+    WITHOUT,
+    SIZE,
+    OPTIONS
+};
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
@@ -39,13 +52,12 @@ static const int sizes[OPTIONS] = {
     [BATCH] = COUNT(batches),
     [STATES] = COUNT(states),
     [LAYOUT] = 2,
-    [BETA] = 2,
+    [BETA] = COUNT(beta_names),
     [NORM] = 2,
     [RATIO] = COUNT(ratios),
-    [GATE] = 3,
+    [GATE] = 6,
     [INTERVAL] = COUNT(intervals),
     [CHECKPOINT_TYPE] = 2,
-    [SPACING] = 2,
     [WITHOUT] = 3,
     [SIZE] = COUNT(sizes_of_d_out),
 };
@@ -67,16 +79,15 @@ static struct backward_case case_of(const int *row) {
     b.d_final = states[row[STATES]].d_final;
     b.d_initial = states[row[STATES]].d_initial;
     c->layout = (flash_kda_state_layout)row[LAYOUT];
-    c->beta_mode = (flash_kda_beta)(FLASH_KDA_BETA_SIGMOID + row[BETA]);
+    c->beta_mode = (flash_kda_beta)row[BETA];
     c->qk_norm = row[NORM];
     c->group = ratios[row[RATIO]];
-    c->gate = FLASH_KDA_GATE_SIGMOID;
-    c->A_log = row[GATE] != 1;
-    c->dt_bias = row[GATE] != 2;
+    c->gate = row[GATE] < 3 ? FLASH_KDA_GATE_SIGMOID : FLASH_KDA_GATE_SOFTPLUS;
+    c->A_log = row[GATE] % 3 != 1;
+    c->dt_bias = row[GATE] % 3 != 2;
     c->checkpoints = CHECKPOINTS_EVERY;
     c->every = intervals[row[INTERVAL]];
     c->checkpoints_bf16 = row[CHECKPOINT_TYPE];
-    c->inputs = (enum spacing)(2 * row[SPACING]); /* compact, heads first: others cannot be moved in pieces */
     b.without = row[WITHOUT] == 1 ? 1u << DA_LOG | 1u << D_DT_BIAS : row[WITHOUT] == 2 ? 1u << DA_LOG : 0;
     b.size = sizes_of_d_out[row[SIZE]];
     c->q_type = c->k_type = c->v_type = c->g_type = c->beta_type = c->out_type = TYPE_BF16;
@@ -93,9 +104,9 @@ void backward_tiles(struct check *check) {
     for (int i = 0; i < count; i += check->quick ? 3 : 1) {
         const int *row = rows + i * OPTIONS;
         struct backward_case b = case_of(row);
-        snprintf(b.forward.name, sizeof b.forward.name, "backward of 128 channels in bf16 %d: beta %s, %s, HV / H %lld, %s, %s", i,
-                 beta_names[1 + row[BETA]], batches[row[BATCH]].name, (long long)b.forward.group,
-                 states[row[STATES]].name, spacing_names[2 * row[SPACING]]);
+        snprintf(b.forward.name, sizeof b.forward.name,
+                 "backward of 128 channels in bf16 %d: beta %s, %s, HV / H %lld, %s", i, beta_names[row[BETA]],
+                 batches[row[BATCH]].name, (long long)b.forward.group, states[row[STATES]].name);
         backward_compare(check, &b);
     }
     free(rows);

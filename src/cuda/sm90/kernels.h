@@ -4,6 +4,7 @@
 #define KDA_CUDA_SM90_KERNELS_H
 
 #include "api/decode_problem.h"
+#include "cuda/sm90/backward/plan.h"
 #include "cuda/sm90/plan.h"
 
 #include <cuda_runtime_api.h>
@@ -44,6 +45,14 @@ bool kda_sm90_decode_takes(const struct kda_decode *d, int processors);
 
 /* As kda_sm80_decode. */
 cudaError_t kda_sm90_decode(const struct kda_decode *d, int processors);
+
+/* The kernels of backward (backward/plan.h). */
+typedef cudaError_t kda_sm90_backward_launcher(const struct kda_backward *b,
+                                               const struct kda_backward_plan *plan,
+                                               const struct kda_launch *launch,
+                                               const struct kda_sm90_backward_memory *memory);
+kda_sm90_backward_launcher kda_sm90_backward_prepare, kda_sm90_backward_adjoint, kda_sm90_backward_gradients,
+    kda_sm90_backward_sums, kda_sm90_backward_heads;
 
 #ifdef __cplusplus
 }

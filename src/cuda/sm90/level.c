@@ -49,6 +49,21 @@ static cudaError_t decode(const struct kda_decode *d, const struct kda_decode_pl
     return kda_sm90_decode(d, plan->multiprocessors);
 }
 
+static cudaError_t backward_launch(const struct kda_backward *b, const struct kda_backward_plan *plan,
+                                   const struct kda_backward_launch *launch, void *workspace) {
+    static kda_sm90_backward_launcher *const kernels[] = {
+        [KDA_SM90_BACKWARD_PREPARE] = kda_sm90_backward_prepare,
+        [KDA_SM90_BACKWARD_ADJOINT] = kda_sm90_backward_adjoint,
+        [KDA_SM90_BACKWARD_GRADIENTS] = kda_sm90_backward_gradients,
+        [KDA_SM90_BACKWARD_SUMS] = kda_sm90_backward_sums,
+        [KDA_SM90_BACKWARD_HEADS] = kda_sm90_backward_heads};
+    const struct kda_launch one = {.grid = {launch->grid[0], launch->grid[1]},
+                                   .overlaps = launch->kernel != KDA_SM90_BACKWARD_PREPARE};
+    struct kda_sm90_backward_memory memory;
+    kda_sm90_backward_lay_out(b, plan, workspace, &memory);
+    return kernels[launch->kernel](b, plan, &one, &memory);
+}
+
 const struct kda_cuda_level kda_sm90_level = {.name = "sm90",
                                               .runs_on = runs_on,
                                               .takes = kda_sm90_takes,
@@ -60,4 +75,4 @@ const struct kda_cuda_level kda_sm90_level = {.name = "sm90",
                                               .backward_takes = kda_sm90_backward_takes,
                                               .backward_plan = kda_sm90_backward_plan,
                                               .backward_launch_at = kda_sm90_backward_launch_at,
-                                              .backward_launch = kda_sm90_backward_launch};
+                                              .backward_launch = backward_launch};

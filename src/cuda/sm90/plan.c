@@ -3,7 +3,6 @@
 
 #include "cuda/sm80/plan.h"
 #include "cuda/sm90/cost.h"
-#include "cuda/sm90/tensor_maps.h"
 
 enum { ALIGNMENT = 16, PANEL = 64, CLUSTER = 2 /* CTAs */ };
 
@@ -17,6 +16,17 @@ bool kda_sm90_takes(const struct kda_prefill *p) {
         aligned = aligned && p->v.stride[i] % ALIGNMENT == 0;
     return p->key_dim <= 128 && p->value_dim % KDA_SM90_GENERAL_COLUMNS == 0 && p->v.dtype == KDA_BF16 &&
            aligned;
+}
+
+bool kda_sm90_can_map(const struct kda_tensor *t) {
+    const int64_t longest_stride = INT64_C(1) << 40, longest_dimension = INT64_C(1) << 31;
+    bool good = (uintptr_t)t->data % ALIGNMENT == 0;
+    for (int i = 0; i < 3; i++) {
+        bool used = t->shape[i] > 1;
+        good = good && t->shape[i] <= longest_dimension &&
+               (!used || (t->stride[i] > 0 && t->stride[i] < longest_stride && t->stride[i] % ALIGNMENT == 0));
+    }
+    return good && t->shape[3] % PANEL == 0;
 }
 
 /* Can the operands have the form of three tiles, which all schedules but the general one need? It takes K = V =

@@ -89,6 +89,9 @@ struct kda_sm90_memory {
 size_t kda_sm90_lay_out(const struct kda_prefill *p, const struct kda_plan *plan, void *workspace,
                         struct kda_sm90_memory *memory);
 
+/* Can the copy engine move a tensor's rows, of elements of 2 bytes? */
+bool kda_sm90_can_map(const struct kda_tensor *t);
+
 /* Can the level run this problem? It needs K <= 128, V a multiple of 64, and v in bf16 with rows that start at
  * multiples of 16 bytes. */
 bool kda_sm90_takes(const struct kda_prefill *p);

@@ -27,17 +27,6 @@ static encode_function find_encode(void) {
 
 bool kda_sm90_can_make_maps(void) { return find_encode(); }
 
-bool kda_sm90_can_map(const struct kda_tensor *t) {
-    const int64_t longest_stride = INT64_C(1) << 40, longest_dimension = INT64_C(1) << 31;
-    bool good = (uintptr_t)t->data % ALIGNMENT == 0;
-    for (int i = 0; i < 3; i++) {
-        bool used = t->shape[i] > 1;
-        good = good && t->shape[i] <= longest_dimension &&
-               (!used || (t->stride[i] > 0 && t->stride[i] < longest_stride && t->stride[i] % ALIGNMENT == 0));
-    }
-    return good && t->shape[3] % PANEL == 0;
-}
-
 static bool map(encode_function encode, const struct kda_tensor *t, cuuint32_t channels,
                 CUtensorMapSwizzle swizzle, CUtensorMap *result) {
     cuuint64_t sizes[RANK], strides[RANK - 1];
@@ -71,7 +60,8 @@ cudaError_t kda_sm90_map_backward(const struct kda_backward *b, struct kda_sm90_
     if (!encode)
         return cudaErrorNotSupported;
     const struct kda_prefill *p = &b->forward;
-    const struct kda_tensor *tensors[] = {&p->q, &p->k, &p->v, &p->g, &b->d_out, &b->dq, &b->dk, &b->dv, &b->dg};
+    const struct kda_tensor *tensors[] = {&p->q,  &p->k,  &p->v,  &p->g, &b->d_out,
+                                          &b->dq, &b->dk, &b->dv, &b->dg};
     CUtensorMap *results[] = {&maps->q,  &maps->k,  &maps->v,  &maps->g, &maps->d_out,
                               &maps->dq, &maps->dk, &maps->dv, &maps->dg};
     bool good = true;

@@ -24,9 +24,6 @@ struct kda_sm90_backward_maps {
     CUtensorMap q, k, v, g, d_out, dq, dk, dv, dg;
 };
 
-/* Can the copy engine move a tensor's rows? */
-bool kda_sm90_can_map(const struct kda_tensor *t);
-
 /* Does the driver have the function that makes maps? */
 bool kda_sm90_can_make_maps(void);
 

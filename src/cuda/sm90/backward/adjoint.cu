@@ -209,20 +209,23 @@ __global__ void __launch_bounds__(ADJOINT_THREADS, 2)
                   shared.outputs[threadIdx.x / 32]);
         ptx::mbarrier_arrive(&shared.empty[pipe.stage]);
     }
-    store_whole(from_column(kda_state_in(&x, &b.d_initial_state, work.first.n, work.first.head), work.column), R, 0);
+    store_whole(from_column(kda_state_in(&x, &b.d_initial_state, work.first.n, work.first.head), work.column),
+                R, 0);
 }
 
 } // namespace
 } // namespace kda
 
-extern "C" cudaError_t kda_sm90_backward_adjoint(const struct kda_backward *b, const struct kda_backward_plan *plan,
+extern "C" cudaError_t kda_sm90_backward_adjoint(const struct kda_backward *b,
+                                                 const struct kda_backward_plan *plan,
                                                  const struct kda_launch *launch,
                                                  const struct kda_sm90_backward_memory *memory) {
     using namespace kda;
     kda_sm90_backward_maps maps;
     cudaError_t error = kda_sm90_map_backward(b, &maps);
-    return error ? error
-                 : launch_kernel(take_adjoint, *launch, ADJOINT_THREADS, sizeof(AdjointShared), b->forward.stream, *b,
-                                 maps, static_cast<const ChunkOperands *>(memory->operands), memory->adjoints,
-                                 plan->segments);
+    return error
+               ? error
+               : launch_kernel(take_adjoint, *launch, ADJOINT_THREADS, sizeof(AdjointShared), b->forward.stream,
+                               *b, maps, static_cast<const ChunkOperands *>(memory->operands), memory->adjoints,
+                               plan->segments);
 }

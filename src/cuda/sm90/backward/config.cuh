@@ -2,12 +2,14 @@
 /*
  * Backward on Hopper, for K = V = 128. Letters as in docs/maths.md; R is the gradient of a state.
  *
- * operands   A CTA makes what a chunk needs besides states, and leaves it in the workspace.
- * adjoint    A CTA takes 64 columns of V of R through a chain's chunks, from the last to the first, in the accumulators of
- *            a warpgroup as R^T [V][K]. It stores R at the end of every segment of 128 tokens, and dX = dv.
- * gradients  A CTA makes all other gradients of a segment. Two warpgroups take S forwards from the segment's checkpoint
- *            and leave S and U of each chunk. Then they take R backwards, as R [K][V]; since dX is known, no product of
- *            that waits for another. Beside them two warpgroups make tiles and gradients, with channels as rows.
+ * prepare    A CTA makes what a chunk needs besides states, and leaves it in the workspace.
+ * adjoint    A CTA takes 64 columns of V of R through a chain's chunks, from the last to the first, in the
+ *            accumulators of a warpgroup, as R^T [V][K]. It stores R at the end of every segment of 128 tokens,
+ *            and dX = dv.
+ * gradients  A CTA makes all other gradients of a segment. Two warpgroups take S forwards from the segment's
+ *            checkpoint and leave S and U of each chunk. Then they take R backwards, as R [K][V]; since dX is known,
+ *            no product of that waits for another. Beside them two warpgroups make tiles and gradients, with
+ *            channels as rows.
  * sums       Adds what segments leave of dA_log and d_dt_bias, in a fixed order.
  * heads      Adds gradients of q and k over the value heads that share them.
  *
@@ -39,10 +41,11 @@
 namespace kda {
 namespace {
 
-constexpr int DIM = KDA_SM90_BACKWARD_DIM, SEGMENT = KDA_SM90_BACKWARD_SEGMENT, CHUNKS = KDA_SM90_BACKWARD_CHUNKS;
-constexpr int TILE = CHUNK * DIM;       /* elements of a tile of a chunk's tokens, in two panels */
-constexpr int TOKENS = CHUNK * PANEL;   /* of one of its panels */
-constexpr int PAIR_ROW = CHUNK * 2;     /* bytes of a row of a tile of pairs of tokens */
+constexpr int DIM = KDA_SM90_BACKWARD_DIM, SEGMENT = KDA_SM90_BACKWARD_SEGMENT,
+              CHUNKS = KDA_SM90_BACKWARD_CHUNKS;
+constexpr int TILE = CHUNK * DIM;     /* elements of a tile of a chunk's tokens, in two panels */
+constexpr int TOKENS = CHUNK * PANEL; /* of one of its panels */
+constexpr int PAIR_ROW = CHUNK * 2;   /* bytes of a row of a tile of pairs of tokens */
 
 /* What states need of a chunk. */
 struct alignas(1024) StateOperands {
@@ -51,7 +54,7 @@ struct alignas(1024) StateOperands {
     float fraction[DIM], whole[DIM];     /* the decay of a state, exp2(G - e) and exp2(e), by channel_index */
     float step[CHUNK], diagonal[CHUNK];  /* beta, and M's diagonal, by token_index */
     float rk[CHUNK], rq[CHUNK];          /* k and q are to be multiplied by these */
-    float beta[CHUNK], beta_rest[CHUNK]; /* the step, and sigmoid(-beta) */
+    float beta[CHUNK], beta_rest[CHUNK]; /* the step, and sigmoid(-beta) or, where it is given, its inverse */
 };
 
 struct ChunkOperands {
@@ -78,7 +81,8 @@ inline __device__ Place find_segment(const kda_backward &b, int64_t segment, int
     at.head = head, at.key_head = head / (x.value_heads / x.heads), at.batch = s.batch, at.length = s.length;
     at.first = (segment - kda_first_segment(&x, SEGMENT, s.first, at.n)) * SEGMENT;
     at.token = s.first + at.first;
-    at.count = (int)kda_clamp(s.length - at.first, 0, SEGMENT);
+    /* cu_seqlens that do not ascend may put it before the sequence. */
+    at.count = at.first < 0 ? 0 : (int)kda_clamp(s.length - at.first, 0, SEGMENT);
     return at;
 }
 

@@ -2,8 +2,8 @@
 /*
  * Makes the gradients of a segment's q, k, g and beta, from S at its start, R at its end and dX (config.cuh).
  *
- * The states' warpgroups take S through the chunks: X = V - KT S, U = N diag(beta) X, S <- exp2(e + f) S + KR^T exp2(f) U, where f is
- * the decay's fraction. Then all warpgroups go from the last chunk to the first:
+ * The states' warpgroups take S through the chunks: X = V - KT S, U = N diag(beta) X, and, f being the decay's
+ * fraction, S <- exp2(f) (exp2(e) S + KR^T U). Then all warpgroups go from the last chunk to the first:
  *
  *     states                                    gradients
  *                                               RQ RK CK, QT KT, exponents          barrier TILES
@@ -55,8 +55,8 @@ union alignas(1024) Inputs {
 struct ChannelFactors {
     float fraction[DIM], whole[DIM]; /* the decay of a state */
     float from_start[DIM];           /* from the chunk's start to the first middle */
-    float across[DIM];               /* from there to the second middle */
-    float to_end[DIM];               /* from there to the chunk's end */
+    float across[2][DIM]; /* from there to the second middle, in two steps where a gate has no bound */
+    float to_end[DIM];    /* from there to the chunk's end */
 };
 
 struct alignas(1024) GradientsShared {
@@ -68,15 +68,17 @@ struct alignas(1024) GradientsShared {
     union {
         __nv_bfloat16 decayed[2][2][TOKENS]; /* in each panel of 64 channels QT, then KT */
         float4 T3[2][CHUNK / 8][GROUP];      /* then T3 of each of them, as threads have it */
+        __nv_bfloat16 d_out[2][TILE];        /* before both: dO of chunks, for their U */
     };
     __nv_bfloat16 pairs[2 * CHUNK * CHUNK]; /* rows of dM, then of dL, swizzled by 64 bytes */
     ChannelFactors factors;
-    float own[CHUNK];                     /* M's diagonal */
-    float scales[4][CHUNK];               /* rk, rq, beta, beta_rest */
-    float diagonals[2][CHUNK];            /* of dO U^T and dX U^T */
-    float h[DIM];                         /* sums of R S over V, at the chunk's start */
-    float partial[TEAM / 32][2 * CHUNK];  /* a warp's sums over channels: q . dq and k . dk by token */
-    float along[2 * CHUNK];               /* of all warps */
+    float scales[4][CHUNK];              /* rk, rq, beta, beta_rest */
+    float with_U[CHUNKS][CHUNK];         /* of each chunk the diagonal of dO U^T, from U before it is rounded */
+    float diagonals[CHUNK];              /* of dX U^T */
+    float h[DIM];                        /* sums of R S over V, at the chunk's start */
+    float partial[TEAM / 32][2 * CHUNK]; /* a warp's sums over channels: q . dq and k . dk by token */
+    float along[2 * CHUNK];              /* of all warps, and of M's diagonal */
+    bool cut[TEAM / 32];                 /* is a decay of a warp's channels cut off (tiles.cuh) */
     uint64_t states_in[2], raw_in[2], values_in;
 };
 static_assert(sizeof(GradientsShared) <= 227 * 1024, "all that a CTA can have");
@@ -119,9 +121,11 @@ struct Context {
 inline __device__ void load_state_inputs(const Context &c, int chunk) {
     StateInputs &to = c.shared.inputs[chunk % 2].state;
     uint64_t &barrier = c.shared.states_in[chunk % 2];
-    expect_bytes(barrier, sizeof(StateOperands) + TILE * 2);
+    expect_bytes(barrier, sizeof(StateOperands) + 2 * TILE * 2);
     bring_bytes(&to.operands, &c.operands[chunk].state, sizeof(StateOperands), barrier);
     bring_tile(to.v, c.maps.v, chunk_of(c.segment, chunk), c.segment.head, barrier, read_once());
+    bring_tile(c.shared.d_out[chunk % 2], c.maps.d_out, chunk_of(c.segment, chunk), c.segment.head, barrier,
+               read_again());
 }
 
 /* Those of the last chunk lie where its S's did not. */
@@ -150,8 +154,8 @@ inline __device__ void load_value_inputs(const Context &c, int chunk, bool with_
 
 /* ---- The states' warpgroups ----------------------------------------------------------------------- */
 
-/* d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. One half after the other, so
- * that no more of S is packed at a time: with `later`, the second half is still under way. */
+/* d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. One half after the
+ * other, so that no more of S is packed at a time: with `later`, the second half is still under way. */
 template <bool later, class F = void (*)(int, const uint32_t (&)[4])>
 __device__ void multiply_state(
     float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile,
@@ -182,6 +186,30 @@ __device__ void multiply_state(
     }
 }
 
+/* Sums U dO over the warp's 16 columns of V, token by token. */
+inline __device__ void multiply_diagonal(const float (&U)[CHUNK / 8][4], const __nv_bfloat16 *d_out,
+                                         float *sums) {
+    Values o;
+    load_values<DIM>(d_out, o);
+    float x[CHUNK / 4];
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i++) {
+        float2 upper = unpack_bf16(o[i / 2][i % 2 * 2]), lower = unpack_bf16(o[i / 2][i % 2 * 2 + 1]);
+        x[2 * i] = fmaf(U[i][0], upper.x, U[i][2] * lower.x);
+        x[2 * i + 1] = fmaf(U[i][1], upper.y, U[i][3] * lower.y);
+    }
+#pragma unroll
+    for (int bit = 4; bit < 32; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < CHUNK / 4; i++)
+            x[i] += __shfl_xor_sync(~0u, x[i], bit);
+    int lane = (int)thread() % 32;
+    if (lane < 4)
+#pragma unroll
+        for (int i = 0; i < CHUNK / 8; i++)
+            *reinterpret_cast<float2 *>(&sums[i * 8 + lane * 2]) = make_float2(x[2 * i], x[2 * i + 1]);
+}
+
 /* Makes U of a chunk and, before the last one, takes S through it, as S^T [V][K]. */
 template <bool last> __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM / 8][4]) {
     GradientsShared &shared = c.shared;
@@ -194,11 +222,12 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
     __nv_bfloat16 *kept = shared.states[place_of_state(chunk)];
     wait(shared.states_in[chunk % 2], chunk / 2 % 2);
     float W[CHUNK / 8][4], U[CHUNK / 8][4];
-    multiply_state<true>(W, S, KT, [&](int i, const uint32_t (&a)[4]) {
+    multiply_state<true>(W, S, KT, [&](int i, const uint32_t(&a)[4]) {
         if (keeps)
 #pragma unroll
             for (int n = 0; n < 4; n++)
-                store_shared(state_address(kept, warp * 16 + lane / 4 + n % 2 * 8, i * 16 + n / 2 * 8 + part), a[n]);
+                store_shared(state_address(kept, warp * 16 + lane / 4 + n % 2 * 8, i * 16 + n / 2 * 8 + part),
+                             a[n]);
     });
     Values v;
     load_values<DIM>(in.v, v);
@@ -227,6 +256,7 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
     }
     wgmma_wait<0>();
     pin(U);
+    float *sums = shared.partial[warp] + chunk % 2 * CHUNK;
     uint32_t u[CHUNK / 16][4];
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
@@ -241,6 +271,7 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
     }
     /* The last chunk's is used at once; others wait in memory, and lie till then where no tiles are yet. */
     store_pairs(last ? shared.U : chunk == 0 ? shared.RQ : chunk == 1 ? shared.RK : shared.CK, warp, u);
+    multiply_diagonal(U, shared.d_out[chunk % 2], sums);
     if constexpr (!last) {
         wgmma_wait<0>();
         pin(S);
@@ -248,10 +279,20 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
     }
     fence_shared();
     barrier_wait(BARRIER_STATES, TEAM);
+    if (t < CHUNK) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < TEAM / 32; i++)
+            sum += shared.partial[i][chunk % 2 * CHUNK + t];
+        shared.with_U[chunk][t] = sum;
+    }
     if (threadIdx.x == 0) {
         if (!last) {
             ptx::cp_async_bulk(ptx::space_global, ptx::space_shared, c.updates + chunk * TILE,
-                               chunk == 0 ? shared.RQ : chunk == 1 ? shared.RK : shared.CK, TILE * 2u);
+                               chunk == 0   ? shared.RQ
+                               : chunk == 1 ? shared.RK
+                                            : shared.CK,
+                               TILE * 2u);
             ptx::cp_async_bulk_commit_group();
         }
         if (chunk + 2 < c.chunks)
@@ -268,7 +309,8 @@ inline __device__ void clear_value_rows(GradientsShared &shared, int count) {
     for (int i = (int)thread(); i < 4 * (CHUNK - count) * (ROW / 16); i += TEAM) {
         int piece = i % (ROW / 16), row = count + i / (ROW / 16) % (CHUNK - count);
         int tile = i / (ROW / 16) / (CHUNK - count);
-        reinterpret_cast<uint4 *>(shared.values[0] + tile * TOKENS + row * PANEL)[piece] = make_uint4(0, 0, 0, 0);
+        reinterpret_cast<uint4 *>(shared.values[0] + tile * TOKENS + row * PANEL)[piece] =
+            make_uint4(0, 0, 0, 0);
     }
     fence_shared();
 }
@@ -289,11 +331,35 @@ inline __device__ void keep_first_state(const Context &c, const kda_state &first
 
 /* Multiplies rows of an accumulator by factors of their channels. */
 template <int TILES>
-__device__ void scale_rows(float (&d)[TILES][4], const float *factors, int channel, int first = 0, int end = TILES) {
+__device__ void scale_rows(float (&d)[TILES][4], const float *factors, int channel, int first = 0,
+                           int end = TILES) {
     float x = factors[channel], y = factors[channel + 8];
 #pragma unroll
     for (int i = first; i < end; i++)
         d[i][0] *= x, d[i][1] *= x, d[i][2] *= y, d[i][3] *= y;
+}
+
+/* Multiplies sums with states, of channels and tokens, by what was cut off of decays from the chunk's start or,
+ * to_end, to its end. Of d, tiles i and i + CHUNK / 8 are of the same tokens. */
+template <bool bounded, bool to_end, int TILES>
+__device__ void apply_rests(const Context &c, int chunk, int warp, float (&d)[TILES][4]) {
+    if constexpr (!bounded) {
+        if (__builtin_expect(!c.shared.cut[warp], 1))
+            return;
+        Pairs g;
+        Elements rests;
+        float all[2];
+        load_pairs(c.shared.inputs[raw_place(chunk)].raw.g, warp, g);
+        find_rests(find_gates<false>(c.b.forward, (int)c.segment.head, warp), g,
+                   chunk_of(c.segment, chunk).count, rests, all);
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                float rest = rests[i % (CHUNK / 8)][n / 2][n % 2];
+                d[i][n] *= power_of_two((int)(to_end ? all[n / 2] - rest : rest));
+            }
+    }
 }
 
 /* Sums R S over V, for the thread's two channels. */
@@ -322,7 +388,7 @@ inline __device__ void find_h(GradientsShared &shared, int chunk, const float (&
 }
 
 /* Takes R [K][V] through a chunk, and makes T3. */
-inline __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8][4]) {
+template <bool bounded> __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8][4]) {
     GradientsShared &shared = c.shared;
     int t = (int)thread(), warp = t / 32, panel = warp / 4, channel = warp * 16 + t % 32 / 4;
     uint64_t U = wgmma_operand(shared.U, 0, 8 * ROW, SWIZZLE_128);
@@ -351,6 +417,7 @@ inline __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8
     pin(T3);
     pin(R);
     scale_rows(T3, shared.factors.to_end, channel);
+    apply_rests<bounded, true>(c, chunk, warp, T3);
     barrier_wait(BARRIER_PAIRS, GRADIENT_THREADS);
     pin(T3);
     wgmma_fence();
@@ -360,7 +427,9 @@ inline __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8
     find_h(shared, chunk, R);
     wgmma_wait<0>();
     pin(T3);
-    scale_rows(T3, shared.factors.across, channel, 0, CHUNK / 16);
+#pragma unroll
+    for (int i = 0; i < (bounded ? 1 : 2); i++)
+        scale_rows(T3, shared.factors.across[i], channel, 0, CHUNK / 16);
     pin(T3);
     wgmma_fence();
     wgmma_both<true, true, true>(T3, RQ, dM);
@@ -376,7 +445,8 @@ inline __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8
     barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
 }
 
-inline __device__ void run_states(const Context &c, const kda_state &first, const uint32_t *adjoint) {
+template <bool bounded>
+__device__ void run_states(const Context &c, const kda_state &first, const uint32_t *adjoint) {
     GradientsShared &shared = c.shared;
     if (threadIdx.x == 0) {
         load_state_inputs(c, 0);
@@ -391,8 +461,10 @@ inline __device__ void run_states(const Context &c, const kda_state &first, cons
     for (int chunk = 0; chunk < c.chunks - 1; chunk++)
         advance_state<false>(c, chunk, S);
     advance_state<true>(c, c.chunks - 1, S);
-    if (threadIdx.x == 0) /* U is in memory: it is read there soon */
+    if (threadIdx.x == 0) { /* U is in memory, where the copy engine finds it soon */
         ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
+        ptx::fence_proxy_async(ptx::space_global);
+    }
     float R[DIM / 8][4];
     adjoint += threadIdx.x / 32 * (DIM / 8 * 2 * 32) + threadIdx.x % 32;
 #pragma unroll
@@ -412,7 +484,7 @@ inline __device__ void run_states(const Context &c, const kda_state &first, cons
             clear_value_rows(shared, count);
         if (chunk == 0 && c.chunks > STATES)
             keep_first_state(c, first);
-        step_back(c, chunk, R);
+        step_back<bounded>(c, chunk, R);
         if (thread() == 0 && chunk)
             load_value_inputs(c, chunk - 1, true);
     }
@@ -435,13 +507,16 @@ template <int N> __device__ void sum_over_channels(float *x) {
 }
 
 /* Makes the tiles of the warp's channels; `decayed` are its RK's and RQ's factors. */
-inline __device__ void make_tiles(const Context &c, const RawInputs &in, const Gate &gate, int count, int warp,
-                                  Elements &decayed) {
+template <bool bounded>
+__device__ void make_tiles(const Context &c, const RawInputs &in, const Gate &gate, int count, int warp,
+                           Elements &decayed) {
     GradientsShared &shared = c.shared;
     int lane = (int)thread() % 32;
-    Pairs raw, tile, shifted;
-    load_pairs(in.g, warp, raw);
-    References found = find_decays(gate, raw, count, decayed);
+    Pairs g, raw, tile, shifted;
+    load_pairs(in.g, warp, g);
+    References found = find_decays<bounded>(gate, g, count, decayed);
+    float whole[2];
+    find_whole<bounded>(found, gate, g, count, whole);
     Elements grown;
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
@@ -461,13 +536,13 @@ inline __device__ void make_tiles(const Context &c, const RawInputs &in, const G
     store_pairs(shared.CK, warp, tile);
     scale_pairs(raw, shared.scales[0], decayed, tile);
     store_pairs(shared.RK, warp, tile);
-    shift_pairs(tile, found.middle, shifted);
+    shift_pairs<bounded, false>(tile, found, gate, g, count, shifted);
     store_decayed(1, shifted);
     load_pairs(in.q, warp, raw);
     clear_pairs(raw, count);
     scale_pairs(raw, shared.scales[1], decayed, tile);
     store_pairs(shared.RQ, warp, tile);
-    shift_pairs(tile, found.middle, shifted);
+    shift_pairs<bounded, false>(tile, found, gate, g, count, shifted);
     store_decayed(0, shifted);
     if (lane % 4 == 0)
 #pragma unroll
@@ -475,11 +550,14 @@ inline __device__ void make_tiles(const Context &c, const RawInputs &in, const G
             int channel = warp * 16 + lane / 4 + r * 8;
             ChannelFactors &to = shared.factors;
             to.fraction[channel] = exp2_approximate(found.fraction[r]);
-            to.whole[channel] = power_of_two((int)found.end[r]);
+            to.whole[channel] = whole[r];
             to.from_start[channel] = power_of_two((int)found.middle[0][r]);
-            to.across[channel] = power_of_two((int)(found.middle[1][r] - found.middle[0][r]));
+            int across = (int)(found.middle[1][r] - found.middle[0][r]), step = bounded ? across : across / 2;
+            to.across[0][channel] = power_of_two(step), to.across[1][channel] = power_of_two(across - step);
             to.to_end[channel] = power_of_two((int)(found.end[r] - found.middle[1][r]));
         }
+    if (!bounded && lane == 0)
+        shared.cut[warp] = found.cut;
     fence_shared();
 }
 
@@ -493,30 +571,33 @@ inline __device__ void store_pair_products(GradientsShared &shared, const float 
         for (int r = 0; r < 2; r++) {
             int row = first + r * 8, i = row % CHUNK, column = warp / 4 * 16 + j * 8 + part;
             float left = d[j][2 * r], right = d[j][2 * r + 1];
-            if (i == column || i == column + 1)
-                shared.diagonals[row / CHUNK][i] = i == column ? left : right;
+            if (row >= CHUNK && (i == column || i == column + 1))
+                shared.diagonals[i] = i == column ? left : right;
             store_shared(shared_address(&shared.pairs[swizzled<2 * CHUNK, CHUNK>(row, column)]),
                          pack_bf16(i > column ? left : 0.f, i > column + 1 ? right : 0.f));
         }
     fence_shared();
 }
 
-/* As scale_rows, for the second block of the tokens of q and of k. The others are multiplied by 1: were they left alone,
- * the compiler would run the products before and after one by one. */
+/* As scale_rows, for the second block of the tokens of q and of k. The others are multiplied by 1: were they left
+ * alone, the compiler would run the products before and after one by one. */
 inline __device__ void scale_later_tokens(float (&T)[2 * CHUNK / 8][4], const float *factors, int channel) {
     float x = factors[channel], y = factors[channel + 8], one = some_one();
 #pragma unroll
     for (int i = 0; i < 2 * CHUNK / 8; i++) {
         bool later = i % (CHUNK / 8) >= CHUNK / 16;
-        T[i][0] *= later ? x : one, T[i][1] *= later ? x : one, T[i][2] *= later ? y : one, T[i][3] *= later ? y : one;
+        T[i][0] *= later ? x : one, T[i][1] *= later ? x : one, T[i][2] *= later ? y : one,
+            T[i][3] *= later ? y : one;
     }
 }
 
 /* [T1 T2] of the warp's channels, from S, [dO; dX] and pairs. */
-inline __device__ void find_rows(const Context &c, int chunk, int warp, float (&T)[2 * CHUNK / 8][4]) {
+template <bool bounded>
+__device__ void find_rows(const Context &c, int chunk, int warp, float (&T)[2 * CHUNK / 8][4]) {
     GradientsShared &shared = c.shared;
     int panel = warp / 4, channel = warp * 16 + (int)thread() % 32 / 4;
-    uint64_t S = wgmma_operand(shared.states[place_of_state(chunk)] + panel * DIM * PANEL, 0, 8 * ROW, SWIZZLE_128);
+    uint64_t S =
+        wgmma_operand(shared.states[place_of_state(chunk)] + panel * DIM * PANEL, 0, 8 * ROW, SWIZZLE_128);
     uint64_t values = wgmma_operand(shared.values[0], 0, 8 * ROW, SWIZZLE_128);
     uint64_t U = wgmma_operand(shared.U + panel * 16 * PANEL, 0, 8 * ROW, SWIZZLE_128);
     uint64_t CK = wgmma_operand(shared.CK + panel * TOKENS, 0, 8 * ROW, SWIZZLE_128);
@@ -548,6 +629,7 @@ inline __device__ void find_rows(const Context &c, int chunk, int warp, float (&
     pin(T);
     store_pair_products(shared, d, warp);
     scale_rows(T, shared.factors.from_start, channel);
+    apply_rests<bounded, false>(c, chunk, warp, T);
     barrier_wait(BARRIER_PAIRS, GRADIENT_THREADS);
     pin(T);
     wgmma_fence();
@@ -555,7 +637,9 @@ inline __device__ void find_rows(const Context &c, int chunk, int warp, float (&
     wgmma_commit();
     wgmma_wait<0>();
     pin(T);
-    scale_later_tokens(T, shared.factors.across, channel);
+#pragma unroll
+    for (int i = 0; i < (bounded ? 1 : 2); i++)
+        scale_later_tokens(T, shared.factors.across[i], channel);
     pin(T);
     wgmma_fence();
     wgmma_both<true, false, true>(T, advanced(CK, 16 * ROW), advanced(pairs, 32));
@@ -566,12 +650,14 @@ inline __device__ void find_rows(const Context &c, int chunk, int warp, float (&
 
 /* Sums of the thread's channels over a segment: what it adds to dA_log and to d_dt_bias. */
 struct GateSums {
-    float A[2], bias[2];
+    float A[2] /* times log2(e) */, bias[2];
 };
 
-/* g's gradient from that of the log2 decay's sums: x is the gradient of a token's log decay, and becomes dg. */
-inline __device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pairs &g, int count, float (&x)[CHUNK / 8][4],
-                                     GateSums &sums) {
+/* x is the gradient of a token's log decay a, and becomes g's. With z = g + dt_bias, a = lower_bound sigmoid(A z)
+ * or -A softplus(z). */
+template <bool bounded>
+__device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pairs &g, int count,
+                              float (&x)[CHUNK / 8][4], GateSums &sums) {
     int part = (int)thread() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
@@ -580,20 +666,28 @@ inline __device__ void gate_backward(const kda_prefill &p, const Gate &gate, con
             float2 raw = unpack_bf16(g[j / 2][j % 2 * 2 + r]);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                /* y = A (g + dt_bias), a = bound sigmoid(y) */
-                float y = fmaf(e ? raw.y : raw.x, gate.slope, r ? gate.offset.y : gate.offset.x); /* -y log2(e) */
-                float grown = exp2_approximate(fminf(y, 120.f)), s = reciprocal_approximate(1.f + grown);
                 bool real = j * 8 + part + e < count;
-                float dy = real ? p.lower_bound * s * (grown * s) * x[j][2 * r + e] : 0.f;
-                sums.A[r] += dy == 0 ? 0.f : y * dy;
-                x[j][2 * r + e] = dy;
-                sums.bias[r] += dy;
+                float one = e ? raw.y : raw.x, offset = r ? gate.offset.y : gate.offset.x, dg, term;
+                if constexpr (bounded) {
+                    float y = fmaf(one, gate.slope, offset); /* -A z log2(e) */
+                    float grown = exp2_approximate(fminf(y, 120.f)), s = reciprocal_approximate(1.f + grown);
+                    float dy = p.lower_bound * s * (grown * s) * x[j][2 * r + e];
+                    dg = dy * gate.slope * -(1 / LOG2E), term = dy == 0 ? 0.f : -y * dy;
+                } else {
+                    float decay = log2_decay<false>(gate, one, offset), rest = rest_of(decay);
+                    float da = rest == 0 ? x[j][2 * r + e] : x[j][2 * r + e] * power_of_two((int)rest);
+                    float s = reciprocal_approximate(1.f + exp2_approximate(-fmaf(one, gate.slope, offset)));
+                    dg = gate.bound * s * da, term = da == 0 ? 0.f : decay * da;
+                }
+                x[j][2 * r + e] = real ? dg : 0.f;
+                sums.bias[r] += real ? dg : 0.f, sums.A[r] += real ? term : 0.f;
             }
         }
 }
 
 /* Stores gradients of q or k by value head, in fp32. */
-inline __device__ void store_by_head(const kda_prefill &p, float *to, const Place &at, int warp, const float (*x)[4]) {
+inline __device__ void store_by_head(const kda_prefill &p, float *to, const Place &at, int warp,
+                                     const float (*x)[4]) {
     int lane = (int)thread() % 32;
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
@@ -616,20 +710,24 @@ inline __device__ void store_rows(__nv_bfloat16 *tile, int warp, const float (*x
 }
 
 /* The gradient of k or q, from d without what M's diagonal adds: that is `own` times the other one. Rows of x are
- * multiplied by `scales` to be normalised; `undo` takes p.scale out of these. `along` are sums of x d. The gradient goes
- * to by_head or, if that is NULL, to the tile. */
-inline __device__ void finish_rows(const kda_prefill &p, __nv_bfloat16 *tile, const Place &at, int warp, Pairs &x,
-                                   const Pairs &other, const float *scales, const float *other_scales, float undo,
-                                   const float *own, const float *along, float (*d)[4], float *by_head) {
+ * multiplied by `scales` to be normalised; `undo` takes p.scale out of these. `along` are sums of x d. The
+ * gradient goes to by_head or, if that is NULL, to the tile. */
+inline __device__ void finish_rows(const kda_prefill &p, __nv_bfloat16 *tile, const Place &at, int warp,
+                                   Pairs &x, const Pairs &other, const float *scales, const float *other_scales,
+                                   float undo, const float *own, const float *along, float (*d)[4],
+                                   float *by_head) {
     int part = (int)thread() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++) {
-        auto of_tokens = [&](const float *values) { return *reinterpret_cast<const float2 *>(&values[j * 8 + part]); };
+        auto of_tokens = [&](const float *values) {
+            return *reinterpret_cast<const float2 *>(&values[j * 8 + part]);
+        };
         float2 scale = of_tokens(scales), sum = of_tokens(along), diagonal = of_tokens(own);
         float2 more = of_tokens(other_scales), less = make_float2(0, 0);
         more.x *= diagonal.x, more.y *= diagonal.y;
         if (p.qk_norm)
-            less = make_float2(sum.x * (scale.x * undo) * (scale.x * undo), sum.y * (scale.y * undo) * (scale.y * undo));
+            less = make_float2(sum.x * (scale.x * undo) * (scale.x * undo),
+                               sum.y * (scale.y * undo) * (scale.y * undo));
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float2 y = unpack_bf16(x[j / 2][j % 2 * 2 + r]), z = unpack_bf16(other[j / 2][j % 2 * 2 + r]);
@@ -658,9 +756,10 @@ inline __device__ void send_gradients(const Context &c, const RawInputs &in, con
             const __nv_bfloat16 *from = i == 0 ? in.q : i == 1 ? in.k : in.g;
 #pragma unroll
             for (int panel = 0; panel < 2; panel++) {
-                const int32_t where[4] = {panel * PANEL, (int32_t)(i < 2 ? at.key_head : at.head), (int32_t)at.token,
-                                          (int32_t)at.batch};
-                ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, where, from + panel * TOKENS);
+                const int32_t where[4] = {panel * PANEL, (int32_t)(i < 2 ? at.key_head : at.head),
+                                          (int32_t)at.token, (int32_t)at.batch};
+                ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, where,
+                                          from + panel * TOKENS);
             }
         }
         ptx::cp_async_bulk_commit_group();
@@ -682,9 +781,10 @@ inline __device__ void send_gradients(const Context &c, const RawInputs &in, con
 }
 
 /* A chunk's gradients, from [T1 T2] and T3. */
-inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, const Gate &gate, int warp,
-                                    const Elements &decayed, float (&T)[2 * CHUNK / 8][4], float *dq_heads,
-                                    float *dk_heads, GateSums &sums) {
+template <bool bounded>
+__device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, const Gate &gate, int warp,
+                             const Elements &decayed, float (&T)[2 * CHUNK / 8][4], float *dq_heads,
+                             float *dk_heads, const float *with_U, GateSums &sums) {
     const kda_prefill &p = c.b.forward;
     GradientsShared &shared = c.shared;
     int t = (int)thread() - TEAM, lane = t % 32, part = lane % 4 * 2;
@@ -728,14 +828,14 @@ inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place
     }
     barrier_wait(BARRIER_GRADIENTS, TEAM);
     if (t < 2 * CHUNK) {
-        float sum = shared.diagonals[0][lane] * shared.own[lane]; /* of M's diagonal */
+        float sum = shared.along[t];
 #pragma unroll
         for (int i = 0; i < TEAM / 32; i++)
             sum += shared.partial[i][t];
         shared.along[t] = sum;
     } else if (t < 3 * CHUNK && lane < at.count) {
         float step = shared.scales[2][lane];
-        float d = step > 0 ? shared.diagonals[1][lane] / step * shared.scales[3][lane] : 0.f;
+        float d = step != 0 ? shared.diagonals[lane] / step * shared.scales[3][lane] : 0.f;
         store_float(kda_row(&c.b.dbeta, at.batch, at.token + lane, at.head), c.b.dbeta.dtype, 0, d);
     }
     /* da of a token: h, and what leaves less what enters at all tokens before it. */
@@ -751,29 +851,28 @@ inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place
     }
     Pairs g;
     load_pairs(in.g, warp, g);
-    gate_backward(p, gate, g, at.count, da, sums);
-    scale_tiles(da, gate.slope * -(1 / LOG2E));
+    gate_backward<bounded>(p, gate, g, at.count, da, sums);
     __syncwarp();
     store_rows(in.g, warp, da);
     barrier_wait(BARRIER_GRADIENTS, TEAM); /* sums along rows are there */
     Pairs q, k;
     load_pairs(in.q, warp, q), load_pairs(in.k, warp, k);
     __syncwarp();
-    finish_rows(p, in.q, at, warp, q, k, shared.scales[1], shared.scales[0], 1 / p.scale, shared.diagonals[0],
-                shared.along, T, dq_heads);
-    finish_rows(p, in.k, at, warp, k, q, shared.scales[0], shared.scales[1], 1.f, shared.diagonals[0],
-                shared.along + CHUNK, T + CHUNK / 8, dk_heads);
+    finish_rows(p, in.q, at, warp, q, k, shared.scales[1], shared.scales[0], 1 / p.scale, with_U, shared.along,
+                T, dq_heads);
+    finish_rows(p, in.k, at, warp, k, q, shared.scales[0], shared.scales[1], 1.f, with_U, shared.along + CHUNK,
+                T + CHUNK / 8, dk_heads);
     fence_shared();
     barrier_wait(BARRIER_GRADIENTS, TEAM);
     send_gradients(c, in, at, dq_heads);
 }
 
 /* Adds a thread's sums over its tokens to those of its quad and stores them. */
-inline __device__ void store_gate_sums(const Gate &gate, const GateSums &sums, int warp, float *to) {
+inline __device__ void store_gate_sums(const GateSums &sums, int warp, float *to) {
     int lane = (int)thread() % 32;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float A = sums.A[r] * -(1 / LOG2E), bias = sums.bias[r] * gate.slope * -(1 / LOG2E);
+        float A = sums.A[r] / LOG2E, bias = sums.bias[r];
 #pragma unroll
         for (int bit = 1; bit < 4; bit *= 2)
             A += __shfl_xor_sync(~0u, A, bit), bias += __shfl_xor_sync(~0u, bias, bit);
@@ -783,10 +882,11 @@ inline __device__ void store_gate_sums(const Gate &gate, const GateSums &sums, i
     }
 }
 
-inline __device__ void run_gradients(const Context &c, float *dq_heads, float *dk_heads, float *gate_sums) {
+template <bool bounded>
+__device__ void run_gradients(const Context &c, float *dq_heads, float *dk_heads, float *gate_sums) {
     GradientsShared &shared = c.shared;
     int t = (int)threadIdx.x - TEAM;
-    Gate gate = find_gates(c.b.forward, (int)c.segment.head, t / 32);
+    Gate gate = find_gates<bounded>(c.b.forward, (int)c.segment.head, t / 32);
     GateSums sums = {};
     float next_scale = 0, next_own = 0;
     auto load_scales = [&](int chunk) {
@@ -806,14 +906,14 @@ inline __device__ void run_gradients(const Context &c, float *dq_heads, float *d
         if (t < 4 * CHUNK) {
             shared.scales[0][t] = next_scale;
             if (t < CHUNK)
-                shared.own[t] = next_own;
+                shared.along[t] = shared.along[CHUNK + t] = next_own * shared.with_U[chunk][t];
             if (chunk)
                 load_scales(chunk - 1);
         }
         barrier_wait(BARRIER_GRADIENTS, TEAM);
         wait(shared.raw_in[raw_place(chunk)], fills >> raw_place(chunk) & 1);
         fills ^= 1u << raw_place(chunk);
-        make_tiles(c, in, gate, at.count, warp, decayed);
+        make_tiles<bounded>(c, in, gate, at.count, warp, decayed);
         wait(shared.values_in, parity);
         parity ^= 1;
         barrier_wait(BARRIER_TILES, GRADIENT_THREADS);
@@ -821,11 +921,12 @@ inline __device__ void run_gradients(const Context &c, float *dq_heads, float *d
             ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
             load_raw_inputs(c, chunk - 1);
         }
-        find_rows(c, chunk, warp, T);
+        find_rows<bounded>(c, chunk, warp, T);
         barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
-        finish_chunk(c, in, at, gate, warp, decayed, T, dq_heads, dk_heads, sums);
+        finish_chunk<bounded>(c, in, at, gate, warp, decayed, T, dq_heads, dk_heads, shared.with_U[chunk],
+                              sums);
     }
-    store_gate_sums(gate, sums, t / 32, gate_sums);
+    store_gate_sums(sums, t / 32, gate_sums);
     if (t == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
 }
@@ -836,6 +937,7 @@ inline __device__ kda_state first_state(const kda_backward &b, const Place &at) 
                     : kda_state_in(&b.forward.base, &b.forward.initial_state, at.n, at.head);
 }
 
+template <bool bounded>
 __global__ void __launch_bounds__(GRADIENT_THREADS, 1)
     make_gradients(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
                    const __grid_constant__ kda_sm90_backward_memory memory) {
@@ -867,23 +969,27 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 1)
     }
     if (threadIdx.x < TEAM) {
         set_registers<STATES_REGISTERS>();
-        run_states(c, first_state(b, c.segment), memory.adjoints + number * (DIM * DIM / 2));
+        run_states<bounded>(c, first_state(b, c.segment), memory.adjoints + number * (DIM * DIM / 2));
     } else {
         set_registers<GRADIENTS_REGISTERS>();
-        run_gradients(c, memory.queries, memory.keys, gate_sums);
+        run_gradients<bounded>(c, memory.queries, memory.keys, gate_sums);
     }
 }
 
 } // namespace
 } // namespace kda
 
-extern "C" cudaError_t kda_sm90_backward_gradients(const struct kda_backward *b, const struct kda_backward_plan *,
+extern "C" cudaError_t kda_sm90_backward_gradients(const struct kda_backward *b,
+                                                   const struct kda_backward_plan *,
                                                    const struct kda_launch *launch,
                                                    const struct kda_sm90_backward_memory *memory) {
     using namespace kda;
+    auto *kernel = &make_gradients<true>;
+    if (!is_bounded(&b->forward))
+        kernel = &make_gradients<false>;
     kda_sm90_backward_maps maps;
     cudaError_t error = kda_sm90_map_backward(b, &maps);
     return error ? error
-                 : launch_kernel(make_gradients, *launch, GRADIENT_THREADS, sizeof(GradientsShared), b->forward.stream,
+                 : launch_kernel(kernel, *launch, GRADIENT_THREADS, sizeof(GradientsShared), b->forward.stream,
                                  *b, maps, *memory);
 }

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "cuda/sm90/backward/plan.h"
 
-#include "api/workspace.h"
-#include "cuda/sm90/tensor_maps.h"
+#include "cuda/sm90/plan.h"
 
 enum { DIM = KDA_SM90_BACKWARD_DIM, SEGMENT = KDA_SM90_BACKWARD_SEGMENT, CHUNKS = KDA_SM90_BACKWARD_CHUNKS };
 enum { ADJOINT_COLUMNS = 64 }; /* of V, of a CTA */
@@ -15,22 +14,21 @@ static bool keeps_states(const struct kda_prefill *p) {
     return !needed || (p->checkpoints.data && p->checkpoint_every > 0 && SEGMENT % p->checkpoint_every == 0);
 }
 
-static bool is_moved(const struct kda_tensor *t) { return t->data && t->dtype == KDA_BF16 && kda_sm90_can_map(t); }
+static bool is_moved(const struct kda_tensor *t) {
+    return t->data && t->dtype == KDA_BF16 && kda_sm90_can_map(t);
+}
 
 bool kda_sm90_backward_takes(const struct kda_backward *b) {
     const struct kda_prefill *p = &b->forward;
     const struct kda_tensor *moved[] = {&p->q, &p->k, &p->v, &p->g, &b->d_out, &b->dq, &b->dk, &b->dv, &b->dg};
-    bool good = p->key_dim == DIM && p->value_dim == DIM && p->gate == FLASH_KDA_GATE_SIGMOID &&
-                p->beta_mode != FLASH_KDA_BETA_GIVEN && p->beta.dtype == KDA_BF16 && b->dbeta.data && p->scale != 0 &&
-                p->tokens > 0 && keeps_states(p);
+    bool good = p->key_dim == DIM && p->value_dim == DIM && p->gate != FLASH_KDA_GATE_NONE &&
+                p->beta.dtype == KDA_BF16 && b->dbeta.data && p->scale != 0 && p->tokens > 0 && keeps_states(p);
     for (size_t i = 0; i < sizeof moved / sizeof *moved; i++)
         good = good && is_moved(moved[i]);
     return good;
 }
 
 /* ---- The plan ------------------------------------------------------------------------------------ */
-
-enum kernel { OPERANDS, ADJOINT, GRADIENTS, SUMS, HEADS, KERNELS };
 
 static bool shares_heads(const struct kda_backward *b) { return b->forward.value_heads > b->forward.heads; }
 
@@ -43,8 +41,8 @@ void kda_sm90_backward_plan(const struct kda_backward *b, struct kda_backward_pl
     plan->workspace = kda_sm90_backward_lay_out(b, plan, NULL, &memory);
 }
 
-size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_backward_plan *plan, void *workspace,
-                                 struct kda_sm90_backward_memory *memory) {
+size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_backward_plan *plan,
+                                 void *workspace, struct kda_sm90_backward_memory *memory) {
     const struct kda_tokens *x = &b->forward.base;
     struct kda_arena arena = {workspace, 0};
     size_t segments = (size_t)(plan->segments * x->value_heads), chunks = segments * CHUNKS;
@@ -63,32 +61,21 @@ size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_
 
 struct kda_backward_launch kda_sm90_backward_launch_at(const struct kda_backward *b,
                                                        const struct kda_backward_plan *plan, int i) {
-    static const char *const names[KERNELS] = {[OPERANDS] = "backward_operands",
-                                               [ADJOINT] = "backward_adjoint",
-                                               [GRADIENTS] = "backward_gradients",
-                                               [SUMS] = "backward_sums",
-                                               [HEADS] = "backward_heads"};
+    static const char *const names[] = {[KDA_SM90_BACKWARD_PREPARE] = "backward_prepare",
+                                        [KDA_SM90_BACKWARD_ADJOINT] = "backward_adjoint",
+                                        [KDA_SM90_BACKWARD_GRADIENTS] = "backward_gradients",
+                                        [KDA_SM90_BACKWARD_SUMS] = "backward_sums",
+                                        [KDA_SM90_BACKWARD_HEADS] = "backward_heads"};
     const struct kda_tokens *x = &b->forward.base;
     unsigned segments = (unsigned)plan->segments, chunks = segments * CHUNKS, heads = (unsigned)x->value_heads;
-    const unsigned grids[KERNELS][2] = {[OPERANDS] = {chunks, heads},
-                                        [ADJOINT] = {(unsigned)x->sequences * heads, DIM / ADJOINT_COLUMNS},
-                                        [GRADIENTS] = {segments, heads},
-                                        [SUMS] = {heads, 1},
-                                        [HEADS] = {chunks, (unsigned)x->heads}};
-    int kernel = i == SUMS && !plan->needs_sums ? HEADS : i;
+    const unsigned grids[][2] = {
+        [KDA_SM90_BACKWARD_PREPARE] = {chunks, heads},
+        [KDA_SM90_BACKWARD_ADJOINT] = {(unsigned)x->sequences * heads, DIM / ADJOINT_COLUMNS},
+        [KDA_SM90_BACKWARD_GRADIENTS] = {segments, heads},
+        [KDA_SM90_BACKWARD_SUMS] = {heads, 1},
+        [KDA_SM90_BACKWARD_HEADS] = {chunks, (unsigned)x->heads}};
+    bool skips = i == KDA_SM90_BACKWARD_SUMS && !plan->needs_sums;
+    int kernel = skips ? KDA_SM90_BACKWARD_HEADS : i;
     return (struct kda_backward_launch){
         .kernel = kernel, .name = names[kernel], .grid = {grids[kernel][0], grids[kernel][1]}};
-}
-
-cudaError_t kda_sm90_backward_launch(const struct kda_backward *b, const struct kda_backward_plan *plan,
-                                     const struct kda_backward_launch *launch, void *workspace) {
-    static kda_sm90_backward_launcher *const launchers[KERNELS] = {[OPERANDS] = kda_sm90_backward_operands,
-                                                                   [ADJOINT] = kda_sm90_backward_adjoint,
-                                                                   [GRADIENTS] = kda_sm90_backward_gradients,
-                                                                   [SUMS] = kda_sm90_backward_sums,
-                                                                   [HEADS] = kda_sm90_backward_heads};
-    struct kda_sm90_backward_memory memory;
-    const struct kda_launch one = {.grid = {launch->grid[0], launch->grid[1]}, .overlaps = launch->kernel != OPERANDS};
-    kda_sm90_backward_lay_out(b, plan, workspace, &memory);
-    return launchers[launch->kernel](b, plan, &one, &memory);
 }

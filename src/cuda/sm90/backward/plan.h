@@ -1,17 +1,23 @@
 /* SPDX-License-Identifier: MIT */
-/* Which backwards Hopper's level takes, how it plans them, and what lies in their workspace. Plain host code: no device is
- * needed. */
+/* Which backwards Hopper's level takes, how it plans them, and what lies in their workspace. Plain host code: no
+ * device is needed. */
 #ifndef KDA_CUDA_SM90_BACKWARD_PLAN_H
 #define KDA_CUDA_SM90_BACKWARD_PLAN_H
 
 #include "cuda/backward_plan.h"
-#include "cuda/plan.h"
-
-#include <cuda_runtime_api.h>
 
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/* The kernels, in their order (config.cuh). */
+enum kda_sm90_backward_kernel {
+    KDA_SM90_BACKWARD_PREPARE,   /* the operands of all chunks */
+    KDA_SM90_BACKWARD_ADJOINT,   /* R at segments' ends, dv and the gradient of the first state */
+    KDA_SM90_BACKWARD_GRADIENTS, /* of q, k, g and beta */
+    KDA_SM90_BACKWARD_SUMS,      /* dA_log and d_dt_bias over segments */
+    KDA_SM90_BACKWARD_HEADS      /* dq and dk over the value heads that share q and k */
+};
 
 /* K and V; tokens of a segment, which are four chunks. */
 enum { KDA_SM90_BACKWARD_DIM = 128, KDA_SM90_BACKWARD_SEGMENT = 128, KDA_SM90_BACKWARD_CHUNKS = 4 };
@@ -21,33 +27,24 @@ enum { KDA_SM90_BACKWARD_OPERANDS = 30720 };
 
 /* The workspace. Segments and chunks of all sequences share one numbering (cuda/segments.h). */
 struct kda_sm90_backward_memory {
-    void *operands;       /* [HV][4 segments]: of each chunk, without a state */
-    uint16_t *updates;    /* U, bf16 [HV][4 segments][32 x 128], as tiles lie in shared memory */
-    uint32_t *adjoints;   /* R at each segment's end, bf16 [HV][segments][128 x 128], as threads have it */
-    float *sums;          /* [HV][segments][2][128]: what the segment adds to dA_log, by channel, and to d_dt_bias */
-    float *queries, *keys; /* gradients of q and k by value head, [B T][HV][128]; only where heads share q and k */
+    void *operands;     /* [HV][4 segments]: of each chunk, without a state */
+    uint16_t *updates;  /* U, bf16 [HV][4 segments][32 x 128], as tiles lie in shared memory */
+    uint32_t *adjoints; /* R at each segment's end, bf16 [HV][segments][128 x 128], as threads have it */
+    float *sums; /* [HV][segments][2][128]: what the segment adds to dA_log, by channel, and to d_dt_bias */
+    float *queries,
+        *keys; /* gradients of q and k by value head, [B T][HV][128]; only where heads share q and k */
 };
 
 /* Lays out the workspace and returns its bytes. NULL: only counts them. */
-size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_backward_plan *plan, void *workspace,
-                                 struct kda_sm90_backward_memory *memory);
+size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_backward_plan *plan,
+                                 void *workspace, struct kda_sm90_backward_memory *memory);
 
-/* It takes K = V = 128, the sigmoid gate, beta through a sigmoid, and a prefill's checkpoints at every 128th token;
+/* It takes K = V = 128, a gate, and a prefill's checkpoints at every 128th token;
  * tensors in bf16 whose rows the copy engine can move; gradients of q, k, v, g and beta all asked for. */
 bool kda_sm90_backward_takes(const struct kda_backward *b);
 void kda_sm90_backward_plan(const struct kda_backward *b, struct kda_backward_plan *plan);
 struct kda_backward_launch kda_sm90_backward_launch_at(const struct kda_backward *b,
                                                        const struct kda_backward_plan *plan, int i);
-cudaError_t kda_sm90_backward_launch(const struct kda_backward *b, const struct kda_backward_plan *plan,
-                                     const struct kda_backward_launch *launch, void *workspace);
-
-/* The kernels, in their order: operands of all chunks; R at segments' ends, dv and the gradient of the first state; the
- * other gradients; sums over segments, and over the value heads that share q and k. */
-typedef cudaError_t kda_sm90_backward_launcher(const struct kda_backward *b, const struct kda_backward_plan *plan,
-                                               const struct kda_launch *launch,
-                                               const struct kda_sm90_backward_memory *memory);
-kda_sm90_backward_launcher kda_sm90_backward_operands, kda_sm90_backward_adjoint, kda_sm90_backward_gradients,
-    kda_sm90_backward_sums, kda_sm90_backward_heads;
 
 #ifdef __cplusplus
 }

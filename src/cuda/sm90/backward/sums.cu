@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: MIT */
-/* What is left to add once all segments are done (config.cuh): dA_log and d_dt_bias over segments, dq and dk over the
- * value heads that share them. The orders are fixed, so that bits do not change from run to run. */
+/* What is left to add once all segments are done (config.cuh): dA_log and d_dt_bias over segments, dq and dk over
+ * the value heads that share them. The orders are fixed, so that bits do not change from run to run. */
 #include "cuda/sm90/backward/config.cuh"
 #include "cuda/sm90/kernels.h"
 
 namespace kda {
 namespace {
 
-constexpr int HEADS_THREADS = 256, QUARTERS = 4 /* of the segments, side by side */, SUM_THREADS = QUARTERS * DIM;
+constexpr int HEADS_THREADS = 256, QUARTERS = 4 /* of the segments, side by side */,
+              SUM_THREADS = QUARTERS * DIM;
 
 /* A CTA has a value head, and a thread a channel of a quarter of the segments. */
 __global__ void __launch_bounds__(SUM_THREADS)
@@ -33,7 +34,8 @@ __global__ void __launch_bounds__(SUM_THREADS)
     barrier_wait(1, DIM);
     if (channel >= 32)
         return;
-    A = parts[0][0][channel] + parts[0][0][channel + 32] + parts[0][0][channel + 64] + parts[0][0][channel + 96];
+    A = parts[0][0][channel] + parts[0][0][channel + 32] + parts[0][0][channel + 64] +
+        parts[0][0][channel + 96];
     for (int bit = 16; bit; bit /= 2)
         A += __shfl_xor_sync(~0u, A, bit);
     if (channel == 0 && b.dA_log.data)
@@ -51,8 +53,9 @@ __global__ void __launch_bounds__(HEADS_THREADS)
     for (int token = threadIdx.x / 32; token < at.count; token += HEADS_THREADS / 32)
         for (int i = 0; i < 2; i++) {
             const kda_tensor &to = i ? b.dk : b.dq;
-            const float4 *from = reinterpret_cast<const float4 *>(i ? keys : queries) + threadIdx.x % 32 +
-                                 ((at.batch * p.tokens + at.token + token) * p.value_heads + at.head) * (DIM / 4);
+            const float4 *from =
+                reinterpret_cast<const float4 *>(i ? keys : queries) + threadIdx.x % 32 +
+                ((at.batch * p.tokens + at.token + token) * p.value_heads + at.head) * (DIM / 4);
             float4 sum = make_float4(0, 0, 0, 0);
             for (int64_t h = 0; h < group; h++) {
                 float4 x = from[h * (DIM / 4)];
@@ -66,7 +69,8 @@ __global__ void __launch_bounds__(HEADS_THREADS)
 } // namespace
 } // namespace kda
 
-extern "C" cudaError_t kda_sm90_backward_sums(const struct kda_backward *b, const struct kda_backward_plan *plan,
+extern "C" cudaError_t kda_sm90_backward_sums(const struct kda_backward *b,
+                                              const struct kda_backward_plan *plan,
                                               const struct kda_launch *launch,
                                               const struct kda_sm90_backward_memory *memory) {
     using namespace kda;

@@ -7,6 +7,7 @@
 #define KDA_CUDA_SM90_BACKWARD_TILES_CUH
 
 #include "cuda/sm90/backward/config.cuh"
+#include "cuda/sm90/mainloop/unbounded.cuh"
 
 namespace kda {
 namespace {
@@ -50,10 +51,10 @@ inline __device__ void clear_pairs(Pairs &x, int count) {
 }
 
 /* The gates of the thread's channels, 8 apart. */
-inline __device__ Gate find_gates(const kda_prefill &p, int head, int warp) {
+template <bool bounded> __device__ Gate find_gates(const kda_prefill &p, int head, int warp) {
     int channel = warp * 16 + threadIdx.x % 32 / 4;
-    Gate gate = find_gate<true>(p, head, channel);
-    gate.offset.y = find_gate<true>(p, head, channel + 8).offset.x;
+    Gate gate = find_gate<bounded>(p, head, channel);
+    gate.offset.y = find_gate<bounded>(p, head, channel + 8).offset.x;
     return gate;
 }
 
@@ -62,6 +63,7 @@ inline __device__ Gate find_gates(const kda_prefill &p, int head, int warp) {
 struct References {
     float middle[2][2], boundary[2], end[2]; /* [block][r] */
     float fraction[2];                       /* what `end` leaves of the decay */
+    bool cut;                                /* is some decay of the warp cut off */
 };
 
 /* Sums x over the lanes of a quad before this one, which is its `part`; `all` over all four. */
@@ -75,9 +77,18 @@ inline __device__ float sum_before(float x, int part, float &all) {
     return part ? up : 0.f;
 }
 
+/* Without a bound the factors of a block could leave bf16's range. Within a chunk a token's log2 decay then counts
+ * for no less than DEEPEST, as in unbounded.cuh. What is cut off, the rest, is a whole number: states get it, in KT,
+ * QT and KR, by powers of two. */
+inline __device__ float rest_of(float decay) {
+    return decay < DEEPEST ? floorf(max_or_nan(decay, -0x1p20f) - DEEPEST) : 0.f;
+}
+
 /* x becomes the log2 decay from the middle of a token's block to the token. */
-inline __device__ References find_decays(const Gate &gate, const Pairs &g, int count, Elements &x) {
+template <bool bounded>
+__device__ References find_decays(const Gate &gate, const Pairs &g, int count, Elements &x) {
     References found;
+    found.cut = false;
     int part = (int)thread() % 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -86,8 +97,13 @@ inline __device__ References find_decays(const Gate &gate, const Pairs &g, int c
         for (int j = 0; j < CHUNK / 8; j++) {
             int token = j * 8 + part * 2;
             float2 raw = unpack_bf16(g[j / 2][j % 2 * 2 + r]);
-            float first = token < count ? log2_decay<true>(gate, raw.x, offset) : 0.f;
-            float second = token + 1 < count ? log2_decay<true>(gate, raw.y, offset) : 0.f;
+            float first = token < count ? log2_decay<bounded>(gate, raw.x, offset) : 0.f;
+            float second = token + 1 < count ? log2_decay<bounded>(gate, raw.y, offset) : 0.f;
+            if constexpr (!bounded) {
+                found.cut |= first < DEEPEST || second < DEEPEST;
+                first = max_or_nan(first, -0x1p20f), second = max_or_nan(second, -0x1p20f);
+                first -= rest_of(first), second -= rest_of(second);
+            }
             float all, before = sum + sum_before(first + second, part, all);
             x[j][r][0] = before + first, x[j][r][1] = before + first + second;
             sum += all;
@@ -101,7 +117,30 @@ inline __device__ References find_decays(const Gate &gate, const Pairs &g, int c
         for (int j = 0; j < CHUNK / 8; j++)
             x[j][r][0] -= found.middle[j / 2][r], x[j][r][1] -= found.middle[j / 2][r];
     }
+    if constexpr (!bounded)
+        found.cut = __any_sync(~0u, found.cut);
     return found;
+}
+
+/* The sums of the rests up to each token, itself included, and over the chunk. */
+inline __device__ void find_rests(const Gate &gate, const Pairs &g, int count, Elements &rests,
+                                  float (&all)[2]) {
+    int part = (int)thread() % 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float sum = 0, offset = r ? gate.offset.y : gate.offset.x;
+#pragma unroll
+        for (int j = 0; j < CHUNK / 8; j++) {
+            int token = j * 8 + part * 2;
+            float2 raw = unpack_bf16(g[j / 2][j % 2 * 2 + r]);
+            float first = token < count ? rest_of(log2_decay<false>(gate, raw.x, offset)) : 0.f;
+            float second = token + 1 < count ? rest_of(log2_decay<false>(gate, raw.y, offset)) : 0.f;
+            float of_tile, before = sum + sum_before(first + second, part, of_tile);
+            rests[j][r][0] = before + first, rests[j][r][1] = before + first + second;
+            sum += of_tile;
+        }
+        all[r] = sum;
+    }
 }
 
 /* 2^exponent as bf16, twice. */
@@ -109,17 +148,56 @@ inline __device__ uint32_t power_pair(float exponent) {
     return (__float_as_uint(power_of_two((int)exponent)) >> 16) * 0x10001;
 }
 
-/* Multiplies the channels of each block by powers of two. */
-inline __device__ void shift_pairs(const Pairs &x, const float (&exponents)[2][2], Pairs &shifted) {
+/* Takes RK or RQ to the chunk's start or, to_end, CK to its end. */
+template <bool bounded, bool to_end>
+__device__ void shift_pairs(const Pairs &x, const References &found, const Gate &gate, const Pairs &g,
+                            int count, Pairs &shifted) {
+    auto exponent = [&](int t, int r) {
+        return to_end ? found.end[r] - found.middle[t][r] : found.middle[t][r];
+    };
+    if constexpr (!bounded)
+        if (__builtin_expect(found.cut, 0)) {
+            Elements rests;
+            float all[2];
+            find_rests(gate, g, count, rests, all);
+#pragma unroll
+            for (int t = 0; t < CHUNK / 16; t++)
+#pragma unroll
+                for (int n = 0; n < 4; n++) {
+                    int j = t * 2 + n / 2, r = n % 2;
+                    uint32_t powers[2];
+#pragma unroll
+                    for (int e = 0; e < 2; e++)
+                        powers[e] =
+                            power_pair(exponent(t, r) + (to_end ? all[r] - rests[j][r][e] : rests[j][r][e]));
+                    shifted[t][n] = multiply_pair(x[t][n], (powers[0] & 0xffff) | (powers[1] & 0xffff0000));
+                }
+            return;
+        }
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
 #pragma unroll
         for (int n = 0; n < 4; n++)
-            shifted[t][n] = multiply_pair(x[t][n], power_pair(exponents[t][n % 2]));
+            shifted[t][n] = multiply_pair(x[t][n], power_pair(exponent(t, n % 2)));
+}
+
+/* The thread's channels' decay through the chunk, which is to be multiplied by exp2(fraction), too. */
+template <bool bounded>
+__device__ void find_whole(const References &found, const Gate &gate, const Pairs &g, int count,
+                           float (&whole)[2]) {
+    float all[2] = {};
+    if constexpr (!bounded)
+        if (__builtin_expect(found.cut, 0)) {
+            Elements rests;
+            find_rests(gate, g, count, rests, all);
+        }
+    whole[0] = power_of_two((int)(found.end[0] + all[0])),
+    whole[1] = power_of_two((int)(found.end[1] + all[1]));
 }
 
 /* A row's tokens times their scales and the elements' factors. */
-inline __device__ void scale_pairs(const Pairs &x, const float *scales, const Elements &factors, Pairs &scaled) {
+inline __device__ void scale_pairs(const Pairs &x, const float *scales, const Elements &factors,
+                                   Pairs &scaled) {
     int part = (int)thread() % 4 * 2;
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)

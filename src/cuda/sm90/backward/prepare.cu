@@ -7,7 +7,8 @@
 namespace kda {
 namespace {
 
-constexpr int THREADS = 256, L_ROW = CHUNK + 4; /* floats of a row of L, 16 bytes of which never meet in a bank */
+constexpr int THREADS = 256,
+              L_ROW = CHUNK + 4; /* floats of a row of L, 16 bytes of which never meet in a bank */
 
 struct alignas(1024) OperandsShared {
     ChunkOperands operands;
@@ -40,7 +41,8 @@ __device__ void find_scales(const kda_prefill &p, OperandsShared &shared, int co
     }
 #pragma unroll
     for (int bit = 4; bit; bit /= 2) {
-        squares[0] += __shfl_xor_sync(~0u, squares[0], bit), squares[1] += __shfl_xor_sync(~0u, squares[1], bit);
+        squares[0] += __shfl_xor_sync(~0u, squares[0], bit),
+            squares[1] += __shfl_xor_sync(~0u, squares[1], bit);
         product += __shfl_xor_sync(~0u, product, bit);
     }
     if (part)
@@ -52,25 +54,33 @@ __device__ void find_scales(const kda_prefill &p, OperandsShared &shared, int co
     state.diagonal[token_index(token)] = real ? product * rk * rq : 0.f;
 }
 
-/* The step of the lane's token, and what sigmoid leaves of 1. */
+/* The step of the lane's token, and what u . du / step is to be multiplied by. A step that is given as 0 becomes
+ * so small that nobody sees it, but for the step's own gradient, which needs what the token would have written. */
 __device__ void find_steps(const kda_prefill &p, const Place &at, StateOperands &x) {
-    uint32_t raw = load_beta(p, at.batch, at.token, at.head, at.count);
-    float y = __uint_as_float(raw << 16), grown = exp2_approximate(min_or_nan(y * LOG2E, 120.f));
+    constexpr float LEAST = 0x1p-30f;
     int lane = threadIdx.x % 32;
-    x.step[token_index(lane)] = x.beta[lane] = find_beta(p, at.count, raw);
-    x.beta_rest[lane] = reciprocal_approximate(1.f + grown);
+    uint32_t raw = load_beta(p, at.batch, at.token, at.head, at.count);
+    float given = __uint_as_float(raw << 16), step = find_beta(p, at.count, raw), rest;
+    if (p.beta_mode == FLASH_KDA_BETA_GIVEN) {
+        step = lane < at.count && fabsf(step) < LEAST ? LEAST : step;
+        rest = 1 / step;
+    } else {
+        rest = reciprocal_approximate(1.f + exp2_approximate(min_or_nan(given * LOG2E, 120.f)));
+    }
+    x.step[token_index(lane)] = x.beta[lane] = step, x.beta_rest[lane] = rest;
 }
 
 /* Makes the tiles of the warp's channels. */
+template <bool bounded>
 __device__ void make_tiles(const kda_prefill &p, const Place &at, OperandsShared &shared) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     StateOperands &state = shared.operands.state;
-    Gate gate = find_gates(p, (int)at.head, warp);
+    Gate gate = find_gates<bounded>(p, (int)at.head, warp);
     Pairs k, q, g;
     load_pairs(shared.keys, warp, k), load_pairs(shared.queries, warp, q), load_pairs(shared.gates, warp, g);
     clear_pairs(k, at.count), clear_pairs(q, at.count);
     Elements x, decayed, grown;
-    References found = find_decays(gate, g, at.count, x);
+    References found = find_decays<bounded>(gate, g, at.count, x);
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
@@ -79,36 +89,34 @@ __device__ void make_tiles(const kda_prefill &p, const Place &at, OperandsShared
             grown[j][i / 2][i % 2] = exp2_approximate(-x[j][i / 2][i % 2]);
         }
     Pairs tile, shifted;
-    float to_end[2][2];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        to_end[i / 2][i % 2] = found.end[i % 2] - found.middle[i / 2][i % 2];
+    float whole[2];
+    find_whole<bounded>(found, gate, g, at.count, whole);
     __syncwarp();
     scale_pairs(k, state.rk, decayed, tile);
     store_pairs(shared.keys, warp, tile);
-    shift_pairs(tile, found.middle, shifted);
+    shift_pairs<bounded, false>(tile, found, gate, g, at.count, shifted);
     store_pairs(state.KT, warp, shifted);
     scale_pairs(q, state.rq, decayed, tile);
     store_pairs(shared.queries, warp, tile);
-    shift_pairs(tile, found.middle, shifted);
+    shift_pairs<bounded, false>(tile, found, gate, g, at.count, shifted);
     store_pairs(shared.operands.QT, warp, shifted);
     scale_pairs(k, state.rk, grown, tile);
     store_pairs(shared.gates, warp, tile);
-    shift_pairs(tile, to_end, shifted);
+    shift_pairs<bounded, true>(tile, found, gate, g, at.count, shifted);
     store_pairs(state.KR, warp, shifted);
     if (lane % 4 == 0)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int channel = warp * 16 + lane / 4 + r * 8;
             state.fraction[channel_index(channel)] = exp2_approximate(found.fraction[r]);
-            state.whole[channel_index(channel)] = power_of_two((int)found.end[r]);
+            state.whole[channel_index(channel)] = whole[r];
             shared.from_boundary[channel] = (uint16_t)power_pair(found.middle[1][r] - found.boundary[r]);
             shared.to_boundary[channel] = (uint16_t)power_pair(found.boundary[r] - found.middle[0][r]);
         }
 }
 
-/* Products of 16 rows of RK or RQ and 16 of CK: of the first block, of the second one, or the second's rows with the
- * first's columns. They become rows of beta L0 or of M. */
+/* Products of 16 rows of RK or RQ and 16 of CK: of the first block, of the second one, or the second's rows with
+ * the first's columns. They become rows of beta L0 or of M. */
 __device__ void multiply_block(OperandsShared &shared, bool queries, int rows, int columns) {
     int lane = threadIdx.x % 32, part = lane % 4 * 2;
     MatrixRow<CHUNK, DIM> a_rows(queries ? shared.queries : shared.keys, true), b_rows(shared.gates, false);
@@ -142,7 +150,8 @@ __device__ void multiply_block(OperandsShared &shared, bool queries, int rows, i
                 *reinterpret_cast<uint32_t *>(&shared.operands.M[swizzled<CHUNK, CHUNK>(row, column)]) = pair;
             } else {
                 float step = shared.operands.state.beta[row];
-                *reinterpret_cast<float2 *>(&shared.L[row * L_ROW + column]) = make_float2(left * step, right * step);
+                *reinterpret_cast<float2 *>(&shared.L[row * L_ROW + column]) =
+                    make_float2(left * step, right * step);
             }
         }
 }
@@ -170,9 +179,10 @@ __device__ void invert(OperandsShared &shared) {
     }
 }
 
+template <bool bounded>
 __global__ void __launch_bounds__(THREADS, 2)
-    make_operands(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
-                  ChunkOperands *operands) {
+    prepare_chunk(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
+                  const __grid_constant__ kda_sm90_backward_memory workspace) {
     extern __shared__ __align__(1024) uint8_t memory[];
     OperandsShared &shared = *reinterpret_cast<OperandsShared *>(memory);
     let_next_begin();
@@ -192,13 +202,14 @@ __global__ void __launch_bounds__(THREADS, 2)
     if (warp == 1)
         find_steps(p, at, shared.operands.state);
     if (warp == 2) /* M above the diagonal blocks */
-        *reinterpret_cast<uint4 *>(&shared.operands.M[swizzled<CHUNK, CHUNK>(threadIdx.x % 16, 16 + threadIdx.x % 32 / 16 * 8)]) =
+        *reinterpret_cast<uint4 *>(
+            &shared.operands.M[swizzled<CHUNK, CHUNK>(threadIdx.x % 16, 16 + threadIdx.x % 32 / 16 * 8)]) =
             make_uint4(0, 0, 0, 0);
     __syncthreads();
     wait(shared.arrived, 0);
     find_scales(p, shared, at.count);
     __syncthreads();
-    make_tiles(p, at, shared);
+    make_tiles<bounded>(p, at, shared);
     __syncthreads();
     if (warp < 6)
         multiply_block(shared, warp % 2, warp < 2 ? 0 : 16, warp < 4 ? 0 : 16);
@@ -208,7 +219,9 @@ __global__ void __launch_bounds__(THREADS, 2)
     fence_shared();
     __syncthreads();
     if (threadIdx.x == 0) {
-        ptx::cp_async_bulk(ptx::space_global, ptx::space_shared, &operands[(int64_t)blockIdx.y * gridDim.x + blockIdx.x],
+        ptx::cp_async_bulk(ptx::space_global, ptx::space_shared,
+                           static_cast<ChunkOperands *>(workspace.operands) +
+                               ((int64_t)blockIdx.y * gridDim.x + blockIdx.x),
                            &shared.operands, (uint32_t)sizeof shared.operands);
         ptx::cp_async_bulk_commit_group();
         ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
@@ -218,13 +231,16 @@ __global__ void __launch_bounds__(THREADS, 2)
 } // namespace
 } // namespace kda
 
-extern "C" cudaError_t kda_sm90_backward_operands(const struct kda_backward *b, const struct kda_backward_plan *,
-                                                  const struct kda_launch *launch,
-                                                  const struct kda_sm90_backward_memory *memory) {
+extern "C" cudaError_t kda_sm90_backward_prepare(const struct kda_backward *b, const struct kda_backward_plan *,
+                                                 const struct kda_launch *launch,
+                                                 const struct kda_sm90_backward_memory *memory) {
     using namespace kda;
+    auto *kernel = &prepare_chunk<true>;
+    if (!is_bounded(&b->forward))
+        kernel = &prepare_chunk<false>;
     kda_sm90_backward_maps maps;
     cudaError_t error = kda_sm90_map_backward(b, &maps);
     return error ? error
-                 : launch_kernel(make_operands, *launch, THREADS, sizeof(OperandsShared), b->forward.stream, *b, maps,
-                                 static_cast<ChunkOperands *>(memory->operands));
+                 : launch_kernel(kernel, *launch, THREADS, sizeof(OperandsShared), b->forward.stream, *b, maps,
+                                 *memory);
 }
