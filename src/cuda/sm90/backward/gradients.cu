@@ -154,12 +154,16 @@ inline __device__ void load_value_inputs(const Context &c, int chunk, bool with_
 
 /* ---- The states' warpgroups ----------------------------------------------------------------------- */
 
+/* What multiply_state does with a packed operand besides. A lambda as a default argument would be a function of the
+ * host: the compiler leaves out what comes after a call of it. */
+struct Nothing {
+    __device__ void operator()(int, const uint32_t (&)[4]) const {}
+};
+
 /* d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. One half after the
  * other, so that no more of S is packed at a time: with `later`, the second half is still under way. */
-template <bool later, class F = void (*)(int, const uint32_t (&)[4])>
-__device__ void multiply_state(
-    float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile,
-    F each = [](int, const uint32_t (&)[4]) {}) {
+template <bool later, class F = Nothing>
+__device__ void multiply_state(float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile, F each = {}) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint32_t a[DIM / 32][4];
