@@ -163,7 +163,8 @@ struct Nothing {
 /* d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. One half after the
  * other, so that no more of S is packed at a time: with `later`, the second half is still under way. */
 template <bool later, class F = Nothing>
-__device__ void multiply_state(float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile, F each = {}) {
+__device__ void multiply_state(float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile,
+                               F each = {}) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint32_t a[DIM / 32][4];
