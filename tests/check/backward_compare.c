@@ -86,8 +86,9 @@ static struct allowance allowance(const struct comparison *comparison, int gradi
         return (struct allowance){b->checkpoints.block ? TOLERANCE_ORACLE_KEPT : TOLERANCE_ORACLE, true};
     if (!level_rounds_gradients(level))
         /* dA_log is a sum of terms with the errors of dg, which equal keys magnify. */
-        return (struct allowance){
-            gradient == DA_LOG ? TOLERANCE_DA_LOG * c->fp32_tolerance / TOLERANCE_FP32 : c->fp32_tolerance, true};
+        return (struct allowance){gradient == DA_LOG ? TOLERANCE_DA_LOG * c->fp32_tolerance / TOLERANCE_FP32
+                                                     : c->fp32_tolerance,
+                                  true};
     const struct bf16_gradients bf16 = c->K == 1   ? BF16_GRADIENTS_ONE_CHANNEL
                                        : c->K < 16 ? BF16_GRADIENTS_FEW_CHANNELS
                                                    : b->c.bf16;
