@@ -105,8 +105,12 @@ void backward_tiles(struct check *check) {
         const int *row = rows + i * OPTIONS;
         struct backward_case b = case_of(row);
         snprintf(b.forward.name, sizeof b.forward.name,
-                 "backward of 128 channels in bf16 %d: beta %s, %s, HV / H %lld, %s", i, beta_names[row[BETA]],
-                 batches[row[BATCH]].name, (long long)b.forward.group, states[row[STATES]].name);
+                 "backward of 128 channels in bf16 %d: gate %s%s, beta %s, %s, HV / H %lld, %s, kept every "
+                 "%lld in %s, "
+                 "dO %.0e",
+                 i, row[GATE] < 3 ? "sigmoid" : "softplus", row[NORM] ? ", norm" : "", beta_names[row[BETA]],
+                 batches[row[BATCH]].name, (long long)b.forward.group, states[row[STATES]].name,
+                 (long long)b.forward.every, b.forward.checkpoints_bf16 ? "bf16" : "fp32", b.size);
         backward_compare(check, &b);
     }
     free(rows);
