@@ -22,8 +22,8 @@ enum {
 
 static const char documentation[] =
     "Times prefill, or with --decode decode, or with --backward backward, on random cases: a built-in table, "
-    "or the one case that "
-    "the options describe. A result is timed only after it has been compared with the oracle, where "
+    "or the one case that the options describe. A result is timed only after it has been compared with the "
+    "oracle, where "
     "that takes long on its first heads and tokens.\v"
     "Each line is the median of repeated runs after a warm-up, with the quartiles. On CUDA it is the "
     "GPU's time by replay of a CUDA graph, over as many copies of the tensors as overflow the L2 cache. "
@@ -36,7 +36,7 @@ static const char documentation[] =
     "  flashkda bench --tokens 65536 --heads 1 --threads 1 --out-dtype fp32\n"
     "  flashkda bench --backend cuda -o cuda.json\n"
     "  flashkda bench --backend cuda --decode\n"
-    "  flashkda bench --backend cuda --backward --tokens 8192 --heads 32\n"
+    "  flashkda bench --backend cuda --backward --tokens 8192 --heads 32 --checkpoint-every 128\n"
     "  flashkda bench --backend cuda --captured data/small_softplus.safetensors --tokens 8192 --heads 32\n"
     "  flashkda bench --commit $(git rev-parse HEAD) -o cpu.json";
 
@@ -47,6 +47,7 @@ enum option_key {
     OPTION_OUT_DTYPE,
     OPTION_DECODE,
     OPTION_BACKWARD,
+    OPTION_CHECKPOINT_EVERY,
 };
 
 static const char *const backend_names[] = {"cpu", "cuda", NULL};
@@ -61,6 +62,8 @@ static const struct argp_option argp_options[] = {
     {"backward", OPTION_BACKWARD, NULL, 0,
      "Backward instead of prefill: every gradient but those of A_log and dt_bias, in the dtype of the inputs",
      0},
+    {"checkpoint-every", OPTION_CHECKPOINT_EVERY, "N", 0,
+     "States kept every N tokens, a multiple of 32: prefill writes them, --backward reads them", 0},
     {"out-dtype", OPTION_OUT_DTYPE, "NAME", 0, "Only this output dtype: bf16, fp16 or fp32", 0},
     {"output", 'o', "FILE", 0, "Write the results as JSON", 0},
     {"json", 'j', NULL, 0, "Print JSON instead of the table", 0},
@@ -107,6 +110,13 @@ static error_t parse_level(const struct argp_state *state, const char *text) {
     return parse_name(state, "level", text, names, &index);
 }
 
+static error_t parse_checkpoint_every(const struct argp_state *state, const char *text, int64_t *every) {
+    error_t error = parse_integer(state, "checkpoint-every", text, 32, 1 << 20, every);
+    return error || *every % 32 == 0
+               ? error
+               : argument_error(state, "--checkpoint-every is %s, expected a multiple of 32", text);
+}
+
 static error_t parse_option(int key, char *argument, struct argp_state *state) {
     struct bench_options *options = state->input;
     switch (key) {
@@ -131,6 +141,9 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
     case OPTION_BACKWARD:
         options->operation = BENCH_BACKWARD;
         return 0;
+    case OPTION_CHECKPOINT_EVERY:
+        options->spec.given = true;
+        return parse_checkpoint_every(state, argument, &options->spec.spec.checkpoint_every);
     case OPTION_OUT_DTYPE:
         options->has_out_dtype = type_named(argument, &options->out_dtype);
         return options->has_out_dtype

@@ -112,6 +112,7 @@ while IFS='|' read -r pattern arguments; do
 done <<'ROWS'
 ^T40-H2-K16-V8-softplus-slow .*generic|--level generic
 generic .*$|--level all --out-dtype fp32
+^T40-H2-K16-V8-softplus-slow-every32 .*|--backward --checkpoint-every 32
 "commit": "abc"|--json --commit abc --threads 1
 written|-o written.json --commit written --json
 ROWS
@@ -129,6 +130,7 @@ table 2 <<'ROWS'
 --level is 'bogus', expected one of: all, generic             | bench --level bogus
 --threads is '0', expected a whole number                     | bench --threads 0
 --repeat is '1001', expected                                  | bench --repeat 1001
+--checkpoint-every is 48, expected a multiple of 32           | bench --checkpoint-every 48
 --out-dtype is 'int', expected one of                         | bench --out-dtype int
 --backend is 'tpu', expected one of: cpu, cuda                | bench --backend tpu
 --quick is a table of its own                                 | bench --quick --tokens 3
