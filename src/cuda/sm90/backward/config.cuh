@@ -89,7 +89,9 @@ inline __device__ Place find_segment(const kda_backward &b, int64_t segment, int
 /* Chunk `chunk` of it. */
 inline __device__ Place chunk_of(Place at, int chunk) {
     at.first += chunk * CHUNK, at.token += chunk * CHUNK;
-    at.count = max(0, min(at.count - chunk * CHUNK, CHUNK));
+    /* In this order: for max(0, min(..)) == CHUNK ptxas 13.0 takes a predicate of VIMNMX.RELU, which holds for smaller
+     * counts as well. */
+    at.count = min(max(at.count - chunk * CHUNK, 0), CHUNK);
     return at;
 }
 
