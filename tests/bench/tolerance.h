@@ -67,8 +67,9 @@ struct bf16_tolerance {
 struct bf16_gradients {
     double of[8], few;
 };
+/* d_initial_state hangs on a sequence's first tokens alone, and so on their luck: 1.1 times the best peer's. */
 #define BF16_GRADIENTS_STRONG \
-    (struct bf16_gradients) { {2.4e-3, 2.4e-3, 2.5e-3, 4.0e-3, 3.7e-3, 5e-2, 3.8e-3, 1.8e-3}, 0 }
+    (struct bf16_gradients) { {2.4e-3, 2.4e-3, 2.5e-3, 4.0e-3, 3.7e-3, 5e-2, 3.8e-3, 2.3e-3}, 0 }
 #define BF16_GRADIENTS_SLOW \
     (struct bf16_gradients) { {4.5e-3, 5.4e-3, 4.6e-3, 5.4e-3, 5.8e-3, 5e-2, 5.4e-3, 3.0e-3}, 0 }
 #define BF16_GRADIENTS_COLLINEAR \
