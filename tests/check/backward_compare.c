@@ -74,9 +74,10 @@ static double size_of(const struct tensor *t) {
 /* Without d_out every token only takes from the gradient of the state. What is left of it is a difference of what bf16
  * rounds, and may be less than what a pair's decay counts for at least, exp(-10) of a token (docs/maths.md). */
 static double left_over(const struct backward_problem *b, const struct backward_results *expected) {
-    return BF16_GRADIENTS_COLLINEAR.of[DV] +
-           exp(-10) * size_of(&b->d_final_state) /
-               fmax(size_of(&expected->tensors[D_INITIAL_STATE]), TOLERANCE_SMALLEST_REFERENCE);
+    const struct bf16_gradients collinear = BF16_GRADIENTS_COLLINEAR;
+    double least = exp(-10) * size_of(&b->d_final_state);
+    double size = fmax(size_of(&expected->tensors[D_INITIAL_STATE]), TOLERANCE_SMALLEST_REFERENCE);
+    return collinear.of[DV] + least / size;
 }
 
 static struct allowance allowance(const struct comparison *comparison, int gradient, const char *level) {
