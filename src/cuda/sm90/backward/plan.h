@@ -23,7 +23,7 @@ enum kda_sm90_backward_kernel {
 enum { KDA_SM90_BACKWARD_DIM = 128, KDA_SM90_BACKWARD_SEGMENT = 128, KDA_SM90_BACKWARD_CHUNKS = 4 };
 
 /* Bytes of a chunk's operands (config.cuh). */
-enum { KDA_SM90_BACKWARD_OPERANDS = 30720 };
+enum { KDA_SM90_BACKWARD_OPERANDS = 39936 };
 
 /* The workspace. Segments and chunks of all sequences share one numbering (cuda/segments.h). */
 struct kda_sm90_backward_memory {
