@@ -144,24 +144,33 @@ __global__ void __launch_bounds__(ADJOINT_THREADS, STAGES == SHARED_STAGES ? 2 :
     load_whole(from_column(kda_state_in(&x, &b.d_final_state, work.first.n, work.first.head), work.column), R);
     PipelineState<STAGES> pipe;
     Values dO;
-    auto load = [&] {
+    float dX[CHUNK / 8][4];
+    auto load = [&](int chunk) { /* dO of a chunk; and what P's diagonal makes of it, in fp32 */
+        const AdjointStage &stage = shared.stages[pipe.stage];
+        alignas(16) float own[CHUNK / 4];
         wait(shared.full[pipe.stage], pipe.parity);
-        load_values<COLUMNS>(shared.stages[pipe.stage].d_out, dO);
+        load_values<COLUMNS>(stage.d_out, dO);
+        load_scales(reinterpret_cast<const ChunkOperands *>(stage.operands)->own, own);
+        clear_values(dO, chunk_of_chain(work, chunk).count);
+#pragma unroll
+        for (int i = 0; i < CHUNK / 8; i++)
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                float2 x = unpack_bf16(dO[i / 2][i % 2 * 2 + n]);
+                dX[i][2 * n] = own[2 * i] * x.x, dX[i][2 * n + 1] = own[2 * i + 1] * x.y;
+            }
     };
-    if (work.chunks) {
-        load();
-        clear_values(dO, chunk_of_chain(work, work.chunks - 1).count);
-    }
+    if (work.chunks)
+        load(work.chunks - 1);
     for (int chunk = work.chunks - 1; chunk >= 0; chunk--) {
         const ChunkOperands &in = *reinterpret_cast<const ChunkOperands *>(shared.stages[pipe.stage].operands);
         uint64_t P = wgmma_operand(in.P, 0, 8 * PAIR_ROW, SWIZZLE_64);
         uint64_t W = wgmma_operand(in.W, 0, 8 * ROW, SWIZZLE_128);
         uint64_t KT = wgmma_operand(in.state.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
         uint64_t QT = wgmma_operand(in.QT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
-        float dX[CHUNK / 8][4];
         pin(dX);
         wgmma_fence();
-        wgmma<true, false>(dX, dO[0], P);
+        wgmma<true, true>(dX, dO[0], P);
         wgmma<true, true>(dX, dO[1], advanced(P, 16 * PAIR_ROW));
         uint32_t a[DIM / 16][4];
 #pragma unroll
@@ -206,7 +215,7 @@ __global__ void __launch_bounds__(ADJOINT_THREADS, STAGES == SHARED_STAGES ? 2 :
         pipe.next();
         wgmma_wait<1>();
         if (chunk)
-            load();
+            load(chunk - 1);
         wgmma_wait<0>();
         pin(R);
         ptx::mbarrier_arrive(&read);

@@ -69,7 +69,8 @@ struct alignas(1024) StateOperands {
 /* What the adjoint chain needs; KT follows. */
 struct alignas(1024) ChunkOperands {
     __nv_bfloat16 W[TILE], QT[TILE];
-    __nv_bfloat16 P[CHUNK * CHUNK]; /* swizzled by 64 bytes */
+    __nv_bfloat16 P[CHUNK * CHUNK]; /* below its diagonal, swizzled by 64 bytes */
+    float own[CHUNK];               /* the diagonal, by token_index */
     float decay[DIM];               /* of a state, exp2(G), by channel_index */
     StateOperands state;
 };

@@ -223,7 +223,7 @@ __device__ void fold_keys(OperandsShared &shared) {
     store_pairs(shared.operands.W, warp, folded);
 }
 
-/* Makes 16 rows and columns of P. */
+/* Makes 16 rows and columns of P. On its diagonal N is 1. */
 __device__ void fold_queries(OperandsShared &shared, int rows, int columns) {
     int lane = threadIdx.x % 32, part = lane % 4 * 2;
     const StateOperands &state = shared.operands.state;
@@ -245,9 +245,12 @@ __device__ void fold_queries(OperandsShared &shared, int rows, int columns) {
             float2 rest = unpack_bf16(*reinterpret_cast<const uint32_t *>(&shared.N_rest[at]));
             float2 step = *reinterpret_cast<const float2 *>(&state.beta[column]);
             float own = state.diagonal[token_index(row)];
+            float left = fmaf(own, n.x + rest.x, d[j][2 * r]) * step.x;
+            float right = fmaf(own, n.y + rest.y, d[j][2 * r + 1]) * step.y;
+            if (row == column || row == column + 1)
+                shared.operands.own[token_index(row)] = row == column ? left : right;
             *reinterpret_cast<uint32_t *>(&shared.operands.P[at]) =
-                pack_bf16(fmaf(own, n.x + rest.x, d[j][2 * r]) * step.x,
-                          fmaf(own, n.y + rest.y, d[j][2 * r + 1]) * step.y);
+                pack_bf16(column < row ? left : 0.f, column + 1 < row ? right : 0.f);
         }
 }
 
