@@ -13,8 +13,8 @@ namespace {
 constexpr int COLUMNS = 64, ADJOINT_THREADS = GROUP + 32; /* a warpgroup, and the warp that loads */
 enum Barrier { BARRIER_OUTPUTS = 1 };
 
-/* Of a pipeline: two CTAs share a multiprocessor, or each has one of its own, where a chunk takes less time than its
- * operands do to come. */
+/* Where two CTAs share a multiprocessor, and where each has its own: a chunk then takes less time than its operands
+ * need to come. */
 constexpr int SHARED_STAGES = 3, OWN_STAGES = 6;
 
 struct alignas(1024) AdjointStage {
@@ -73,7 +73,7 @@ __device__ void load_chunks(const kda_sm90_backward_maps &maps, AdjointShared<ST
     }
 }
 
-/* Stores R, rounded: 8x8 matrices as kernel gradients' threads have them, but for a transposition (gradients.cu). */
+/* Stores R^T, rounded: 8x8 matrices in the order in which kernel gradients takes them, each to be transposed. */
 __device__ void store_adjoint(uint32_t *to, int column, const uint32_t (&R)[DIM / 16][4]) {
     to += (column / 8 + threadIdx.x / 32 * 2) * 2 * 32 + threadIdx.x % 32;
 #pragma unroll
@@ -117,6 +117,110 @@ __device__ void send_outputs(const kda_backward &b, const CUtensorMap &map, cons
             *reinterpret_cast<const uint4 *>(&rows[swizzled<CHUNK, COLUMNS>(token, i)]);
 }
 
+/* What of a chunk does not wait for R. */
+struct Begun {
+    uint64_t P;
+    Values dO;
+    float dX[CHUNK / 8][4];  /* what P's diagonal makes of dO */
+    float4 decays[DIM / 16]; /* of the thread's channels */
+};
+
+__device__ const ChunkOperands &operands_of(const AdjointStage &stage) {
+    return *reinterpret_cast<const ChunkOperands *>(stage.operands);
+}
+
+__device__ void begin_chunk(const AdjointStage &stage, int count, Begun &begun) {
+    const ChunkOperands &in = operands_of(stage);
+    alignas(16) float own[CHUNK / 4];
+    begun.P = wgmma_operand(in.P, 0, 8 * PAIR_ROW, SWIZZLE_64);
+    load_values<COLUMNS>(stage.d_out, begun.dO);
+    load_scales(in.own, own);
+    load_factors(in.decay, begun.decays);
+    clear_values(begun.dO, count);
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i++)
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            float2 x = unpack_bf16(begun.dO[i / 2][i % 2 * 2 + n]);
+            begun.dX[i][2 * n] = own[2 * i] * x.x, begun.dX[i][2 * n + 1] = own[2 * i + 1] * x.y;
+        }
+}
+
+/* Takes R through the chain. */
+template <int STAGES>
+__device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, AdjointShared<STAGES> &shared,
+                            const Work &work, int warp, uint32_t *adjoints, float (&R)[DIM / 8][4]) {
+    PipelineState<STAGES> pipe;
+    Begun begun;
+    float(&dX)[CHUNK / 8][4] = begun.dX;
+    auto begin = [&](int chunk) {
+        wait(shared.full[pipe.stage], pipe.parity);
+        begin_chunk(shared.stages[pipe.stage], chunk_of_chain(work, chunk).count, begun);
+    };
+    if (work.chunks)
+        begin(work.chunks - 1);
+    for (int chunk = work.chunks - 1; chunk >= 0; chunk--) {
+        const ChunkOperands &in = operands_of(shared.stages[pipe.stage]);
+        uint64_t &read = shared.empty[pipe.stage];
+        pipe.next();
+        uint64_t W = wgmma_operand(in.W, 0, 8 * ROW, SWIZZLE_128);
+        uint64_t KT = wgmma_operand(in.state.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
+        uint64_t QT = wgmma_operand(in.QT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
+        pin(dX);
+        wgmma_fence();
+#pragma unroll
+        for (int t = 0; t < CHUNK / 16; t++)
+            wgmma<true, true>(dX, begun.dO[t], advanced(begun.P, t * 16 * PAIR_ROW));
+        uint32_t rounded[DIM / 16][4];
+#pragma unroll
+        for (int c = 0; c < DIM / 16; c++)
+            pack_operand(R[2 * c], R[2 * c + 1], rounded[c]);
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < DIM / 16; c++)
+            wgmma<false, true>(dX, rounded[c], advanced(W, c / 4 * TOKENS * 2 + c % 4 * 32));
+        wgmma_commit();
+        if (chunk == work.chunks - 1 || chunk % CHUNKS == CHUNKS - 1)
+            store_adjoint(adjoints + (int64_t)(chunk / CHUNKS) * (DIM * DIM / 2), work.column, rounded);
+        decay_state(R, begun.decays);
+        pin(R);
+        wgmma_fence();
+#pragma unroll
+        for (int t = 0; t < CHUNK / 16; t++)
+            wgmma<true, true>(R, begun.dO[t], advanced(QT, t * 16 * ROW));
+        wgmma_commit();
+        wgmma_wait<1>();
+        pin(dX);
+        uint32_t x[CHUNK / 16][4];
+#pragma unroll
+        for (int t = 0; t < CHUNK / 16; t++)
+            pack_operand(dX[2 * t], dX[2 * t + 1], x[t]);
+        wgmma_fence();
+#pragma unroll
+        for (int t = 0; t < CHUNK / 16; t++)
+            wgmma<true, true, true>(R, x[t], advanced(KT, t * 16 * ROW));
+        wgmma_commit();
+        __nv_bfloat16 *rows = shared.outputs[chunk % 2];
+        MatrixRow<CHUNK, COLUMNS> places(rows, false);
+#pragma unroll
+        for (int t = 0; t < CHUNK / 16; t++)
+            stmatrix_transposed(places.at(t * 16, warp * 16), x[t]);
+        fence_shared();
+        if (warp == 0) /* the other rows have left, and may be written after the barrier */
+            wait_for_rows<0>();
+        barrier_wait(BARRIER_OUTPUTS, GROUP);
+        send_outputs(b, dv, chunk_of_chain(work, chunk), work.column, rows);
+        wgmma_wait<1>(); /* dO has been read */
+        if (chunk)
+            begin(chunk - 1);
+        wgmma_wait<0>();
+        pin(R);
+        ptx::mbarrier_arrive(&read);
+    }
+    if (warp == 0)
+        wait_for_rows<0>();
+}
+
 template <int STAGES>
 __global__ void __launch_bounds__(ADJOINT_THREADS, STAGES == SHARED_STAGES ? 2 : 1)
     take_adjoint(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
@@ -134,7 +238,7 @@ __global__ void __launch_bounds__(ADJOINT_THREADS, STAGES == SHARED_STAGES ? 2 :
     wait_for_kernel_before();
     int64_t segment = work.first.head * segments + work.segment;
     int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
-    if (warp >= GROUP / 32) {
+    if (warp == GROUP / 32) {
         if (elected())
             load_chunks(maps, shared, work, operands + segment * CHUNKS);
         return;
@@ -142,86 +246,7 @@ __global__ void __launch_bounds__(ADJOINT_THREADS, STAGES == SHARED_STAGES ? 2 :
     const kda_tokens &x = b.forward.base;
     float R[DIM / 8][4];
     load_whole(from_column(kda_state_in(&x, &b.d_final_state, work.first.n, work.first.head), work.column), R);
-    PipelineState<STAGES> pipe;
-    Values dO;
-    float dX[CHUNK / 8][4];
-    auto load = [&](int chunk) { /* dO of a chunk; and what P's diagonal makes of it, in fp32 */
-        const AdjointStage &stage = shared.stages[pipe.stage];
-        alignas(16) float own[CHUNK / 4];
-        wait(shared.full[pipe.stage], pipe.parity);
-        load_values<COLUMNS>(stage.d_out, dO);
-        load_scales(reinterpret_cast<const ChunkOperands *>(stage.operands)->own, own);
-        clear_values(dO, chunk_of_chain(work, chunk).count);
-#pragma unroll
-        for (int i = 0; i < CHUNK / 8; i++)
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                float2 x = unpack_bf16(dO[i / 2][i % 2 * 2 + n]);
-                dX[i][2 * n] = own[2 * i] * x.x, dX[i][2 * n + 1] = own[2 * i + 1] * x.y;
-            }
-    };
-    if (work.chunks)
-        load(work.chunks - 1);
-    for (int chunk = work.chunks - 1; chunk >= 0; chunk--) {
-        const ChunkOperands &in = *reinterpret_cast<const ChunkOperands *>(shared.stages[pipe.stage].operands);
-        uint64_t P = wgmma_operand(in.P, 0, 8 * PAIR_ROW, SWIZZLE_64);
-        uint64_t W = wgmma_operand(in.W, 0, 8 * ROW, SWIZZLE_128);
-        uint64_t KT = wgmma_operand(in.state.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
-        uint64_t QT = wgmma_operand(in.QT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
-        pin(dX);
-        wgmma_fence();
-        wgmma<true, true>(dX, dO[0], P);
-        wgmma<true, true>(dX, dO[1], advanced(P, 16 * PAIR_ROW));
-        uint32_t a[DIM / 16][4];
-#pragma unroll
-        for (int c = 0; c < DIM / 16; c++)
-            pack_operand(R[2 * c], R[2 * c + 1], a[c]);
-        if (chunk == work.chunks - 1 || chunk % CHUNKS == CHUNKS - 1)
-            store_adjoint(adjoints + (segment + chunk / CHUNKS) * (DIM * DIM / 2), work.column, a);
-        wgmma_fence();
-#pragma unroll
-        for (int c = 0; c < DIM / 16; c++)
-            wgmma<false, true>(dX, a[c], advanced(W, c / 4 * TOKENS * 2 + c % 4 * 32));
-        wgmma_commit();
-        decay_by(R, in.decay);
-        pin(R);
-        wgmma_fence();
-#pragma unroll
-        for (int t = 0; t < CHUNK / 16; t++)
-            wgmma<true, true>(R, dO[t], advanced(QT, t * 16 * ROW));
-        wgmma_commit();
-        wgmma_wait<1>();
-        pin(dX);
-        uint32_t u[CHUNK / 16][4];
-#pragma unroll
-        for (int t = 0; t < CHUNK / 16; t++)
-            pack_operand(dX[2 * t], dX[2 * t + 1], u[t]);
-        wgmma_fence();
-#pragma unroll
-        for (int t = 0; t < CHUNK / 16; t++)
-            wgmma<true, true, true>(R, u[t], advanced(KT, t * 16 * ROW));
-        wgmma_commit();
-        __nv_bfloat16 *rows = shared.outputs[chunk % 2];
-        MatrixRow<CHUNK, COLUMNS> places(rows, false);
-#pragma unroll
-        for (int t = 0; t < CHUNK / 16; t++)
-            stmatrix_transposed(places.at(t * 16, warp * 16), u[t]);
-        fence_shared();
-        if (warp == 0) /* the other rows have left, and may be written after the barrier */
-            wait_for_rows<0>();
-        barrier_wait(BARRIER_OUTPUTS, GROUP);
-        send_outputs(b, maps.dv, chunk_of_chain(work, chunk), work.column, rows);
-        uint64_t &read = shared.empty[pipe.stage];
-        pipe.next();
-        wgmma_wait<1>();
-        if (chunk)
-            load(chunk - 1);
-        wgmma_wait<0>();
-        pin(R);
-        ptx::mbarrier_arrive(&read);
-    }
-    if (warp == 0)
-        wait_for_rows<0>();
+    take_chunks(b, maps.dv, shared, work, warp, adjoints + segment * (DIM * DIM / 2), R);
     store_whole(from_column(kda_state_in(&x, &b.d_initial_state, work.first.n, work.first.head), work.column),
                 R, 0);
 }
