@@ -171,14 +171,19 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
 #pragma unroll
         for (int t = 0; t < CHUNK / 16; t++)
             wgmma<true, true>(dX, begun.dO[t], advanced(begun.P, t * 16 * PAIR_ROW));
+        /* In halves, or the compiler runs all of the decay before the products, and not beside them. */
         uint32_t rounded[DIM / 16][4];
 #pragma unroll
-        for (int c = 0; c < DIM / 16; c++)
-            pack_operand(R[2 * c], R[2 * c + 1], rounded[c]);
-        wgmma_fence();
+        for (int half = 0; half < 2; half++) {
 #pragma unroll
-        for (int c = 0; c < DIM / 16; c++)
-            wgmma<false, true>(dX, rounded[c], advanced(W, c / 4 * TOKENS * 2 + c % 4 * 32));
+            for (int c = half * (DIM / 32); c < (half + 1) * (DIM / 32); c++)
+                pack_operand(R[2 * c], R[2 * c + 1], rounded[c]);
+            pin(dX);
+            wgmma_fence();
+#pragma unroll
+            for (int c = half * (DIM / 32); c < (half + 1) * (DIM / 32); c++)
+                wgmma<false, true>(dX, rounded[c], advanced(W, c / 4 * TOKENS * 2 + c % 4 * 32));
+        }
         wgmma_commit();
         if (chunk == work.chunks - 1 || chunk % CHUNKS == CHUNKS - 1)
             store_adjoint(adjoints + (int64_t)(chunk / CHUNKS) * (DIM * DIM / 2), work.column, rounded);
@@ -221,8 +226,9 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
         wait_for_rows<0>();
 }
 
+/* With more registers the compiler also puts copies of R on the way from one chunk to the next. */
 template <int STAGES>
-__global__ void __launch_bounds__(ADJOINT_THREADS, STAGES == SHARED_STAGES ? 2 : 1)
+__global__ void __launch_bounds__(ADJOINT_THREADS, 2)
     take_adjoint(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
                  const ChunkOperands *operands, uint32_t *adjoints, int64_t segments) {
     extern __shared__ __align__(1024) uint8_t memory[];
