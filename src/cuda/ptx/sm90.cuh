@@ -157,25 +157,27 @@ template <int TILES> __device__ __forceinline__ void pin(float (&d)[TILES][4]) {
 #define KDA_TILES4(i) KDA_TILE(i), KDA_TILE(i + 1), KDA_TILE(i + 2), KDA_TILE(i + 3)
 #define KDA_TILES8(i) KDA_TILES4(i), KDA_TILES4(i + 4)
 
-/* d [64][8 TILES] += a [64][16] b [16][8 TILES], bf16 operands, fp32 sums; = if !accumulate. The rows of b lie
- * contiguous in memory if b_rows, else its columns do. */
-template <bool b_rows, bool accumulate, int TILES>
+/* d [64][8 TILES] += a [64][16] b [16][8 TILES], bf16 operands, fp32 sums; -= if negative, and = if !accumulate. The
+ * rows of b lie contiguous in memory if b_rows, else its columns do. */
+template <bool b_rows, bool accumulate, bool negative = false, int TILES>
 __device__ __forceinline__ void wgmma(float (&d)[TILES][4], const uint32_t (&a)[4], uint64_t b) {
     if constexpr (TILES == 4)
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
                      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
                      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-                     "{%16, %17, %18, %19}, %20, p, 1, 1, %22;\n}\n"
+                     "{%16, %17, %18, %19}, %20, p, %23, 1, %22;\n}\n"
                      : KDA_TILES4(0)
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate), "n"(b_rows));
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate), "n"(b_rows),
+                       "n"(negative ? -1 : 1));
     else if constexpr (TILES == 8)
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
                      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
                      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                     "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"
+                     "{%32, %33, %34, %35}, %36, p, %39, 1, %38;\n}\n"
                      : KDA_TILES8(0)
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate), "n"(b_rows));
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate), "n"(b_rows),
+                       "n"(negative ? -1 : 1));
     else if constexpr (TILES == 16)
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
                      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
@@ -183,9 +185,10 @@ __device__ __forceinline__ void wgmma(float (&d)[TILES][4], const uint32_t (&a)[
                      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
                      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
                      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-                     "{%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}\n"
+                     "{%64, %65, %66, %67}, %68, p, %71, 1, %70;\n}\n"
                      : KDA_TILES8(0), KDA_TILES8(8)
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate), "n"(b_rows));
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate), "n"(b_rows),
+                       "n"(negative ? -1 : 1));
     else
         static_assert(TILES == 4, "4, 8 or 16 tiles");
 }

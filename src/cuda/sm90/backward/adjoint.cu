@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
-/* Takes R through chains (config.cuh):
- *     dU = M^T dO + KR exp2(G - e) R   dX = diag(beta) N^T dU   R <- exp2(e) exp2(G - e) R + QT^T dO - KT^T dX
- * Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand. */
+/* Takes R through chains, by operands that prepare has multiplied out (config.cuh):
+ *     dX = P^T dO + W R   R <- exp2(G) R + QT^T dO - KT^T dX
+ * Everything is transposed, so that an accumulator is, lane for lane, the next product's first operand. A chunk waits
+ * for two products only, W R and KT^T dX; the decay and QT^T dO run beside the first, what leaves beside the second. */
 #include "cuda/sm90/backward/config.cuh"
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/tensor_maps.h"
@@ -9,18 +10,24 @@
 namespace kda {
 namespace {
 
-constexpr int COLUMNS = 64, STAGES = 3, ADJOINT_THREADS = GROUP + 32; /* a warpgroup, and the warp that loads */
+constexpr int COLUMNS = 64, ADJOINT_THREADS = GROUP + 32; /* a warpgroup, and the warp that loads */
+enum Barrier { BARRIER_OUTPUTS = 1 };
 
-struct AdjointStage {
-    ChunkOperands operands;
+/* Where two CTAs share a multiprocessor, and where each has its own: a chunk then takes less time than its operands
+ * need to come. */
+constexpr int SHARED_STAGES = 3, OWN_STAGES = 6;
+
+struct alignas(1024) AdjointStage {
+    uint8_t operands[ADJOINT_BYTES]; /* of ChunkOperands */
     __nv_bfloat16 d_out[TOKENS];
 };
 
-struct alignas(1024) AdjointShared {
+template <int STAGES> struct alignas(1024) AdjointShared {
     AdjointStage stages[STAGES];
-    __nv_bfloat16 outputs[GROUP / 32][CHUNK * 16]; /* of each warp, swizzled by 32 bytes */
+    __nv_bfloat16 outputs[2][TOKENS]; /* dX of chunks, alternately */
     uint64_t full[STAGES], empty[STAGES];
 };
+static_assert(2 * (sizeof(AdjointShared<SHARED_STAGES>) + 1024) <= 228 * 1024, "two on a multiprocessor");
 
 /* The chain's segments, chunks, and its CTA's columns of V. */
 struct Work {
@@ -36,7 +43,9 @@ __device__ Work find_chain_work(const kda_backward &b) {
     Work work;
     work.segment = kda_first_segment(&x, SEGMENT, s.first, n);
     work.first = {n, head, 0, s.batch, s.first, s.length, 0, 0};
-    work.chunks = (int)((s.length + CHUNK - 1) / CHUNK), work.column = blockIdx.y * COLUMNS;
+    /* By a shuffle the compiler knows that a warp agrees on it: descriptors then stay in uniform registers. */
+    work.chunks = __shfl_sync(~0u, (int)((s.length + CHUNK - 1) / CHUNK), 0);
+    work.column = blockIdx.y * COLUMNS;
     return work;
 }
 
@@ -48,8 +57,9 @@ __device__ Place chunk_of_chain(const Work &work, int chunk) {
     return at;
 }
 
-__device__ void load_chunks(const kda_backward &, const kda_sm90_backward_maps &maps, AdjointShared &shared,
-                            const Work &work, const ChunkOperands *operands) {
+template <int STAGES>
+__device__ void load_chunks(const kda_sm90_backward_maps &maps, AdjointShared<STAGES> &shared, const Work &work,
+                            const ChunkOperands *operands) {
     PipelineState<STAGES> pipe;
     uint64_t policy = read_again();
     for (int chunk = work.chunks - 1; chunk >= 0; chunk--, pipe.next()) {
@@ -57,21 +67,20 @@ __device__ void load_chunks(const kda_backward &, const kda_sm90_backward_maps &
         uint64_t &full = shared.full[pipe.stage];
         wait(shared.empty[pipe.stage], pipe.parity ^ 1);
         Place at = chunk_of_chain(work, chunk);
-        expect_bytes(full, sizeof(ChunkOperands) + TOKENS * 2);
-        bring_bytes(&stage.operands, &operands[chunk], sizeof(ChunkOperands), full);
+        expect_bytes(full, ADJOINT_BYTES + TOKENS * 2);
+        bring_bytes(stage.operands, &operands[chunk], ADJOINT_BYTES, full);
         bring_panel(stage.d_out, maps.d_out, work.column / PANEL, at, at.head, full, policy);
     }
 }
 
-/* Stores R as kernel gradients' threads have it (gradients.cu). */
-__device__ void store_adjoint(uint32_t *to, int column, const float (&R)[DIM / 8][4]) {
-    int lane = threadIdx.x % 32, first = column / 8 + threadIdx.x / 32 * 2;
+/* Stores R^T, rounded: 8x8 matrices in the order in which kernel gradients takes them, each to be transposed. */
+__device__ void store_adjoint(uint32_t *to, int column, const uint32_t (&R)[DIM / 16][4]) {
+    to += (column / 8 + threadIdx.x / 32 * 2) * 2 * 32 + threadIdx.x % 32;
 #pragma unroll
     for (int c = 0; c < DIM / 8; c++)
 #pragma unroll
         for (int n = 0; n < 2; n++)
-            to[((c / 2 * (DIM / 8) + first + n) * 2 + c % 2) * 32 + lane] =
-                transpose(pack_bf16(R[c][2 * n], R[c][2 * n + 1]));
+            to[((c / 2 * (DIM / 8) + n) * 2 + c % 2) * 32] = R[c / 2][c % 2 * 2 + n];
 }
 
 /* Values of tokens that do not exist become 0. */
@@ -87,101 +96,143 @@ __device__ void clear_values(Values &v, int count) {
         }
 }
 
-/* Takes R through a chunk, and stores dX. */
-__device__ void step_back(const kda_backward &b, const AdjointStage &stage, const Place &at, int column,
-                          float (&R)[DIM / 8][4], __nv_bfloat16 *rows) {
-    const StateOperands &state = stage.operands.state;
-    uint64_t M = wgmma_operand(stage.operands.M, 0, 8 * PAIR_ROW, SWIZZLE_64);
-    uint64_t N = wgmma_operand(state.N, 0, 8 * PAIR_ROW, SWIZZLE_64);
-    uint64_t KR = wgmma_operand(state.KR, 0, 8 * ROW, SWIZZLE_128);
-    uint64_t KT = wgmma_operand(state.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
-    uint64_t QT = wgmma_operand(stage.operands.QT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
-    uint32_t a[DIM / 16][4];
-    float dU[CHUNK / 8][4], dX[CHUNK / 8][4];
+/* Sends dX from `rows` to memory. */
+__device__ void send_outputs(const kda_backward &b, const CUtensorMap &map, const Place &at, int column,
+                             const __nv_bfloat16 *rows) {
+    if (at.count == CHUNK) {
+        if (threadIdx.x / 32 == 0 && elected()) {
+            const int32_t where[4] = {column, (int32_t)at.head, (int32_t)at.token, (int32_t)at.batch};
+            ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, where, rows);
+            ptx::cp_async_bulk_commit_group();
+        }
+        return;
+    }
+    int token = threadIdx.x / 4, part = threadIdx.x % 4 * 16; /* what lies after is another sequence's */
+    if (token >= at.count)
+        return;
+    char *row = kda_row(&b.dv, at.batch, at.token + token, at.head) + column * 2;
+#pragma unroll
+    for (int i = part; i < part + 16; i += 8)
+        *reinterpret_cast<uint4 *>(row + i * 2) =
+            *reinterpret_cast<const uint4 *>(&rows[swizzled<CHUNK, COLUMNS>(token, i)]);
+}
+
+/* What of a chunk does not wait for R. */
+struct Begun {
+    uint64_t P;
     Values dO;
-    load_values<COLUMNS>(stage.d_out, dO);
-    clear_values(dO, at.count);
-    decay_by(R, state.fraction);
-#pragma unroll
-    for (int c = 0; c < DIM / 16; c++)
-        pack_operand(R[2 * c], R[2 * c + 1], a[c]);
-    pin(dU);
-    wgmma_fence();
-    wgmma<true, false>(dU, dO[0], M);
-    wgmma<true, true>(dU, dO[1], advanced(M, 16 * PAIR_ROW));
-#pragma unroll
-    for (int c = 0; c < DIM / 16; c++)
-        wgmma<false, true>(dU, a[c], advanced(KR, c / 4 * TOKENS * 2 + c % 4 * 32));
-    wgmma_commit();
-    decay_by(R, state.whole);
-    pin(R);
-    wgmma_fence();
-#pragma unroll
-    for (int t = 0; t < CHUNK / 16; t++)
-        wgmma<true, true>(R, dO[t], advanced(QT, t * 16 * ROW));
-    wgmma_commit();
-    alignas(16) float own[CHUNK / 4], steps[CHUNK / 4];
-    load_scales(state.diagonal, own);
-    load_scales(state.step, steps);
-    wgmma_wait<1>();
-    pin(dU);
+    float dX[CHUNK / 8][4];  /* what P's diagonal makes of dO */
+    float4 decays[DIM / 16]; /* of the thread's channels */
+};
+
+__device__ const ChunkOperands &operands_of(const AdjointStage &stage) {
+    return *reinterpret_cast<const ChunkOperands *>(stage.operands);
+}
+
+__device__ void begin_chunk(const AdjointStage &stage, int count, Begun &begun) {
+    const ChunkOperands &in = operands_of(stage);
+    alignas(16) float own[CHUNK / 4];
+    begun.P = wgmma_operand(in.P, 0, 8 * PAIR_ROW, SWIZZLE_64);
+    load_values<COLUMNS>(stage.d_out, begun.dO);
+    load_scales(in.own, own);
+    load_factors(in.decay, begun.decays);
+    clear_values(begun.dO, count);
 #pragma unroll
     for (int i = 0; i < CHUNK / 8; i++)
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            float2 x = unpack_bf16(dO[i / 2][i % 2 * 2 + n]);
-            dU[i][2 * n] = fmaf(own[2 * i], x.x, dU[i][2 * n]);
-            dU[i][2 * n + 1] = fmaf(own[2 * i + 1], x.y, dU[i][2 * n + 1]);
+            float2 x = unpack_bf16(begun.dO[i / 2][i % 2 * 2 + n]);
+            begun.dX[i][2 * n] = own[2 * i] * x.x, begun.dX[i][2 * n + 1] = own[2 * i + 1] * x.y;
         }
-    uint32_t u[CHUNK / 16][4];
-#pragma unroll
-    for (int t = 0; t < CHUNK / 16; t++)
-        pack_operand(dU[2 * t], dU[2 * t + 1], u[t]);
-    pin(dX);
-    wgmma_fence();
-    wgmma<true, false>(dX, u[0], N);
-    wgmma<true, true>(dX, u[1], advanced(N, 16 * PAIR_ROW));
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(dX);
-    pin(R);
-#pragma unroll
-    for (int i = 0; i < CHUNK / 8; i++)
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-            dX[i][n] *= steps[2 * i + n % 2];
-    uint32_t x[CHUNK / 16][4], negative[CHUNK / 16][4];
-#pragma unroll
-    for (int t = 0; t < CHUNK / 16; t++) {
-        pack_operand(dX[2 * t], dX[2 * t + 1], x[t]);
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-            negative[t][n] = x[t][n] ^ 0x80008000;
-    }
-    wgmma_fence();
-#pragma unroll
-    for (int t = 0; t < CHUNK / 16; t++)
-        wgmma<true, true>(R, negative[t], advanced(KT, t * 16 * ROW));
-    wgmma_commit();
-    Outputs outputs;
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < CHUNK / 8; i++)
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-            outputs.pairs[i][n] = x[i / 2][i % 2 * 2 + n];
-    if (lane < at.count)
-        outputs.to = kda_row(&b.dv, at.batch, at.token + lane, at.head) + (column + threadIdx.x / 32 * 16) * 2;
-    store_pieces(outputs, rows);
-    wgmma_wait<0>();
-    pin(R);
 }
 
+/* Takes R through the chain. */
+template <int STAGES>
+__device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, AdjointShared<STAGES> &shared,
+                            const Work &work, int warp, uint32_t *adjoints, float (&R)[DIM / 8][4]) {
+    PipelineState<STAGES> pipe;
+    Begun begun;
+    float(&dX)[CHUNK / 8][4] = begun.dX;
+    auto begin = [&](int chunk) {
+        wait(shared.full[pipe.stage], pipe.parity);
+        begin_chunk(shared.stages[pipe.stage], chunk_of_chain(work, chunk).count, begun);
+    };
+    if (work.chunks)
+        begin(work.chunks - 1);
+    for (int chunk = work.chunks - 1; chunk >= 0; chunk--) {
+        const ChunkOperands &in = operands_of(shared.stages[pipe.stage]);
+        uint64_t &read = shared.empty[pipe.stage];
+        pipe.next();
+        uint64_t W = wgmma_operand(in.W, 0, 8 * ROW, SWIZZLE_128);
+        uint64_t KT = wgmma_operand(in.state.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
+        uint64_t QT = wgmma_operand(in.QT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
+        pin(dX);
+        wgmma_fence();
+#pragma unroll
+        for (int t = 0; t < CHUNK / 16; t++)
+            wgmma<true, true>(dX, begun.dO[t], advanced(begun.P, t * 16 * PAIR_ROW));
+        /* In halves, or the compiler runs all of the decay before the products, and not beside them. */
+        uint32_t rounded[DIM / 16][4];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int c = half * (DIM / 32); c < (half + 1) * (DIM / 32); c++)
+                pack_operand(R[2 * c], R[2 * c + 1], rounded[c]);
+            pin(dX);
+            wgmma_fence();
+#pragma unroll
+            for (int c = half * (DIM / 32); c < (half + 1) * (DIM / 32); c++)
+                wgmma<false, true>(dX, rounded[c], advanced(W, c / 4 * TOKENS * 2 + c % 4 * 32));
+        }
+        wgmma_commit();
+        if (chunk == work.chunks - 1 || chunk % CHUNKS == CHUNKS - 1)
+            store_adjoint(adjoints + (int64_t)(chunk / CHUNKS) * (DIM * DIM / 2), work.column, rounded);
+        decay_state(R, begun.decays);
+        pin(R);
+        wgmma_fence();
+#pragma unroll
+        for (int t = 0; t < CHUNK / 16; t++)
+            wgmma<true, true>(R, begun.dO[t], advanced(QT, t * 16 * ROW));
+        wgmma_commit();
+        wgmma_wait<1>();
+        pin(dX);
+        uint32_t x[CHUNK / 16][4];
+#pragma unroll
+        for (int t = 0; t < CHUNK / 16; t++)
+            pack_operand(dX[2 * t], dX[2 * t + 1], x[t]);
+        wgmma_fence();
+#pragma unroll
+        for (int t = 0; t < CHUNK / 16; t++)
+            wgmma<true, true, true>(R, x[t], advanced(KT, t * 16 * ROW));
+        wgmma_commit();
+        __nv_bfloat16 *rows = shared.outputs[chunk % 2];
+        MatrixRow<CHUNK, COLUMNS> places(rows, false);
+#pragma unroll
+        for (int t = 0; t < CHUNK / 16; t++)
+            stmatrix_transposed(places.at(t * 16, warp * 16), x[t]);
+        fence_shared();
+        if (warp == 0) /* the other rows have left, and may be written after the barrier */
+            wait_for_rows<0>();
+        barrier_wait(BARRIER_OUTPUTS, GROUP);
+        send_outputs(b, dv, chunk_of_chain(work, chunk), work.column, rows);
+        wgmma_wait<1>(); /* dO has been read */
+        if (chunk)
+            begin(chunk - 1);
+        wgmma_wait<0>();
+        pin(R);
+        ptx::mbarrier_arrive(&read);
+    }
+    if (warp == 0)
+        wait_for_rows<0>();
+}
+
+/* With more registers the compiler also puts copies of R on the way from one chunk to the next. */
+template <int STAGES>
 __global__ void __launch_bounds__(ADJOINT_THREADS, 2)
     take_adjoint(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
                  const ChunkOperands *operands, uint32_t *adjoints, int64_t segments) {
     extern __shared__ __align__(1024) uint8_t memory[];
-    AdjointShared &shared = *reinterpret_cast<AdjointShared *>(memory);
+    AdjointShared<STAGES> &shared = *reinterpret_cast<AdjointShared<STAGES> *>(memory);
     let_next_begin();
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++)
@@ -192,23 +243,16 @@ __global__ void __launch_bounds__(ADJOINT_THREADS, 2)
     Work work = find_chain_work(b);
     wait_for_kernel_before();
     int64_t segment = work.first.head * segments + work.segment;
-    if (threadIdx.x >= GROUP) {
+    int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
+    if (warp == GROUP / 32) {
         if (elected())
-            load_chunks(b, maps, shared, work, operands + segment * CHUNKS);
+            load_chunks(maps, shared, work, operands + segment * CHUNKS);
         return;
     }
     const kda_tokens &x = b.forward.base;
     float R[DIM / 8][4];
     load_whole(from_column(kda_state_in(&x, &b.d_final_state, work.first.n, work.first.head), work.column), R);
-    PipelineState<STAGES> pipe;
-    for (int chunk = work.chunks - 1; chunk >= 0; chunk--, pipe.next()) {
-        if (chunk == work.chunks - 1 || chunk % CHUNKS == CHUNKS - 1)
-            store_adjoint(adjoints + (segment + chunk / CHUNKS) * (DIM * DIM / 2), work.column, R);
-        wait(shared.full[pipe.stage], pipe.parity);
-        step_back(b, shared.stages[pipe.stage], chunk_of_chain(work, chunk), work.column, R,
-                  shared.outputs[threadIdx.x / 32]);
-        ptx::mbarrier_arrive(&shared.empty[pipe.stage]);
-    }
+    take_chunks(b, maps.dv, shared, work, warp, adjoints + segment * (DIM * DIM / 2), R);
     store_whole(from_column(kda_state_in(&x, &b.d_initial_state, work.first.n, work.first.head), work.column),
                 R, 0);
 }
@@ -223,9 +267,14 @@ extern "C" cudaError_t kda_sm90_backward_adjoint(const struct kda_backward *b,
     using namespace kda;
     kda_sm90_backward_maps maps;
     cudaError_t error = kda_sm90_map_backward(b, &maps);
-    return error
-               ? error
-               : launch_kernel(take_adjoint, *launch, ADJOINT_THREADS, sizeof(AdjointShared), b->forward.stream,
-                               *b, maps, static_cast<const ChunkOperands *>(memory->operands), memory->adjoints,
-                               plan->segments);
+    if (error)
+        return error;
+    auto launch_with = [&](auto *kernel, size_t bytes) {
+        return launch_kernel(kernel, *launch, ADJOINT_THREADS, bytes, b->forward.stream, *b, maps,
+                             static_cast<const ChunkOperands *>(memory->operands), memory->adjoints,
+                             plan->segments);
+    };
+    bool alone = (int64_t)launch->grid[0] * launch->grid[1] <= plan->multiprocessors;
+    return alone ? launch_with(take_adjoint<OWN_STAGES>, sizeof(AdjointShared<OWN_STAGES>))
+                 : launch_with(take_adjoint<SHARED_STAGES>, sizeof(AdjointShared<SHARED_STAGES>));
 }

@@ -25,6 +25,13 @@
  *
  * The diagonals of M and of its gradient, and the step, stay in fp32: with strong gates they are most of the result.
  *
+ * For the adjoint chain, which no sum of pairs depends on, prepare multiplies out what does not depend on R: with N =
+ * (I + diag(beta) L0)^-1 and M with its diagonal,
+ *     dX = diag(beta) N^T (M^T dO + KR exp2(G - e) R) = P^T dO + W R
+ *     P = M N diag(beta)   W = diag(beta) N^T KR exp2(G - e)
+ * N has two terms of bf16 there. Where keys nearly coincide, what N^T takes from KR is most of it: W is small, and its
+ * digits are those of the difference.
+ *
  * gradients, for one chunk (M = 10^6 multiply-adds):
  *     states     S^T KT^T 0.52, X N^T 0.13, U^T KR 0.52; R2 U^T 0.52, QT^T dO - KT^T dX 1.05, [RQ RK]^T [dM dL] 0.26
  *     gradients  [dO; dX] U^T 0.26, S [dO; dX]^T 1.05, CK^T [dM; dL]^T 0.26
@@ -38,6 +45,8 @@
 #include "cuda/sm90/mainloop/consume.cuh"
 #include "cuda/sm90/mainloop/produce.cuh"
 
+#include <cstddef>
+
 namespace kda {
 namespace {
 
@@ -47,7 +56,7 @@ constexpr int TILE = CHUNK * DIM;     /* elements of a tile of a chunk's tokens,
 constexpr int TOKENS = CHUNK * PANEL; /* of one of its panels */
 constexpr int PAIR_ROW = CHUNK * 2;   /* bytes of a row of a tile of pairs of tokens */
 
-/* What states need of a chunk. */
+/* What states need of a chunk, KT first. */
 struct alignas(1024) StateOperands {
     __nv_bfloat16 KT[TILE], KR[TILE];
     __nv_bfloat16 N[CHUNK * CHUNK];      /* (I + diag(beta) L0)^-1, swizzled by 64 bytes */
@@ -57,12 +66,16 @@ struct alignas(1024) StateOperands {
     float beta[CHUNK], beta_rest[CHUNK]; /* the step, and sigmoid(-beta) or, where it is given, its inverse */
 };
 
-struct ChunkOperands {
-    __nv_bfloat16 M[CHUNK * CHUNK]; /* below its diagonal, swizzled by 64 bytes */
-    __nv_bfloat16 QT[TILE];
+/* What the adjoint chain needs; KT follows. */
+struct alignas(1024) ChunkOperands {
+    __nv_bfloat16 W[TILE], QT[TILE];
+    __nv_bfloat16 P[CHUNK * CHUNK]; /* below its diagonal, swizzled by 64 bytes */
+    float own[CHUNK];               /* the diagonal, by token_index */
+    float decay[DIM];               /* of a state, exp2(G), by channel_index */
     StateOperands state;
 };
 static_assert(sizeof(ChunkOperands) == KDA_SM90_BACKWARD_OPERANDS, "the plan counts it");
+constexpr uint32_t ADJOINT_BYTES = offsetof(ChunkOperands, state) + TILE * 2;
 
 /* A chunk or a segment in the tensors. */
 struct Place {

@@ -476,7 +476,7 @@ __device__ void run_states(const Context &c, const kda_state &first, const uint3
     for (int i = 0; i < DIM / 8; i++)
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            float2 pair = unpack_bf16(adjoint[(i * 2 + n) * 32]);
+            float2 pair = unpack_bf16(transpose(adjoint[(i * 2 + n) * 32]));
             R[i][2 * n] = pair.x, R[i][2 * n + 1] = pair.y;
         }
     barrier_wait(BARRIER_SUMS, GRADIENT_THREADS); /* S and U are there, and the tiles' places free */

@@ -23,13 +23,13 @@ enum kda_sm90_backward_kernel {
 enum { KDA_SM90_BACKWARD_DIM = 128, KDA_SM90_BACKWARD_SEGMENT = 128, KDA_SM90_BACKWARD_CHUNKS = 4 };
 
 /* Bytes of a chunk's operands (config.cuh). */
-enum { KDA_SM90_BACKWARD_OPERANDS = 30720 };
+enum { KDA_SM90_BACKWARD_OPERANDS = 39936 };
 
 /* The workspace. Segments and chunks of all sequences share one numbering (cuda/segments.h). */
 struct kda_sm90_backward_memory {
     void *operands;     /* [HV][4 segments]: of each chunk, without a state */
     uint16_t *updates;  /* U, bf16 [HV][4 segments][32 x 128], as tiles lie in shared memory */
-    uint32_t *adjoints; /* R at each segment's end, bf16 [HV][segments][128 x 128], as threads have it */
+    uint32_t *adjoints; /* R^T at each segment's end, bf16 [HV][segments][128 x 128], in 8x8 matrices */
     float *sums; /* [HV][segments][2][128]: what the segment adds to dA_log, by channel, and to d_dt_bias */
     float *queries,
         *keys; /* gradients of q and k by value head, [B T][HV][128]; only where heads share q and k */

@@ -13,6 +13,8 @@ constexpr int THREADS = 256,
 struct alignas(1024) OperandsShared {
     ChunkOperands operands;
     __nv_bfloat16 keys[TILE], queries[TILE], gates[TILE]; /* k, q and g, then RK, RQ and CK */
+    __nv_bfloat16 M[CHUNK * CHUNK];                       /* below its diagonal, swizzled by 64 bytes */
+    __nv_bfloat16 N_rest[CHUNK * CHUNK];                  /* what N's rounding left of it, likewise */
     alignas(16) float L[CHUNK * L_ROW];                   /* diag(beta) L0, whose upper part is not used */
     /* bf16 factors of RK and RQ of the second block, and of CK of the first: to the boundary between them. */
     uint16_t from_boundary[DIM], to_boundary[DIM];
@@ -108,8 +110,9 @@ __device__ void make_tiles(const kda_prefill &p, const Place &at, OperandsShared
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int channel = warp * 16 + lane / 4 + r * 8;
-            state.fraction[channel_index(channel)] = exp2_approximate(found.fraction[r]);
-            state.whole[channel_index(channel)] = whole[r];
+            float fraction = exp2_approximate(found.fraction[r]);
+            state.fraction[channel_index(channel)] = fraction, state.whole[channel_index(channel)] = whole[r];
+            shared.operands.decay[channel_index(channel)] = fraction * whole[r];
             shared.from_boundary[channel] = (uint16_t)power_pair(found.middle[1][r] - found.boundary[r]);
             shared.to_boundary[channel] = (uint16_t)power_pair(found.boundary[r] - found.middle[0][r]);
         }
@@ -147,7 +150,7 @@ __device__ void multiply_block(OperandsShared &shared, bool queries, int rows, i
             float left = d[j][2 * r], right = d[j][2 * r + 1];
             if (queries) { /* from the diagonal on they may be infinite */
                 uint32_t pair = pack_bf16(column < row ? left : 0.f, column + 1 < row ? right : 0.f);
-                *reinterpret_cast<uint32_t *>(&shared.operands.M[swizzled<CHUNK, CHUNK>(row, column)]) = pair;
+                *reinterpret_cast<uint32_t *>(&shared.M[swizzled<CHUNK, CHUNK>(row, column)]) = pair;
             } else {
                 float step = shared.operands.state.beta[row];
                 *reinterpret_cast<float2 *>(&shared.L[row * L_ROW + column]) =
@@ -175,8 +178,80 @@ __device__ void invert(OperandsShared &shared) {
                 sums[3] = fmaf(-l.w, x[j + 3], sums[3]);
         }
         x[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        shared.operands.state.N[swizzled<CHUNK, CHUNK>(i, lane)] = __float2bfloat16_rn(x[i]);
+        int at = swizzled<CHUNK, CHUNK>(i, lane);
+        float rounded = unpack_bf16(pack_bf16(x[i], 0.f)).x;
+        shared.operands.state.N[at] = __float2bfloat16_rn(rounded);
+        shared.N_rest[at] = __float2bfloat16_rn(x[i] - rounded);
     }
+}
+
+/* d [16][8 TILES] += a N, for 16 tokens of a from `rows` on and N's columns from `column` on. */
+template <int TILES>
+__device__ void multiply_by_N(const OperandsShared &shared, const uint32_t (&a)[4], int rows, int column,
+                              float (&d)[TILES][4]) {
+    MatrixRow<CHUNK, CHUNK> N(shared.operands.state.N, true), rest(shared.N_rest, true);
+#pragma unroll
+    for (int j = 0; j < TILES; j += 2)
+#pragma unroll
+        for (int term = 0; term < 2; term++) {
+            uint32_t b[4];
+            ldmatrix_transposed(b, (term ? rest : N).at(rows, column + j * 8));
+            mma(d[j], a, b[0], b[1]);
+            mma(d[j + 1], a, b[2], b[3]);
+        }
+}
+
+/* Makes W of the warp's channels. */
+__device__ void fold_keys(OperandsShared &shared) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = warp * 16 + lane / 4;
+    const StateOperands &state = shared.operands.state;
+    float x = state.fraction[channel_index(channel)], y = state.fraction[channel_index(channel + 8)];
+    Pairs keys, folded;
+    load_pairs(state.KR, warp, keys);
+    float d[CHUNK / 8][4] = {};
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+        multiply_by_N(shared, keys[t], t * 16, 0, d);
+#pragma unroll
+    for (int j = 0; j < CHUNK / 8; j++) {
+        float2 step = *reinterpret_cast<const float2 *>(&state.beta[j * 8 + lane % 4 * 2]);
+        d[j][0] *= x * step.x, d[j][1] *= x * step.y, d[j][2] *= y * step.x, d[j][3] *= y * step.y;
+    }
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+        pack_operand(d[2 * t], d[2 * t + 1], folded[t]);
+    store_pairs(shared.operands.W, warp, folded);
+}
+
+/* Makes 16 rows and columns of P. On its diagonal N is 1. */
+__device__ void fold_queries(OperandsShared &shared, int rows, int columns) {
+    int lane = threadIdx.x % 32, part = lane % 4 * 2;
+    const StateOperands &state = shared.operands.state;
+    MatrixRow<CHUNK, CHUNK> M(shared.M, true);
+    float d[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < CHUNK; k += 16) {
+        uint32_t a[4];
+        ldmatrix(a, M.at(rows, k));
+        multiply_by_N(shared, a, k, columns, d);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = rows + lane / 4 + r * 8, column = columns + j * 8 + part;
+            int at = swizzled<CHUNK, CHUNK>(row, column);
+            float2 n = unpack_bf16(*reinterpret_cast<const uint32_t *>(&state.N[at]));
+            float2 rest = unpack_bf16(*reinterpret_cast<const uint32_t *>(&shared.N_rest[at]));
+            float2 step = *reinterpret_cast<const float2 *>(&state.beta[column]);
+            float own = state.diagonal[token_index(row)];
+            float left = fmaf(own, n.x + rest.x, d[j][2 * r]) * step.x;
+            float right = fmaf(own, n.y + rest.y, d[j][2 * r + 1]) * step.y;
+            if (row == column || row == column + 1)
+                shared.operands.own[token_index(row)] = row == column ? left : right;
+            *reinterpret_cast<uint32_t *>(&shared.operands.P[at]) =
+                pack_bf16(column < row ? left : 0.f, column + 1 < row ? right : 0.f);
+        }
 }
 
 template <bool bounded>
@@ -203,7 +278,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         find_steps(p, at, shared.operands.state);
     if (warp == 2) /* M above the diagonal blocks */
         *reinterpret_cast<uint4 *>(
-            &shared.operands.M[swizzled<CHUNK, CHUNK>(threadIdx.x % 16, 16 + threadIdx.x % 32 / 16 * 8)]) =
+            &shared.M[swizzled<CHUNK, CHUNK>(threadIdx.x % 16, 16 + threadIdx.x % 32 / 16 * 8)]) =
             make_uint4(0, 0, 0, 0);
     __syncthreads();
     wait(shared.arrived, 0);
@@ -216,6 +291,10 @@ __global__ void __launch_bounds__(THREADS, 2)
     __syncthreads();
     if (warp == 0)
         invert(shared);
+    __syncthreads();
+    fold_keys(shared);
+    if (warp < 4)
+        fold_queries(shared, warp / 2 * 16, warp % 2 * 16);
     fence_shared();
     __syncthreads();
     if (threadIdx.x == 0) {
