@@ -210,6 +210,23 @@ inline __device__ void scale_pairs(const Pairs &x, const float *scales, const El
         }
 }
 
+/* The same of k, as rows and as columns of pairs of tokens. */
+inline __device__ void scale_keys(const Pairs &x, const float *scales, const Elements &decayed,
+                                  const Elements &grown, Pairs &rows, Pairs &columns) {
+    int part = (int)thread() % 4 * 2;
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            int j = t * 2 + n / 2, r = n % 2;
+            float2 scale = *reinterpret_cast<const float2 *>(&scales[j * 8 + part]);
+            float2 y = unpack_bf16(x[t][n]);
+            y.x *= scale.x, y.y *= scale.y;
+            rows[t][n] = pack_bf16(y.x * decayed[j][r][0], y.y * decayed[j][r][1]);
+            columns[t][n] = pack_bf16(y.x * grown[j][r][0], y.y * grown[j][r][1]);
+        }
+}
+
 } // namespace
 } // namespace kda
 
