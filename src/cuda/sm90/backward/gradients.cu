@@ -358,12 +358,23 @@ inline __device__ void keep_first_state(const Context &c, const kda_state &first
 
 /* Multiplies rows of an accumulator by factors of their channels, the second `step` further than the first. */
 template <int TILES>
-__device__ void scale_rows(float (&d)[TILES][4], const float *factors, int channel, int first = 0,
-                           int end = TILES, int step = 8) {
+__device__ void scale_rows(float (&d)[TILES][4], const float *factors, int channel, int step = 8) {
     float x = factors[channel], y = factors[channel + step];
 #pragma unroll
-    for (int i = first; i < end; i++)
+    for (int i = 0; i < TILES; i++)
         d[i][0] *= x, d[i][1] *= x, d[i][2] *= y, d[i][3] *= y;
+}
+
+/* As scale_rows, for one of the blocks of tokens: the first or, if `later`, the second. The others are multiplied by 1:
+ * were they left alone, the compiler would run all the kernel's products one by one. */
+template <bool later, int TILES>
+__device__ void scale_block(float (&d)[TILES][4], const float *factors, int channel) {
+    float x = factors[channel], y = factors[channel + 8], one = some_one();
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        bool own = i % (CHUNK / 8) >= CHUNK / 16 == later;
+        d[i][0] *= own ? x : one, d[i][1] *= own ? x : one, d[i][2] *= own ? y : one, d[i][3] *= own ? y : one;
+    }
 }
 
 /* Multiplies sums with states, of channels and tokens, by what was cut off of decays from the chunk's start or,
@@ -428,9 +439,9 @@ __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8][4], f
     uint64_t dL = advanced(dM, CHUNK * PAIR_ROW);
     float T3[CHUNK / 8][4];
     barrier_wait(BARRIER_TILES, GRADIENT_THREADS);
-    scale_rows(R, shared.factors.fraction, channel_index(channel), 0, DIM / 8, 2);
+    scale_rows(R, shared.factors.fraction, channel_index(channel), 2);
     multiply_state<true>(T3, R, U);
-    scale_rows(R, shared.factors.whole, channel_index(channel), 0, DIM / 8, 2);
+    scale_rows(R, shared.factors.whole, channel_index(channel), 2);
     pin(R);
     wgmma_fence();
 #pragma unroll
@@ -455,7 +466,7 @@ __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8][4], f
     pin(T3);
 #pragma unroll
     for (int i = 0; i < (bounded ? 1 : 2); i++)
-        scale_rows(T3, shared.factors.across[i], channel, 0, CHUNK / 16);
+        scale_block<false>(T3, shared.factors.across[i], channel);
     pin(T3);
     wgmma_fence();
     wgmma_both<true, true, true>(T3, RQ, dM);
@@ -695,18 +706,6 @@ inline __device__ void store_pair_products(GradientsShared &shared, const float 
     fence_shared();
 }
 
-/* As scale_rows, for the second block of the tokens of q and of k. The others are multiplied by 1: were they left
- * alone, the compiler would run the products before and after one by one. */
-inline __device__ void scale_later_tokens(float (&T)[2 * CHUNK / 8][4], const float *factors, int channel) {
-    float x = factors[channel], y = factors[channel + 8], one = some_one();
-#pragma unroll
-    for (int i = 0; i < 2 * CHUNK / 8; i++) {
-        bool later = i % (CHUNK / 8) >= CHUNK / 16;
-        T[i][0] *= later ? x : one, T[i][1] *= later ? x : one, T[i][2] *= later ? y : one,
-            T[i][3] *= later ? y : one;
-    }
-}
-
 /* [T1 T2] of the warp's channels, from S, [dO; dX] and pairs. */
 template <bool bounded>
 __device__ void find_rows(const Context &c, int chunk, int warp, float (&T)[2 * CHUNK / 8][4]) {
@@ -755,7 +754,7 @@ __device__ void find_rows(const Context &c, int chunk, int warp, float (&T)[2 * 
     pin(T);
 #pragma unroll
     for (int i = 0; i < (bounded ? 1 : 2); i++)
-        scale_later_tokens(T, shared.factors.across[i], channel);
+        scale_block<true>(T, shared.factors.across[i], channel);
     pin(T);
     wgmma_fence();
     wgmma_both<true, false, true>(T, advanced(CK, 16 * ROW), advanced(pairs, 32));
