@@ -81,7 +81,8 @@ struct alignas(1024) GradientsShared {
     };
     __nv_bfloat16 pairs[2 * CHUNK * CHUNK]; /* rows of dM, then of dL, swizzled by 64 bytes */
     ChannelFactors factors;
-    float scales[4][CHUNK];              /* rk, rq, beta, beta_rest */
+    float scales[2][2 * CHUNK];          /* of one chunk and the next one: rk, then rq */
+    float steps[2 * CHUNK];              /* beta, then beta_rest */
     float with_U[CHUNKS][CHUNK];         /* of each chunk the diagonal of dO U^T, from U before it is rounded */
     float diagonals[CHUNK];              /* of dX U^T */
     float more[2 * CHUNK];               /* of q's tokens, then of k's: how much of the other M's diagonal adds */
@@ -342,7 +343,7 @@ inline __device__ void clear_value_rows(GradientsShared &shared, int count) {
     fence_shared();
 }
 
-/* Keeps S at the segment's start, where no other state is kept any more. */
+/* Keeps S at the segment's start in the place of the last chunk's, which is done. */
 inline __device__ void keep_first_state(const Context &c, const kda_state &first) {
     int t = (int)thread(), warp = t / 32, lane = t % 32;
     __nv_bfloat16 *kept = c.shared.states[place_of_state(0)];
@@ -621,11 +622,11 @@ __device__ void run_states(const Context &c, const kda_state &first, const uint3
         int count = chunk_of(c.segment, chunk).count;
         if (__builtin_expect(count < CHUNK, 0))
             clear_value_rows(shared, count);
-        if (chunk == 0 && c.chunks > STATES)
-            keep_first_state(c, first);
         step_back<bounded>(c, chunk, R, h);
         if (thread() == 0 && chunk)
             load_value_inputs(c, chunk - 1, true);
+        if (chunk == STATES)
+            keep_first_state(c, first);
         finish_gates<bounded>(c, chunk, gate, h, sums);
     }
     store_gate_sums(sums, (int)threadIdx.x / 32, gate_sums);
@@ -647,10 +648,11 @@ template <int N> __device__ void sum_over_channels(float *x) {
         sum_over_channels<N / 2>(x);
 }
 
-/* Makes the tiles of the warp's channels; `decayed` are its RK's and RQ's factors. */
+/* Makes the tiles of the warp's channels; `decayed` are its RK's and RQ's factors. The first tiles wait for their
+ * place. */
 template <bool bounded>
 __device__ void make_tiles(const Context &c, const RawInputs &in, const Gate &gate, int count, int warp,
-                           Elements &decayed) {
+                           const float *scales, bool first, Elements &decayed) {
     GradientsShared &shared = c.shared;
     int lane = (int)thread() % 32;
     Pairs raw, rows, columns;
@@ -666,12 +668,14 @@ __device__ void make_tiles(const Context &c, const RawInputs &in, const Gate &ga
         }
     load_pairs(in.k, warp, raw);
     clear_pairs(raw, count);
-    scale_keys(raw, shared.scales[0], decayed, grown, rows, columns);
+    scale_keys(raw, scales, decayed, grown, rows, columns);
+    if (first)
+        barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
     store_pairs(shared.RK, warp, rows);
     store_pairs(shared.CK, warp, columns);
     load_pairs(in.q, warp, raw);
     clear_pairs(raw, count);
-    scale_pairs(raw, shared.scales[1], decayed, rows);
+    scale_pairs(raw, scales + CHUNK, decayed, rows);
     store_pairs(shared.RQ, warp, rows);
     if (lane % 4 == 0)
 #pragma unroll
@@ -845,8 +849,8 @@ inline __device__ void send_gradients(const Context &c, const RawInputs &in, con
 
 /* A chunk's gradients, from [T1 T2] and T3. The states' warpgroups make that of g meanwhile. */
 inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, int warp,
-                                    const Elements &decayed, float (&T)[2 * CHUNK / 8][4], float *dq_heads,
-                                    float *dk_heads) {
+                                    const float *scales, const Elements &decayed, float (&T)[2 * CHUNK / 8][4],
+                                    float *dq_heads, float *dk_heads) {
     const kda_prefill &p = c.b.forward;
     GradientsShared &shared = c.shared;
     int t = (int)thread() - TEAM, lane = t % 32, part = lane % 4 * 2;
@@ -896,22 +900,20 @@ inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place
 #pragma unroll
         for (int i = 0; i < TEAM / 32; i++)
             sum += shared.partial[i][t];
-        float scale = t < CHUNK ? shared.scales[1][lane] / p.scale : shared.scales[0][lane];
+        float scale = t < CHUNK ? scales[CHUNK + lane] / p.scale : scales[lane];
         shared.along[t] = p.qk_norm ? sum * scale * scale : 0.f;
     } else if (t < 3 * CHUNK && lane < at.count) {
-        float step = shared.scales[2][lane];
-        float d = step != 0 ? shared.diagonals[lane] / step * shared.scales[3][lane] : 0.f;
+        float step = shared.steps[lane];
+        float d = step != 0 ? shared.diagonals[lane] / step * shared.steps[CHUNK + lane] : 0.f;
         store_float(kda_row(&c.b.dbeta, at.batch, at.token + lane, at.head), c.b.dbeta.dtype, 0, d);
     }
     Pairs q, k;
     load_pairs(in.q, warp, q), load_pairs(in.k, warp, k);
     barrier_wait(BARRIER_GRADIENTS, TEAM); /* sums along rows are there */
-    finish_rows(p, in.q, at, warp, q, k, shared.scales[1], shared.more, shared.along, T, dq_heads);
-    finish_rows(p, in.k, at, warp, k, q, shared.scales[0], shared.more + CHUNK, shared.along + CHUNK,
+    finish_rows(p, in.q, at, warp, q, k, scales + CHUNK, shared.more, shared.along, T, dq_heads);
+    finish_rows(p, in.k, at, warp, k, q, scales, shared.more + CHUNK, shared.along + CHUNK,
                 T + CHUNK / 8, dk_heads);
     fence_shared();
-    barrier_wait(BARRIER_GATES, GRADIENT_THREADS);
-    send_gradients(c, in, at, dq_heads);
 }
 
 template <bool bounded>
@@ -924,40 +926,48 @@ __device__ void run_gradients(const Context &c, float *dq_heads, float *dk_heads
         const StateOperands &from = c.operands[chunk].state;
         next_scale = from.rk[t], next_own = from.diagonal[token_index(t % CHUNK)];
     };
+    auto send = [&](int chunk) {
+        barrier_wait(BARRIER_GATES, GRADIENT_THREADS);
+        send_gradients(c, shared.inputs[raw_place(chunk)].raw, chunk_of(c.segment, chunk), dq_heads);
+    };
     if (t < 4 * CHUNK)
         load_scales(c.chunks - 1);
-    barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
     uint32_t parity = 0;
     for (int chunk = c.chunks - 1; chunk >= 0; chunk--) {
         RawInputs &in = shared.inputs[raw_place(chunk)].raw;
         Place at = chunk_of(c.segment, chunk);
         int warp = ((int)thread() - TEAM) / 32; /* anew: what follows from it is not kept for the next chunk */
+        float *scales = shared.scales[chunk % 2];
+        bool first = chunk == c.chunks - 1;
         Elements decayed;
         float T[2 * CHUNK / 8][4];
-        if (t < 4 * CHUNK) {
-            shared.scales[0][t] = next_scale;
-            if (t < 2 * CHUNK) {
-                float with_U = shared.with_U[chunk][t % CHUNK];
-                shared.more[t] = with_U * next_scale;
-                shared.along[t] = with_U * next_own;
-            }
-            if (chunk)
-                load_scales(chunk - 1);
-        }
+        if (t < 2 * CHUNK)
+            scales[t] = next_scale;
         barrier_wait(BARRIER_GRADIENTS, TEAM);
         wait(shared.raw_in[raw_place(chunk)], (c.chunks - 1 - chunk) / 2 % 2);
-        make_tiles<bounded>(c, in, gate, at.count, warp, decayed);
+        make_tiles<bounded>(c, in, gate, at.count, warp, scales, first, decayed);
+        if (!first)
+            send(chunk + 1);
+        if (t < 2 * CHUNK) {
+            float with_U = shared.with_U[chunk][t % CHUNK];
+            shared.more[t] = with_U * next_scale;
+            shared.along[t] = with_U * next_own;
+        } else if (t < 4 * CHUNK)
+            shared.steps[t - 2 * CHUNK] = next_scale;
+        if (t < 4 * CHUNK && chunk)
+            load_scales(chunk - 1);
         wait(shared.values_in, parity);
         parity ^= 1;
         barrier_wait(BARRIER_TILES, GRADIENT_THREADS);
-        if (t == 0 && chunk && chunk < c.chunks - 1) { /* the gradients of the chunk after this one have left */
+        find_rows<bounded>(c, chunk, warp, T);
+        if (t == 0 && chunk && !first) { /* when the gradients of the chunk after this one have left */
             ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
             load_raw_inputs(c, chunk - 1);
         }
-        find_rows<bounded>(c, chunk, warp, T);
         barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
-        finish_chunk(c, in, at, warp, decayed, T, dq_heads, dk_heads);
+        finish_chunk(c, in, at, warp, scales, decayed, T, dq_heads, dk_heads);
     }
+    send(0);
     if (t == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
 }
