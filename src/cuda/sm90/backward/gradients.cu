@@ -110,11 +110,6 @@ inline __device__ uint32_t load_state_pair(const kda_state &state, int column, i
     return pack_bf16(load_one(state, column, channel), load_one(state, column, channel + 1));
 }
 
-/* The address of element (row of V, channel) of a kept state. */
-inline __device__ uint32_t state_address(const __nv_bfloat16 *state, int row, int channel) {
-    return shared_address(&state[swizzled<DIM, DIM>(row, channel)]);
-}
-
 /* What roles know. */
 struct Context {
     const kda_backward &b;
@@ -214,6 +209,20 @@ __device__ void multiply_state(float (&d)[CHUNK / 8][4], const float (&S)[DIM / 
     }
 }
 
+/* The lanes with the same tokens share 2 N values each: a lane ends with two sums, those of index lane / 4 % N * 2
+ * over as many as N lanes. */
+template <int N> __device__ void sum_over_channels(float *x) {
+    constexpr int BIT = 2 * N; /* of the lane's number: 16, 8, 4 */
+    bool high = thread() & BIT;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        float keep = high ? x[i + N] : x[i], give = high ? x[i] : x[i + N];
+        x[i] = keep + __shfl_xor_sync(~0u, give, BIT);
+    }
+    if constexpr (N > 2)
+        sum_over_channels<N / 2>(x);
+}
+
 /* Sums U dO over the warp's 16 columns of V, token by token. */
 inline __device__ void multiply_diagonal(const float (&U)[CHUNK / 8][4], const __nv_bfloat16 *d_out,
                                          float *sums) {
@@ -226,36 +235,28 @@ inline __device__ void multiply_diagonal(const float (&U)[CHUNK / 8][4], const _
         x[2 * i] = fmaf(U[i][0], upper.x, U[i][2] * lower.x);
         x[2 * i + 1] = fmaf(U[i][1], upper.y, U[i][3] * lower.y);
     }
-#pragma unroll
-    for (int bit = 4; bit < 32; bit *= 2)
-#pragma unroll
-        for (int i = 0; i < CHUNK / 4; i++)
-            x[i] += __shfl_xor_sync(~0u, x[i], bit);
+    sum_over_channels<CHUNK / 8>(x);
+    x[0] += __shfl_xor_sync(~0u, x[0], 16), x[1] += __shfl_xor_sync(~0u, x[1], 16);
     int lane = (int)thread() % 32;
-    if (lane < 4)
-#pragma unroll
-        for (int i = 0; i < CHUNK / 8; i++)
-            *reinterpret_cast<float2 *>(&sums[i * 8 + lane * 2]) = make_float2(x[2 * i], x[2 * i + 1]);
+    if (lane < 16)
+        *reinterpret_cast<float2 *>(&sums[lane * 2]) = make_float2(x[0], x[1]);
 }
 
 /* Makes U of a chunk and, before the last one, takes S through it, as S^T [V][K]. */
 template <bool last> __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM / 8][4]) {
     GradientsShared &shared = c.shared;
     const StateInputs &in = shared.inputs[chunk % 2].state;
-    int t = (int)thread(), warp = t / 32, lane = t % 32, part = lane % 4 * 2;
+    int t = (int)thread(), warp = t / 32;
     uint64_t KT = wgmma_operand(in.operands.KT, 0, 8 * ROW, SWIZZLE_128);
     uint64_t KR = wgmma_operand(in.operands.KR, TOKENS * 2, 8 * ROW, SWIZZLE_128);
     uint64_t N = wgmma_operand(in.operands.N, 0, 8 * PAIR_ROW, SWIZZLE_64);
     bool keeps = chunk || c.chunks <= STATES; /* else S is found again when there is a place for it */
-    __nv_bfloat16 *kept = shared.states[place_of_state(chunk)];
+    MatrixRow<DIM, DIM> kept(shared.states[place_of_state(chunk)], true, thread());
     wait(shared.states_in[chunk % 2], chunk / 2 % 2);
     float W[CHUNK / 8][4], U[CHUNK / 8][4];
     multiply_state<true>(W, S, KT, [&](int i, const uint32_t(&a)[4]) {
         if (keeps)
-#pragma unroll
-            for (int n = 0; n < 4; n++)
-                store_shared(state_address(kept, warp * 16 + lane / 4 + n % 2 * 8, i * 16 + n / 2 * 8 + part),
-                             a[n]);
+            stmatrix(kept.at(warp * 16, i * 16), a);
     });
     Values v;
     load_values<DIM>(in.v, v);
@@ -345,15 +346,33 @@ inline __device__ void clear_value_rows(GradientsShared &shared, int count) {
 
 /* Keeps S at the segment's start in the place of the last chunk's, which is done. */
 inline __device__ void keep_first_state(const Context &c, const kda_state &first) {
-    int t = (int)thread(), warp = t / 32, lane = t % 32;
-    __nv_bfloat16 *kept = c.shared.states[place_of_state(0)];
+    int t = (int)thread(), warp = t / 32, row = warp * 16 + t % 32 / 4;
+    MatrixRow<DIM, DIM> kept(c.shared.states[place_of_state(0)], true, thread());
+    if (first.data && first.dtype == KDA_BF16 && as_pairs(first)) {
+        const char *rows[2] = {element(first, row, t % 4 * 2), element(first, row + 8, t % 4 * 2)};
+#pragma unroll 1
+        for (int panel = 0; panel < DIM; panel += PANEL) {
+            uint32_t x[PANEL / 16][4];
 #pragma unroll
-    for (int n = 0; n < 2; n++)
-#pragma unroll 8
-        for (int i = 0; i < DIM / 8; i++) {
-            int row = warp * 16 + n * 8 + lane / 4, channel = i * 8 + lane % 4 * 2;
-            store_shared(state_address(kept, row, channel), load_state_pair(first, row, channel));
+            for (int i = 0; i < PANEL / 16; i++)
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+                    x[i][n] =
+                        *reinterpret_cast<const uint32_t *>(rows[n % 2] + (panel + i * 16 + n / 2 * 8) * 2);
+#pragma unroll
+            for (int i = 0; i < PANEL / 16; i++)
+                stmatrix(kept.at(warp * 16, panel + i * 16), x[i]);
         }
+    } else {
+#pragma unroll 1
+        for (int channel = 0; channel < DIM; channel += 16) {
+            uint32_t x[4];
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                x[n] = load_state_pair(first, row + n % 2 * 8, channel + n / 2 * 8 + t % 4 * 2);
+            stmatrix(kept.at(warp * 16, channel), x);
+        }
+    }
     fence_shared();
 }
 
@@ -489,11 +508,11 @@ struct GateSums {
 };
 
 /* x is the gradient of a token's log decay a, and becomes g's. With z = g + dt_bias, a = lower_bound sigmoid(A z)
- * or -A softplus(z). */
+ * or -A softplus(z). What does not exist is 0. */
 template <bool bounded>
-__device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pairs &g, int count,
-                              float (&x)[CHUNK / 8][4], GateSums &sums) {
-    int part = (int)thread() % 4 * 2;
+__device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pairs &g, float (&x)[CHUNK / 8][4],
+                              GateSums &sums) {
+    float to_g = gate.slope * -(1 / LOG2E);
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
@@ -501,21 +520,20 @@ __device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pair
             float2 raw = unpack_bf16(g[j / 2][j % 2 * 2 + r]);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                bool real = j * 8 + part + e < count;
-                float one = e ? raw.y : raw.x, offset = r ? gate.offset.y : gate.offset.x, dg, term;
+                float one = e ? raw.y : raw.x, offset = r ? gate.offset.y : gate.offset.x, dg;
                 if constexpr (bounded) {
-                    float y = fmaf(one, gate.slope, offset); /* -A z log2(e) */
-                    float grown = exp2_approximate(fminf(y, 120.f)), s = reciprocal_approximate(1.f + grown);
+                    /* -A z log2(e); beyond these limits its gradient is nothing, and the product with it is 0 */
+                    float y = fmaxf(fminf(fmaf(one, gate.slope, offset), 120.f), -150.f);
+                    float grown = exp2_approximate(y), s = reciprocal_approximate(1.f + grown);
                     float dy = p.lower_bound * s * (grown * s) * x[j][2 * r + e];
-                    dg = dy * gate.slope * -(1 / LOG2E), term = dy == 0 ? 0.f : -y * dy;
+                    dg = dy * to_g, sums.A[r] = fmaf(-y, dy, sums.A[r]);
                 } else {
                     float decay = log2_decay<false>(gate, one, offset), rest = rest_of(decay);
                     float da = rest == 0 ? x[j][2 * r + e] : x[j][2 * r + e] * power_of_two((int)rest);
                     float s = reciprocal_approximate(1.f + exp2_approximate(-fmaf(one, gate.slope, offset)));
-                    dg = gate.bound * s * da, term = da == 0 ? 0.f : decay * da;
+                    dg = gate.bound * s * da, sums.A[r] += da == 0 ? 0.f : decay * da;
                 }
-                x[j][2 * r + e] = real ? dg : 0.f;
-                sums.bias[r] += real ? dg : 0.f, sums.A[r] += real ? term : 0.f;
+                x[j][2 * r + e] = dg, sums.bias[r] += dg;
             }
         }
 }
@@ -560,7 +578,15 @@ __device__ void finish_gates(const Context &c, int chunk, const Gate &gate, cons
             sum += all;
         }
     }
-    gate_backward<bounded>(c.b.forward, gate, g, chunk_of(c.segment, chunk).count, da, sums);
+    int count = chunk_of(c.segment, chunk).count;
+    clear_pairs(g, count);
+    if (__builtin_expect(count < CHUNK, 0))
+#pragma unroll
+        for (int j = 0; j < CHUNK / 8; j++)
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                da[j][n] = j * 8 + part * 2 + n % 2 < count ? da[j][n] : 0.f;
+    gate_backward<bounded>(c.b.forward, gate, g, da, sums);
     store_rows(in.g, warp, da);
     fence_shared();
     barrier_arrive(BARRIER_GATES, GRADIENT_THREADS);
@@ -633,20 +659,6 @@ __device__ void run_states(const Context &c, const kda_state &first, const uint3
 }
 
 /* ---- The gradients' warpgroups -------------------------------------------------------------------- */
-
-/* The lanes with the same tokens share 2 N values each: a lane ends with two sums of all, those of index
- * lane / 4 * 2. */
-template <int N> __device__ void sum_over_channels(float *x) {
-    constexpr int BIT = 2 * N; /* of the lane's number: 16, 8, 4 */
-    bool high = thread() & BIT;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        float keep = high ? x[i + N] : x[i], give = high ? x[i] : x[i + N];
-        x[i] = keep + __shfl_xor_sync(~0u, give, BIT);
-    }
-    if constexpr (N > 2)
-        sum_over_channels<N / 2>(x);
-}
 
 /* Makes the tiles of the warp's channels; `decayed` are its RK's and RQ's factors. The first tiles wait for their
  * place. */
