@@ -88,21 +88,20 @@ __device__ void make_tiles(const kda_prefill &p, const Place &at, OperandsShared
             decayed[j][i / 2][i % 2] = exp2_approximate(x[j][i / 2][i % 2]);
             grown[j][i / 2][i % 2] = exp2_approximate(-x[j][i / 2][i % 2]);
         }
-    Pairs tile, shifted;
+    Pairs tile, columns, shifted;
     float whole[2];
     find_whole<bounded>(found, gate, g, at.count, whole);
     __syncwarp();
-    scale_pairs(k, state.rk, decayed, tile);
+    scale_keys(k, state.rk, decayed, grown, tile, columns);
     store_pairs(shared.keys, warp, tile);
+    store_pairs(shared.gates, warp, columns);
     shift_pairs<bounded, false>(tile, found, gate, g, at.count, shifted);
     store_pairs(state.KT, warp, shifted);
     scale_pairs(q, state.rq, decayed, tile);
     store_pairs(shared.queries, warp, tile);
     shift_pairs<bounded, false>(tile, found, gate, g, at.count, shifted);
     store_pairs(shared.operands.QT, warp, shifted);
-    scale_pairs(k, state.rk, grown, tile);
-    store_pairs(shared.gates, warp, tile);
-    shift_pairs<bounded, true>(tile, found, gate, g, at.count, shifted);
+    shift_pairs<bounded, true>(columns, found, gate, g, at.count, shifted);
     store_pairs(state.KR, warp, shifted);
     if (lane % 4 == 0)
 #pragma unroll
@@ -180,7 +179,7 @@ __device__ void invert(OperandsShared &shared) {
 }
 
 template <bool bounded>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, bounded ? 3 : 2)
     prepare_chunk(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
                   const __grid_constant__ kda_sm90_backward_memory workspace) {
     extern __shared__ __align__(1024) uint8_t memory[];
