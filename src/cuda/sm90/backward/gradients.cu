@@ -178,11 +178,10 @@ struct Nothing {
     __device__ void operator()(int, const uint32_t (&)[4]) const {}
 };
 
-/* d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. One half after the
- * other, so that no more of S is packed at a time: with `later`, the second half is still under way. */
-template <bool later, class F = Nothing>
-__device__ void multiply_state(float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile,
-                               F each = {}) {
+/* Begins d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. S is packed in
+ * halves, so that the products begin early. */
+template <class F = Nothing>
+__device__ void multiply_state(float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile, F each = {}) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint32_t a[DIM / 32][4];
@@ -202,10 +201,6 @@ __device__ void multiply_state(float (&d)[CHUNK / 8][4], const float (&S)[DIM / 
         for (int i = 1; i < DIM / 32; i++)
             wgmma<false, true>(d, a[i], advanced(tile, half * TOKENS * 2 + i * 32));
         wgmma_commit();
-        if (half == 0 || !later) {
-            wgmma_wait<0>();
-            pin(d);
-        }
     }
 }
 
@@ -254,7 +249,7 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
     MatrixRow<DIM, DIM> kept(shared.states[place_of_state(chunk)], true, thread());
     wait(shared.states_in[chunk % 2], chunk / 2 % 2);
     float W[CHUNK / 8][4], U[CHUNK / 8][4];
-    multiply_state<true>(W, S, KT, [&](int i, const uint32_t(&a)[4]) {
+    multiply_state(W, S, KT, [&](int i, const uint32_t(&a)[4]) {
         if (keeps)
             stmatrix(kept.at(warp * 16, i * 16), a);
     });
@@ -460,7 +455,7 @@ __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8][4], f
     float T3[CHUNK / 8][4];
     barrier_wait(BARRIER_TILES, GRADIENT_THREADS);
     scale_rows(R, shared.factors.fraction, channel_index(channel), 2);
-    multiply_state<true>(T3, R, U);
+    multiply_state(T3, R, U);
     scale_rows(R, shared.factors.whole, channel_index(channel), 2);
     pin(R);
     wgmma_fence();
@@ -844,10 +839,8 @@ inline __device__ void send_gradients(const Context &c, const RawInputs &in, con
         ptx::cp_async_bulk_commit_group();
         return;
     }
-    int token = t / 8, part = t % 8; /* what lies after is another sequence's */
-    if (token >= at.count)
-        return;
-    for (int i = by_head ? 2 : 0; i < 3; i++) {
+    int token = t / 8, part = t % 8;
+    for (int i = by_head ? 2 : 0; i < 3 && token < at.count; i++) { /* what lies after is another sequence's */
         const kda_tensor &to = i == 0 ? c.b.dq : i == 1 ? c.b.dk : c.b.dg;
         const __nv_bfloat16 *from = i == 0 ? in.q : i == 1 ? in.k : in.g;
         char *row = kda_row(&to, at.batch, at.token + token, i < 2 ? at.key_head : at.head);
@@ -857,6 +850,7 @@ inline __device__ void send_gradients(const Context &c, const RawInputs &in, con
                 *reinterpret_cast<const uint4 *>(&from[swizzled<CHUNK, DIM>(token, column)]);
         }
     }
+    __syncwarp(); /* what follows is done by whole warps */
 }
 
 /* A chunk's gradients, from [T1 T2] and T3. The states' warpgroups make that of g meanwhile. */

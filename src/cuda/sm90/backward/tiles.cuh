@@ -68,13 +68,9 @@ struct References {
 
 /* Sums x over the lanes of a quad before this one, which is its `part`; `all` over all four. */
 inline __device__ float sum_before(float x, int part, float &all) {
-    float up = __shfl_up_sync(~0u, x, 1, 4);
-    x += part >= 1 ? up : 0.f;
-    up = __shfl_up_sync(~0u, x, 2, 4);
-    x += part >= 2 ? up : 0.f;
-    up = __shfl_up_sync(~0u, x, 1, 4);
-    all = __shfl_sync(~0u, x, 3, 4);
-    return part ? up : 0.f;
+    float neighbour = __shfl_xor_sync(~0u, x, 1), pair = x + neighbour, other = __shfl_xor_sync(~0u, pair, 2);
+    all = pair + other;
+    return (part & 1 ? neighbour : 0.f) + (part & 2 ? other : 0.f);
 }
 
 /* Without a bound the factors of a block could leave bf16's range. Within a chunk a token's log2 decay then counts
