@@ -76,19 +76,20 @@ struct alignas(1024) GradientsShared {
     __nv_bfloat16 RQ[TILE], RK[TILE], CK[TILE];
     union {
         __nv_bfloat16 decayed[2][2][TOKENS]; /* in each panel of 64 channels QT, then KT */
-        float4 T3[2][CHUNK / 8][GROUP];      /* then T3 of each, as threads have it, and what a decay gets of a token */
-        __nv_bfloat16 d_out[2][TILE];        /* before both: dO of chunks, for their U */
+        float4 T3[2][CHUNK / 8]
+                 [GROUP]; /* then T3 of each, as threads have it, and what a decay gets of a token */
+        __nv_bfloat16 d_out[2][TILE]; /* before both: dO of chunks, for their U */
     };
     __nv_bfloat16 pairs[2 * CHUNK * CHUNK]; /* rows of dM, then of dL, swizzled by 64 bytes */
     ChannelFactors factors;
-    float scales[2][2 * CHUNK];          /* of one chunk and the next one: rk, then rq */
-    float steps[2 * CHUNK];              /* beta, then beta_rest */
-    float with_U[CHUNKS][CHUNK];         /* of each chunk the diagonal of dO U^T, from U before it is rounded */
-    float diagonals[CHUNK];              /* of dX U^T */
-    float more[2 * CHUNK];               /* of q's tokens, then of k's: how much of the other M's diagonal adds */
+    float scales[2][2 * CHUNK];  /* of one chunk and the next one: rk, then rq */
+    float steps[2 * CHUNK];      /* beta, then beta_rest */
+    float with_U[CHUNKS][CHUNK]; /* of each chunk the diagonal of dO U^T, from U before it is rounded */
+    float diagonals[CHUNK];      /* of dX U^T */
+    float more[2 * CHUNK];       /* of q's tokens, then of k's: how much of the other M's diagonal adds */
     float partial[TEAM / 32][2 * CHUNK]; /* a warp's sums over channels: q . dq and k . dk by token */
-    float along[2 * CHUNK];              /* of all warps and of M's diagonal; then what the norm takes of q and k */
-    bool cut[TEAM / 32];                 /* is a decay of a warp's channels cut off (tiles.cuh) */
+    float along[2 * CHUNK]; /* of all warps and of M's diagonal; then what the norm takes of q and k */
+    bool cut[TEAM / 32];    /* is a decay of a warp's channels cut off (tiles.cuh) */
     uint64_t states_in[2], raw_in[2], values_in;
 };
 static_assert(sizeof(GradientsShared) <= 227 * 1024, "all that a CTA can have");
@@ -181,7 +182,8 @@ struct Nothing {
 /* Begins d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. S is packed in
  * halves, so that the products begin early. */
 template <class F = Nothing>
-__device__ void multiply_state(float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile, F each = {}) {
+__device__ void multiply_state(float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile,
+                               F each = {}) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint32_t a[DIM / 32][4];
@@ -545,7 +547,8 @@ inline __device__ void store_rows(__nv_bfloat16 *tile, int warp, const float (*x
 /* Makes the gradient of g, in its place. That of a token's log decay is h, and what leaves less what enters at all
  * tokens before it. */
 template <bool bounded>
-__device__ void finish_gates(const Context &c, int chunk, const Gate &gate, const float (&h)[2], GateSums &sums) {
+__device__ void finish_gates(const Context &c, int chunk, const Gate &gate, const float (&h)[2],
+                             GateSums &sums) {
     GradientsShared &shared = c.shared;
     RawInputs &in = shared.inputs[raw_place(chunk)].raw;
     int t = (int)thread(), warp = t / 32, part = t % 4;
@@ -603,7 +606,8 @@ inline __device__ void store_gate_sums(const GateSums &sums, int warp, float *to
 }
 
 template <bool bounded>
-__device__ void run_states(const Context &c, const kda_state &first, const uint32_t *adjoint, float *gate_sums) {
+__device__ void run_states(const Context &c, const kda_state &first, const uint32_t *adjoint,
+                           float *gate_sums) {
     GradientsShared &shared = c.shared;
     if (threadIdx.x == 0) {
         load_state_inputs(c, 0);
@@ -917,13 +921,12 @@ inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place
     load_pairs(in.q, warp, q), load_pairs(in.k, warp, k);
     barrier_wait(BARRIER_GRADIENTS, TEAM); /* sums along rows are there */
     finish_rows(p, in.q, at, warp, q, k, scales + CHUNK, shared.more, shared.along, T, dq_heads);
-    finish_rows(p, in.k, at, warp, k, q, scales, shared.more + CHUNK, shared.along + CHUNK,
-                T + CHUNK / 8, dk_heads);
+    finish_rows(p, in.k, at, warp, k, q, scales, shared.more + CHUNK, shared.along + CHUNK, T + CHUNK / 8,
+                dk_heads);
     fence_shared();
 }
 
-template <bool bounded>
-__device__ void run_gradients(const Context &c, float *dq_heads, float *dk_heads) {
+template <bool bounded> __device__ void run_gradients(const Context &c, float *dq_heads, float *dk_heads) {
     GradientsShared &shared = c.shared;
     int t = (int)threadIdx.x - TEAM;
     Gate gate = find_gates<bounded>(c.b.forward, (int)c.segment.head, t / 32);
@@ -1016,7 +1019,8 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 1)
     }
     if (threadIdx.x < TEAM) {
         set_registers<STATES_REGISTERS>();
-        run_states<bounded>(c, first_state(b, c.segment), memory.adjoints + number * (DIM * DIM / 2), gate_sums);
+        run_states<bounded>(c, first_state(b, c.segment), memory.adjoints + number * (DIM * DIM / 2),
+                            gate_sums);
     } else {
         set_registers<GRADIENTS_REGISTERS>();
         run_gradients<bounded>(c, memory.queries, memory.keys);
