@@ -121,7 +121,13 @@ __device__ __forceinline__ void arrive_at(uint64_t &barrier, int rank) {
                  : "memory");
 }
 
-/* Four 8x8 matrices of 2-byte elements, transposed; lane i gives the address of row i % 8 of matrix i / 8. */
+/* Four 8x8 matrices of 2-byte elements; lane i gives the address of row i % 8 of matrix i / 8. */
+__device__ __forceinline__ void stmatrix(uint32_t row, const uint32_t (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(x[0]),
+                 "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
+/* Transposed. */
 __device__ __forceinline__ void stmatrix_transposed(uint32_t row, const uint32_t (&x)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(x[0]),
                  "r"(x[1]), "r"(x[2]), "r"(x[3])

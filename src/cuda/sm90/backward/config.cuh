@@ -91,7 +91,9 @@ inline __device__ Place find_segment(const kda_backward &b, int64_t segment, int
     Place at;
     at.n = kda_sequence_of_segment(&x, SEGMENT, segment);
     struct kda_sequence s = kda_tokens_of(&x, at.n);
-    at.head = head, at.key_head = head / (x.value_heads / x.heads), at.batch = s.batch, at.length = s.length;
+    /* in 32 bits, which all threads divide in a fraction of the time */
+    at.head = head, at.key_head = (uint32_t)head / ((uint32_t)x.value_heads / (uint32_t)x.heads);
+    at.batch = s.batch, at.length = s.length;
     at.first = (segment - kda_first_segment(&x, SEGMENT, s.first, at.n)) * SEGMENT;
     at.token = s.first + at.first;
     /* cu_seqlens that do not ascend may put it before the sequence. */

@@ -6,12 +6,13 @@
  * fraction, S <- exp2(f) (exp2(e) S + KR^T U). Then all warpgroups go from the last chunk to the first:
  *
  *     states                                    gradients
- *                                               RQ RK CK, QT KT, exponents          barrier TILES
+ *                                               RQ RK CK, exponents                 barrier TILES
  *     T3 = R2 U^T, R2 = exp2(f) R               [T1 T2] = S [dO; dX]^T
  *     R <- exp2(e) R2 + QT^T dO - KT^T dX       dM = dO U^T, dL = dX U^T            barrier PAIRS
  *     T3 += RQ^T dM - RK^T dL                   [T1 T2] += CK^T [dM; dL]^T
  *     h = sum of R S over V                                                         barrier SUMS
- *                                               gradients
+ *                                               what enters and leaves decays       barrier DECAYS
+ *     the gradient of g                         those of q and k                    barrier GATES
  *
  * dL and T2 have the other sign here, as dX is positive. A product that passes from one block of 16 tokens to the other
  * is taken from the one middle to the other in between.
@@ -36,7 +37,15 @@ template <int count> __device__ void set_registers() {
         give_registers<count>();
 }
 
-enum Barrier { BARRIER_STATES = 1, BARRIER_GRADIENTS, BARRIER_TILES, BARRIER_PAIRS, BARRIER_SUMS };
+enum Barrier {
+    BARRIER_STATES = 1,
+    BARRIER_GRADIENTS,
+    BARRIER_TILES,
+    BARRIER_PAIRS,
+    BARRIER_SUMS,
+    BARRIER_DECAYS,
+    BARRIER_GATES
+};
 
 /* What comes from memory for a chunk: first for S, then for gradients, into which k, q and g turn. */
 struct StateInputs {
@@ -53,7 +62,7 @@ union alignas(1024) Inputs {
 
 /* Powers of two that take a channel's state or sums from one reference to another, but for the first one. */
 struct ChannelFactors {
-    float fraction[DIM], whole[DIM]; /* the decay of a state */
+    float fraction[DIM], whole[DIM]; /* the decay of a state, as StateOperands have it */
     float from_start[DIM];           /* from the chunk's start to the first middle */
     float across[2][DIM]; /* from there to the second middle, in two steps where a gate has no bound */
     float to_end[DIM];    /* from there to the chunk's end */
@@ -67,18 +76,20 @@ struct alignas(1024) GradientsShared {
     __nv_bfloat16 RQ[TILE], RK[TILE], CK[TILE];
     union {
         __nv_bfloat16 decayed[2][2][TOKENS]; /* in each panel of 64 channels QT, then KT */
-        float4 T3[2][CHUNK / 8][GROUP];      /* then T3 of each of them, as threads have it */
-        __nv_bfloat16 d_out[2][TILE];        /* before both: dO of chunks, for their U */
+        float4 T3[2][CHUNK / 8]
+                 [GROUP]; /* then T3 of each, as threads have it, and what a decay gets of a token */
+        __nv_bfloat16 d_out[2][TILE]; /* before both: dO of chunks, for their U */
     };
     __nv_bfloat16 pairs[2 * CHUNK * CHUNK]; /* rows of dM, then of dL, swizzled by 64 bytes */
     ChannelFactors factors;
-    float scales[4][CHUNK];              /* rk, rq, beta, beta_rest */
-    float with_U[CHUNKS][CHUNK];         /* of each chunk the diagonal of dO U^T, from U before it is rounded */
-    float diagonals[CHUNK];              /* of dX U^T */
-    float h[DIM];                        /* sums of R S over V, at the chunk's start */
+    float scales[2][2 * CHUNK];  /* of one chunk and the next one: rk, then rq */
+    float steps[2 * CHUNK];      /* beta, then beta_rest */
+    float with_U[CHUNKS][CHUNK]; /* of each chunk the diagonal of dO U^T, from U before it is rounded */
+    float diagonals[CHUNK];      /* of dX U^T */
+    float more[2 * CHUNK];       /* of q's tokens, then of k's: how much of the other M's diagonal adds */
     float partial[TEAM / 32][2 * CHUNK]; /* a warp's sums over channels: q . dq and k . dk by token */
-    float along[2 * CHUNK];              /* of all warps, and of M's diagonal */
-    bool cut[TEAM / 32];                 /* is a decay of a warp's channels cut off (tiles.cuh) */
+    float along[2 * CHUNK]; /* of all warps and of M's diagonal; then what the norm takes of q and k */
+    bool cut[TEAM / 32];    /* is a decay of a warp's channels cut off (tiles.cuh) */
     uint64_t states_in[2], raw_in[2], values_in;
 };
 static_assert(sizeof(GradientsShared) <= 227 * 1024, "all that a CTA can have");
@@ -98,11 +109,6 @@ inline __device__ uint32_t load_state_pair(const kda_state &state, int column, i
         return pack_bf16(x.x, x.y);
     }
     return pack_bf16(load_one(state, column, channel), load_one(state, column, channel + 1));
-}
-
-/* The address of element (row of V, channel) of a kept state. */
-inline __device__ uint32_t state_address(const __nv_bfloat16 *state, int row, int channel) {
-    return shared_address(&state[swizzled<DIM, DIM>(row, channel)]);
 }
 
 /* What roles know. */
@@ -152,6 +158,19 @@ inline __device__ void load_value_inputs(const Context &c, int chunk, bool with_
         bring_bytes(c.shared.U, c.updates + chunk * TILE, TILE * 2, barrier);
 }
 
+/* QT, KT and the decay of a state. They come with the values. */
+inline __device__ void load_decayed(const Context &c, int chunk) {
+    uint64_t &barrier = c.shared.values_in;
+    const ChunkOperands &from = c.operands[chunk];
+    expect_bytes(barrier, 2 * TILE * 2 + 2 * DIM * 4);
+#pragma unroll
+    for (int panel = 0; panel < 2; panel++) {
+        bring_bytes(c.shared.decayed[panel][0], from.QT + panel * TOKENS, TOKENS * 2, barrier);
+        bring_bytes(c.shared.decayed[panel][1], from.state.KT + panel * TOKENS, TOKENS * 2, barrier);
+    }
+    bring_bytes(c.shared.factors.fraction, from.state.fraction, 2 * DIM * 4, barrier);
+}
+
 /* ---- The states' warpgroups ----------------------------------------------------------------------- */
 
 /* What multiply_state does with a packed operand besides. A lambda as a default argument would be a function of the
@@ -160,9 +179,9 @@ struct Nothing {
     __device__ void operator()(int, const uint32_t (&)[4]) const {}
 };
 
-/* d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. One half after the
- * other, so that no more of S is packed at a time: with `later`, the second half is still under way. */
-template <bool later, class F = Nothing>
+/* Begins d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. S is packed in
+ * halves, so that the products begin early. */
+template <class F = Nothing>
 __device__ void multiply_state(float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile,
                                F each = {}) {
 #pragma unroll
@@ -184,11 +203,21 @@ __device__ void multiply_state(float (&d)[CHUNK / 8][4], const float (&S)[DIM / 
         for (int i = 1; i < DIM / 32; i++)
             wgmma<false, true>(d, a[i], advanced(tile, half * TOKENS * 2 + i * 32));
         wgmma_commit();
-        if (half == 0 || !later) {
-            wgmma_wait<0>();
-            pin(d);
-        }
     }
+}
+
+/* The lanes with the same tokens share 2 N values each: a lane ends with two sums, those of index lane / 4 % N * 2
+ * over as many as N lanes. */
+template <int N> __device__ void sum_over_channels(float *x) {
+    constexpr int BIT = 2 * N; /* of the lane's number: 16, 8, 4 */
+    bool high = thread() & BIT;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        float keep = high ? x[i + N] : x[i], give = high ? x[i] : x[i + N];
+        x[i] = keep + __shfl_xor_sync(~0u, give, BIT);
+    }
+    if constexpr (N > 2)
+        sum_over_channels<N / 2>(x);
 }
 
 /* Sums U dO over the warp's 16 columns of V, token by token. */
@@ -203,36 +232,28 @@ inline __device__ void multiply_diagonal(const float (&U)[CHUNK / 8][4], const _
         x[2 * i] = fmaf(U[i][0], upper.x, U[i][2] * lower.x);
         x[2 * i + 1] = fmaf(U[i][1], upper.y, U[i][3] * lower.y);
     }
-#pragma unroll
-    for (int bit = 4; bit < 32; bit *= 2)
-#pragma unroll
-        for (int i = 0; i < CHUNK / 4; i++)
-            x[i] += __shfl_xor_sync(~0u, x[i], bit);
+    sum_over_channels<CHUNK / 8>(x);
+    x[0] += __shfl_xor_sync(~0u, x[0], 16), x[1] += __shfl_xor_sync(~0u, x[1], 16);
     int lane = (int)thread() % 32;
-    if (lane < 4)
-#pragma unroll
-        for (int i = 0; i < CHUNK / 8; i++)
-            *reinterpret_cast<float2 *>(&sums[i * 8 + lane * 2]) = make_float2(x[2 * i], x[2 * i + 1]);
+    if (lane < 16)
+        *reinterpret_cast<float2 *>(&sums[lane * 2]) = make_float2(x[0], x[1]);
 }
 
 /* Makes U of a chunk and, before the last one, takes S through it, as S^T [V][K]. */
 template <bool last> __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM / 8][4]) {
     GradientsShared &shared = c.shared;
     const StateInputs &in = shared.inputs[chunk % 2].state;
-    int t = (int)thread(), warp = t / 32, lane = t % 32, part = lane % 4 * 2;
+    int t = (int)thread(), warp = t / 32;
     uint64_t KT = wgmma_operand(in.operands.KT, 0, 8 * ROW, SWIZZLE_128);
     uint64_t KR = wgmma_operand(in.operands.KR, TOKENS * 2, 8 * ROW, SWIZZLE_128);
     uint64_t N = wgmma_operand(in.operands.N, 0, 8 * PAIR_ROW, SWIZZLE_64);
     bool keeps = chunk || c.chunks <= STATES; /* else S is found again when there is a place for it */
-    __nv_bfloat16 *kept = shared.states[place_of_state(chunk)];
+    MatrixRow<DIM, DIM> kept(shared.states[place_of_state(chunk)], true, thread());
     wait(shared.states_in[chunk % 2], chunk / 2 % 2);
     float W[CHUNK / 8][4], U[CHUNK / 8][4];
-    multiply_state<true>(W, S, KT, [&](int i, const uint32_t(&a)[4]) {
+    multiply_state(W, S, KT, [&](int i, const uint32_t(&a)[4]) {
         if (keeps)
-#pragma unroll
-            for (int n = 0; n < 4; n++)
-                store_shared(state_address(kept, warp * 16 + lane / 4 + n % 2 * 8, i * 16 + n / 2 * 8 + part),
-                             a[n]);
+            stmatrix(kept.at(warp * 16, i * 16), a);
     });
     Values v;
     load_values<DIM>(in.v, v);
@@ -320,28 +341,57 @@ inline __device__ void clear_value_rows(GradientsShared &shared, int count) {
     fence_shared();
 }
 
-/* Keeps S at the segment's start, where no other state is kept any more. */
+/* Keeps S at the segment's start in the place of the last chunk's, which is done. */
 inline __device__ void keep_first_state(const Context &c, const kda_state &first) {
-    int t = (int)thread(), warp = t / 32, lane = t % 32;
-    __nv_bfloat16 *kept = c.shared.states[place_of_state(0)];
+    int t = (int)thread(), warp = t / 32, row = warp * 16 + t % 32 / 4;
+    MatrixRow<DIM, DIM> kept(c.shared.states[place_of_state(0)], true, thread());
+    if (first.data && first.dtype == KDA_BF16 && as_pairs(first)) {
+        const char *rows[2] = {element(first, row, t % 4 * 2), element(first, row + 8, t % 4 * 2)};
+#pragma unroll 1
+        for (int panel = 0; panel < DIM; panel += PANEL) {
+            uint32_t x[PANEL / 16][4];
 #pragma unroll
-    for (int n = 0; n < 2; n++)
-#pragma unroll 8
-        for (int i = 0; i < DIM / 8; i++) {
-            int row = warp * 16 + n * 8 + lane / 4, channel = i * 8 + lane % 4 * 2;
-            store_shared(state_address(kept, row, channel), load_state_pair(first, row, channel));
+            for (int i = 0; i < PANEL / 16; i++)
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+                    x[i][n] =
+                        *reinterpret_cast<const uint32_t *>(rows[n % 2] + (panel + i * 16 + n / 2 * 8) * 2);
+#pragma unroll
+            for (int i = 0; i < PANEL / 16; i++)
+                stmatrix(kept.at(warp * 16, panel + i * 16), x[i]);
         }
+    } else {
+#pragma unroll 1
+        for (int channel = 0; channel < DIM; channel += 16) {
+            uint32_t x[4];
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                x[n] = load_state_pair(first, row + n % 2 * 8, channel + n / 2 * 8 + t % 4 * 2);
+            stmatrix(kept.at(warp * 16, channel), x);
+        }
+    }
     fence_shared();
 }
 
-/* Multiplies rows of an accumulator by factors of their channels. */
+/* Multiplies rows of an accumulator by factors of their channels, the second `step` further than the first. */
 template <int TILES>
-__device__ void scale_rows(float (&d)[TILES][4], const float *factors, int channel, int first = 0,
-                           int end = TILES) {
-    float x = factors[channel], y = factors[channel + 8];
+__device__ void scale_rows(float (&d)[TILES][4], const float *factors, int channel, int step = 8) {
+    float x = factors[channel], y = factors[channel + step];
 #pragma unroll
-    for (int i = first; i < end; i++)
+    for (int i = 0; i < TILES; i++)
         d[i][0] *= x, d[i][1] *= x, d[i][2] *= y, d[i][3] *= y;
+}
+
+/* As scale_rows, for one of the blocks of tokens: the first or, if `later`, the second. The others are multiplied by 1:
+ * were they left alone, the compiler would run all the kernel's products one by one. */
+template <bool later, int TILES>
+__device__ void scale_block(float (&d)[TILES][4], const float *factors, int channel) {
+    float x = factors[channel], y = factors[channel + 8], one = some_one();
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        bool own = i % (CHUNK / 8) >= CHUNK / 16 == later;
+        d[i][0] *= own ? x : one, d[i][1] *= own ? x : one, d[i][2] *= own ? y : one, d[i][3] *= own ? y : one;
+    }
 }
 
 /* Multiplies sums with states, of channels and tokens, by what was cut off of decays from the chunk's start or,
@@ -368,10 +418,10 @@ __device__ void apply_rests(const Context &c, int chunk, int warp, float (&d)[TI
 }
 
 /* Sums R S over V, for the thread's two channels. */
-inline __device__ void find_h(GradientsShared &shared, int chunk, const float (&R)[DIM / 8][4]) {
-    int t = (int)thread(), warp = t / 32, lane = t % 32;
+inline __device__ void find_h(GradientsShared &shared, int chunk, const float (&R)[DIM / 8][4], float (&h)[2]) {
+    int warp = (int)thread() / 32;
     MatrixRow<DIM, DIM> rows(shared.states[place_of_state(chunk)], false, thread());
-    float h[2] = {};
+    h[0] = h[1] = 0;
 #pragma unroll
     for (int i = 0; i < DIM / 16; i++) {
         uint32_t s[4];
@@ -387,13 +437,12 @@ inline __device__ void find_h(GradientsShared &shared, int chunk, const float (&
     for (int r = 0; r < 2; r++) {
         h[r] += __shfl_xor_sync(~0u, h[r], 1);
         h[r] += __shfl_xor_sync(~0u, h[r], 2);
-        if (lane % 4 == 0)
-            shared.h[warp * 16 + lane / 4 + r * 8] = h[r];
     }
 }
 
-/* Takes R [K][V] through a chunk, and makes T3. */
-template <bool bounded> __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8][4]) {
+/* Takes R [K][V] through a chunk, and makes T3 and h. */
+template <bool bounded>
+__device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8][4], float (&h)[2]) {
     GradientsShared &shared = c.shared;
     int t = (int)thread(), warp = t / 32, panel = warp / 4, channel = warp * 16 + t % 32 / 4;
     uint64_t U = wgmma_operand(shared.U, 0, 8 * ROW, SWIZZLE_128);
@@ -407,9 +456,9 @@ template <bool bounded> __device__ void step_back(const Context &c, int chunk, f
     uint64_t dL = advanced(dM, CHUNK * PAIR_ROW);
     float T3[CHUNK / 8][4];
     barrier_wait(BARRIER_TILES, GRADIENT_THREADS);
-    scale_rows(R, shared.factors.fraction, channel);
-    multiply_state<true>(T3, R, U);
-    scale_rows(R, shared.factors.whole, channel);
+    scale_rows(R, shared.factors.fraction, channel_index(channel), 2);
+    multiply_state(T3, R, U);
+    scale_rows(R, shared.factors.whole, channel_index(channel), 2);
     pin(R);
     wgmma_fence();
 #pragma unroll
@@ -429,12 +478,12 @@ template <bool bounded> __device__ void step_back(const Context &c, int chunk, f
     wgmma_both<true, true, true>(T3, advanced(RQ, 16 * ROW), advanced(dM, 16 * PAIR_ROW));
     wgmma_both<true, true, true, true>(T3, advanced(RK, 16 * ROW), advanced(dL, 16 * PAIR_ROW));
     wgmma_commit();
-    find_h(shared, chunk, R);
+    find_h(shared, chunk, R, h);
     wgmma_wait<0>();
     pin(T3);
 #pragma unroll
     for (int i = 0; i < (bounded ? 1 : 2); i++)
-        scale_rows(T3, shared.factors.across[i], channel, 0, CHUNK / 16);
+        scale_block<false>(T3, shared.factors.across[i], channel);
     pin(T3);
     wgmma_fence();
     wgmma_both<true, true, true>(T3, RQ, dM);
@@ -450,8 +499,115 @@ template <bool bounded> __device__ void step_back(const Context &c, int chunk, f
     barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
 }
 
+/* Sums of the thread's channels over a segment: what it adds to dA_log and to d_dt_bias. */
+struct GateSums {
+    float A[2] /* times log2(e) */, bias[2];
+};
+
+/* x is the gradient of a token's log decay a, and becomes g's. With z = g + dt_bias, a = lower_bound sigmoid(A z)
+ * or -A softplus(z). What does not exist is 0. */
 template <bool bounded>
-__device__ void run_states(const Context &c, const kda_state &first, const uint32_t *adjoint) {
+__device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pairs &g, float (&x)[CHUNK / 8][4],
+                              GateSums &sums) {
+    float to_g = gate.slope * -(1 / LOG2E);
+#pragma unroll
+    for (int j = 0; j < CHUNK / 8; j++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float2 raw = unpack_bf16(g[j / 2][j % 2 * 2 + r]);
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float one = e ? raw.y : raw.x, offset = r ? gate.offset.y : gate.offset.x, dg;
+                if constexpr (bounded) {
+                    /* -A z log2(e); beyond these limits its gradient is nothing, and the product with it is 0 */
+                    float y = fmaxf(fminf(fmaf(one, gate.slope, offset), 120.f), -150.f);
+                    float grown = exp2_approximate(y), s = reciprocal_approximate(1.f + grown);
+                    float dy = p.lower_bound * s * (grown * s) * x[j][2 * r + e];
+                    dg = dy * to_g, sums.A[r] = fmaf(-y, dy, sums.A[r]);
+                } else {
+                    float decay = log2_decay<false>(gate, one, offset), rest = rest_of(decay);
+                    float da = rest == 0 ? x[j][2 * r + e] : x[j][2 * r + e] * power_of_two((int)rest);
+                    float s = reciprocal_approximate(1.f + exp2_approximate(-fmaf(one, gate.slope, offset)));
+                    dg = gate.bound * s * da, sums.A[r] += da == 0 ? 0.f : decay * da;
+                }
+                x[j][2 * r + e] = dg, sums.bias[r] += dg;
+            }
+        }
+}
+
+/* Rounds an accumulator's tiles into a tile of a chunk. */
+inline __device__ void store_rows(__nv_bfloat16 *tile, int warp, const float (*x)[4]) {
+    Pairs pairs;
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+        pack_operand(x[2 * t], x[2 * t + 1], pairs[t]);
+    store_pairs(tile, warp, pairs);
+}
+
+/* Makes the gradient of g, in its place. That of a token's log decay is h, and what leaves less what enters at all
+ * tokens before it. */
+template <bool bounded>
+__device__ void finish_gates(const Context &c, int chunk, const Gate &gate, const float (&h)[2],
+                             GateSums &sums) {
+    GradientsShared &shared = c.shared;
+    RawInputs &in = shared.inputs[raw_place(chunk)].raw;
+    int t = (int)thread(), warp = t / 32, part = t % 4;
+    wait(shared.raw_in[raw_place(chunk)], (c.chunks - 1 - chunk) / 2 % 2);
+    Pairs g;
+    load_pairs(in.g, warp, g);
+    barrier_wait(BARRIER_DECAYS, GRADIENT_THREADS);
+    float da[CHUNK / 8][4];
+#pragma unroll
+    for (int j = 0; j < CHUNK / 8; j++) {
+        float4 x = shared.T3[warp / 4][j][t % GROUP];
+        da[j][0] = x.x, da[j][1] = x.y, da[j][2] = x.z, da[j][3] = x.w;
+    }
+    fence_shared();
+    barrier_wait(BARRIER_STATES, TEAM);
+    if (t == 0 && chunk)
+        load_decayed(c, chunk - 1);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float sum = h[r];
+#pragma unroll
+        for (int j = 0; j < CHUNK / 8; j++) {
+            float first = da[j][2 * r], all, before = sum + sum_before(first + da[j][2 * r + 1], part, all);
+            da[j][2 * r] = before, da[j][2 * r + 1] = before + first;
+            sum += all;
+        }
+    }
+    int count = chunk_of(c.segment, chunk).count;
+    clear_pairs(g, count);
+    if (__builtin_expect(count < CHUNK, 0))
+#pragma unroll
+        for (int j = 0; j < CHUNK / 8; j++)
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                da[j][n] = j * 8 + part * 2 + n % 2 < count ? da[j][n] : 0.f;
+    gate_backward<bounded>(c.b.forward, gate, g, da, sums);
+    store_rows(in.g, warp, da);
+    fence_shared();
+    barrier_arrive(BARRIER_GATES, GRADIENT_THREADS);
+}
+
+/* Adds a thread's sums over its tokens to those of its quad and stores them. */
+inline __device__ void store_gate_sums(const GateSums &sums, int warp, float *to) {
+    int lane = (int)thread() % 32;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float A = sums.A[r] / LOG2E, bias = sums.bias[r];
+#pragma unroll
+        for (int bit = 1; bit < 4; bit *= 2)
+            A += __shfl_xor_sync(~0u, A, bit), bias += __shfl_xor_sync(~0u, bias, bit);
+        int channel = warp * 16 + lane / 4 + r * 8;
+        if (lane % 4 == 0)
+            to[channel] = A, to[DIM + channel] = bias;
+    }
+}
+
+template <bool bounded>
+__device__ void run_states(const Context &c, const kda_state &first, const uint32_t *adjoint,
+                           float *gate_sums) {
     GradientsShared &shared = c.shared;
     if (threadIdx.x == 0) {
         load_state_inputs(c, 0);
@@ -469,6 +625,7 @@ __device__ void run_states(const Context &c, const kda_state &first, const uint3
     if (threadIdx.x == 0) { /* U is in memory, where the copy engine finds it soon */
         ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
         ptx::fence_proxy_async(ptx::space_global);
+        load_decayed(c, c.chunks - 1); /* where dO was */
     }
     float R[DIM / 8][4];
     adjoint += threadIdx.x / 32 * (DIM / 8 * 2 * 32) + threadIdx.x % 32;
@@ -480,48 +637,38 @@ __device__ void run_states(const Context &c, const kda_state &first, const uint3
             R[i][2 * n] = pair.x, R[i][2 * n + 1] = pair.y;
         }
     barrier_wait(BARRIER_SUMS, GRADIENT_THREADS); /* S and U are there, and the tiles' places free */
+    Gate gate = find_gates<bounded>(c.b.forward, (int)c.segment.head, (int)threadIdx.x / 32);
+    GateSums sums = {};
     uint32_t parity = 0;
     for (int chunk = c.chunks - 1; chunk >= 0; chunk--) {
+        float h[2];
         wait(shared.values_in, parity);
         parity ^= 1;
         int count = chunk_of(c.segment, chunk).count;
         if (__builtin_expect(count < CHUNK, 0))
             clear_value_rows(shared, count);
-        if (chunk == 0 && c.chunks > STATES)
-            keep_first_state(c, first);
-        step_back<bounded>(c, chunk, R);
+        step_back<bounded>(c, chunk, R, h);
         if (thread() == 0 && chunk)
             load_value_inputs(c, chunk - 1, true);
+        if (chunk == STATES)
+            keep_first_state(c, first);
+        finish_gates<bounded>(c, chunk, gate, h, sums);
     }
+    store_gate_sums(sums, (int)threadIdx.x / 32, gate_sums);
 }
 
 /* ---- The gradients' warpgroups -------------------------------------------------------------------- */
 
-/* The lanes with the same tokens share 2 N values each: a lane ends with two sums of all, those of index
- * lane / 4 * 2. */
-template <int N> __device__ void sum_over_channels(float *x) {
-    constexpr int BIT = 2 * N; /* of the lane's number: 16, 8, 4 */
-    bool high = thread() & BIT;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        float keep = high ? x[i + N] : x[i], give = high ? x[i] : x[i + N];
-        x[i] = keep + __shfl_xor_sync(~0u, give, BIT);
-    }
-    if constexpr (N > 2)
-        sum_over_channels<N / 2>(x);
-}
-
-/* Makes the tiles of the warp's channels; `decayed` are its RK's and RQ's factors. */
+/* Makes the tiles of the warp's channels; `decayed` are its RK's and RQ's factors. The first tiles wait for their
+ * place. */
 template <bool bounded>
 __device__ void make_tiles(const Context &c, const RawInputs &in, const Gate &gate, int count, int warp,
-                           Elements &decayed) {
+                           const float *scales, bool first, Elements &decayed) {
     GradientsShared &shared = c.shared;
     int lane = (int)thread() % 32;
-    Pairs g, raw, tile, shifted;
-    load_pairs(in.g, warp, g);
-    References found = find_decays<bounded>(gate, g, count, decayed);
-    float whole[2];
-    find_whole<bounded>(found, gate, g, count, whole);
+    Pairs raw, rows, columns;
+    load_pairs(in.g, warp, raw);
+    References found = find_decays<bounded>(gate, raw, count, decayed);
     Elements grown;
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
@@ -530,32 +677,22 @@ __device__ void make_tiles(const Context &c, const RawInputs &in, const Gate &ga
             float x = decayed[j][i / 2][i % 2];
             decayed[j][i / 2][i % 2] = exp2_approximate(x), grown[j][i / 2][i % 2] = exp2_approximate(-x);
         }
-    __nv_bfloat16 *panels = shared.decayed[0][0];
-    /* QT and KT lie panel by panel. */
-    auto store_decayed = [&](int which, const Pairs &x) {
-        store_pairs(panels + warp / 4 * TOKENS + which * TOKENS, warp, x);
-    };
     load_pairs(in.k, warp, raw);
     clear_pairs(raw, count);
-    scale_pairs(raw, shared.scales[0], grown, tile);
-    store_pairs(shared.CK, warp, tile);
-    scale_pairs(raw, shared.scales[0], decayed, tile);
-    store_pairs(shared.RK, warp, tile);
-    shift_pairs<bounded, false>(tile, found, gate, g, count, shifted);
-    store_decayed(1, shifted);
+    scale_keys(raw, scales, decayed, grown, rows, columns);
+    if (first)
+        barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
+    store_pairs(shared.RK, warp, rows);
+    store_pairs(shared.CK, warp, columns);
     load_pairs(in.q, warp, raw);
     clear_pairs(raw, count);
-    scale_pairs(raw, shared.scales[1], decayed, tile);
-    store_pairs(shared.RQ, warp, tile);
-    shift_pairs<bounded, false>(tile, found, gate, g, count, shifted);
-    store_decayed(0, shifted);
+    scale_pairs(raw, scales + CHUNK, decayed, rows);
+    store_pairs(shared.RQ, warp, rows);
     if (lane % 4 == 0)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int channel = warp * 16 + lane / 4 + r * 8;
             ChannelFactors &to = shared.factors;
-            to.fraction[channel] = exp2_approximate(found.fraction[r]);
-            to.whole[channel] = whole[r];
             to.from_start[channel] = power_of_two((int)found.middle[0][r]);
             int across = (int)(found.middle[1][r] - found.middle[0][r]), step = bounded ? across : across / 2;
             to.across[0][channel] = power_of_two(step), to.across[1][channel] = power_of_two(across - step);
@@ -582,18 +719,6 @@ inline __device__ void store_pair_products(GradientsShared &shared, const float 
                          pack_bf16(i > column ? left : 0.f, i > column + 1 ? right : 0.f));
         }
     fence_shared();
-}
-
-/* As scale_rows, for the second block of the tokens of q and of k. The others are multiplied by 1: were they left
- * alone, the compiler would run the products before and after one by one. */
-inline __device__ void scale_later_tokens(float (&T)[2 * CHUNK / 8][4], const float *factors, int channel) {
-    float x = factors[channel], y = factors[channel + 8], one = some_one();
-#pragma unroll
-    for (int i = 0; i < 2 * CHUNK / 8; i++) {
-        bool later = i % (CHUNK / 8) >= CHUNK / 16;
-        T[i][0] *= later ? x : one, T[i][1] *= later ? x : one, T[i][2] *= later ? y : one,
-            T[i][3] *= later ? y : one;
-    }
 }
 
 /* [T1 T2] of the warp's channels, from S, [dO; dX] and pairs. */
@@ -644,50 +769,13 @@ __device__ void find_rows(const Context &c, int chunk, int warp, float (&T)[2 * 
     pin(T);
 #pragma unroll
     for (int i = 0; i < (bounded ? 1 : 2); i++)
-        scale_later_tokens(T, shared.factors.across[i], channel);
+        scale_block<true>(T, shared.factors.across[i], channel);
     pin(T);
     wgmma_fence();
     wgmma_both<true, false, true>(T, advanced(CK, 16 * ROW), advanced(pairs, 32));
     wgmma_commit();
     wgmma_wait<0>();
     pin(T);
-}
-
-/* Sums of the thread's channels over a segment: what it adds to dA_log and to d_dt_bias. */
-struct GateSums {
-    float A[2] /* times log2(e) */, bias[2];
-};
-
-/* x is the gradient of a token's log decay a, and becomes g's. With z = g + dt_bias, a = lower_bound sigmoid(A z)
- * or -A softplus(z). */
-template <bool bounded>
-__device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pairs &g, int count,
-                              float (&x)[CHUNK / 8][4], GateSums &sums) {
-    int part = (int)thread() % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < CHUNK / 8; j++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float2 raw = unpack_bf16(g[j / 2][j % 2 * 2 + r]);
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                bool real = j * 8 + part + e < count;
-                float one = e ? raw.y : raw.x, offset = r ? gate.offset.y : gate.offset.x, dg, term;
-                if constexpr (bounded) {
-                    float y = fmaf(one, gate.slope, offset); /* -A z log2(e) */
-                    float grown = exp2_approximate(fminf(y, 120.f)), s = reciprocal_approximate(1.f + grown);
-                    float dy = p.lower_bound * s * (grown * s) * x[j][2 * r + e];
-                    dg = dy * gate.slope * -(1 / LOG2E), term = dy == 0 ? 0.f : -y * dy;
-                } else {
-                    float decay = log2_decay<false>(gate, one, offset), rest = rest_of(decay);
-                    float da = rest == 0 ? x[j][2 * r + e] : x[j][2 * r + e] * power_of_two((int)rest);
-                    float s = reciprocal_approximate(1.f + exp2_approximate(-fmaf(one, gate.slope, offset)));
-                    dg = gate.bound * s * da, term = da == 0 ? 0.f : decay * da;
-                }
-                x[j][2 * r + e] = real ? dg : 0.f;
-                sums.bias[r] += real ? dg : 0.f, sums.A[r] += real ? term : 0.f;
-            }
-        }
 }
 
 /* Stores gradients of q or k by value head, in fp32. */
@@ -705,39 +793,24 @@ inline __device__ void store_by_head(const kda_prefill &p, float *to, const Plac
         }
 }
 
-/* Rounds an accumulator's tiles into a tile of a chunk. */
-inline __device__ void store_rows(__nv_bfloat16 *tile, int warp, const float (*x)[4]) {
-    Pairs pairs;
-#pragma unroll
-    for (int t = 0; t < CHUNK / 16; t++)
-        pack_operand(x[2 * t], x[2 * t + 1], pairs[t]);
-    store_pairs(tile, warp, pairs);
-}
-
-/* The gradient of k or q, from d without what M's diagonal adds: that is `own` times the other one. Rows of x are
- * multiplied by `scales` to be normalised; `undo` takes p.scale out of these. `along` are sums of x d. The
- * gradient goes to by_head or, if that is NULL, to the tile. */
+/* The gradient of k or q, from d without what M's diagonal adds: that is `more` times the other one. Rows of x are
+ * multiplied by `scales` to be normalised, and `less` times x leaves for that. The gradient goes to by_head or, if
+ * that is NULL, to the tile. */
 inline __device__ void finish_rows(const kda_prefill &p, __nv_bfloat16 *tile, const Place &at, int warp,
-                                   Pairs &x, const Pairs &other, const float *scales, const float *other_scales,
-                                   float undo, const float *own, const float *along, float (*d)[4],
-                                   float *by_head) {
+                                   const Pairs &x, const Pairs &other, const float *scales, const float *more,
+                                   const float *less, float (*d)[4], float *by_head) {
     int part = (int)thread() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++) {
         auto of_tokens = [&](const float *values) {
             return *reinterpret_cast<const float2 *>(&values[j * 8 + part]);
         };
-        float2 scale = of_tokens(scales), sum = of_tokens(along), diagonal = of_tokens(own);
-        float2 more = of_tokens(other_scales), less = make_float2(0, 0);
-        more.x *= diagonal.x, more.y *= diagonal.y;
-        if (p.qk_norm)
-            less = make_float2(sum.x * (scale.x * undo) * (scale.x * undo),
-                               sum.y * (scale.y * undo) * (scale.y * undo));
+        float2 scale = of_tokens(scales), gain = of_tokens(more), loss = of_tokens(less);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float2 y = unpack_bf16(x[j / 2][j % 2 * 2 + r]), z = unpack_bf16(other[j / 2][j % 2 * 2 + r]);
-            d[j][2 * r] = fmaf(fmaf(z.x, more.x, d[j][2 * r]), scale.x, -y.x * less.x);
-            d[j][2 * r + 1] = fmaf(fmaf(z.y, more.y, d[j][2 * r + 1]), scale.y, -y.y * less.y);
+            d[j][2 * r] = fmaf(fmaf(z.x, gain.x, d[j][2 * r]), scale.x, -y.x * loss.x);
+            d[j][2 * r + 1] = fmaf(fmaf(z.y, gain.y, d[j][2 * r + 1]), scale.y, -y.y * loss.y);
         }
     }
     if (by_head) {
@@ -770,10 +843,8 @@ inline __device__ void send_gradients(const Context &c, const RawInputs &in, con
         ptx::cp_async_bulk_commit_group();
         return;
     }
-    int token = t / 8, part = t % 8; /* what lies after is another sequence's */
-    if (token >= at.count)
-        return;
-    for (int i = by_head ? 2 : 0; i < 3; i++) {
+    int token = t / 8, part = t % 8;
+    for (int i = by_head ? 2 : 0; i < 3 && token < at.count; i++) { /* what lies after is another sequence's */
         const kda_tensor &to = i == 0 ? c.b.dq : i == 1 ? c.b.dk : c.b.dg;
         const __nv_bfloat16 *from = i == 0 ? in.q : i == 1 ? in.k : in.g;
         char *row = kda_row(&to, at.batch, at.token + token, i < 2 ? at.key_head : at.head);
@@ -783,18 +854,17 @@ inline __device__ void send_gradients(const Context &c, const RawInputs &in, con
                 *reinterpret_cast<const uint4 *>(&from[swizzled<CHUNK, DIM>(token, column)]);
         }
     }
+    __syncwarp(); /* what follows is done by whole warps */
 }
 
-/* A chunk's gradients, from [T1 T2] and T3. */
-template <bool bounded>
-__device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, const Gate &gate, int warp,
-                             const Elements &decayed, float (&T)[2 * CHUNK / 8][4], float *dq_heads,
-                             float *dk_heads, const float *with_U, GateSums &sums) {
+/* A chunk's gradients, from [T1 T2] and T3. The states' warpgroups make that of g meanwhile. */
+inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, int warp,
+                                    const float *scales, const Elements &decayed, float (&T)[2 * CHUNK / 8][4],
+                                    float *dq_heads, float *dk_heads) {
     const kda_prefill &p = c.b.forward;
     GradientsShared &shared = c.shared;
     int t = (int)thread() - TEAM, lane = t % 32, part = lane % 4 * 2;
     float along[2 * CHUNK / 4]; /* of q's tokens, then of k's: two of each tile */
-    float da[CHUNK / 8][4];
     uint32_t RQ[4], RK[4], CK[4];
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++) {
@@ -803,8 +873,9 @@ __device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, c
             load_half(shared.RK, warp, j / 2, RK);
             load_half(shared.CK, warp, j / 2, CK);
         }
-        float4 x = shared.T3[warp / 4][j][t % GROUP];
-        const float T3[4] = {x.x, x.y, x.z, x.w};
+        float4 &own = shared.T3[warp / 4][j][t % GROUP];
+        const float T3[4] = {own.x, own.y, own.z, own.w};
+        float da[4];
         along[2 * j] = along[2 * j + 1] = along[CHUNK / 4 + 2 * j] = along[CHUNK / 4 + 2 * j + 1] = 0;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -816,14 +887,16 @@ __device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, c
                 float of_row = (e ? rk.y : rk.x) * -T[CHUNK / 8 + j][2 * r + e];
                 float of_column = (e ? ck.y : ck.x) * T3[2 * r + e];
                 along[2 * j + e] += of_q, along[CHUNK / 4 + 2 * j + e] += of_row + of_column;
-                da[j][2 * r + e] = of_column - of_q - of_row;
+                da[2 * r + e] = of_column - of_q - of_row;
                 float x = decayed[j][r][e]; /* T1 and T2 become dq and dk, but for M's diagonal and the norms */
                 T[j][2 * r + e] *= x;
                 T[CHUNK / 8 + j][2 * r + e] =
                     fmaf(-x, T[CHUNK / 8 + j][2 * r + e], reciprocal_approximate(x) * T3[2 * r + e]);
             }
         }
+        own = make_float4(da[0], da[1], da[2], da[3]);
     }
+    barrier_arrive(BARRIER_DECAYS, GRADIENT_THREADS);
     /* along: index 2 j + e of q, 8 + 2 j + e of k; a lane ends with two neighbours. */
     sum_over_channels<CHUNK / 4>(along);
     {
@@ -837,101 +910,73 @@ __device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, c
 #pragma unroll
         for (int i = 0; i < TEAM / 32; i++)
             sum += shared.partial[i][t];
-        shared.along[t] = sum;
+        float scale = t < CHUNK ? scales[CHUNK + lane] / p.scale : scales[lane];
+        shared.along[t] = p.qk_norm ? sum * scale * scale : 0.f;
     } else if (t < 3 * CHUNK && lane < at.count) {
-        float step = shared.scales[2][lane];
-        float d = step != 0 ? shared.diagonals[lane] / step * shared.scales[3][lane] : 0.f;
+        float step = shared.steps[lane];
+        float d = step != 0 ? shared.diagonals[lane] / step * shared.steps[CHUNK + lane] : 0.f;
         store_float(kda_row(&c.b.dbeta, at.batch, at.token + lane, at.head), c.b.dbeta.dtype, 0, d);
     }
-    /* da of a token: h, and what leaves less what enters at all tokens before it. */
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float sum = shared.h[warp * 16 + lane / 4 + r * 8];
-#pragma unroll
-        for (int j = 0; j < CHUNK / 8; j++) {
-            float first = da[j][2 * r], all, before = sum + sum_before(first + da[j][2 * r + 1], part / 2, all);
-            da[j][2 * r] = before, da[j][2 * r + 1] = before + first;
-            sum += all;
-        }
-    }
-    Pairs g;
-    load_pairs(in.g, warp, g);
-    gate_backward<bounded>(p, gate, g, at.count, da, sums);
-    __syncwarp();
-    store_rows(in.g, warp, da);
-    barrier_wait(BARRIER_GRADIENTS, TEAM); /* sums along rows are there */
     Pairs q, k;
     load_pairs(in.q, warp, q), load_pairs(in.k, warp, k);
-    __syncwarp();
-    finish_rows(p, in.q, at, warp, q, k, shared.scales[1], shared.scales[0], 1 / p.scale, with_U, shared.along,
-                T, dq_heads);
-    finish_rows(p, in.k, at, warp, k, q, shared.scales[0], shared.scales[1], 1.f, with_U, shared.along + CHUNK,
-                T + CHUNK / 8, dk_heads);
+    barrier_wait(BARRIER_GRADIENTS, TEAM); /* sums along rows are there */
+    finish_rows(p, in.q, at, warp, q, k, scales + CHUNK, shared.more, shared.along, T, dq_heads);
+    finish_rows(p, in.k, at, warp, k, q, scales, shared.more + CHUNK, shared.along + CHUNK, T + CHUNK / 8,
+                dk_heads);
     fence_shared();
-    barrier_wait(BARRIER_GRADIENTS, TEAM);
-    send_gradients(c, in, at, dq_heads);
 }
 
-/* Adds a thread's sums over its tokens to those of its quad and stores them. */
-inline __device__ void store_gate_sums(const GateSums &sums, int warp, float *to) {
-    int lane = (int)thread() % 32;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float A = sums.A[r] / LOG2E, bias = sums.bias[r];
-#pragma unroll
-        for (int bit = 1; bit < 4; bit *= 2)
-            A += __shfl_xor_sync(~0u, A, bit), bias += __shfl_xor_sync(~0u, bias, bit);
-        int channel = warp * 16 + lane / 4 + r * 8;
-        if (lane % 4 == 0)
-            to[channel] = A, to[DIM + channel] = bias;
-    }
-}
-
-template <bool bounded>
-__device__ void run_gradients(const Context &c, float *dq_heads, float *dk_heads, float *gate_sums) {
+template <bool bounded> __device__ void run_gradients(const Context &c, float *dq_heads, float *dk_heads) {
     GradientsShared &shared = c.shared;
     int t = (int)threadIdx.x - TEAM;
     Gate gate = find_gates<bounded>(c.b.forward, (int)c.segment.head, t / 32);
-    GateSums sums = {};
     float next_scale = 0, next_own = 0;
     auto load_scales = [&](int chunk) {
         const StateOperands &from = c.operands[chunk].state;
         next_scale = from.rk[t], next_own = from.diagonal[token_index(t % CHUNK)];
     };
+    auto send = [&](int chunk) {
+        barrier_wait(BARRIER_GATES, GRADIENT_THREADS);
+        send_gradients(c, shared.inputs[raw_place(chunk)].raw, chunk_of(c.segment, chunk), dq_heads);
+    };
     if (t < 4 * CHUNK)
         load_scales(c.chunks - 1);
-    barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
-    uint32_t parity = 0, fills = 0; /* a bit for each place of raw inputs */
+    uint32_t parity = 0;
     for (int chunk = c.chunks - 1; chunk >= 0; chunk--) {
         RawInputs &in = shared.inputs[raw_place(chunk)].raw;
         Place at = chunk_of(c.segment, chunk);
         int warp = ((int)thread() - TEAM) / 32; /* anew: what follows from it is not kept for the next chunk */
+        float *scales = shared.scales[chunk % 2];
+        bool first = chunk == c.chunks - 1;
         Elements decayed;
         float T[2 * CHUNK / 8][4];
-        if (t < 4 * CHUNK) {
-            shared.scales[0][t] = next_scale;
-            if (t < CHUNK)
-                shared.along[t] = shared.along[CHUNK + t] = next_own * shared.with_U[chunk][t];
-            if (chunk)
-                load_scales(chunk - 1);
-        }
+        if (t < 2 * CHUNK)
+            scales[t] = next_scale;
         barrier_wait(BARRIER_GRADIENTS, TEAM);
-        wait(shared.raw_in[raw_place(chunk)], fills >> raw_place(chunk) & 1);
-        fills ^= 1u << raw_place(chunk);
-        make_tiles<bounded>(c, in, gate, at.count, warp, decayed);
+        wait(shared.raw_in[raw_place(chunk)], (c.chunks - 1 - chunk) / 2 % 2);
+        make_tiles<bounded>(c, in, gate, at.count, warp, scales, first, decayed);
+        if (!first)
+            send(chunk + 1);
+        if (t < 2 * CHUNK) {
+            float with_U = shared.with_U[chunk][t % CHUNK];
+            shared.more[t] = with_U * next_scale;
+            shared.along[t] = with_U * next_own;
+        } else if (t < 4 * CHUNK)
+            shared.steps[t - 2 * CHUNK] = next_scale;
+        if (t < 4 * CHUNK && chunk)
+            load_scales(chunk - 1);
         wait(shared.values_in, parity);
         parity ^= 1;
         barrier_wait(BARRIER_TILES, GRADIENT_THREADS);
-        if (t == 0 && chunk && chunk < c.chunks - 1) { /* the gradients of the chunk after this one have left */
+        find_rows<bounded>(c, chunk, warp, T);
+        if (t == 0 && chunk && !first) { /* when the gradients of the chunk after this one have left */
             ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
             load_raw_inputs(c, chunk - 1);
         }
-        find_rows<bounded>(c, chunk, warp, T);
         barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
-        finish_chunk<bounded>(c, in, at, gate, warp, decayed, T, dq_heads, dk_heads, shared.with_U[chunk],
-                              sums);
+        finish_chunk(c, in, at, warp, scales, decayed, T, dq_heads, dk_heads);
     }
-    store_gate_sums(sums, t / 32, gate_sums);
+    send(0);
     if (t == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
 }
@@ -953,7 +998,7 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++)
             ptx::mbarrier_init(&shared.states_in[i], 1), ptx::mbarrier_init(&shared.raw_in[i], 1);
-        ptx::mbarrier_init(&shared.values_in, 1);
+        ptx::mbarrier_init(&shared.values_in, 2);
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
     __syncthreads();
@@ -974,10 +1019,11 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 1)
     }
     if (threadIdx.x < TEAM) {
         set_registers<STATES_REGISTERS>();
-        run_states<bounded>(c, first_state(b, c.segment), memory.adjoints + number * (DIM * DIM / 2));
+        run_states<bounded>(c, first_state(b, c.segment), memory.adjoints + number * (DIM * DIM / 2),
+                            gate_sums);
     } else {
         set_registers<GRADIENTS_REGISTERS>();
-        run_gradients<bounded>(c, memory.queries, memory.keys, gate_sums);
+        run_gradients<bounded>(c, memory.queries, memory.keys);
     }
 }
 

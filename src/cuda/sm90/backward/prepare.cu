@@ -19,6 +19,7 @@ struct alignas(1024) OperandsShared {
     /* bf16 factors of RK and RQ of the second block, and of CK of the first: to the boundary between them. */
     uint16_t from_boundary[DIM], to_boundary[DIM];
     uint64_t arrived;
+    int count; /* the chunk's tokens */
 };
 
 /* Scales of k and q, and M's diagonal: 8 threads find those of a token. */
@@ -73,16 +74,15 @@ __device__ void find_steps(const kda_prefill &p, const Place &at, StateOperands 
 }
 
 /* Makes the tiles of the warp's channels. */
-template <bool bounded>
-__device__ void make_tiles(const kda_prefill &p, const Place &at, OperandsShared &shared) {
+template <bool bounded> __device__ void make_tiles(const kda_prefill &p, int count, OperandsShared &shared) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     StateOperands &state = shared.operands.state;
-    Gate gate = find_gates<bounded>(p, (int)at.head, warp);
+    Gate gate = find_gates<bounded>(p, (int)blockIdx.y, warp);
     Pairs k, q, g;
     load_pairs(shared.keys, warp, k), load_pairs(shared.queries, warp, q), load_pairs(shared.gates, warp, g);
-    clear_pairs(k, at.count), clear_pairs(q, at.count);
+    clear_pairs(k, count), clear_pairs(q, count);
     Elements x, decayed, grown;
-    References found = find_decays<bounded>(gate, g, at.count, x);
+    References found = find_decays<bounded>(gate, g, count, x);
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
@@ -90,21 +90,20 @@ __device__ void make_tiles(const kda_prefill &p, const Place &at, OperandsShared
             decayed[j][i / 2][i % 2] = exp2_approximate(x[j][i / 2][i % 2]);
             grown[j][i / 2][i % 2] = exp2_approximate(-x[j][i / 2][i % 2]);
         }
-    Pairs tile, shifted;
+    Pairs tile, columns, shifted;
     float whole[2];
-    find_whole<bounded>(found, gate, g, at.count, whole);
+    find_whole<bounded>(found, gate, g, count, whole);
     __syncwarp();
-    scale_pairs(k, state.rk, decayed, tile);
+    scale_keys(k, state.rk, decayed, grown, tile, columns);
     store_pairs(shared.keys, warp, tile);
-    shift_pairs<bounded, false>(tile, found, gate, g, at.count, shifted);
+    store_pairs(shared.gates, warp, columns);
+    shift_pairs<bounded, false>(tile, found, gate, g, count, shifted);
     store_pairs(state.KT, warp, shifted);
     scale_pairs(q, state.rq, decayed, tile);
     store_pairs(shared.queries, warp, tile);
-    shift_pairs<bounded, false>(tile, found, gate, g, at.count, shifted);
+    shift_pairs<bounded, false>(tile, found, gate, g, count, shifted);
     store_pairs(shared.operands.QT, warp, shifted);
-    scale_pairs(k, state.rk, grown, tile);
-    store_pairs(shared.gates, warp, tile);
-    shift_pairs<bounded, true>(tile, found, gate, g, at.count, shifted);
+    shift_pairs<bounded, true>(columns, found, gate, g, count, shifted);
     store_pairs(state.KR, warp, shifted);
     if (lane % 4 == 0)
 #pragma unroll
@@ -255,7 +254,7 @@ __device__ void fold_queries(OperandsShared &shared, int rows, int columns) {
 }
 
 template <bool bounded>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, bounded ? 3 : 2)
     prepare_chunk(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
                   const __grid_constant__ kda_sm90_backward_memory workspace) {
     extern __shared__ __align__(1024) uint8_t memory[];
@@ -263,10 +262,12 @@ __global__ void __launch_bounds__(THREADS, 2)
     let_next_begin();
     const kda_prefill &p = b.forward;
     int chunk = blockIdx.x % CHUNKS, warp = threadIdx.x / 32;
-    Place at = chunk_of(find_segment(b, blockIdx.x / CHUNKS, blockIdx.y), chunk);
-    if (at.count == 0)
-        return;
-    if (threadIdx.x == 0) {
+    Place at = {};
+    if (warp < 2) /* the others need its count alone */
+        at = chunk_of(find_segment(b, blockIdx.x / CHUNKS, blockIdx.y), chunk);
+    if (threadIdx.x == 0)
+        shared.count = at.count;
+    if (threadIdx.x == 0 && at.count) {
         ptx::mbarrier_init(&shared.arrived, 1);
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
         expect_bytes(shared.arrived, 3 * TILE * 2);
@@ -274,17 +275,20 @@ __global__ void __launch_bounds__(THREADS, 2)
         bring_tile(shared.queries, maps.q, at, at.key_head, shared.arrived, read_again());
         bring_tile(shared.gates, maps.g, at, at.head, shared.arrived, read_again());
     }
-    if (warp == 1)
+    if (warp == 1 && at.count)
         find_steps(p, at, shared.operands.state);
     if (warp == 2) /* M above the diagonal blocks */
         *reinterpret_cast<uint4 *>(
             &shared.M[swizzled<CHUNK, CHUNK>(threadIdx.x % 16, 16 + threadIdx.x % 32 / 16 * 8)]) =
             make_uint4(0, 0, 0, 0);
     __syncthreads();
+    int count = shared.count;
+    if (count == 0)
+        return;
     wait(shared.arrived, 0);
-    find_scales(p, shared, at.count);
+    find_scales(p, shared, count);
     __syncthreads();
-    make_tiles<bounded>(p, at, shared);
+    make_tiles<bounded>(p, count, shared);
     __syncthreads();
     if (warp < 6)
         multiply_block(shared, warp % 2, warp < 2 ? 0 : 16, warp < 4 ? 0 : 16);

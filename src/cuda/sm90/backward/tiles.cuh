@@ -68,13 +68,9 @@ struct References {
 
 /* Sums x over the lanes of a quad before this one, which is its `part`; `all` over all four. */
 inline __device__ float sum_before(float x, int part, float &all) {
-    float up = __shfl_up_sync(~0u, x, 1, 4);
-    x += part >= 1 ? up : 0.f;
-    up = __shfl_up_sync(~0u, x, 2, 4);
-    x += part >= 2 ? up : 0.f;
-    up = __shfl_up_sync(~0u, x, 1, 4);
-    all = __shfl_sync(~0u, x, 3, 4);
-    return part ? up : 0.f;
+    float neighbour = __shfl_xor_sync(~0u, x, 1), pair = x + neighbour, other = __shfl_xor_sync(~0u, pair, 2);
+    all = pair + other;
+    return (part & 1 ? neighbour : 0.f) + (part & 2 ? other : 0.f);
 }
 
 /* Without a bound the factors of a block could leave bf16's range. Within a chunk a token's log2 decay then counts
@@ -207,6 +203,23 @@ inline __device__ void scale_pairs(const Pairs &x, const float *scales, const El
             float2 scale = *reinterpret_cast<const float2 *>(&scales[j * 8 + part]);
             float2 y = unpack_bf16(x[t][n]);
             scaled[t][n] = pack_bf16(y.x * scale.x * factors[j][r][0], y.y * scale.y * factors[j][r][1]);
+        }
+}
+
+/* The same of k, as rows and as columns of pairs of tokens. */
+inline __device__ void scale_keys(const Pairs &x, const float *scales, const Elements &decayed,
+                                  const Elements &grown, Pairs &rows, Pairs &columns) {
+    int part = (int)thread() % 4 * 2;
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            int j = t * 2 + n / 2, r = n % 2;
+            float2 scale = *reinterpret_cast<const float2 *>(&scales[j * 8 + part]);
+            float2 y = unpack_bf16(x[t][n]);
+            y.x *= scale.x, y.y *= scale.y;
+            rows[t][n] = pack_bf16(y.x * decayed[j][r][0], y.y * decayed[j][r][1]);
+            columns[t][n] = pack_bf16(y.x * grown[j][r][0], y.y * grown[j][r][1]);
         }
 }
 
