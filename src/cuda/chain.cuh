@@ -22,6 +22,7 @@ struct Chain {
     int64_t n, head, first_operands; /* of chunk 0, in Operands [HV][chunks] */
     int column;                      /* first of the CTA's columns of V */
     int columns;                     /* how many of them exist */
+    int share_column, share_channel; /* where the warp's share of a state begins; the column, of the CTA's */
 };
 
 /* Chain number `number`. The CTA's second index tells which columns of V it works. */
@@ -32,6 +33,7 @@ template <int COLUMNS> __device__ Chain find_chain(const kda_prefill &p, int64_t
     chain.column = blockIdx.y * COLUMNS;
     chain.columns = (int)(p.value_dim - chain.column < COLUMNS ? p.value_dim - chain.column : COLUMNS);
     chain.first_operands = chain.head * chunks + kda_first_chunk(&p, chain.sequence.first, chain.n);
+    chain.share_column = threadIdx.x / 32 * 16, chain.share_channel = 0;
     return chain;
 }
 
@@ -76,7 +78,7 @@ inline __device__ float2 unpack_output(kda_dtype dtype, uint32_t pair) {
 template <int COLUMNS>
 __device__ void store_outputs(const kda_tensor &out, const Chain &chain, struct kda_span span,
                               const float (&o)[CHUNK / 8][4]) {
-    int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16, left = (int)span.count;
+    int lane = threadIdx.x % 32, column = chain.share_column, left = (int)span.count;
     int size = out.dtype == KDA_F32 ? 4 : 2;
     int64_t stride = out.stride[1];
     char *rows = kda_row(&out, chain.sequence.batch, chain.sequence.first + span.first, chain.head) +
@@ -107,12 +109,12 @@ __device__ void store_outputs(const kda_tensor &out, const Chain &chain, struct 
 /* Runs f(element of S, channel, column of V) over the thread's share of the state. */
 template <int KP, class F>
 __device__ void each_element(const kda_prefill &p, const Chain &chain, float (&S)[KP / 8][4], F f) {
-    int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4;
+    int lane = threadIdx.x % 32, column = chain.share_column + lane / 4;
 #pragma unroll
     for (int c = 0; c < KP / 8; c++)
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-            int channel = c * 8 + lane % 4 * 2 + n % 2, j = column + n / 2 * 8;
+            int channel = chain.share_channel + c * 8 + lane % 4 * 2 + n % 2, j = column + n / 2 * 8;
             if (channel < p.key_dim && j < chain.columns)
                 f(S[c][n], channel, chain.column + j);
         }

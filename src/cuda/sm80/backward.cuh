@@ -28,9 +28,15 @@ template <int KP> struct alignas(16) BackwardOperands {
     __device__ __nv_bfloat16 *query(int row, int c) { return &queries[swizzled<CHUNK, KP>(row, c)]; }
 };
 
-/* A chunk's rows of e or Z, and a state or a gradient of one, at the columns of a tile; swizzled. */
+/* A chunk's rows of e or Z, and a state or a gradient of one, at the columns of a tile; swizzled. In the latter each group
+ * of 32 channels lies as accumulators hold it: a lane's four pairs, 8 channels apart, are one piece. */
 constexpr int ROWS_ELEMENTS = CHUNK * COLUMNS;
 template <int KP> constexpr int STATE_ELEMENTS = COLUMNS *KP; /* [COLUMNS][KP] */
+
+/* The channel that stands at place `place` of a state's row. */
+__host__ __device__ constexpr int channel_at(int place) {
+    return place / 32 * 32 + place % 8 / 2 * 8 + place % 32 / 8 * 2 + place % 2;
+}
 
 /* The workspace of a call, its pointers to the slab that is worked where there is one memory for all. Chunks are
  * numbered in a slab: [HV][slab's segments][chunks of a segment]. */

@@ -2,8 +2,8 @@
 /*
  * Takes states and gradients of states through the chunks of a slab, with the operands that backward_prepare.cu left.
  *
- * One CTA works a chain, or a segment of one, for 64 columns of V, and one warp 16 of them, transposed as in
- * general.cu:
+ * One CTA works a chain, or a segment of one, for 64 columns of V. A warp works 16 of them and, where K is long, half of
+ * the channels, transposed as in general.cu:
  *     there   X^T = V^T - S^T KT^T       e^T = X^T INV^T      U^T = e^T diag(b)
  *             S^T <- S^T diag(1 + carry) + U^T KR
  *     back    dU^T = R^T KR^T + dO^T M   Z^T = dU^T INV'      dV^T = Z^T diag(b)
@@ -23,7 +23,18 @@
 namespace kda {
 namespace {
 
-constexpr int WARPS = COLUMNS / 16, THREADS = WARPS * 32;
+/* The halves of K, or all of it, that warps share a state by. */
+constexpr int PART_THREADS = COLUMNS / 16 * 32;
+template <int KP> constexpr int PARTS = KP > 64 ? 2 : 1;
+template <int KP> constexpr int CHANNELS = KP / PARTS<KP>; /* of a part */
+template <int KP> constexpr int THREADS = PARTS<KP> *PART_THREADS;
+
+template <int KP> constexpr int CTAS = KP > 128 ? 1 : 2; /* of a multiprocessor, at least */
+
+/* A warp's share of a state: [16][CHANNELS], transposed. */
+template <int KP> using State = float[CHANNELS<KP> / 8][4];
+
+template <int KP> __device__ int part() { return PARTS<KP> > 1 ? (int)threadIdx.x / PART_THREADS : 0; }
 
 template <int KP> struct Stage {
     BackwardOperands<KP> operands;
@@ -39,7 +50,10 @@ template <int KP> __host__ __device__ constexpr int stage_bytes(int size) {
     return (int)sizeof(BackwardOperands<KP>) + CHUNK * COLUMNS * size;
 }
 
-/* The part of the operands that a way needs. */
+/* Before the stages: what parts give each other, a sum [16][CHUNK] of each warp. */
+template <int KP> constexpr int SUMS_BYTES = PARTS<KP> > 1 ? PARTS<KP> *COLUMNS *CHUNK * 4 : 0;
+
+/* What of the operands a way needs. */
 template <int KP> constexpr int THERE_BEGIN = 0;
 template <int KP> constexpr int THERE_END = offsetof(BackwardOperands<KP>, queries);
 template <int KP> constexpr int BACK_BEGIN = offsetof(BackwardOperands<KP>, keys);
@@ -54,10 +68,11 @@ struct Way {
 };
 
 /* False if there is nothing to do. */
+template <int KP>
 __device__ bool find_way(const kda_backward &b, const Slab &slab, const SlabSegment &s, int64_t head,
                          Way &way) {
     const kda_prefill &p = b.forward;
-    way.tile = (int)blockIdx.y;
+    way.tile = (int)(blockIdx.x % (unsigned)slab.tiles);
     way.first = kda_first_segment(&p.base, slab.segment, s.sequence.first, s.n);
     way.segments = kda_segments_of(s.sequence.length, slab.segment);
     way.begin = max(slab.begin - way.first, (int64_t)0);
@@ -67,10 +82,12 @@ __device__ bool find_way(const kda_backward &b, const Slab &slab, const SlabSegm
     chain.column = way.tile * COLUMNS;
     chain.columns = (int)min(p.value_dim - chain.column, (int64_t)COLUMNS);
     chain.first_operands = slab.chunk(head, way.first, 0);
+    chain.share_column = (int)threadIdx.x % PART_THREADS / 32 * 16, chain.share_channel = part<KP>() * CHANNELS<KP>;
     return way.begin < way.end;
 }
 
 /* The chain number `number` of those that may have segments in the slab. */
+template <int KP>
 __device__ bool find_chain_in_slab(const kda_backward &b, const Slab &slab, int64_t number, Way &way) {
     const kda_tokens &x = b.forward.base;
     SlabSegment s;
@@ -78,7 +95,7 @@ __device__ bool find_chain_in_slab(const kda_backward &b, const Slab &slab, int6
     if (s.n >= x.sequences)
         return false;
     s.sequence = kda_tokens_of(&x, s.n);
-    return find_way(b, slab, s, number % x.value_heads, way);
+    return find_way<KP>(b, slab, s, number % x.value_heads, way);
 }
 
 /* ---- Memory -------------------------------------------------------------------------------------- */
@@ -88,40 +105,49 @@ template <int KP, class T> __device__ T *state_at(T *states, const Slab &slab, i
     return states + (number * slab.tiles + tile) * STATE_ELEMENTS<KP>;
 }
 
-/* Rounded, as one swizzled tile. */
-template <int KP> __device__ void keep_state(__nv_bfloat16 *to, const float (&S)[KP / 8][4]) {
-    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
-#pragma unroll
-    for (int c = 0; c < KP / 8; c++) {
-        uint32_t *at = reinterpret_cast<uint32_t *>(&to[swizzled<COLUMNS, KP>(row, c * 8)]) + lane % 4;
-        at[0] = pack_bf16(S[c][0], S[c][1]);
-        at[8 * PANEL / 2] = pack_bf16(S[c][2], S[c][3]); /* 8 rows below */
-    }
+/* Where the lane's pieces of a state that is kept begin (backward.cuh). */
+template <int KP> __device__ int kept_piece(int c) {
+    int lane = threadIdx.x % 32, row = (int)threadIdx.x % PART_THREADS / 32 * 16 + lane / 4;
+    return part<KP>() * CHANNELS<KP> * COLUMNS + swizzled<COLUMNS, CHANNELS<KP>>(row, c * 8 + lane % 4 * 8);
 }
 
-template <int KP> __device__ void load_kept_state(const __nv_bfloat16 *from, float (&S)[KP / 8][4]) {
-    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+template <int KP> __device__ void keep_state(__nv_bfloat16 *to, const State<KP> &S) {
 #pragma unroll
-    for (int c = 0; c < KP / 8; c++) {
-        const uint32_t *at =
-            reinterpret_cast<const uint32_t *>(&from[swizzled<COLUMNS, KP>(row, c * 8)]) + lane % 4;
-        float2 upper = unpack_bf16(at[0]), lower = unpack_bf16(at[8 * PANEL / 2]);
-        S[c][0] = upper.x, S[c][1] = upper.y, S[c][2] = lower.x, S[c][3] = lower.y;
-    }
+    for (int c = 0; c < CHANNELS<KP> / 8; c += 4)
+#pragma unroll
+        for (int n = 0; n < 4; n += 2) /* the row, that 8 below */
+            *reinterpret_cast<uint4 *>(&to[kept_piece<KP>(c) + n / 2 * 8 * PANEL]) =
+                make_uint4(pack_bf16(S[c][n], S[c][n + 1]), pack_bf16(S[c + 1][n], S[c + 1][n + 1]),
+                           pack_bf16(S[c + 2][n], S[c + 2][n + 1]), pack_bf16(S[c + 3][n], S[c + 3][n + 1]));
+}
+
+template <int KP> __device__ void load_kept_state(const __nv_bfloat16 *from, State<KP> &S) {
+#pragma unroll
+    for (int c = 0; c < CHANNELS<KP> / 8; c += 4)
+#pragma unroll
+        for (int n = 0; n < 4; n += 2) {
+            uint4 piece = *reinterpret_cast<const uint4 *>(&from[kept_piece<KP>(c) + n / 2 * 8 * PANEL]);
+            const uint32_t pairs[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float2 pair = unpack_bf16(pairs[i]);
+                S[c + i][n] = pair.x, S[c + i][n + 1] = pair.y;
+            }
+        }
 }
 
 /* Between slabs states stay as they are: a thread finds what it left. */
-template <int KP> __device__ void leave_carried(float *to, const float (&S)[KP / 8][4]) {
+template <int KP> __device__ void leave_carried(float *to, const State<KP> &S) {
 #pragma unroll
-    for (int c = 0; c < KP / 8; c++)
-        reinterpret_cast<float4 *>(to)[c * THREADS + threadIdx.x] =
+    for (int c = 0; c < CHANNELS<KP> / 8; c++)
+        reinterpret_cast<float4 *>(to)[c * THREADS<KP> + threadIdx.x] =
             make_float4(S[c][0], S[c][1], S[c][2], S[c][3]);
 }
 
-template <int KP> __device__ void take_carried(const float *from, float (&S)[KP / 8][4]) {
+template <int KP> __device__ void take_carried(const float *from, State<KP> &S) {
 #pragma unroll
-    for (int c = 0; c < KP / 8; c++) {
-        float4 x = reinterpret_cast<const float4 *>(from)[c * THREADS + threadIdx.x];
+    for (int c = 0; c < CHANNELS<KP> / 8; c++) {
+        float4 x = reinterpret_cast<const float4 *>(from)[c * THREADS<KP> + threadIdx.x];
         S[c][0] = x.x, S[c][1] = x.y, S[c][2] = x.z, S[c][3] = x.w;
     }
 }
@@ -132,25 +158,28 @@ __device__ float *carried_at(const kda_backward &b, const Slab &slab, float *car
     return state_at<KP>(carried, slab, turn * b.forward.value_heads + way.chain.head, way.tile);
 }
 
-/* Rows of e or Z, from e^T or Z^T, as one swizzled tile. */
-__device__ void keep_rows(__nv_bfloat16 *to, const float (&x)[CHUNK / 8][4]) {
-    int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane % 4 * 2;
+/* Rows of e or Z, from e^T or Z^T, as one swizzled tile. Each part stores its share. */
+template <int KP> __device__ void keep_rows(__nv_bfloat16 *to, const float (&x)[CHUNK / 8][4]) {
+    int lane = threadIdx.x % 32, column = (int)threadIdx.x % PART_THREADS / 32 * 16 + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < CHUNK / 8; i++)
+    for (int i = 0; i < CHUNK / 8; i++) {
+        if (i % PARTS<KP> != part<KP>())
+            continue;
 #pragma unroll
         for (int half = 0; half < 2; half++)
             *reinterpret_cast<uint32_t *>(&to[swizzled<CHUNK, COLUMNS>(i * 8 + lane / 4, column + half * 8)]) =
                 transpose(pack_bf16(x[i][half * 2], x[i][half * 2 + 1]));
+    }
 }
 
 /* The state that prefill kept after `position` tokens, if it kept one, in place of S. */
 template <int KP>
-__device__ void take_kept(const kda_backward &b, const Chain &chain, int64_t position, float (&S)[KP / 8][4]) {
+__device__ void take_kept(const kda_backward &b, const Chain &chain, int64_t position, State<KP> &S) {
     if (!b.forward.checkpoints.data)
         return;
     struct kda_state state = kda_kept_state(&b, chain.n, position, chain.head);
     if (state.data)
-        load_state<KP>(b.forward, chain, state, S);
+        load_state<CHANNELS<KP>>(b.forward, chain, state, S);
 }
 
 /* ---- Operands ------------------------------------------------------------------------------------- */
@@ -162,10 +191,10 @@ __device__ void fetch(const BackwardOperands<KP> *all, const kda_tensor &values,
     struct kda_span span = kda_span_of_chunk(chain.sequence.length, chunk);
     const char *from = reinterpret_cast<const char *>(&all[chain.first_operands + chunk]);
     char *to = reinterpret_cast<char *>(&stage.operands);
-    for (int i = begin + threadIdx.x * 16; i < end; i += THREADS * 16)
+    for (int i = begin + threadIdx.x * 16; i < end; i += THREADS<KP> * 16)
         copy_async(to + i, from + i);
     if (values.data)
-        fetch_values<THREADS, COLUMNS>(values, chain, span, stage.values);
+        fetch_values<THREADS<KP>, COLUMNS>(values, chain, span, stage.values);
 }
 
 /* Stages of shared memory, in turns. walk runs f(chunk, its stage) for count chunks from `chunk` on, `step` (1 or -1)
@@ -183,7 +212,7 @@ __device__ void walk(const BackwardOperands<KP> *operands, const kda_tensor &val
                      int64_t chunk, int64_t step, int count, F f) {
     extern __shared__ __align__(16) char memory[];
     constexpr int AHEAD = STAGES<KP> - 1;
-    Stages<KP> stages = {memory, stage_bytes<KP>(values.data ? size_of(values.dtype) : 2)};
+    Stages<KP> stages = {memory + SUMS_BYTES<KP>, stage_bytes<KP>(values.data ? size_of(values.dtype) : 2)};
     if (AHEAD && count > 0)
         fetch<KP>(operands, values, chain, chunk, begin, end, stages[0]);
     copy_async_commit();
@@ -205,10 +234,11 @@ __device__ void walk(const BackwardOperands<KP> *operands, const kda_tensor &val
 /* ---- Products ------------------------------------------------------------------------------------- */
 
 /* S^T <- S^T diag(1 + carry) */
-template <int KP> __device__ void decay(float (&S)[KP / 8][4], const BackwardOperands<KP> &operands) {
+template <int KP> __device__ void decay(State<KP> &S, const BackwardOperands<KP> &operands) {
+    const float *carries = &operands.carry[part<KP>() * CHANNELS<KP> + threadIdx.x % 4 * 2];
 #pragma unroll
-    for (int c = 0; c < KP / 8; c++) {
-        float2 carry = *reinterpret_cast<const float2 *>(&operands.carry[c * 8 + threadIdx.x % 4 * 2]);
+    for (int c = 0; c < CHANNELS<KP> / 8; c++) {
+        float2 carry = *reinterpret_cast<const float2 *>(&carries[c * 8]);
         S[c][0] = fmaf(S[c][0], carry.x, S[c][0]), S[c][1] = fmaf(S[c][1], carry.y, S[c][1]);
         S[c][2] = fmaf(S[c][2], carry.x, S[c][2]), S[c][3] = fmaf(S[c][3], carry.y, S[c][3]);
     }
@@ -225,13 +255,37 @@ __device__ void times_steps(float (&x)[CHUNK / 8][4], float factor, const Backwa
     }
 }
 
-/* x^T [16][CHUNK] += S^T rows^T; S in one term, or in two. */
-template <int KP, bool exact>
-__device__ void multiply_state(float (&x)[CHUNK / 8][4], const float (&S)[KP / 8][4],
-                               const __nv_bfloat16 *rows) {
-    MatrixRow<CHUNK, KP> tile(rows, false);
+/* The part's channels of a tile [CHUNK][KP]: a tile of its own. */
+template <int KP> __device__ const __nv_bfloat16 *share_of(const __nv_bfloat16 *tile) {
+    return tile + part<KP>() * CHUNK * CHANNELS<KP>;
+}
+
+/* Adds the parts' sums: each part gets the same. */
+template <int KP> __device__ void add_parts(float (&x)[CHUNK / 8][4]) {
+    if (PARTS<KP> == 1)
+        return;
+    extern __shared__ __align__(16) char memory[];
+    float4 *sums = reinterpret_cast<float4 *>(memory);
+    int thread = (int)threadIdx.x % PART_THREADS;
 #pragma unroll
-    for (int c = 0; c < KP / 16; c++) {
+    for (int i = 0; i < CHUNK / 8; i++)
+        sums[(part<KP>() * (CHUNK / 8) + i) * PART_THREADS + thread] =
+            make_float4(x[i][0], x[i][1], x[i][2], x[i][3]);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < CHUNK / 8; i++) {
+        float4 y = sums[((1 - part<KP>()) * (CHUNK / 8) + i) * PART_THREADS + thread];
+        x[i][0] += y.x, x[i][1] += y.y, x[i][2] += y.z, x[i][3] += y.w;
+    }
+}
+
+/* x^T [16][CHUNK] += S^T rows^T over the part's channels; S in one term, or in two. */
+template <int KP, bool exact>
+__device__ void multiply_state(float (&x)[CHUNK / 8][4], const State<KP> &S,
+                               const __nv_bfloat16 *rows) {
+    MatrixRow<CHUNK, CHANNELS<KP>> tile(share_of<KP>(rows), false);
+#pragma unroll
+    for (int c = 0; c < CHANNELS<KP> / 16; c++) {
         Split a;
         uint32_t k[4];
         if (exact)
@@ -253,10 +307,10 @@ __device__ void multiply_state(float (&x)[CHUNK / 8][4], const float (&S)[KP / 8
 
 /* S^T += a times the tile's 16 rows from t on. */
 template <int KP>
-__device__ void add_rows(float (&S)[KP / 8][4], const uint32_t (&a)[4], const MatrixRow<CHUNK, KP> &tile,
+__device__ void add_rows(State<KP> &S, const uint32_t (&a)[4], const MatrixRow<CHUNK, CHANNELS<KP>> &tile,
                          int t) {
 #pragma unroll
-    for (int c = 0; c < KP / 16; c++) {
+    for (int c = 0; c < CHANNELS<KP> / 16; c++) {
         uint32_t k[4];
         ldmatrix_transposed(k, tile.at(t, c * 16));
         mma(S[2 * c], a, k[0], k[1]);
@@ -266,14 +320,14 @@ __device__ void add_rows(float (&S)[KP / 8][4], const uint32_t (&a)[4], const Ma
 
 /* S^T += x^T rows, x in two terms. */
 template <int KP>
-__device__ void add_product(float (&S)[KP / 8][4], const float (&x)[CHUNK / 8][4], const __nv_bfloat16 *rows) {
-    MatrixRow<CHUNK, KP> tile(rows, true);
+__device__ void add_product(State<KP> &S, const float (&x)[CHUNK / 8][4], const __nv_bfloat16 *rows) {
+    MatrixRow<CHUNK, CHANNELS<KP>> tile(share_of<KP>(rows), true);
 #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++) {
         Split a;
         split_operand(x[2 * i], x[2 * i + 1], a);
 #pragma unroll
-        for (int c = 0; c < KP / 16; c++) {
+        for (int c = 0; c < CHANNELS<KP> / 16; c++) {
             uint32_t k[4];
             ldmatrix_transposed(k, tile.at(i * 16, c * 16));
             mma(S[2 * c], a.rounded, k[0], k[1]);
@@ -288,15 +342,16 @@ __device__ void add_product(float (&S)[KP / 8][4], const float (&x)[CHUNK / 8][4
 
 /* S^T becomes that after the chunk; e^T is the chunk's. */
 template <int KP>
-__device__ void advance(const kda_tensor &v, const Stage<KP> &stage, float (&S)[KP / 8][4],
+__device__ void advance(const kda_tensor &v, const Chain &chain, const Stage<KP> &stage, State<KP> &S,
                         float (&e)[CHUNK / 8][4]) {
     const BackwardOperands<KP> &operands = stage.operands;
     float x[CHUNK / 8][4] = {};
     multiply_state<KP, false>(x, S, operands.keys);
+    add_parts<KP>(x);
 #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++) {
         float values[2][4];
-        load_values<COLUMNS>(v.dtype, stage.values, i * 16, values);
+        load_values<COLUMNS>(v.dtype, stage.values, chain.share_column, i * 16, values);
 #pragma unroll
         for (int n = 0; n < 4; n++)
             x[2 * i][n] = values[0][n] - x[2 * i][n], x[2 * i + 1][n] = values[1][n] - x[2 * i + 1][n];
@@ -313,27 +368,27 @@ __device__ void advance(const kda_tensor &v, const Stage<KP> &stage, float (&S)[
 
 /* Takes a chain's state through its chunks in the slab and keeps those before segments. */
 template <int KP>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS<KP>, CTAS<KP>)
     backward_states(const __grid_constant__ kda_backward b, const __grid_constant__ Slab slab,
                     const __grid_constant__ BackwardMemory<KP> memory) {
     Way way;
-    if (!find_chain_in_slab(b, slab, blockIdx.x, way))
+    if (!find_chain_in_slab<KP>(b, slab, blockIdx.x / (unsigned)slab.tiles, way))
         return;
     const Chain &chain = way.chain;
     int64_t end = min(way.end, way.segments - 1); /* nothing begins after the last segment */
     if (way.begin >= end)
         return;
-    float S[KP / 8][4];
+    State<KP> S;
     if (way.begin > 0)
         take_carried<KP>(carried_at<KP>(b, slab, memory.carried_S, !slab.turn, way), S);
     else
-        load_state<KP>(b.forward, chain,
+        load_state<CHANNELS<KP>>(b.forward, chain,
                        kda_state_at(&b.forward, &b.forward.initial_state, chain.n, chain.head), S);
     walk<KP, THERE_BEGIN<KP>, THERE_END<KP>>(
         memory.operands, b.forward.v, chain, way.begin * slab.chunks, 1, (int)(end - way.begin) * slab.chunks,
         [&](int64_t chunk, const Stage<KP> &stage) {
             float e[CHUNK / 8][4] = {};
-            advance<KP>(b.forward.v, stage, S, e);
+            advance<KP>(b.forward.v, chain, stage, S, e);
             take_kept<KP>(b, chain, (chunk + 1) * CHUNK, S);
             if ((chunk + 1) % slab.chunks == 0)
                 keep_state<KP>(state_at<KP>(memory.kept, slab,
@@ -352,16 +407,16 @@ __device__ void run_segment(const kda_backward &b, const Slab &slab, const Backw
     Way way;
     int64_t head = number % b.forward.value_heads, segment = slab.begin + number / b.forward.value_heads;
     SlabSegment s = find_segment(b, slab, segment);
-    if (!find_way(b, slab, s, head, way) || s.within < 0 || s.within >= way.segments)
+    if (!find_way<KP>(b, slab, s, head, way) || s.within < 0 || s.within >= way.segments)
         return;
     const Chain &chain = way.chain;
-    float S[KP / 8][4];
+    State<KP> S;
     if (s.within == 0)
-        load_state<KP>(b.forward, chain, kda_state_at(&b.forward, &b.forward.initial_state, chain.n, head), S);
+        load_state<CHANNELS<KP>>(b.forward, chain, kda_state_at(&b.forward, &b.forward.initial_state, chain.n, head), S);
     else if (slab.finds_states)
         load_kept_state<KP>(state_at<KP>(memory.kept, slab, head * slab.segments + segment, way.tile), S);
     else
-        load_state<KP>(b.forward, chain, kda_kept_state(&b, chain.n, s.within * slab.segment, head), S);
+        load_state<CHANNELS<KP>>(b.forward, chain, kda_kept_state(&b, chain.n, s.within * slab.segment, head), S);
     int64_t first = s.within * slab.chunks;
     int count = (int)(min(first + slab.chunks, kda_chunks_of(chain.sequence.length)) - first);
     walk<KP, THERE_BEGIN<KP>, THERE_END<KP>>(
@@ -369,9 +424,10 @@ __device__ void run_segment(const kda_backward &b, const Slab &slab, const Backw
             int64_t at = chain.first_operands + chunk;
             float e[CHUNK / 8][4] = {};
             keep_state<KP>(state_at<KP>(memory.S, slab, at, way.tile), S);
-            advance<KP>(b.forward.v, stage, S, e);
-            keep_rows(memory.e + (at * slab.tiles + way.tile) * ROWS_ELEMENTS, e);
-            take_kept<KP>(b, chain, (chunk + 1) * CHUNK, S);
+            advance<KP>(b.forward.v, chain, stage, S, e);
+            keep_rows<KP>(memory.e + (at * slab.tiles + way.tile) * ROWS_ELEMENTS, e);
+            if (chunk + 1 < first + count)
+                take_kept<KP>(b, chain, (chunk + 1) * CHUNK, S);
         });
 }
 
@@ -393,7 +449,7 @@ __device__ void multiply_M(float (&sum)[CHUNK / 8][4], const uint32_t (&a)[4], c
 
 /* R^T becomes that before the chunk; Z^T is the chunk's. */
 template <int KP>
-__device__ void go_back(const kda_tensor &d_out, const Stage<KP> &stage, float (&R)[KP / 8][4],
+__device__ void go_back(const kda_tensor &d_out, const Chain &chain, const Stage<KP> &stage, State<KP> &R,
                         float (&Z)[CHUNK / 8][4]) {
     const BackwardOperands<KP> &operands = stage.operands;
     uint32_t given[CHUNK / 16][4] = {}; /* dO^T */
@@ -403,14 +459,16 @@ __device__ void go_back(const kda_tensor &d_out, const Stage<KP> &stage, float (
 #pragma unroll
         for (int i = 0; i < CHUNK / 16; i++) {
             float values[2][4];
-            load_values<COLUMNS>(d_out.dtype, stage.values, i * 16, values);
+            load_values<COLUMNS>(d_out.dtype, stage.values, chain.share_column, i * 16, values);
             pack_operand(values[0], values[1], given[i]);
-            multiply_M(dU, given[i], operands.M, i * 16);
+            if (part<KP>() == 0)
+                multiply_M(dU, given[i], operands.M, i * 16);
         }
+    add_parts<KP>(dU);
     multiply_inverse<true>(Z, dU, operands.adjoint_inverse);
     decay<KP>(R, operands);
     if (d_out.data) {
-        MatrixRow<CHUNK, KP> queries(operands.queries, true);
+        MatrixRow<CHUNK, CHANNELS<KP>> queries(share_of<KP>(operands.queries), true);
 #pragma unroll
         for (int i = 0; i < CHUNK / 16; i++)
             add_rows<KP>(R, given[i], queries, i * 16);
@@ -429,14 +487,14 @@ template <int KP>
 __device__ void run_back(const kda_backward &b, const Slab &slab, const BackwardMemory<KP> &memory,
                          int64_t number) {
     Way way;
-    if (!find_chain_in_slab(b, slab, number, way))
+    if (!find_chain_in_slab<KP>(b, slab, number, way))
         return;
     const Chain &chain = way.chain;
-    float R[KP / 8][4];
+    State<KP> R;
     if (way.end < way.segments)
         take_carried<KP>(carried_at<KP>(b, slab, memory.carried_R, !slab.turn, way), R);
     else
-        load_state<KP>(b.forward, chain, kda_state_at(&b.forward, &b.d_final_state, chain.n, chain.head), R);
+        load_state<CHANNELS<KP>>(b.forward, chain, kda_state_at(&b.forward, &b.d_final_state, chain.n, chain.head), R);
     int64_t first = way.begin * slab.chunks;
     int count = (int)(min(way.end * slab.chunks, kda_chunks_of(chain.sequence.length)) - first);
     walk<KP, BACK_BEGIN<KP>, BACK_END<KP>>(
@@ -446,10 +504,10 @@ __device__ void run_back(const kda_backward &b, const Slab &slab, const Backward
             float Z[CHUNK / 8][4] = {};
             if (memory.R)
                 keep_state<KP>(state_at<KP>(memory.R, slab, at, way.tile), R);
-            go_back<KP>(b.d_out, stage, R, Z);
+            go_back<KP>(b.d_out, chain, stage, R, Z);
             if (memory.R)
-                keep_rows(memory.Z + (at * slab.tiles + way.tile) * ROWS_ELEMENTS, Z);
-            if (b.dv.data) {
+                keep_rows<KP>(memory.Z + (at * slab.tiles + way.tile) * ROWS_ELEMENTS, Z);
+            if (b.dv.data && part<KP>() == 0) {
                 times_steps(Z, 1.f, stage.operands);
                 store_outputs<COLUMNS>(b.dv, chain, kda_span_of_chunk(chain.sequence.length, chunk), Z);
             }
@@ -458,17 +516,18 @@ __device__ void run_back(const kda_backward &b, const Slab &slab, const Backward
     if (way.begin > 0)
         leave_carried<KP>(carried_at<KP>(b, slab, memory.carried_R, slab.turn, way), R);
     else if (initial.data)
-        store_state<KP>(b.forward, chain, initial, R);
+        store_state<CHANNELS<KP>>(b.forward, chain, initial, R);
 }
 
 template <int KP>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS<KP>, CTAS<KP>)
     backward_chains(const __grid_constant__ kda_backward b, const __grid_constant__ Slab slab,
                     const __grid_constant__ BackwardMemory<KP> memory, int chains) {
-    if (blockIdx.x < chains)
-        run_back<KP>(b, slab, memory, blockIdx.x);
+    int number = (int)(blockIdx.x / (unsigned)slab.tiles);
+    if (number < chains)
+        run_back<KP>(b, slab, memory, number);
     else
-        run_segment<KP>(b, slab, memory, blockIdx.x - chains);
+        run_segment<KP>(b, slab, memory, number - chains);
 }
 
 /* ---- Launches ------------------------------------------------------------------------------------ */
@@ -476,8 +535,8 @@ __global__ void __launch_bounds__(THREADS)
 template <int KP>
 cudaError_t launch_states(const kda_backward *b, const kda_backward_plan *plan,
                           const kda_backward_launch *launch, void *workspace) {
-    return launch_kernel(backward_states<KP>, launch->grid, THREADS,
-                         STAGES<KP> * stage_bytes<KP>(size_of(b->forward.v.dtype)), b->forward.stream, false,
+    return launch_kernel(backward_states<KP>, launch->grid, THREADS<KP>,
+                         SUMS_BYTES<KP> + STAGES<KP> * stage_bytes<KP>(size_of(b->forward.v.dtype)), b->forward.stream, false,
                          *b, make_slab(b, plan, launch), make_memory<KP>(b, plan, workspace));
 }
 
@@ -489,7 +548,7 @@ cudaError_t launch_chains(const kda_backward *b, const kda_backward_plan *plan,
                 (b->d_out.data && b->d_out.dtype == KDA_F32);
     if (!plan->needs_gradients)
         memory.R = nullptr;
-    return launch_kernel(backward_chains<KP>, launch->grid, THREADS, STAGES<KP> * stage_bytes<KP>(wide ? 4 : 2),
+    return launch_kernel(backward_chains<KP>, launch->grid, THREADS<KP>, SUMS_BYTES<KP> + STAGES<KP> * stage_bytes<KP>(wide ? 4 : 2),
                          b->forward.stream, false, *b, make_slab(b, plan, launch), memory,
                          (int)kda_sm80_chains_in_slab(b, plan, launch->slab));
 }

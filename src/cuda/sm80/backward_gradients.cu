@@ -365,15 +365,17 @@ struct Tokens {
     __device__ float operator[](int t) const { return first[t * (LANE_CHANNELS + 1)]; }
 };
 
-/* They are there until the buffer's next use. */
-__device__ Tokens exchange(const float (&x)[4][4], Exchange &buffer) {
+/* They are there until the buffer's next use. of_states: a state made them, and their columns lie as its channels. */
+template <bool of_states> __device__ Tokens exchange(const float (&x)[4][4], Exchange &buffer) {
     int lane = threadIdx.x % 32;
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
-        for (int n = 0; n < 4; n++)
-            buffer[lane / 4 + n / 2 * 8][i * 8 + lane % 4 * 2 + n % 2] = x[i][n];
+        for (int n = 0; n < 4; n++) {
+            int column = i * 8 + lane % 4 * 2 + n % 2;
+            buffer[lane / 4 + n / 2 * 8][of_states ? channel_at(column) : column] = x[i][n];
+        }
     __syncwarp();
     return {&buffer[0][lane]};
 }
@@ -563,21 +565,21 @@ __device__ void finish_pair_products(const Position &at, const float (&a)[BLOCK]
             sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
     };
     multiply_columns<KP>(sums, shared.dM, shared, at.block, channel);
-    Tokens x = exchange(sums, buffer);
+    Tokens x = exchange<false>(sums, buffer);
     from_middle(a, [&](int t, float decay) {
         passing[t] = value(shared.rows_q, t) * x[t];
         gradients.dq[t] += exp2_approximate(decay) * x[t] * (shared.redo[1][first + t] * unit);
     });
     clear();
     multiply_columns<KP>(sums, shared.dL, shared, at.block, channel);
-    x = exchange(sums, buffer);
+    x = exchange<false>(sums, buffer);
     from_middle(a, [&](int t, float decay) {
         passing[t] += value(shared.rows_k, t) * x[t];
         gradients.dk[t] += exp2_approximate(decay) * x[t] * (shared.redo[0][first + t] * unit);
     });
     clear();
     multiply_rows<KP>(sums, shared, at.block, at.block, channel);
-    x = exchange(sums, buffer);
+    x = exchange<false>(sums, buffer);
     from_middle(a, [&](int t, float decay) {
         passing[t] -= value(shared.columns, t) * x[t];
         gradients.dk[t] += exp2_approximate(-decay) * x[t] * (shared.redo[0][first + t] * unit);
@@ -588,7 +590,7 @@ __device__ void finish_pair_products(const Position &at, const float (&a)[BLOCK]
     if (at.block == 0) {
         clear();
         multiply_rows<KP>(sums, shared, 1, 0, channel);
-        x = exchange(sums, buffer);
+        x = exchange<false>(sums, buffer);
         float to_next = exp2_approximate(shared.to_next[0][at.c]);
         float before_next = exp2_approximate(shared.to_next[1][at.c]), given = 0;
         from_middle(a, [&](int t, float decay) {
@@ -731,7 +733,7 @@ __device__ void run_head(const kda_backward &b, const Slab &slab, const Backward
     int c = threadIdx.x % (KP / 8) * 8;
 #pragma unroll
     for (int i = 0; i < 8; i++)
-        shared.slices[threadIdx.x / (KP / 8)][c + i] = sums.S_R[i];
+        shared.slices[threadIdx.x / (KP / 8)][channel_at(c + i)] = sums.S_R[i];
     float unit = make_pairs<KP>(sums, shared); /* which waits for all */
     float across = 0;
 #pragma unroll
@@ -740,9 +742,9 @@ __device__ void run_head(const kda_backward &b, const Slab &slab, const Backward
     across *= exp2_approximate(shared.through[0][at.c] + shared.through[1][at.c]);
     __syncthreads(); /* the slices have been read */
     int warp = threadIdx.x / 32;
-    StateProducts products = {exchange(sums.d_out_S, shared.exchange[warp]),
-                              exchange(sums.Z_S, shared.of_states[0][warp]),
-                              exchange(sums.e_R, shared.of_states[1][warp])};
+    StateProducts products = {exchange<true>(sums.d_out_S, shared.exchange[warp]),
+                              exchange<true>(sums.Z_S, shared.of_states[0][warp]),
+                              exchange<true>(sums.e_R, shared.of_states[1][warp])};
     channel.load(b.forward, at, key_head);
     finish_states<KP>(at, products, a, channel, gradients, da, shared);
     __syncthreads(); /* the products have been read */

@@ -112,8 +112,8 @@ struct kda_backward_launch kda_sm80_backward_launch_at(const struct kda_backward
     int64_t segments = segments_in(plan, launch.slab), chunks = segments * chunks_of_segment(plan);
     int64_t grid[][2] = {
         [KDA_SM80_BACKWARD_PREPARE] = {chunks, p->value_heads},
-        [KDA_SM80_BACKWARD_STATES] = {chains, tiles},
-        [KDA_SM80_BACKWARD_CHAINS] = {chains + (plan->needs_gradients ? segments * p->value_heads : 0), tiles},
+        [KDA_SM80_BACKWARD_STATES] = {chains * tiles, 1},
+        [KDA_SM80_BACKWARD_CHAINS] = {(chains + (plan->needs_gradients ? segments * p->value_heads : 0)) * tiles, 1},
         [KDA_SM80_BACKWARD_GRADIENTS] = {chunks, p->heads},
         [KDA_SM80_BACKWARD_SUMS] = {p->value_heads, (p->key_dim + SUMS) / SUMS}};
     launch.name = names[launch.kernel];

@@ -59,10 +59,10 @@ __device__ void multiply_inverse(float (&u)[CHUNK / 8][4], const float (&x)[CHUN
         }
 }
 
-/* x^T [16 columns of V][16 tokens from t on], as two accumulator tiles, from values as fetched. */
+/* x^T [16 columns of V from `column` on][16 tokens from t on], as two accumulator tiles, from values as fetched. */
 template <int COLUMNS>
-__device__ void load_values(kda_dtype dtype, const char *values, int t, float (&x)[2][4]) {
-    int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16;
+__device__ void load_values(kda_dtype dtype, const char *values, int column, int t, float (&x)[2][4]) {
+    int lane = threadIdx.x % 32;
     if (dtype == KDA_F32) {
         for (int i = 0; i < 8; i++)
             x[i / 4][i % 4] = reinterpret_cast<const float *>(

@@ -89,7 +89,7 @@ __device__ void advance(const kda_prefill &p, const Chain &chain, const Stage<KP
 #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++) {
         float v[2][4];
-        load_values<COLUMNS>(p.v.dtype, stage.values, i * 16, v);
+        load_values<COLUMNS>(p.v.dtype, stage.values, chain.share_column, i * 16, v);
 #pragma unroll
         for (int n = 0; n < 4; n++)
             w[2 * i][n] = v[0][n] - w[2 * i][n], w[2 * i + 1][n] = v[1][n] - w[2 * i + 1][n];
