@@ -9,7 +9,7 @@
  * gradients  A CTA makes all other gradients of a segment. Two warpgroups take S forwards from the segment's
  *            checkpoint and leave S and U of each chunk. Then they take R backwards, as R [K][V]; since dX is known,
  *            no product of that waits for another. Beside them two warpgroups make tiles and gradients, with
- *            channels as rows.
+ *            channels as rows; that of g is left to the former.
  * sums       Adds what segments leave of dA_log and d_dt_bias, in a fixed order.
  * heads      Adds gradients of q and k over the value heads that share them.
  *

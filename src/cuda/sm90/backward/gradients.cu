@@ -234,7 +234,7 @@ inline __device__ void multiply_diagonal(const float (&U)[CHUNK / 8][4], const _
     }
     sum_over_channels<CHUNK / 8>(x);
     x[0] += __shfl_xor_sync(~0u, x[0], 16), x[1] += __shfl_xor_sync(~0u, x[1], 16);
-    int lane = (int)thread() % 32;
+    int lane = (int)(thread() % 32);
     if (lane < 16)
         *reinterpret_cast<float2 *>(&sums[lane * 2]) = make_float2(x[0], x[1]);
 }
@@ -243,12 +243,12 @@ inline __device__ void multiply_diagonal(const float (&U)[CHUNK / 8][4], const _
 template <bool last> __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM / 8][4]) {
     GradientsShared &shared = c.shared;
     const StateInputs &in = shared.inputs[chunk % 2].state;
-    int t = (int)thread(), warp = t / 32;
+    int t = (int)(thread() % TEAM), warp = t / 32;
     uint64_t KT = wgmma_operand(in.operands.KT, 0, 8 * ROW, SWIZZLE_128);
     uint64_t KR = wgmma_operand(in.operands.KR, TOKENS * 2, 8 * ROW, SWIZZLE_128);
     uint64_t N = wgmma_operand(in.operands.N, 0, 8 * PAIR_ROW, SWIZZLE_64);
     bool keeps = chunk || c.chunks <= STATES; /* else S is found again when there is a place for it */
-    MatrixRow<DIM, DIM> kept(shared.states[place_of_state(chunk)], true, thread());
+    MatrixRow<DIM, DIM> kept(shared.states[place_of_state(chunk)], true, thread() % 32);
     wait(shared.states_in[chunk % 2], chunk / 2 % 2);
     float W[CHUNK / 8][4], U[CHUNK / 8][4];
     multiply_state(W, S, KT, [&](int i, const uint32_t(&a)[4]) {
@@ -332,7 +332,7 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
 
 /* Rows of dO and dX from `count` on become 0: they may be another sequence's. */
 inline __device__ void clear_value_rows(GradientsShared &shared, int count) {
-    for (int i = (int)thread(); i < 4 * (CHUNK - count) * (ROW / 16); i += TEAM) {
+    for (int i = (int)(thread() % TEAM); i < 4 * (CHUNK - count) * (ROW / 16); i += TEAM) {
         int piece = i % (ROW / 16), row = count + i / (ROW / 16) % (CHUNK - count);
         int tile = i / (ROW / 16) / (CHUNK - count);
         reinterpret_cast<uint4 *>(shared.values[0] + tile * TOKENS + row * PANEL)[piece] =
@@ -343,8 +343,8 @@ inline __device__ void clear_value_rows(GradientsShared &shared, int count) {
 
 /* Keeps S at the segment's start in the place of the last chunk's, which is done. */
 inline __device__ void keep_first_state(const Context &c, const kda_state &first) {
-    int t = (int)thread(), warp = t / 32, row = warp * 16 + t % 32 / 4;
-    MatrixRow<DIM, DIM> kept(c.shared.states[place_of_state(0)], true, thread());
+    int t = (int)(thread() % TEAM), warp = t / 32, row = warp * 16 + t % 32 / 4;
+    MatrixRow<DIM, DIM> kept(c.shared.states[place_of_state(0)], true, thread() % 32);
     if (first.data && first.dtype == KDA_BF16 && as_pairs(first)) {
         const char *rows[2] = {element(first, row, t % 4 * 2), element(first, row + 8, t % 4 * 2)};
 #pragma unroll 1
@@ -419,8 +419,8 @@ __device__ void apply_rests(const Context &c, int chunk, int warp, float (&d)[TI
 
 /* Sums R S over V, for the thread's two channels. */
 inline __device__ void find_h(GradientsShared &shared, int chunk, const float (&R)[DIM / 8][4], float (&h)[2]) {
-    int warp = (int)thread() / 32;
-    MatrixRow<DIM, DIM> rows(shared.states[place_of_state(chunk)], false, thread());
+    int warp = (int)(thread() % TEAM) / 32;
+    MatrixRow<DIM, DIM> rows(shared.states[place_of_state(chunk)], false, thread() % 32);
     h[0] = h[1] = 0;
 #pragma unroll
     for (int i = 0; i < DIM / 16; i++) {
@@ -444,7 +444,7 @@ inline __device__ void find_h(GradientsShared &shared, int chunk, const float (&
 template <bool bounded>
 __device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8][4], float (&h)[2]) {
     GradientsShared &shared = c.shared;
-    int t = (int)thread(), warp = t / 32, panel = warp / 4, channel = warp * 16 + t % 32 / 4;
+    int t = (int)(thread() % TEAM), warp = t / 32, panel = warp / 4, channel = warp * 16 + t % 32 / 4;
     uint64_t U = wgmma_operand(shared.U, 0, 8 * ROW, SWIZZLE_128);
     uint64_t d_out = wgmma_operand(shared.values[0], 2 * TOKENS * 2, 8 * ROW, SWIZZLE_128);
     uint64_t dX = wgmma_operand(shared.values[0] + TOKENS, 2 * TOKENS * 2, 8 * ROW, SWIZZLE_128);
@@ -551,7 +551,7 @@ __device__ void finish_gates(const Context &c, int chunk, const Gate &gate, cons
                              GateSums &sums) {
     GradientsShared &shared = c.shared;
     RawInputs &in = shared.inputs[raw_place(chunk)].raw;
-    int t = (int)thread(), warp = t / 32, part = t % 4;
+    int t = (int)(thread() % TEAM), warp = t / 32, part = t % 4;
     wait(shared.raw_in[raw_place(chunk)], (c.chunks - 1 - chunk) / 2 % 2);
     Pairs g;
     load_pairs(in.g, warp, g);
@@ -592,7 +592,7 @@ __device__ void finish_gates(const Context &c, int chunk, const Gate &gate, cons
 
 /* Adds a thread's sums over its tokens to those of its quad and stores them. */
 inline __device__ void store_gate_sums(const GateSums &sums, int warp, float *to) {
-    int lane = (int)thread() % 32;
+    int lane = (int)(thread() % 32);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float A = sums.A[r] / LOG2E, bias = sums.bias[r];
@@ -665,7 +665,7 @@ template <bool bounded>
 __device__ void make_tiles(const Context &c, const RawInputs &in, const Gate &gate, int count, int warp,
                            const float *scales, bool first, Elements &decayed) {
     GradientsShared &shared = c.shared;
-    int lane = (int)thread() % 32;
+    int lane = (int)(thread() % 32);
     Pairs raw, rows, columns;
     load_pairs(in.g, warp, raw);
     References found = find_decays<bounded>(gate, raw, count, decayed);
@@ -706,7 +706,7 @@ __device__ void make_tiles(const Context &c, const RawInputs &in, const Gate &ga
 /* Rounds the warp's rows of [dO; dX] U^T below the diagonal, for 16 tokens of U, into pairs. The diagonals are kept
  * apart. */
 inline __device__ void store_pair_products(GradientsShared &shared, const float (&d)[2][4], int warp) {
-    int lane = (int)thread() % 32, part = lane % 4 * 2, first = warp % 4 * 16 + lane / 4;
+    int lane = (int)(thread() % 32), part = lane % 4 * 2, first = warp % 4 * 16 + lane / 4;
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -725,7 +725,7 @@ inline __device__ void store_pair_products(GradientsShared &shared, const float 
 template <bool bounded>
 __device__ void find_rows(const Context &c, int chunk, int warp, float (&T)[2 * CHUNK / 8][4]) {
     GradientsShared &shared = c.shared;
-    int panel = warp / 4, channel = warp * 16 + (int)thread() % 32 / 4;
+    int panel = warp / 4, channel = warp * 16 + (int)(thread() % 32) / 4;
     uint64_t S =
         wgmma_operand(shared.states[place_of_state(chunk)] + panel * DIM * PANEL, 0, 8 * ROW, SWIZZLE_128);
     uint64_t values = wgmma_operand(shared.values[0], 0, 8 * ROW, SWIZZLE_128);
@@ -781,16 +781,17 @@ __device__ void find_rows(const Context &c, int chunk, int warp, float (&T)[2 * 
 /* Stores gradients of q or k by value head, in fp32. */
 inline __device__ void store_by_head(const kda_prefill &p, float *to, const Place &at, int warp,
                                      const float (*x)[4]) {
-    int lane = (int)thread() % 32;
+    int lane = (int)(thread() % 32), left = at.count - lane % 4 * 2; /* tokens from the thread's first one on */
+    int64_t step = p.value_heads * DIM;
+    float *row =
+        to + (at.batch * p.tokens + at.token + lane % 4 * 2) * step + at.head * DIM + warp * 16 + lane / 4;
 #pragma unroll
-    for (int j = 0; j < CHUNK / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int token = j * 8 + lane % 4 * 2 + i % 2, channel = warp * 16 + lane / 4 + i / 2 * 8;
-            if (token < at.count)
-                to[((at.batch * p.tokens + at.token + token) * p.value_heads + at.head) * DIM + channel] =
-                    x[j][i];
-        }
+    for (int j = 0; j < CHUNK / 8; j++, row += 8 * step) {
+        if (j * 8 < left)
+            row[0] = x[j][0], row[8] = x[j][2];
+        if (j * 8 + 1 < left)
+            row[step] = x[j][1], row[step + 8] = x[j][3];
+    }
 }
 
 /* The gradient of k or q, from d without what M's diagonal adds: that is `more` times the other one. Rows of x are
@@ -799,7 +800,7 @@ inline __device__ void store_by_head(const kda_prefill &p, float *to, const Plac
 inline __device__ void finish_rows(const kda_prefill &p, __nv_bfloat16 *tile, const Place &at, int warp,
                                    const Pairs &x, const Pairs &other, const float *scales, const float *more,
                                    const float *less, float (*d)[4], float *by_head) {
-    int part = (int)thread() % 4 * 2;
+    int part = (int)(thread() % 4) * 2;
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++) {
         auto of_tokens = [&](const float *values) {
@@ -822,7 +823,7 @@ inline __device__ void finish_rows(const kda_prefill &p, __nv_bfloat16 *tile, co
 
 /* Sends a chunk's gradients from `in` to memory. */
 inline __device__ void send_gradients(const Context &c, const RawInputs &in, const Place &at, bool by_head) {
-    int t = (int)thread() - TEAM;
+    int t = (int)(thread() % TEAM);
     if (at.count == CHUNK) {
         if (t)
             return;
@@ -863,7 +864,7 @@ inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place
                                     float *dq_heads, float *dk_heads) {
     const kda_prefill &p = c.b.forward;
     GradientsShared &shared = c.shared;
-    int t = (int)thread() - TEAM, lane = t % 32, part = lane % 4 * 2;
+    int t = (int)(thread() % TEAM), lane = t % 32, part = lane % 4 * 2;
     float along[2 * CHUNK / 4]; /* of q's tokens, then of k's: two of each tile */
     uint32_t RQ[4], RK[4], CK[4];
 #pragma unroll
@@ -945,7 +946,7 @@ template <bool bounded> __device__ void run_gradients(const Context &c, float *d
     for (int chunk = c.chunks - 1; chunk >= 0; chunk--) {
         RawInputs &in = shared.inputs[raw_place(chunk)].raw;
         Place at = chunk_of(c.segment, chunk);
-        int warp = ((int)thread() - TEAM) / 32; /* anew: what follows from it is not kept for the next chunk */
+        int warp = (int)(thread() % TEAM) / 32; /* anew: what follows from it is not kept for the next chunk */
         float *scales = shared.scales[chunk % 2];
         bool first = chunk == c.chunks - 1;
         Elements decayed;

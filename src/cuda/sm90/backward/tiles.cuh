@@ -18,19 +18,19 @@ using Elements = float[CHUNK / 8][2][2]; /* [j][r][e] */
 
 /* Of 16 tokens. */
 inline __device__ void load_half(const __nv_bfloat16 *tile, int warp, int half, uint32_t (&x)[4]) {
-    ldmatrix_transposed(x, MatrixRow<CHUNK, DIM>(tile, false, thread()).at(half * 16, warp * 16));
+    ldmatrix_transposed(x, MatrixRow<CHUNK, DIM>(tile, false, thread() % 32).at(half * 16, warp * 16));
 }
 
 /* Of a tile [CHUNK][DIM]. */
 inline __device__ void load_pairs(const __nv_bfloat16 *tile, int warp, Pairs &x) {
-    MatrixRow<CHUNK, DIM> rows(tile, false, thread());
+    MatrixRow<CHUNK, DIM> rows(tile, false, thread() % 32);
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
         ldmatrix_transposed(x[t], rows.at(t * 16, warp * 16));
 }
 
 inline __device__ void store_pairs(__nv_bfloat16 *tile, int warp, const Pairs &x) {
-    MatrixRow<CHUNK, DIM> rows(tile, false, thread());
+    MatrixRow<CHUNK, DIM> rows(tile, false, thread() % 32);
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
         stmatrix_transposed(rows.at(t * 16, warp * 16), x[t]);
@@ -40,7 +40,7 @@ inline __device__ void store_pairs(__nv_bfloat16 *tile, int warp, const Pairs &x
 inline __device__ void clear_pairs(Pairs &x, int count) {
     if (__builtin_expect(count == CHUNK, 1))
         return;
-    int part = (int)thread() % 4 * 2;
+    int part = (int)(thread() % 4) * 2;
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
 #pragma unroll
@@ -85,7 +85,7 @@ template <bool bounded>
 __device__ References find_decays(const Gate &gate, const Pairs &g, int count, Elements &x) {
     References found;
     found.cut = false;
-    int part = (int)thread() % 4;
+    int part = (int)(thread() % 4);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float sum = 0, offset = r ? gate.offset.y : gate.offset.x;
@@ -121,7 +121,7 @@ __device__ References find_decays(const Gate &gate, const Pairs &g, int count, E
 /* The sums of the rests up to each token, itself included, and over the chunk. */
 inline __device__ void find_rests(const Gate &gate, const Pairs &g, int count, Elements &rests,
                                   float (&all)[2]) {
-    int part = (int)thread() % 4;
+    int part = (int)(thread() % 4);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float sum = 0, offset = r ? gate.offset.y : gate.offset.x;
@@ -194,7 +194,7 @@ __device__ void find_whole(const References &found, const Gate &gate, const Pair
 /* A row's tokens times their scales and the elements' factors. */
 inline __device__ void scale_pairs(const Pairs &x, const float *scales, const Elements &factors,
                                    Pairs &scaled) {
-    int part = (int)thread() % 4 * 2;
+    int part = (int)(thread() % 4) * 2;
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
 #pragma unroll
@@ -209,7 +209,7 @@ inline __device__ void scale_pairs(const Pairs &x, const float *scales, const El
 /* The same of k, as rows and as columns of pairs of tokens. */
 inline __device__ void scale_keys(const Pairs &x, const float *scales, const Elements &decayed,
                                   const Elements &grown, Pairs &rows, Pairs &columns) {
-    int part = (int)thread() % 4 * 2;
+    int part = (int)(thread() % 4) * 2;
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
 #pragma unroll
