@@ -31,7 +31,7 @@ static flash_kda_status make_plan(const struct kda_backward *b, const struct kda
                              (*candidate)->backward_takes(b)))
         candidate++;
     *level = *candidate;
-    *plan = kda_backward_plan_begin(b, (*level)->name, device.multiprocessors);
+    *plan = kda_backward_plan_begin(b, (*level)->name, device.multiprocessors, device.major >= 9);
     (*level)->backward_plan(b, plan);
     return FLASH_KDA_OK;
 }

@@ -14,6 +14,7 @@ struct kda_backward_launch {
     const char *name;
     unsigned grid[2]; /* CTAs */
     int64_t slab;
+    bool overlaps; /* with the launch before it (launch.cuh) */
 };
 
 struct kda_backward_plan {
@@ -24,12 +25,13 @@ struct kda_backward_plan {
     bool finds_states;    /* those at segments are found again: prefill kept none there */
     bool needs_gradients; /* of q, k, g and beta, or sums over g's; else only of values and states */
     bool needs_sums;      /* dA_log or d_dt_bias */
+    bool overlaps;        /* launches may: the device has programmatic dependent launch */
     int count;            /* launches */
     size_t workspace;     /* bytes */
 };
 
-/* Starts a plan: what follows from the problem alone. */
+/* Starts a plan: what follows from the problem and the device alone. */
 struct kda_backward_plan kda_backward_plan_begin(const struct kda_backward *b, const char *level,
-                                                 int multiprocessors);
+                                                 int multiprocessors, bool overlaps);
 
 #endif

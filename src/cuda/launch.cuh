@@ -14,6 +14,13 @@ namespace kda {
 inline __device__ void let_next_begin() { cudaTriggerProgrammaticLaunchCompletion(); }
 inline __device__ void wait_for_kernel_before() { cudaGridDependencySynchronize(); }
 
+/* At the end of a kernel that reads nothing of that before it: it ends after it nevertheless, so that a kernel that waits
+ * for this one has waited for both. */
+inline __device__ void end_after_kernel_before() {
+    if (blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1)
+        wait_for_kernel_before();
+}
+
 /* bytes: a CTA's dynamic shared memory. overlaps: with the kernel before it. */
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), const unsigned (&grid)[2], int threads, size_t bytes,

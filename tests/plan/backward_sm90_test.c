@@ -90,7 +90,7 @@ static void test_leaves(void **state) {
 
 static void expect(const struct kda_backward *b, int count, const char *const *names,
                    const unsigned (*grids)[2]) {
-    struct kda_backward_plan plan = kda_backward_plan_begin(b, "sm90", PROCESSORS);
+    struct kda_backward_plan plan = kda_backward_plan_begin(b, "sm90", PROCESSORS, true);
     kda_sm90_backward_plan(b, &plan);
     assert_int_equal(plan.count, count);
     for (int i = 0; i < count; i++) {

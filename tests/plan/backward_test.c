@@ -29,11 +29,13 @@ static struct kda_backward problem(int64_t sequences, int64_t tokens, int64_t he
                                  .dA_log = given};
 }
 
-static struct kda_backward_plan plan_of(const struct kda_backward *b) {
-    struct kda_backward_plan plan = kda_backward_plan_begin(b, "sm80", PROCESSORS);
+static struct kda_backward_plan plan_on(const struct kda_backward *b, bool overlaps) {
+    struct kda_backward_plan plan = kda_backward_plan_begin(b, "sm80", PROCESSORS, overlaps);
     kda_sm80_backward_plan(b, &plan);
     return plan;
 }
+
+static struct kda_backward_plan plan_of(const struct kda_backward *b) { return plan_on(b, false); }
 
 /* Counts launches by kernel and looks at each one. */
 static void count_launches(const struct kda_backward *b, const struct kda_backward_plan *plan, int *counts) {
@@ -43,13 +45,16 @@ static void count_launches(const struct kda_backward *b, const struct kda_backwa
         assert_in_range(launch.kernel, 0, KERNELS - 1);
         assert_true(launch.grid[0] > 0 && launch.grid[1] > 0);
         assert_true(launch.slab == 0 || launch.slab < plan->slabs);
+        assert_int_equal(launch.overlaps,
+                         plan->overlaps && i > 0 && launch.kernel != KDA_SM80_BACKWARD_SUMS);
         counts[launch.kernel]++;
     }
 }
 
-/* Every slab is prepared before its chains run and these before its gradients; slabs go back. */
+/* Every slab is prepared before its chains run and these before its gradients; slabs go back. Where launches overlap,
+ * gradients stand behind the chains of the next slab. */
 static void expect_order(const struct kda_backward *b, const struct kda_backward_plan *plan) {
-    int64_t prepared = -1, chained = -1, next = plan->slabs - 1, next_states = 0;
+    int64_t prepared = -1, chained = -1, next = plan->slabs - 1, next_states = 0, next_gradients = next;
     for (int i = 0; i < plan->count; i++) {
         struct kda_backward_launch launch = kda_sm80_backward_launch_at(b, plan, i);
         switch (launch.kernel) {
@@ -66,7 +71,8 @@ static void expect_order(const struct kda_backward *b, const struct kda_backward
             chained = launch.slab;
             break;
         case KDA_SM80_BACKWARD_GRADIENTS:
-            assert_int_equal(launch.slab, chained);
+            assert_int_equal(launch.slab, next_gradients--);
+            assert_int_equal(chained, plan->overlaps && launch.slab > 0 ? launch.slab - 1 : launch.slab);
             break;
         default:
             assert_int_equal(i, plan->count - 1);
@@ -101,6 +107,16 @@ static void test_long_sequence(void **state) {
     /* The states that are kept elsewhere: 64 of 32 heads, and two carried in fp32 instead of four. */
     assert_int_equal(found.workspace - kept.workspace, (64 * 2 + 2 * 4) * 32 * 128 * 128);
     assert_true(kept.workspace < (size_t)140 << 20);
+    struct kda_backward_plan beside = plan_on(&b, true);
+    expect_launches(&b, &beside, 8, 0, 8, 8, 1);
+    assert_true(beside.workspace < (size_t)310 << 20);
+    b.forward.checkpoints.data = NULL;
+    beside = plan_on(&b, true);
+    expect_launches(&b, &beside, 15, 8, 8, 8, 1);
+    b = problem(1, 200, 2); /* one slab has nothing beside it */
+    beside = plan_on(&b, true);
+    expect_launches(&b, &beside, 1, 1, 1, 1, 1);
+    assert_int_equal(beside.workspace, plan_of(&b).workspace);
 }
 
 /* Memory beside the kept states and the sums does not grow with tokens. */

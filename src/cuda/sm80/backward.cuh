@@ -93,17 +93,21 @@ inline Slab make_slab(const kda_backward *b, const kda_backward_plan *plan, cons
 }
 
 template <int KP>
-BackwardMemory<KP> make_memory(const kda_backward *b, const kda_backward_plan *plan, void *workspace) {
+BackwardMemory<KP> make_memory(const kda_backward *b, const kda_backward_plan *plan,
+                               const kda_backward_launch *launch, void *workspace) {
     static_assert(sizeof(BackwardOperands<KP>) == KDA_SM80_BACKWARD_OPERANDS(KP),
                   "what the plan makes room for");
     kda_sm80_backward_memory m;
     kda_sm80_backward_lay_out(b, plan, workspace, &m);
+    int64_t chunks = kda_sm80_chunks_of_slab(b, plan), tiles = chunks * kda_sm80_tiles(b);
+    int64_t states = launch->slab % kda_sm80_slabs_of_states(plan) * tiles;
+    int64_t operands = launch->slab % kda_sm80_slabs_of_operands(plan) * chunks;
     auto elements = [](void *memory) { return static_cast<__nv_bfloat16 *>(memory); };
-    return {static_cast<BackwardOperands<KP> *>(m.operands),
-            elements(m.e),
-            elements(m.Z),
-            elements(m.S),
-            elements(m.R),
+    return {static_cast<BackwardOperands<KP> *>(m.operands) + operands,
+            elements(m.e) + states * ROWS_ELEMENTS,
+            elements(m.Z) + states * ROWS_ELEMENTS,
+            elements(m.S) + states * STATE_ELEMENTS<KP>,
+            elements(m.R) + states * STATE_ELEMENTS<KP>,
             elements(m.kept),
             static_cast<float *>(m.carried_S),
             static_cast<float *>(m.carried_R),

@@ -371,6 +371,8 @@ template <int KP>
 __global__ void __launch_bounds__(THREADS<KP>, CTAS<KP>)
     backward_states(const __grid_constant__ kda_backward b, const __grid_constant__ Slab slab,
                     const __grid_constant__ BackwardMemory<KP> memory) {
+    wait_for_kernel_before();
+    let_next_begin();
     Way way;
     if (!find_chain_in_slab<KP>(b, slab, blockIdx.x / (unsigned)slab.tiles, way))
         return;
@@ -523,6 +525,8 @@ template <int KP>
 __global__ void __launch_bounds__(THREADS<KP>, CTAS<KP>)
     backward_chains(const __grid_constant__ kda_backward b, const __grid_constant__ Slab slab,
                     const __grid_constant__ BackwardMemory<KP> memory, int chains) {
+    wait_for_kernel_before();
+    let_next_begin(); /* so late that what begins knows that all before this kernel has ended */
     int number = (int)(blockIdx.x / (unsigned)slab.tiles);
     if (number < chains)
         run_back<KP>(b, slab, memory, number);
@@ -536,20 +540,20 @@ template <int KP>
 cudaError_t launch_states(const kda_backward *b, const kda_backward_plan *plan,
                           const kda_backward_launch *launch, void *workspace) {
     return launch_kernel(backward_states<KP>, launch->grid, THREADS<KP>,
-                         SUMS_BYTES<KP> + STAGES<KP> * stage_bytes<KP>(size_of(b->forward.v.dtype)), b->forward.stream, false,
-                         *b, make_slab(b, plan, launch), make_memory<KP>(b, plan, workspace));
+                         SUMS_BYTES<KP> + STAGES<KP> * stage_bytes<KP>(size_of(b->forward.v.dtype)), b->forward.stream, launch->overlaps,
+                         *b, make_slab(b, plan, launch), make_memory<KP>(b, plan, launch, workspace));
 }
 
 template <int KP>
 cudaError_t launch_chains(const kda_backward *b, const kda_backward_plan *plan,
                           const kda_backward_launch *launch, void *workspace) {
-    BackwardMemory<KP> memory = make_memory<KP>(b, plan, workspace);
+    BackwardMemory<KP> memory = make_memory<KP>(b, plan, launch, workspace);
     bool wide = (plan->needs_gradients && b->forward.v.dtype == KDA_F32) ||
                 (b->d_out.data && b->d_out.dtype == KDA_F32);
     if (!plan->needs_gradients)
         memory.R = nullptr;
     return launch_kernel(backward_chains<KP>, launch->grid, THREADS<KP>, SUMS_BYTES<KP> + STAGES<KP> * stage_bytes<KP>(wide ? 4 : 2),
-                         b->forward.stream, false, *b, make_slab(b, plan, launch), memory,
+                         b->forward.stream, launch->overlaps, *b, make_slab(b, plan, launch), memory,
                          (int)kda_sm80_chains_in_slab(b, plan, launch->slab));
 }
 

@@ -685,10 +685,10 @@ template <int KP> __device__ void load_tokens(const BackwardOperands<KP> &operan
     if (threadIdx.x >= CHUNK)
         return;
     int t = (int)threadIdx.x;
-    shared.steps[t] = operands.steps[t];
+    shared.steps[t] = __ldcg(&operands.steps[t]);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float factor = operands.factors[i][t], unit = operands.units[i][t];
+        float factor = __ldcg(&operands.factors[i][t]), unit = __ldcg(&operands.units[i][t]);
         bool same = factor == unit || factor == 0 || unit == 0; /* both are 0 where there is no token */
         shared.factors[i][t] = factor, shared.units[i][t] = unit;
         shared.undo[i][t] = same ? 1.f : factor / unit, shared.redo[i][t] = same ? 1.f : unit / factor;
@@ -825,9 +825,7 @@ __device__ void store_rows(const kda_backward &b, const Position &at, int64_t ke
 
 /* grouped: several value heads read a q/k head. */
 template <int KP, bool all_bf16, bool grouped>
-__global__ void __launch_bounds__(Config<KP>::THREADS, 512 / Config<KP>::THREADS)
-    backward_gradients(const __grid_constant__ kda_backward b, const __grid_constant__ Slab slab,
-                       const __grid_constant__ BackwardMemory<KP> memory) {
+__device__ void run_chunk(const kda_backward &b, const Slab &slab, const BackwardMemory<KP> &memory) {
     extern __shared__ __align__(16) char bytes[];
     Shared<KP> &shared = *reinterpret_cast<Shared<KP> *>(bytes);
     const kda_prefill &p = b.forward;
@@ -867,6 +865,17 @@ __global__ void __launch_bounds__(Config<KP>::THREADS, 512 / Config<KP>::THREADS
     store_rows<KP, all_bf16>(b, at, key_head, gradients, shared);
 }
 
+template <int KP, bool all_bf16, bool grouped>
+__global__ void __launch_bounds__(Config<KP>::THREADS, 512 / Config<KP>::THREADS)
+    backward_gradients(const __grid_constant__ kda_backward b, const __grid_constant__ Slab slab,
+                       const __grid_constant__ BackwardMemory<KP> memory) {
+    if (slab.begin == 0) /* the last slab that is worked; of others the chains ended before this kernel began */
+        wait_for_kernel_before();
+    let_next_begin();
+    run_chunk<KP, all_bf16, grouped>(b, slab, memory);
+    end_after_kernel_before();
+}
+
 /* ---- Launch -------------------------------------------------------------------------------------- */
 
 template <int KP>
@@ -877,10 +886,10 @@ cudaError_t launch_padded(const kda_backward *b, const kda_backward_plan *plan,
     auto kernel = !all_bf16                 ? backward_gradients<KP, false, true>
                   : p.value_heads > p.heads ? backward_gradients<KP, true, true>
                                             : backward_gradients<KP, true, false>;
-    BackwardMemory<KP> memory = make_memory<KP>(b, plan, workspace);
+    BackwardMemory<KP> memory = make_memory<KP>(b, plan, launch, workspace);
     if (!plan->needs_sums)
         memory.sums = nullptr;
-    return launch_kernel(kernel, launch->grid, Config<KP>::THREADS, sizeof(Shared<KP>), p.stream, false, *b,
+    return launch_kernel(kernel, launch->grid, Config<KP>::THREADS, sizeof(Shared<KP>), p.stream, launch->overlaps, *b,
                          make_slab(b, plan, launch), memory);
 }
 

@@ -3,8 +3,8 @@
 
 #include "api/workspace.h"
 
-/* Chunks, times value heads, of a slab: so many for each multiprocessor. A slab's memory is 116 KB for each of them at
- * K = V = 128 and does not grow with the tokens. */
+/* Chunks, times value heads, of a slab: so many for each multiprocessor. Memory is 116 KB for each of them at
+ * K = V = 128, or 270 KB where launches overlap, and does not grow with the tokens. */
 enum { CHUNKS_OF_PROCESSOR = 8 };
 
 /* Channels that a warp of kernel sums adds. */
@@ -24,19 +24,33 @@ static int64_t chunks_of_segment(const struct kda_backward_plan *plan) {
     return plan->segment / KDA_CUDA_CHUNK;
 }
 
+int64_t kda_sm80_slabs_of_operands(const struct kda_backward_plan *plan) {
+    return plan->overlaps ? smaller(plan->slabs, 3) : 1;
+}
+
+int64_t kda_sm80_slabs_of_states(const struct kda_backward_plan *plan) {
+    return plan->overlaps ? smaller(plan->slabs, 2) : 1;
+}
+
+int64_t kda_sm80_chunks_of_slab(const struct kda_backward *b, const struct kda_backward_plan *plan) {
+    return b->forward.value_heads * plan->slab_segments * chunks_of_segment(plan);
+}
+
 size_t kda_sm80_backward_lay_out(const struct kda_backward *b, const struct kda_backward_plan *plan,
                                  void *workspace, struct kda_sm80_backward_memory *memory) {
     struct kda_arena arena = {workspace, 0};
     int KP = kda_sm80_padded_key_dim(b);
     size_t heads = (size_t)b->forward.value_heads, tiles = (size_t)kda_sm80_tiles(b);
-    size_t chunks = heads * (size_t)(plan->slab_segments * chunks_of_segment(plan));
+    size_t chunks = (size_t)kda_sm80_chunks_of_slab(b, plan);
     size_t rows = (size_t)KDA_CUDA_CHUNK * KDA_SM80_COLUMNS * 2, state = (size_t)KP * KDA_SM80_COLUMNS * 2;
     size_t operands = KP == 64    ? KDA_SM80_BACKWARD_OPERANDS(64)
                       : KP == 128 ? KDA_SM80_BACKWARD_OPERANDS(128)
                                   : KDA_SM80_BACKWARD_OPERANDS(256);
-    size_t in_gradients = plan->needs_gradients ? chunks * tiles : 0, finds = plan->finds_states;
+    size_t in_gradients =
+        plan->needs_gradients ? (size_t)kda_sm80_slabs_of_states(plan) * chunks * tiles : 0;
+    size_t finds = plan->finds_states;
     size_t carried = plan->slabs > 1 ? 2 * heads * tiles : 0;
-    memory->operands = kda_take(&arena, chunks, operands);
+    memory->operands = kda_take(&arena, (size_t)kda_sm80_slabs_of_operands(plan) * chunks, operands);
     memory->e = kda_take(&arena, in_gradients, rows);
     memory->Z = kda_take(&arena, in_gradients, rows);
     memory->S = kda_take(&arena, in_gradients, state);
@@ -97,8 +111,13 @@ static void find_step(const struct kda_backward_plan *plan, int i, struct kda_ba
     }
     if (plan->finds_states) /* the operands of the last slab are still there */
         i += 1 - 2 * slabs;
-    launch->kernel = back[i % each];
-    launch->slab = slabs - 1 - i / each;
+    int turn = i / each, kernel = i % each;
+    if (plan->overlaps && plan->needs_gradients && i >= 2) { /* gradients are a turn behind */
+        turn = 1 + (i - 2) / each, kernel = turn == slabs ? 2 : (i - 2) % each;
+        turn -= kernel == 2;
+    }
+    launch->kernel = back[kernel];
+    launch->slab = slabs - 1 - turn;
 }
 
 struct kda_backward_launch kda_sm80_backward_launch_at(const struct kda_backward *b,
@@ -108,6 +127,7 @@ struct kda_backward_launch kda_sm80_backward_launch_at(const struct kda_backward
     struct kda_backward_launch launch = {.slab = 0};
     const struct kda_prefill *p = &b->forward;
     find_step(plan, i, &launch);
+    launch.overlaps = plan->overlaps && i > 0 && launch.kernel != KDA_SM80_BACKWARD_SUMS;
     int64_t chains = kda_sm80_chains_in_slab(b, plan, launch.slab), tiles = kda_sm80_tiles(b);
     int64_t segments = segments_in(plan, launch.slab), chunks = segments * chunks_of_segment(plan);
     int64_t grid[][2] = {

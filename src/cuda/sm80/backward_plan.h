@@ -10,7 +10,10 @@
 extern "C" {
 #endif
 
-/* Slab by slab. Those that find states again go from the first slab to the last, the others back. */
+/* Slab by slab. Those that find states again go from the first slab to the last, the others back. Where launches overlap,
+ * gradients of a slab are found beside the chains of the next one: these are few CTAs that run long. Only chains, states
+ * and the last gradients wait for what runs before them. So memory is there for the operands of three slabs, those of
+ * chains, of gradients and of the kernel that prepares, and for the states of two. */
 enum kda_sm80_backward_kernel {
     KDA_SM80_BACKWARD_PREPARE, /* operands of all chunks */
     KDA_SM80_BACKWARD_STATES,  /* takes states through; keeps those before segments */
@@ -32,6 +35,13 @@ struct kda_sm80_backward_memory {
 /* Gives the parts their places; returns the bytes of all. */
 size_t kda_sm80_backward_lay_out(const struct kda_backward *b, const struct kda_backward_plan *plan,
                                  void *workspace, struct kda_sm80_backward_memory *memory);
+
+/* Slabs that there is memory for, by turns: of operands, and of states and rows. */
+int64_t kda_sm80_slabs_of_operands(const struct kda_backward_plan *plan);
+int64_t kda_sm80_slabs_of_states(const struct kda_backward_plan *plan);
+
+/* Chunks, of all value heads, that a slab has room for. */
+int64_t kda_sm80_chunks_of_slab(const struct kda_backward *b, const struct kda_backward_plan *plan);
 
 /* K as kernels pad it, and tiles of V. */
 int kda_sm80_padded_key_dim(const struct kda_backward *b);

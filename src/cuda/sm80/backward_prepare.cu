@@ -40,9 +40,7 @@ template <int KP> __device__ void store_tokens(const Shared<KP> &shared, Backwar
 }
 
 template <int KP, bool all_bf16>
-__global__ void __launch_bounds__(Shared<KP>::THREADS, 512 / Shared<KP>::THREADS)
-    backward_prepare(const __grid_constant__ kda_backward b, const __grid_constant__ Slab slab,
-                     BackwardOperands<KP> *operands) {
+__device__ void prepare_chunk(const kda_backward &b, const Slab &slab, BackwardOperands<KP> *operands) {
     extern __shared__ __align__(16) char memory[];
     Shared<KP> &shared = *reinterpret_cast<Shared<KP> *>(memory);
     const kda_prefill &p = b.forward;
@@ -69,14 +67,23 @@ __global__ void __launch_bounds__(Shared<KP>::THREADS, 512 / Shared<KP>::THREADS
         store_tokens(shared, out);
 }
 
+template <int KP, bool all_bf16>
+__global__ void __launch_bounds__(Shared<KP>::THREADS, 512 / Shared<KP>::THREADS)
+    backward_prepare(const __grid_constant__ kda_backward b, const __grid_constant__ Slab slab,
+                     BackwardOperands<KP> *operands) {
+    let_next_begin();
+    prepare_chunk<KP, all_bf16>(b, slab, operands);
+    end_after_kernel_before();
+}
+
 template <int KP>
 cudaError_t launch_padded(const kda_backward *b, const kda_backward_plan *plan,
                           const kda_backward_launch *launch, void *workspace) {
     const kda_prefill &p = b->forward;
     bool all_bf16 = p.q.dtype == KDA_BF16 && p.k.dtype == KDA_BF16 && p.g.dtype == KDA_BF16;
     return launch_kernel(all_bf16 ? backward_prepare<KP, true> : backward_prepare<KP, false>, launch->grid,
-                         Shared<KP>::THREADS, sizeof(Shared<KP>), p.stream, false, *b,
-                         make_slab(b, plan, launch), make_memory<KP>(b, plan, workspace).operands);
+                         Shared<KP>::THREADS, sizeof(Shared<KP>), p.stream, launch->overlaps, *b,
+                         make_slab(b, plan, launch), make_memory<KP>(b, plan, launch, workspace).operands);
 }
 
 } // namespace
