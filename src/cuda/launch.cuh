@@ -11,8 +11,17 @@
 
 namespace kda {
 
-inline __device__ void let_next_begin() { cudaTriggerProgrammaticLaunchCompletion(); }
-inline __device__ void wait_for_kernel_before() { cudaGridDependencySynchronize(); }
+/* Before sm_90 no kernel overlaps. */
+inline __device__ void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+inline __device__ void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+}
 
 /* At the end of a kernel that reads nothing of that before it: it ends after it nevertheless, so that a kernel that waits
  * for this one has waited for both. */
