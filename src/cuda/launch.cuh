@@ -23,8 +23,8 @@ inline __device__ void wait_for_kernel_before() {
 #endif
 }
 
-/* At the end of a kernel that reads nothing of that before it: it ends after it nevertheless, so that a kernel that waits
- * for this one has waited for both. */
+/* At the end of a kernel that reads nothing of that before it: it ends after it nevertheless, so that a kernel
+ * that waits for this one has waited for both. */
 inline __device__ void end_after_kernel_before() {
     if (blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1)
         wait_for_kernel_before();
