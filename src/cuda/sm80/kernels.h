@@ -29,6 +29,9 @@ cudaError_t kda_sm80_decode(const struct kda_decode *d, bool aligned);
 /* The same between convolutions and a norm, those of them that are given. */
 cudaError_t kda_sm80_decode_fused(const struct kda_decode *d, bool aligned);
 
+/* The PTX that the level's kernels on the current device were made of: 80 for sm_80's. */
+cudaError_t kda_sm80_ptx_version(int *version);
+
 /* The kernels of backward (backward_plan.h). */
 typedef cudaError_t kda_sm80_backward_launcher(const struct kda_backward *b,
                                                const struct kda_backward_plan *plan,

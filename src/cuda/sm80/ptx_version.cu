@@ -1,0 +1,13 @@
+/* SPDX-License-Identifier: MIT */
+#include "cuda/sm80/kernels.h"
+
+namespace {
+__global__ void any_kernel() {}
+} // namespace
+
+cudaError_t kda_sm80_ptx_version(int *version) {
+    cudaFuncAttributes found = {};
+    cudaError_t error = cudaFuncGetAttributes(&found, any_kernel);
+    *version = found.ptxVersion;
+    return error;
+}
