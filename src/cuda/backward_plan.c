@@ -15,8 +15,7 @@ static int64_t segment_of(const struct kda_backward *b, bool *finds_states) {
 
 struct kda_backward_plan kda_backward_plan_begin(const struct kda_backward *b, const char *level,
                                                  int multiprocessors, bool overlaps) {
-    struct kda_backward_plan plan = {
-        .level = level, .multiprocessors = multiprocessors, .overlaps = overlaps};
+    struct kda_backward_plan plan = {.level = level, .multiprocessors = multiprocessors, .overlaps = overlaps};
     const struct kda_tokens *x = &b->forward.base;
     plan.segment = segment_of(b, &plan.finds_states);
     plan.segments = kda_first_segment(x, plan.segment, x->tokens, x->sequences);

@@ -45,8 +45,7 @@ static void count_launches(const struct kda_backward *b, const struct kda_backwa
         assert_in_range(launch.kernel, 0, KERNELS - 1);
         assert_true(launch.grid[0] > 0 && launch.grid[1] > 0);
         assert_true(launch.slab == 0 || launch.slab < plan->slabs);
-        assert_int_equal(launch.overlaps,
-                         plan->overlaps && i > 0 && launch.kernel != KDA_SM80_BACKWARD_SUMS);
+        assert_int_equal(launch.overlaps, plan->overlaps && i > 0 && launch.kernel != KDA_SM80_BACKWARD_SUMS);
         counts[launch.kernel]++;
     }
 }

@@ -82,7 +82,8 @@ __device__ bool find_way(const kda_backward &b, const Slab &slab, const SlabSegm
     chain.column = way.tile * COLUMNS;
     chain.columns = (int)min(p.value_dim - chain.column, (int64_t)COLUMNS);
     chain.first_operands = slab.chunk(head, way.first, 0);
-    chain.share_column = (int)threadIdx.x % PART_THREADS / 32 * 16, chain.share_channel = part<KP>() * CHANNELS<KP>;
+    chain.share_column = (int)threadIdx.x % PART_THREADS / 32 * 16,
+    chain.share_channel = part<KP>() * CHANNELS<KP>;
     return way.begin < way.end;
 }
 
@@ -281,8 +282,7 @@ template <int KP> __device__ void add_parts(float (&x)[CHUNK / 8][4]) {
 
 /* x^T [16][CHUNK] += S^T rows^T over the part's channels; S in one term, or in two. */
 template <int KP, bool exact>
-__device__ void multiply_state(float (&x)[CHUNK / 8][4], const State<KP> &S,
-                               const __nv_bfloat16 *rows) {
+__device__ void multiply_state(float (&x)[CHUNK / 8][4], const State<KP> &S, const __nv_bfloat16 *rows) {
     MatrixRow<CHUNK, CHANNELS<KP>> tile(share_of<KP>(rows), false);
 #pragma unroll
     for (int c = 0; c < CHANNELS<KP> / 16; c++) {
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(THREADS<KP>, CTAS<KP>)
         take_carried<KP>(carried_at<KP>(b, slab, memory.carried_S, !slab.turn, way), S);
     else
         load_state<CHANNELS<KP>>(b.forward, chain,
-                       kda_state_at(&b.forward, &b.forward.initial_state, chain.n, chain.head), S);
+                                 kda_state_at(&b.forward, &b.forward.initial_state, chain.n, chain.head), S);
     walk<KP, THERE_BEGIN<KP>, THERE_END<KP>>(
         memory.operands, b.forward.v, chain, way.begin * slab.chunks, 1, (int)(end - way.begin) * slab.chunks,
         [&](int64_t chunk, const Stage<KP> &stage) {
@@ -414,11 +414,13 @@ __device__ void run_segment(const kda_backward &b, const Slab &slab, const Backw
     const Chain &chain = way.chain;
     State<KP> S;
     if (s.within == 0)
-        load_state<CHANNELS<KP>>(b.forward, chain, kda_state_at(&b.forward, &b.forward.initial_state, chain.n, head), S);
+        load_state<CHANNELS<KP>>(b.forward, chain,
+                                 kda_state_at(&b.forward, &b.forward.initial_state, chain.n, head), S);
     else if (slab.finds_states)
         load_kept_state<KP>(state_at<KP>(memory.kept, slab, head * slab.segments + segment, way.tile), S);
     else
-        load_state<CHANNELS<KP>>(b.forward, chain, kda_kept_state(&b, chain.n, s.within * slab.segment, head), S);
+        load_state<CHANNELS<KP>>(b.forward, chain, kda_kept_state(&b, chain.n, s.within * slab.segment, head),
+                                 S);
     int64_t first = s.within * slab.chunks;
     int count = (int)(min(first + slab.chunks, kda_chunks_of(chain.sequence.length)) - first);
     walk<KP, THERE_BEGIN<KP>, THERE_END<KP>>(
@@ -496,7 +498,8 @@ __device__ void run_back(const kda_backward &b, const Slab &slab, const Backward
     if (way.end < way.segments)
         take_carried<KP>(carried_at<KP>(b, slab, memory.carried_R, !slab.turn, way), R);
     else
-        load_state<CHANNELS<KP>>(b.forward, chain, kda_state_at(&b.forward, &b.d_final_state, chain.n, chain.head), R);
+        load_state<CHANNELS<KP>>(b.forward, chain,
+                                 kda_state_at(&b.forward, &b.d_final_state, chain.n, chain.head), R);
     int64_t first = way.begin * slab.chunks;
     int count = (int)(min(way.end * slab.chunks, kda_chunks_of(chain.sequence.length)) - first);
     walk<KP, BACK_BEGIN<KP>, BACK_END<KP>>(
@@ -540,8 +543,9 @@ template <int KP>
 cudaError_t launch_states(const kda_backward *b, const kda_backward_plan *plan,
                           const kda_backward_launch *launch, void *workspace) {
     return launch_kernel(backward_states<KP>, launch->grid, THREADS<KP>,
-                         SUMS_BYTES<KP> + STAGES<KP> * stage_bytes<KP>(size_of(b->forward.v.dtype)), b->forward.stream, launch->overlaps,
-                         *b, make_slab(b, plan, launch), make_memory<KP>(b, plan, launch, workspace));
+                         SUMS_BYTES<KP> + STAGES<KP> * stage_bytes<KP>(size_of(b->forward.v.dtype)),
+                         b->forward.stream, launch->overlaps, *b, make_slab(b, plan, launch),
+                         make_memory<KP>(b, plan, launch, workspace));
 }
 
 template <int KP>
@@ -552,8 +556,9 @@ cudaError_t launch_chains(const kda_backward *b, const kda_backward_plan *plan,
                 (b->d_out.data && b->d_out.dtype == KDA_F32);
     if (!plan->needs_gradients)
         memory.R = nullptr;
-    return launch_kernel(backward_chains<KP>, launch->grid, THREADS<KP>, SUMS_BYTES<KP> + STAGES<KP> * stage_bytes<KP>(wide ? 4 : 2),
-                         b->forward.stream, launch->overlaps, *b, make_slab(b, plan, launch), memory,
+    return launch_kernel(backward_chains<KP>, launch->grid, THREADS<KP>,
+                         SUMS_BYTES<KP> + STAGES<KP> * stage_bytes<KP>(wide ? 4 : 2), b->forward.stream,
+                         launch->overlaps, *b, make_slab(b, plan, launch), memory,
                          (int)kda_sm80_chains_in_slab(b, plan, launch->slab));
 }
 

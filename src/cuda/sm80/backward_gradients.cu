@@ -889,8 +889,8 @@ cudaError_t launch_padded(const kda_backward *b, const kda_backward_plan *plan,
     BackwardMemory<KP> memory = make_memory<KP>(b, plan, launch, workspace);
     if (!plan->needs_sums)
         memory.sums = nullptr;
-    return launch_kernel(kernel, launch->grid, Config<KP>::THREADS, sizeof(Shared<KP>), p.stream, launch->overlaps, *b,
-                         make_slab(b, plan, launch), memory);
+    return launch_kernel(kernel, launch->grid, Config<KP>::THREADS, sizeof(Shared<KP>), p.stream,
+                         launch->overlaps, *b, make_slab(b, plan, launch), memory);
 }
 
 } // namespace

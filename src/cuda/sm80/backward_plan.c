@@ -46,8 +46,7 @@ size_t kda_sm80_backward_lay_out(const struct kda_backward *b, const struct kda_
     size_t operands = KP == 64    ? KDA_SM80_BACKWARD_OPERANDS(64)
                       : KP == 128 ? KDA_SM80_BACKWARD_OPERANDS(128)
                                   : KDA_SM80_BACKWARD_OPERANDS(256);
-    size_t in_gradients =
-        plan->needs_gradients ? (size_t)kda_sm80_slabs_of_states(plan) * chunks * tiles : 0;
+    size_t in_gradients = plan->needs_gradients ? (size_t)kda_sm80_slabs_of_states(plan) * chunks * tiles : 0;
     size_t finds = plan->finds_states;
     size_t carried = plan->slabs > 1 ? 2 * heads * tiles : 0;
     memory->operands = kda_take(&arena, (size_t)kda_sm80_slabs_of_operands(plan) * chunks, operands);
@@ -130,12 +129,12 @@ struct kda_backward_launch kda_sm80_backward_launch_at(const struct kda_backward
     launch.overlaps = plan->overlaps && i > 0 && launch.kernel != KDA_SM80_BACKWARD_SUMS;
     int64_t chains = kda_sm80_chains_in_slab(b, plan, launch.slab), tiles = kda_sm80_tiles(b);
     int64_t segments = segments_in(plan, launch.slab), chunks = segments * chunks_of_segment(plan);
-    int64_t grid[][2] = {
-        [KDA_SM80_BACKWARD_PREPARE] = {chunks, p->value_heads},
-        [KDA_SM80_BACKWARD_STATES] = {chains * tiles, 1},
-        [KDA_SM80_BACKWARD_CHAINS] = {(chains + (plan->needs_gradients ? segments * p->value_heads : 0)) * tiles, 1},
-        [KDA_SM80_BACKWARD_GRADIENTS] = {chunks, p->heads},
-        [KDA_SM80_BACKWARD_SUMS] = {p->value_heads, (p->key_dim + SUMS) / SUMS}};
+    int64_t grid[][2] = {[KDA_SM80_BACKWARD_PREPARE] = {chunks, p->value_heads},
+                         [KDA_SM80_BACKWARD_STATES] = {chains * tiles, 1},
+                         [KDA_SM80_BACKWARD_CHAINS] =
+                             {(chains + (plan->needs_gradients ? segments * p->value_heads : 0)) * tiles, 1},
+                         [KDA_SM80_BACKWARD_GRADIENTS] = {chunks, p->heads},
+                         [KDA_SM80_BACKWARD_SUMS] = {p->value_heads, (p->key_dim + SUMS) / SUMS}};
     launch.name = names[launch.kernel];
     launch.grid[0] = (unsigned)grid[launch.kernel][0];
     launch.grid[1] = (unsigned)grid[launch.kernel][1];
