@@ -23,9 +23,8 @@ static flash_kda_status check_size(const struct kda_backward *b) {
  * compiled for sm_90 or later: a device may run what its driver made of an earlier one's PTX. */
 static bool can_overlap(int device) {
     enum { UNKNOWN, NO, YES, DEVICES = 64 };
-    static _Atomic char known[DEVICES];
-    int previous = 0, version = 0;
-    char answer = device < DEVICES ? known[device] : (char)UNKNOWN;
+    static _Atomic int known[DEVICES];
+    int previous = 0, version = 0, answer = device < DEVICES ? known[device] : UNKNOWN;
     if (answer != UNKNOWN || kda_cuda_enter(device, &previous))
         return answer == YES;
     cudaError_t error = kda_sm80_ptx_version(&version);
