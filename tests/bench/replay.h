@@ -5,6 +5,9 @@
 
 #include "call.h"
 
+/* Can calls be captured? The emulator of CUDA kernels has no graphs. */
+bool replay_is_possible(void);
+
 /* Captures one graph that runs the calls, all on the CUDA backend, one after another, and replays it, first to warm up;
  * seconds[repeats]: of one call, each the mean over many replays. */
 bool replay_calls(struct call *const calls[], int count, double *seconds, int repeats);

@@ -51,6 +51,11 @@ void check_report(struct check *check, bool passed, const char *level, const cha
     fflush(stdout);
 }
 
+void check_leave_out(struct check *check, const char *level, const char *name, const char *why) {
+    check->left_out++;
+    printf("out  %-10s %s: left out, %s\n", level, name, why);
+}
+
 void append_text(char *text, size_t size, const char *format, ...) {
     size_t used = strlen(text);
     va_list arguments;
@@ -189,6 +194,8 @@ int main(int argc, char **argv) {
     }
     if (check.list)
         return 0;
+    if (check.left_out)
+        printf("%d left out\n", check.left_out);
     printf("%d passed, %d failed\n", check.passed, check.failed);
     /* Nothing compared is no success. */
     return check.failed || !check.passed;

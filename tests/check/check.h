@@ -23,7 +23,7 @@ struct check {
     /* Levels of the CPU backend and "cuda" to test, or "reference" alone. */
     const char *levels[CHECK_MAX_LEVELS];
     int level_count;
-    int passed, failed;
+    int passed, failed, left_out;
 };
 
 struct operation {
@@ -42,6 +42,9 @@ bool check_tests_cuda(const struct check *check);
 
 /* Reports one comparison. The text says what was measured or what went wrong. */
 void check_report(struct check *check, bool passed, const char *level, const char *name, const char *text);
+
+/* Counts a case that this build of the check program cannot run. */
+void check_leave_out(struct check *check, const char *level, const char *name, const char *why);
 
 /* Appends to a report's text, in an array of so many bytes. */
 void append_text(char *text, size_t size, const char *format, ...) __attribute__((format(printf, 3, 4)));

@@ -46,6 +46,14 @@ template <int count> __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 
+/* threadIdx.x, read anew. What follows from it is then computed where it is used, and not kept in registers
+ * through all of a chunk. */
+__device__ __forceinline__ uint32_t thread() {
+    uint32_t x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void *x) {
     return (uint32_t)__cvta_generic_to_shared(x);
 }

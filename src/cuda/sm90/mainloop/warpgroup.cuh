@@ -17,14 +17,6 @@ namespace ptx = cuda::ptx;
 constexpr int GROUP = 128;                              /* threads of a warpgroup */
 constexpr int GROUP_COLUMNS = KDA_SM90_GENERAL_COLUMNS; /* of V, of one warpgroup */
 
-/* threadIdx.x, read anew. What follows from it is then computed where it is used, and not kept in registers
- * through all of a chunk. */
-inline __device__ uint32_t thread() {
-    uint32_t x;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-    return x;
-}
-
 /* The stage that a chunk uses, and the parity of the barriers' phase in which it does. */
 template <int STAGES> struct PipelineState {
     int stage = 0;
