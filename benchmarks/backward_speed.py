@@ -33,16 +33,17 @@ QUICK = [["--tokens", "1024", "--heads", "8", *SIGMOID]]
 
 
 def measure(build, level, options):
-    """The case's line in the table is printed; returns what `flashkda bench` says of it in JSON."""
+    """Prints the case's time; returns all that `flashkda bench` says in JSON."""
     command = [build / "flashkda", "bench", "--backend", "cuda", "--backward", "--json", *options]
     environment = os.environ | ({"FLASH_KDA_CUDA": level} if level else {})
     ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if not ended.stdout:
         sys.exit(f"{' '.join(map(str, command))} ended with status {ended.returncode} and said nothing")
-    result = json.loads(ended.stdout)["results"][0]
+    printed = json.loads(ended.stdout)
+    result = printed["results"][0]
     time = f"{result['seconds']['median'] * 1e3:9.4f} ms" if "seconds" in result else "WRONG, not timed"
     print(f"{result['name']:40} {result['level']:6} {time}, error {result['check']['output_error']:.1e}", flush=True)
-    return result
+    return printed
 
 
 def main():
@@ -57,13 +58,15 @@ def main():
     wanted = [(None, case) for case in (QUICK if options.quick else CASES)]
     if gpu["compute_capability"].startswith("9."):
         wanted += [("sm80", case) for case in (QUICK if options.quick else PORTABLE)]
-    measured = {"commit": device.commit(options.commit), "machine": {"device": gpu}, "results": [], "complete": False}
+    results = []
     for level, case in wanted:
-        measured["results"].append(measure(options.build, level, case))
-        measured["complete"] = len(measured["results"]) == len(wanted)
+        printed = measure(options.build, level, case)
+        results += printed["results"]
+        measured = printed | {"commit": device.commit(options.commit), "results": results,
+                              "complete": len(results) == len(wanted)}
         if path:
             path.write_text(json.dumps(measured, indent=2) + "\n")
-    sys.exit(0 if all(r["check"]["passed"] for r in measured["results"]) else 1)
+    sys.exit(0 if all(r["check"]["passed"] for r in results) else 1)
 
 
 if __name__ == "__main__":
