@@ -45,6 +45,12 @@ cudaError_t kda_sm90_decode(const struct kda_decode *d, int processors) {
     (void)d, (void)processors;
     return cudaErrorNotSupported;
 }
+/* As if the kernels had been compiled for Hopper. */
+cudaError_t kda_sm80_ptx_version(int *version) {
+    *version = 90;
+    return cudaSuccess;
+}
+
 cudaError_t kda_sm80_decode(const struct kda_decode *d, bool aligned) {
     (void)d, (void)aligned;
     return cudaErrorNotSupported;

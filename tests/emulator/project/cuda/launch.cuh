@@ -9,6 +9,7 @@ namespace kda {
 
 inline void let_next_begin() {}
 inline void wait_for_kernel_before() {}
+inline void end_after_kernel_before() {}
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), const unsigned (&grid)[2], int threads, size_t bytes,
