@@ -9,9 +9,10 @@
 
 /* ---- Kernels ----------------------------------------------------------------------------------- */
 
-/* The linker puts this in place of kda_sm90_takes. */
-bool __wrap_kda_sm90_takes(const struct kda_prefill *p);
-bool __wrap_kda_sm90_takes(const struct kda_prefill *p) {
+/* The linker's option --wrap puts this in place of kda_sm90_takes. */
+bool __wrap_kda_sm90_takes(
+    const struct kda_prefill *p); /* NOLINT(bugprone-reserved-identifier,cert-*): its name */
+bool __wrap_kda_sm90_takes(const struct kda_prefill *p) { /* NOLINT(bugprone-reserved-identifier,cert-*) */
     (void)p;
     return false;
 }
@@ -57,6 +58,7 @@ cudaError_t kda_sm80_decode_fused(const struct kda_decode *d, bool aligned) {
 /* ---- Of the check program ---------------------------------------------------------------------- */
 
 bool replay_is_possible(void) { return false; }
+/* NOLINTNEXTLINE(readability-non-const-parameter): as replay.h declares it */
 bool replay_calls(struct call *const calls[], int count, double *seconds, int repeats) {
     (void)calls, (void)count, (void)seconds, (void)repeats;
     return failed("graphs are not emulated");
