@@ -9,13 +9,14 @@
 
 /* ---- Kernels ----------------------------------------------------------------------------------- */
 
-/* The linker's option --wrap puts this in place of kda_sm90_takes. */
-bool __wrap_kda_sm90_takes(
-    const struct kda_prefill *p); /* NOLINT(bugprone-reserved-identifier,cert-*): its name */
-bool __wrap_kda_sm90_takes(const struct kda_prefill *p) { /* NOLINT(bugprone-reserved-identifier,cert-*) */
+/* The linker's option --wrap puts this in place of kda_sm90_takes, and says how it is called. */
+/* NOLINTBEGIN(bugprone-reserved-identifier,cert-dcl37-c,cert-dcl51-cpp) */
+bool __wrap_kda_sm90_takes(const struct kda_prefill *p);
+bool __wrap_kda_sm90_takes(const struct kda_prefill *p) {
     (void)p;
     return false;
 }
+/* NOLINTEND(bugprone-reserved-identifier,cert-dcl37-c,cert-dcl51-cpp) */
 
 bool kda_sm90_decode_takes(const struct kda_decode *d, int processors) {
     (void)d, (void)processors;
