@@ -9,12 +9,14 @@
 
 /* ---- Kernels ----------------------------------------------------------------------------------- */
 
-/* The linker puts this in place of kda_sm90_takes. */
+/* The linker's option --wrap puts this in place of kda_sm90_takes, and says how it is called. */
+/* NOLINTBEGIN(bugprone-reserved-identifier,cert-dcl37-c,cert-dcl51-cpp) */
 bool __wrap_kda_sm90_takes(const struct kda_prefill *p);
 bool __wrap_kda_sm90_takes(const struct kda_prefill *p) {
     (void)p;
     return false;
 }
+/* NOLINTEND(bugprone-reserved-identifier,cert-dcl37-c,cert-dcl51-cpp) */
 
 bool kda_sm90_decode_takes(const struct kda_decode *d, int processors) {
     (void)d, (void)processors;
@@ -63,6 +65,7 @@ cudaError_t kda_sm80_decode_fused(const struct kda_decode *d, bool aligned) {
 /* ---- Of the check program ---------------------------------------------------------------------- */
 
 bool replay_is_possible(void) { return false; }
+/* NOLINTNEXTLINE(readability-non-const-parameter): as replay.h declares it */
 bool replay_calls(struct call *const calls[], int count, double *seconds, int repeats) {
     (void)calls, (void)count, (void)seconds, (void)repeats;
     return failed("graphs are not emulated");
