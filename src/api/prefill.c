@@ -83,6 +83,20 @@ static flash_kda_status check_checkpoints(const flash_kda_prefill_args *a, struc
     return kda_check_checkpoint_rows(&rows, &a->q->device, p);
 }
 
+static flash_kda_status check_border(const flash_kda_prefill_args *a, struct kda_prefill *p) {
+    const struct kda_border_args border = {.phase = a->phase,
+                                           .awaiting_name = "incoming_rows",
+                                           .awaiting_form = "[C]",
+                                           .giving_name = "outgoing_rows",
+                                           .giving_form = "[S]",
+                                           .awaiting_rows = a->incoming_rows,
+                                           .giving_rows = a->outgoing_rows,
+                                           .summaries = a->summaries,
+                                           .states = a->incoming,
+                                           .with_transitions = true};
+    return kda_check_border(&border, &a->q->device, &p->base, &p->border);
+}
+
 /* ---- Memory ------------------------------------------------------------------------------------ */
 
 static bool shared_pool(const struct kda_prefill *p) {
@@ -91,12 +105,13 @@ static bool shared_pool(const struct kda_prefill *p) {
 }
 
 /* Those that are written first. */
-enum { WRITTEN = 3, TENSORS = 16 };
+enum { WRITTEN = 4, TENSORS = 20 };
 
 static void list_tensors(const struct kda_prefill *p, const struct kda_tensor *list[TENSORS]) {
     const struct kda_tensor *const all[TENSORS] = {&p->out,
                                                    &p->final_state,
                                                    &p->checkpoints,
+                                                   &p->border.summaries,
                                                    &p->q,
                                                    &p->k,
                                                    &p->v,
@@ -109,7 +124,10 @@ static void list_tensors(const struct kda_prefill *p, const struct kda_tensor *l
                                                    &p->state_indices,
                                                    &p->checkpoint_cu_starts,
                                                    &p->checkpoint_indices,
-                                                   &p->checkpoint_offsets};
+                                                   &p->checkpoint_offsets,
+                                                   &p->border.awaiting_rows,
+                                                   &p->border.giving_rows,
+                                                   &p->border.states};
     memcpy(list, all, sizeof all);
 }
 
@@ -124,7 +142,8 @@ static flash_kda_status check_aliasing(const struct kda_prefill *p) {
         for (int j = i + 1; j < TENSORS; j++) {
             bool state = all[j] == &p->initial_state;
             bool states = all[i] == &p->final_state && state && in_place;
-            bool slots = pool && all[i] != &p->out && (all[j] == &p->checkpoints || (state && in_place));
+            bool slots = pool && all[i] != &p->out && all[i] != &p->border.summaries &&
+                         (all[j] == &p->checkpoints || (state && in_place));
             if (!states && !slots)
                 TRY(kda_check_overlap(all[i], all[j],
                                       state ? ", or the very same tensor to update it in place" : ""));
@@ -201,6 +220,7 @@ static flash_kda_status check_all(const flash_kda_prefill_args *given, struct kd
     TRY(check_slot_indices(&args, p));
     TRY(check_states(&args, p));
     TRY(check_checkpoints(&args, p));
+    TRY(check_border(&args, p));
     TRY(check_all_slots(p, NULL));
     return check_aliasing(p);
 }
@@ -238,8 +258,11 @@ flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *args, void *wor
     TRY(kda_check_workspace(tensors, TENSORS, workspace, workspace_bytes, needed, &aligned));
     TRY(check_all_slots(&p, aligned));
     bool nothing_to_write = p.tokens == 0 && !p.final_state.data && !p.checkpoints.data;
-    if (nothing_to_write || p.sequences == 0)
+    bool begins = p.border.phase == FLASH_KDA_PHASE_BEGIN && p.border.summaries.data;
+    if ((nothing_to_write || p.sequences == 0) && !begins)
         return FLASH_KDA_OK;
+    if (p.on_host)
+        kda_clear_summaries(&p.base, &p.border);
     return backend->prefill(&p, aligned);
 }
 

@@ -3,7 +3,7 @@
 #ifndef KDA_API_PROBLEM_H
 #define KDA_API_PROBLEM_H
 
-#include "api/tokens.h"
+#include "api/border.h"
 
 struct kda_prefill {
     union {
@@ -15,6 +15,7 @@ struct kda_prefill {
     struct kda_tensor initial_state, final_state, state_indices;
     struct kda_tensor checkpoints, checkpoint_cu_starts, checkpoint_indices, checkpoint_offsets;
     int64_t checkpoint_every;
+    struct kda_border border;
 };
 
 /* Where the tokens and the state of sequence n are, its slot kept within the states. */

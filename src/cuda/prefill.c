@@ -104,4 +104,6 @@ const struct kda_backend kda_cuda_backend = {.name = "cuda",
                                              .decode_describe = kda_cuda_decode_describe,
                                              .backward_workspace_size = kda_cuda_backward_workspace_size,
                                              .backward = kda_cuda_backward,
-                                             .backward_describe = kda_cuda_backward_describe};
+                                             .backward_describe = kda_cuda_backward_describe,
+                                             .fold = kda_cuda_fold,
+                                             .fold_describe = kda_cuda_fold_describe};

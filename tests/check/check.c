@@ -16,7 +16,7 @@
 enum { EXIT_SKIPPED = 77 };
 
 static const struct operation *const operations[] = {&prefill_operation, &decode_operation,
-                                                     &backward_operation};
+                                                     &backward_operation, &fold_operation, &parallel_operation};
 enum { OPERATIONS = sizeof operations / sizeof *operations };
 
 /* ---- Cases ------------------------------------------------------------------------------------- */
