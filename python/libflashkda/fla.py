@@ -55,8 +55,8 @@ def _verdict(signature: inspect.Signature, arguments: Any, keywords: Any) -> tup
         reason = recurrent_refusal(**{name: call.arguments[name] for name in names})
         if _needs_grad(call.arguments):
             reason = "libflashkda's decode has no backward pass"
-    elif not reason and call.arguments["cp_context"] is not None:
-        reason = "libflashkda runs a sequence on one device only"
+    elif not reason and call.arguments["cp_context"] is not None and call.arguments["return_intermediate_states"]:
+        reason = "libflashkda has no intermediate states of a sequence on several ranks"
     return reason is None, reason
 
 

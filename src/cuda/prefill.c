@@ -7,6 +7,7 @@
  */
 #include "api/backend.h"
 #include "cuda/level.h"
+#include "cuda/sm80/kernels.h"
 
 #include <inttypes.h>
 #include <limits.h>
@@ -56,6 +57,8 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
         status = kda_cuda_enter(p->device, &previous);
     if (status)
         return status;
+    if (p->border.phase == FLASH_KDA_PHASE_BEGIN && p->border.summaries.data)
+        status = kda_cuda_status(kda_sm80_clear_summaries(&p->border, p->stream), "prefill, kernel clear_summaries");
     for (int i = 0; i < plan.count && !status; i++) {
         char what[64];
         snprintf(what, sizeof what, "prefill, kernel %s", kda_kernel_name(plan.launches[i].kernel));
@@ -76,8 +79,9 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
     kda_plan_kernels(&plan, kernels, sizeof kernels);
     snprintf(text, size,
              "cuda: level %s, plan %s, bf16 products, %" PRId64 " chains in %" PRId64
-             " chunks of up to %d tokens a head, kernels and CTAs: %s",
-             level->name, name, p->sequences * p->value_heads, plan.chunks, KDA_CUDA_CHUNK, kernels);
+             " chunks of up to %d tokens a head, kernels and CTAs: %s%s",
+             level->name, name, p->sequences * p->value_heads, plan.chunks, KDA_CUDA_CHUNK, kernels,
+             kda_phase_text(&p->border));
     return FLASH_KDA_OK;
 }
 

@@ -54,9 +54,10 @@ __device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &str
     work.state = (int64_t)chain * memory.segments + segment;
     work.length = sequence.length;
     int all = (int)kda_chunks_of(sequence.length);
-    int end = min(kda_begin_of_segment(all, memory.segments, segment + 1), all);
-    work.begin = kda_begin_of_segment(all, memory.segments, segment) * STRIPS + piece * WARPS;
-    bool wanted = sequence.slot >= 0 && is_pending(p, stream_k, n, head) && !grows(memory, chain);
+    bool incoming = comes_in(p, n);
+    int end = min(begin_of_segment(incoming, all, memory.segments, segment + 1), all);
+    work.begin = begin_of_segment(incoming, all, memory.segments, segment) * STRIPS + piece * WARPS;
+    bool wanted = sequence.slot >= 0 && kda_work_on(&p.border, n) == KDA_WORK_ALL && is_pending(p, stream_k, n, head) && !grows(memory, chain);
     work.end = wanted ? end * STRIPS : 0;
     work.step = pieces * WARPS;
     int64_t token = sequence.first + lane / 4;
