@@ -278,29 +278,39 @@ class ContextParallel:
 
         Returns:
             [rows, conv_size - 1, C], differentiable with respect to x and past: of a sequence that comes from other ranks its
-            last inputs there, from several ranks where their parts are shorter; else `past`.
+            last inputs there, from several ranks where their parts are shorter, and what stood in front of it; else `past`.
         """
         if self._count is None:
             raise ValueError("halo() is called with what fla's context says, which fla's own convolution takes")
         return _Halo.apply(x, past, self)
 
-    def _halo_sources(self, size: int) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
-        """Where rows come from. tails: (place of the tail's row in [width, size], token of this rank). heads: (row, place in
-        `size`, number of the tail's row in [W, width, size])."""
-        tails, heads, at = [], [], 0
+    def _halo_sources(self, size: int) -> tuple[list[Any], list[Any], list[Any]]:
+        """Where rows come from. Each slot that goes on gives a tail, the last `size` inputs of its last sequence, with those of
+        `past` where it begins here. tails: (place of the tail's row in [width, size], token of this rank). pasts: (place,
+        row, place in `size`). heads: (row, place in `size`, number of the tail's row in [W, width, size])."""
+        tails, pasts, heads, at = [], [], [], 0
+
+        def begins(slot: _Slot) -> bool:
+            return not slot.before or len(slot.rows) > 1
+
         for s in self._mine:
-            length = s.end - s.begin
-            for i in range(min(size, length)):
-                tails.append((s.place * size + size - 1 - i, at + length - 1 - i))
-            at += length
+            at += s.end - s.begin
+            _, begin, end = s.rows[-1] if s.rows else (0, 0, 0)
+            for i in range(size if s.after else 0):
+                place = s.place * size + size - 1 - i
+                if i < end - begin:
+                    tails.append((place, at - 1 - i))
+                elif begins(s):
+                    pasts.append((place, s.first_row + len(s.rows) - 1, size - 1 - i + end - begin))
             missing = size
             for j in reversed(s.before):
                 _, begin, end = j.rows[-1]  # of the same sequence
-                for i in range(min(missing, end - begin)):
+                count = missing if begins(j) else min(missing, end - begin)
+                for i in range(count):
                     number = (j.rank * self._width + j.place) * size + size - 1 - i
                     heads.append((s.first_row, missing - 1 - i, number))
-                missing -= min(missing, end - begin)
-        return tails, heads
+                missing -= count
+        return tails, pasts, heads
 
     # ---- Prefill ----------------------------------------------------------------------------------------------------
 
@@ -772,17 +782,20 @@ class _Halo(torch.autograd.Function):
         size, C, rows = cp.conv_size - 1, x.shape[2], len(cp.sequences)
         if x.ndim != 3 or x.shape[:2] != (1, cp.tokens):
             raise ValueError(f"x has shape {list(x.shape)}; expected [1, {cp.tokens}, C]")
-        tails, heads = cp._halo_sources(size)
+        tails, pasts, heads = cp._halo_sources(size)
         mine = x.new_zeros(cp._width * size, C)
         if tails:
             mine[[place for place, _ in tails]] = x[0, [token for _, token in tails]]
+        if pasts and past is not None:
+            tail, row, place = map(list, zip(*pasts))
+            mine[tail] = past[row, place].to(x.dtype)
         every = cp._gather(mine).flatten(0, 1)
         result = x.new_zeros(rows, size, C) if past is None else past.clone()
         result[[s.first_row for s in cp._mine if s.before]] = 0
         if heads:
             row, place, number = map(list, zip(*heads))
             result[row, place] = every[number]
-        ctx.cp, ctx.tails, ctx.heads, ctx.has_past = cp, tails, heads, past is not None
+        ctx.cp, ctx.tails, ctx.pasts, ctx.heads, ctx.has_past = cp, tails, pasts, heads, past is not None
         return result
 
     @staticmethod
@@ -801,4 +814,7 @@ class _Halo(torch.autograd.Function):
         if ctx.has_past:
             d_past = d.clone()
             d_past[[s.first_row for s in cp._mine if s.before]] = 0
+            if ctx.pasts:
+                tail, row, place = map(list, zip(*ctx.pasts))
+                d_past[row, place] += mine[tail]
         return dx, d_past, None

@@ -59,7 +59,7 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
         return status;
     if (p->border.phase == FLASH_KDA_PHASE_BEGIN && p->border.summaries.data)
         status = kda_cuda_status(kda_sm80_clear_summaries(&p->border, p->stream), "prefill, kernel clear_summaries");
-    for (int i = 0; i < plan.count && !status; i++) {
+    for (int i = 0; p->sequences && i < plan.count && !status; i++) {
         char what[64];
         snprintf(what, sizeof what, "prefill, kernel %s", kda_kernel_name(plan.launches[i].kernel));
         status = kda_cuda_status(level->launch(p, &plan, i, workspace), what);

@@ -461,6 +461,24 @@ static void forward_cases(struct check *check) {
     }
 }
 
+/* All in bf16, K = V = 128: what Hopper's level splits into segments. */
+static void bf16_cases(struct check *check) {
+    for (int i = 0; i < 8; i++) {
+        const struct parallel parallel = {i % 4 == 3 ? AT_BORDERS : (enum partition)(i % 4)};
+        struct prefill_case c = case_of(parallel.partition, 2 * i + (parallel.partition == AT_BORDERS));
+        prefill_case_set_gate(&c, i % 2 ? FLASH_KDA_GATE_SOFTPLUS : FLASH_KDA_GATE_SIGMOID);
+        for (int n = 0; n < c.sequences && !check->quick; n++)
+            c.lengths[n] *= 8;
+        c.K = c.V = 128;
+        c.beta_mode = i % 3 ? FLASH_KDA_BETA_SIGMOID : FLASH_KDA_BETA_TWICE_SIGMOID;
+        c.q_type = c.k_type = c.v_type = c.g_type = c.beta_type = c.out_type = TYPE_BF16;
+        c.fill = i % 4 == 2 ? NULL : fill_remembering;
+        snprintf(c.name, sizeof c.name, "parallel bf16 %d: %s, %d sequences, gate %s", i,
+                 partition_names[parallel.partition], c.sequences, prefill_gate_names[c.gate]);
+        prefill_examine(check, &c, forward_level, &parallel);
+    }
+}
+
 /* |A| near 1 over 64 slots; a hard reset; keys all equal; v that grows by 1e8; saturated logits; the strongest decay. */
 static void fill_growing(struct prefill_problem *p, struct random *r) {
     fill_remembering(p, r);
@@ -530,6 +548,7 @@ static void backward_cases(struct check *check) {
 
 static void run(struct check *check) {
     forward_cases(check);
+    bf16_cases(check);
     trap_cases(check);
     backward_cases(check);
     parallel_halves(check);

@@ -282,4 +282,77 @@ static void prefill_cases(struct check *check) {
     }
 }
 
-void parallel_halves(struct check *check) { prefill_cases(check); }
+/* All in bf16, K = V = 128, as above. */
+static void bf16_cases(struct check *check) {
+    static const struct halves counts[] = {{1, 1}, {SEQUENCES, SEQUENCES}, {2, 1}, {0, 2}};
+    for (int i = 0; i < 8; i++) {
+        const struct halves *halves = &counts[i % 4];
+        struct prefill_case c = case_of(i);
+        prefill_case_set_gate(&c, i % 2 ? FLASH_KDA_GATE_SOFTPLUS : FLASH_KDA_GATE_SIGMOID);
+        for (int n = 0; n < SEQUENCES && !check->quick; n++)
+            c.lengths[n] *= 6;
+        c.K = c.V = 128;
+        c.qk_norm = true;
+        c.beta_mode = FLASH_KDA_BETA_SIGMOID;
+        c.fill = fill_remembering;
+        c.checkpoints = i % 3 == 2 ? CHECKPOINTS_EVERY : CHECKPOINTS_NONE;
+        c.every = 64;
+        c.q_type = c.k_type = c.v_type = c.g_type = c.beta_type = c.out_type = TYPE_BF16;
+        snprintf(c.name, sizeof c.name, "halves bf16 %d: %d rows come in, %d go on, gate %s", i, (int)halves->C,
+                 (int)halves->S, prefill_gate_names[c.gate]);
+        prefill_examine(check, &c, prefill_level, halves);
+    }
+}
+
+/* What the halves of one long sequence take beside the whole, with --bench. */
+static void time_halves(struct check *check, const struct prefill_case *c, const char *level) {
+    struct random r = random_named(check->seed, c->name);
+    struct prefill_problem p;
+    struct prefill_results results;
+    struct rows x;
+    char text[200];
+    level_select(level);
+    prefill_problem_make(&p, c, &r);
+    prefill_results_make(&results, &p);
+    flash_kda_prefill_args args = prefill_bind(&p, &results, level_backend(level));
+    struct arguments all = arguments_of_prefill(&args);
+    double whole = seconds_of(&all);
+    make_rows(&p, &x, 1, 1, &r);
+    tensor_set(&x.incoming_rows, 0, 0);
+    tensor_set(&x.outgoing_rows, 0, 0);
+    bind_rows(&args, &x);
+    args.phase = FLASH_KDA_PHASE_BEGIN;
+    all = arguments_of_prefill(&args);
+    double begin = seconds_of(&all);
+    args.phase = FLASH_KDA_PHASE_FINISH;
+    all = arguments_of_prefill(&args);
+    double finish = seconds_of(&all);
+    snprintf(text, sizeof text, "whole %.4f ms, begin %.4f, finish %.4f: %.3f times", whole * 1e3, begin * 1e3,
+             finish * 1e3, (begin + finish) / whole);
+    check_report(check, begin > 0 && finish > 0 && whole > 0, level, c->name, text);
+    free_rows(&x);
+    prefill_results_free(&results);
+    prefill_problem_free(&p);
+}
+
+static void timed_cases(struct check *check) {
+    static const int64_t shapes[][2] = {{8, 8192}, {16, 8192}, {32, 8192}, {64, 8192}, {8, 65536}};
+    for (size_t i = 0; check->bench && i < sizeof shapes / sizeof *shapes; i++) {
+        struct prefill_case c = prefill_case_plain();
+        c.H = shapes[i][0];
+        c.lengths[0] = check->quick ? shapes[i][1] / 8 : shapes[i][1];
+        c.K = c.V = 128;
+        c.threads = 0;
+        c.q_type = c.k_type = c.v_type = c.g_type = c.beta_type = c.out_type = TYPE_BF16;
+        c.fill = fill_remembering;
+        snprintf(c.name, sizeof c.name, "halves timed: %d heads, %lld tokens", (int)c.H, (long long)c.lengths[0]);
+        for (int l = 0; check_wanted(check, c.name) && l < check->level_count; l++)
+            time_halves(check, &c, check->levels[l]);
+    }
+}
+
+void parallel_halves(struct check *check) {
+    prefill_cases(check);
+    bf16_cases(check);
+    timed_cases(check);
+}
