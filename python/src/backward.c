@@ -74,13 +74,13 @@ const struct call_operation call_backward = {.name = "backward",
 /* The two halves of a call that shares its sequences with others: the same, and four tensors and the phase more. */
 static PyObject *half_names[TENSORS + OPTIONS];
 const struct call_operation call_backward_half = {.name = "backward_half",
-                                               .tensors = tensors,
-                                               .tensor_count = TENSORS,
-                                               .options = options,
-                                               .option_count = OPTIONS,
-                                               .names = half_names,
-                                               .stream = offsetof(flash_kda_backward_args, stream),
-                                               .init = init,
-                                               .run = run,
-                                               .workspace_size = workspace_size,
-                                               .describe = describe};
+                                                  .tensors = tensors,
+                                                  .tensor_count = TENSORS,
+                                                  .options = options,
+                                                  .option_count = OPTIONS,
+                                                  .names = half_names,
+                                                  .stream = offsetof(flash_kda_backward_args, stream),
+                                                  .init = init,
+                                                  .run = run,
+                                                  .workspace_size = workspace_size,
+                                                  .describe = describe};

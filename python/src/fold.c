@@ -5,12 +5,8 @@
 #define MEMBER(name) CALL_MEMBER(flash_kda_fold_args, name)
 
 static const struct call_tensor tensors[] = {
-    {MEMBER(bias), CALL_READ},
-    {MEMBER(transitions), CALL_READ},
-    {MEMBER(chains), CALL_READ},
-    {MEMBER(initial_state), CALL_READ},
-    {MEMBER(state_indices), CALL_READ},
-    {MEMBER(states), CALL_WRITTEN},
+    {MEMBER(bias), CALL_READ},          {MEMBER(transitions), CALL_READ},   {MEMBER(chains), CALL_READ},
+    {MEMBER(initial_state), CALL_READ}, {MEMBER(state_indices), CALL_READ}, {MEMBER(states), CALL_WRITTEN},
     {MEMBER(prefixes), CALL_WRITTEN},
 };
 

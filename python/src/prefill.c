@@ -67,13 +67,13 @@ const struct call_operation call_prefill = {.name = "prefill",
 /* The two halves of a call that shares its sequences with others: the same, and four tensors and the phase more. */
 static PyObject *half_names[TENSORS + OPTIONS];
 const struct call_operation call_prefill_half = {.name = "prefill_half",
-                                               .tensors = tensors,
-                                               .tensor_count = TENSORS,
-                                               .options = options,
-                                               .option_count = OPTIONS,
-                                               .names = half_names,
-                                               .stream = offsetof(flash_kda_prefill_args, stream),
-                                               .init = init,
-                                               .run = run,
-                                               .workspace_size = workspace_size,
-                                               .describe = describe};
+                                                 .tensors = tensors,
+                                                 .tensor_count = TENSORS,
+                                                 .options = options,
+                                                 .option_count = OPTIONS,
+                                                 .names = half_names,
+                                                 .stream = offsetof(flash_kda_prefill_args, stream),
+                                                 .init = init,
+                                                 .run = run,
+                                                 .workspace_size = workspace_size,
+                                                 .describe = describe};

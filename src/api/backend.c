@@ -51,8 +51,8 @@ flash_kda_status kda_backend_for(flash_kda_backend backend, const char *name, DL
                         names[backend]);
     if (backends[backend]->on_host ? !kda_on_host(device) : !on_cuda(device))
         return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
-                        "%s is on DLPack device %d:%d, where backend %s does not work; expected %s memory (%d)", name,
-                        (int)device.device_type, device.device_id, backends[backend]->name,
+                        "%s is on DLPack device %d:%d, where backend %s does not work; expected %s memory (%d)",
+                        name, (int)device.device_type, device.device_id, backends[backend]->name,
                         backends[backend]->on_host ? "host" : "CUDA",
                         backends[backend]->on_host ? (int)kDLCPU : (int)kDLCUDA);
     *out = backends[backend];

@@ -16,10 +16,12 @@ static flash_kda_status check_phase(const struct kda_border_args *a) {
         return INVALID("phase is %d; expected a flash_kda_phase", (int)a->phase);
     for (size_t i = 0; i < sizeof all / sizeof *all && a->phase == FLASH_KDA_PHASE_WHOLE; i++)
         if (all[i].tensor)
-            return INVALID("%s is given with FLASH_KDA_PHASE_WHOLE; expected NULL, or another phase", all[i].name);
+            return INVALID("%s is given with FLASH_KDA_PHASE_WHOLE; expected NULL, or another phase",
+                           all[i].name);
     if (!a->summaries != !a->giving_rows)
         return INVALID("%s is given without %s; expected both or neither",
-                       a->summaries ? "summaries" : a->giving_name, a->summaries ? a->giving_name : "summaries");
+                       a->summaries ? "summaries" : a->giving_name,
+                       a->summaries ? a->giving_name : "summaries");
     if (a->states && !a->awaiting_rows)
         return INVALID("incoming is given without %s; expected both or neither", a->awaiting_name);
     if (a->awaiting_rows && !a->states && a->phase == FLASH_KDA_PHASE_FINISH)
@@ -51,16 +53,16 @@ static flash_kda_status check_summaries(const struct kda_border_args *a, const s
     int64_t K = x->key_dim, columns = x->value_dim + (a->with_transitions ? K : 0);
     const int64_t shape[4] = {border->giving_rows.shape[0], x->value_heads, v_first ? columns : K,
                               v_first ? K : columns};
-    const struct kda_tensor_spec spec = {.name = "summaries",
-                                         .form = a->with_transitions
-                                                     ? kda_state_form(x, "[S, HV, V + K, K]", "[S, HV, K, V + K]")
-                                                     : kda_state_form(x, "[C, HV, V, K]", "[C, HV, K, V]"),
-                                         .dtypes = 1u << KDA_F32,
-                                         .rank = 4,
-                                         .shape = shape,
-                                         .last_dim_contiguous = true,
-                                         .written = true,
-                                         .device = device};
+    const struct kda_tensor_spec spec = {
+        .name = "summaries",
+        .form = a->with_transitions ? kda_state_form(x, "[S, HV, V + K, K]", "[S, HV, K, V + K]")
+                                    : kda_state_form(x, "[C, HV, V, K]", "[C, HV, K, V]"),
+        .dtypes = 1u << KDA_F32,
+        .rank = 4,
+        .shape = shape,
+        .last_dim_contiguous = true,
+        .written = true,
+        .device = device};
     return kda_tensor_check(a->summaries, &spec, &border->summaries);
 }
 

@@ -9,8 +9,9 @@
 
 static flash_kda_status check_options(const flash_kda_fold_args *a, struct kda_fold *f) {
     if (!a->bias || !a->transitions || !a->chains)
-        return INVALID("%s is NULL; expected a tensor",
-                       !a->bias ? "bias" : !a->transitions ? "transitions" : "chains");
+        return INVALID("%s is NULL; expected a tensor", !a->bias          ? "bias"
+                                                        : !a->transitions ? "transitions"
+                                                                          : "chains");
     if (!a->states && !a->prefixes)
         return INVALID("states is NULL without prefixes; expected one of them");
     if ((unsigned)a->state_layout > FLASH_KDA_STATE_K_FIRST)
@@ -81,7 +82,8 @@ static flash_kda_status check_state(const flash_kda_fold_args *a, const struct k
                                  .key_dim = f->key_dim,
                                  .value_dim = f->value_dim,
                                  .state_layout = f->state_layout};
-    return kda_check_state(t, name, shape_form, dtypes, rank, outer, f->links, &a->bias->device, written, &x, out);
+    return kda_check_state(t, name, shape_form, dtypes, rank, outer, f->links, &a->bias->device, written, &x,
+                           out);
 }
 
 static flash_kda_status check_slots(const struct kda_fold *f, int64_t slots) {

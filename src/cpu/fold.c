@@ -165,7 +165,8 @@ flash_kda_status kda_cpu_fold_describe(const struct kda_fold *f, char *text, siz
     flash_kda_status status = make_plan(f, &plan);
     if (status)
         return status;
-    snprintf(text, size, "cpu: level %s, fp32 products, %" PRId64 " states in %" PRId64 " part%s on %d thread%s",
+    snprintf(text, size,
+             "cpu: level %s, fp32 products, %" PRId64 " states in %" PRId64 " part%s on %d thread%s",
              plan.level->name, f->rows * f->value_heads, plan.parts, plan.parts == 1 ? "" : "s each",
              plan.threads, plan.threads == 1 ? "" : "s");
     return FLASH_KDA_OK;

@@ -59,11 +59,12 @@ struct batch {
 
 struct run {
     struct kda_chain chain;
-    int64_t position;  /* first token that is not planned */
-    int64_t pace;      /* chunks of a batch, such that all runs of a pass end together; at most plan.batch */
-    float growth;      /* of the batches that are prepared, see MAX_GROWTH */
-    bool has_identity; /* also runs the identity, without outputs: the first pass over a segment, or a summary */
-    bool resumed;      /* its tiles already hold the state to start from */
+    int64_t position; /* first token that is not planned */
+    int64_t pace;     /* chunks of a batch, such that all runs of a pass end together; at most plan.batch */
+    float growth;     /* of the batches that are prepared, see MAX_GROWTH */
+    bool
+        has_identity; /* also runs the identity, without outputs: the first pass over a segment, or a summary */
+    bool resumed;     /* its tiles already hold the state to start from */
     struct batch batches[PLANNED];
     struct kda_chunk *operands; /* memory for the chunks of two batches: one being prepared, one applied */
     struct kda_tile *tiles;
@@ -494,7 +495,8 @@ static void scan_segments(const struct kda_prefill *p, const struct plan *plan, 
                           int64_t tile) {
     int last = last_start(plan, runs);
     for (int s = 1; s < last; s++)
-        plan->kernels->compose(p->key_dim, runs[s].tiles + plan->tiles, &runs[s - 1].tiles[tile], &runs[s].tiles[tile]);
+        plan->kernels->compose(p->key_dim, runs[s].tiles + plan->tiles, &runs[s - 1].tiles[tile],
+                               &runs[s].tiles[tile]);
 }
 
 /* First pass: every chain's first segment as it is, the others but the last for their (A, B). */

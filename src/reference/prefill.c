@@ -29,8 +29,8 @@ static void run_token(const struct kda_prefill *p, int64_t batch, int64_t token,
 }
 
 /* One head of sequence n. S [K, V], u [V] are scratch. */
-static void run_head(const struct kda_prefill *p, const struct kda_sequence *s, int64_t n, int64_t head, double *S,
-                     double *u) {
+static void run_head(const struct kda_prefill *p, const struct kda_sequence *s, int64_t n, int64_t head,
+                     double *S, double *u) {
     const struct kda_columns all = {0, p->value_dim};
     int64_t awaited = kda_awaited_by(&p->border, n), summary = kda_summary_of(&p->border, n);
     kda_load_state(&p->base,
@@ -68,7 +68,8 @@ static void summarise_head(const struct kda_prefill *p, const struct kda_sequenc
     for (int64_t i = 0; i < K; i++)
         for (int64_t j = 0; j < width; j++)
             *(j < V ? &B[i * V + j] : &M[i * K + j - V]) = S[i * width + j];
-    kda_store_state(&p->base, kda_summary_bias(&p->base, &p->border, summary, head), (struct kda_columns){0, V}, B);
+    kda_store_state(&p->base, kda_summary_bias(&p->base, &p->border, summary, head), (struct kda_columns){0, V},
+                    B);
     kda_store_state(&p->base, kda_summary_transition(&p->base, &p->border, summary, head),
                     (struct kda_columns){0, K}, M);
 }

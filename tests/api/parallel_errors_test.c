@@ -142,7 +142,8 @@ struct fold {
 };
 
 static void fold_new(struct fold *f) {
-    const int64_t bias[4] = {J, FIXTURE_HV, FIXTURE_V, FIXTURE_K}, square[4] = {J, FIXTURE_HV, FIXTURE_K, FIXTURE_K};
+    const int64_t bias[4] = {J, FIXTURE_HV, FIXTURE_V, FIXTURE_K},
+                  square[4] = {J, FIXTURE_HV, FIXTURE_K, FIXTURE_K};
     const int64_t chains[2] = {R, L}, states[4] = {SLOTS, FIXTURE_HV, FIXTURE_V, FIXTURE_K};
     const int64_t prefixes[5] = {R, L, FIXTURE_HV, FIXTURE_V, FIXTURE_K};
     f->args = (flash_kda_fold_args)FLASH_KDA_FOLD_ARGS_INIT;

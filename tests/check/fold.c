@@ -105,7 +105,7 @@ static void fold_make(struct fold_problem *p, const struct fold_case *c, struct 
 }
 
 static void fold_free(struct fold_problem *p) {
-    struct tensor *const all[] = {&p->bias,   &p->transitions, &p->chains,   &p->initial,
+    struct tensor *const all[] = {&p->bias,    &p->transitions, &p->chains,   &p->initial,
                                   &p->indices, &p->states,      &p->prefixes, &p->buffer};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         tensor_free(all[i]);
@@ -136,8 +136,8 @@ static void compare_state(const struct fold_problem *p, const struct tensor *t, 
 }
 
 /* One head of a row; results are in p's tensors, what they started from in `before`. */
-static void compare_head(const struct fold_problem *p, const struct fold_problem *before, int64_t n, int64_t head,
-                         struct error *e) {
+static void compare_head(const struct fold_problem *p, const struct fold_problem *before, int64_t n,
+                         int64_t head, struct error *e) {
     int64_t K = p->c.K, V = p->c.V, slot = slot_of(p, n);
     double *X = must_allocate(V * K, sizeof *X), *next = must_allocate(V * K, sizeof *next);
     const struct tensor *first = p->c.in_place ? &before->states : &p->initial;
@@ -187,8 +187,8 @@ static const char *parts_differ(const struct fold_problem *p, const struct fold_
     for (int64_t n = 0; n < p->c.R && !wrong; n++) {
         struct tensor states, views[6];
         flash_kda_fold_args args = p->args;
-        const DLTensor **const narrowed[] = {&args.bias,   &args.transitions, &args.initial_state, &args.states,
-                                             &args.chains, &args.state_indices};
+        const DLTensor **const narrowed[] = {&args.bias,   &args.transitions, &args.initial_state,
+                                             &args.states, &args.chains,      &args.state_indices};
         int64_t head = p->c.HV / 2;
         tensor_clone(&states, &before->states);
         args.states = &states.dl;
@@ -212,7 +212,8 @@ static const char *parts_differ(const struct fold_problem *p, const struct fold_
         const struct arguments all = arguments_of_fold(&args);
         wrong = call_run(&all, memory_of(args.backend), FILL_NONE);
         int64_t slot = slot_of(p, n), size = p->c.V * p->c.K;
-        for (int64_t i = (slot * p->c.HV + head) * size; !wrong && slot >= 0 && i < (slot + 1) * p->c.HV * size; i++)
+        for (int64_t i = (slot * p->c.HV + head) * size; !wrong && slot >= 0 && i < (slot + 1) * p->c.HV * size;
+             i++)
             if (tensor_get(&states, i) != tensor_get(&p->states, i))
                 wrong = "a row's heads alone gave other bits";
         tensor_free(&states);
@@ -277,8 +278,8 @@ static void run(struct check *check) {
         c.gathered = i % 2;
         c.state_type = i % 7 == 3 ? TYPE_BF16 : TYPE_FP32;
         c.threads = 1 + i % 2 * 15;
-        snprintf(c.name, sizeof c.name, "fold %d: %d rows of %d links, K %d, V %d%s%s%s%s%s", i, (int)c.R, (int)c.L,
-                 (int)c.K, (int)c.V, c.layout ? ", K first" : "", c.adjoint ? ", adjoint" : "",
+        snprintf(c.name, sizeof c.name, "fold %d: %d rows of %d links, K %d, V %d%s%s%s%s%s", i, (int)c.R,
+                 (int)c.L, (int)c.K, (int)c.V, c.layout ? ", K first" : "", c.adjoint ? ", adjoint" : "",
                  c.pool ? ", pool" : "", c.in_place ? ", in place" : "", c.gathered ? ", gathered" : "");
         for (int l = 0; check_wanted(check, c.name) && l < check->level_count; l++)
             run_level(check, &c, check->levels[l]);

@@ -44,10 +44,15 @@ enum partition { IN_TWO, IN_SEVEN, ODD, AT_BORDERS, MANY, PARTITIONS };
 static const char *const partition_names[PARTITIONS] = {"two slots", "seven slots", "odd slots",
                                                         "slots between all borders", "64 slots"};
 
-static int cut(const struct prefill_problem *p, enum partition kind, struct random *r, int64_t sizes[MAX_SLOTS]) {
+static int cut(const struct prefill_problem *p, enum partition kind, struct random *r,
+               int64_t sizes[MAX_SLOTS]) {
     static const int64_t odd[] = {31, 1, 0, 33, 32, 0, 0, 2};
     int64_t left = p->T;
-    int count = kind == IN_TWO ? 2 : kind == IN_SEVEN ? 7 : kind == ODD ? 9 : kind == MANY ? MAX_SLOTS : (int)p->N;
+    int count = kind == IN_TWO     ? 2
+                : kind == IN_SEVEN ? 7
+                : kind == ODD      ? 9
+                : kind == MANY     ? MAX_SLOTS
+                                   : (int)p->N;
     for (int i = 0; i < count; i++) {
         int64_t most = 2 * p->T / MAX_SLOTS + 1, size = kind == AT_BORDERS ? p->c.lengths[i] : p->T / count;
         if (kind == ODD)
@@ -180,9 +185,18 @@ static void make_ranks(struct ranks *x, const struct prefill_problem *p, enum pa
 static void free_ranks(struct ranks *x) {
     for (int i = 0; i < x->count; i++) {
         struct slot *s = &x->slots[i];
-        struct tensor *const all[] = {&s->cu_seqlens, &s->incoming_rows,    &s->outgoing_rows, &s->incoming,
-                                      &s->initial,    &s->final,            &s->R,             &s->d_final,
-                                      &s->d_initial,  &s->backward_initial, &s->dA_log,        &s->d_dt_bias};
+        struct tensor *const all[] = {&s->cu_seqlens,
+                                      &s->incoming_rows,
+                                      &s->outgoing_rows,
+                                      &s->incoming,
+                                      &s->initial,
+                                      &s->final,
+                                      &s->R,
+                                      &s->d_final,
+                                      &s->d_initial,
+                                      &s->backward_initial,
+                                      &s->dA_log,
+                                      &s->d_dt_bias};
         for (size_t n = 0; n < sizeof all / sizeof *all; n++)
             tensor_free(all[n]);
     }
@@ -194,8 +208,8 @@ static void free_ranks(struct ranks *x) {
 /* ---- Exchange -------------------------------------------------------------------------------------- */
 
 /* X before a slot's first row, or R after its last: through the summaries of `count` others, in the order of `through`. */
-static const char *fold_to(struct ranks *x, const int *through, int count, bool adjoint, flash_kda_backend backend,
-                           struct tensor *state) {
+static const char *fold_to(struct ranks *x, const int *through, int count, bool adjoint,
+                           flash_kda_backend backend, struct tensor *state) {
     struct tensor chains, bias, transitions;
     int64_t links[2] = {1, count};
     int wide = x->p->c.layout == FLASH_KDA_STATE_V_FIRST ? 2 : 3;
@@ -233,7 +247,8 @@ static const char *play_prefill(struct ranks *x, struct prefill_results *r, flas
     }
     for (int i = 0; i < x->count && !wrong; i++)
         if (x->slots[i].before_count)
-            wrong = fold_to(x, x->slots[i].before, x->slots[i].before_count, false, backend, &x->slots[i].incoming);
+            wrong =
+                fold_to(x, x->slots[i].before, x->slots[i].before_count, false, backend, &x->slots[i].incoming);
     for (int i = 0; i < begun; i++) {
         struct slot *s = &x->slots[i];
         const struct arguments all = arguments_of_prefill(&s->args);
@@ -271,8 +286,8 @@ static void forward_level(struct check *check, struct prefill_problem *p, const 
         wrong = play_prefill(&x, &r, backend);
     double out = prefill_error(&r.out, &exact->out, &p->out, true);
     double state = prefill_error(&r.final, &exact->final, &p->final, true);
-    double out_allowed = allowed_of(prefill_error(&uncut.out, &exact->out, &p->out, true), p->c.fp32_tolerance,
-                                    c->partition);
+    double out_allowed =
+        allowed_of(prefill_error(&uncut.out, &exact->out, &p->out, true), p->c.fp32_tolerance, c->partition);
     double state_allowed = allowed_of(prefill_error(&uncut.final, &exact->final, &p->final, true),
                                       p->c.fp32_tolerance, c->partition);
     snprintf(text, sizeof text, "%d slots, out %.1e (at most %.1e), state %.1e (at most %.1e)", x.count, out,
@@ -367,8 +382,8 @@ static const char *play_backward(struct ranks *x, const struct backward_problem 
     return wrong;
 }
 
-static void backward_level(struct check *check, struct backward_problem *b, const struct backward_results *exact,
-                           enum partition partition, const char *level) {
+static void backward_level(struct check *check, struct backward_problem *b,
+                           const struct backward_results *exact, enum partition partition, const char *level) {
     const char *name = b->p.c.name;
     struct random random = random_named(check->seed, name);
     struct backward_results uncut, r;
@@ -456,7 +471,8 @@ static void forward_cases(struct check *check) {
         c.q_type = c.k_type = c.v_type = c.out_type = i % 3 == 1 ? TYPE_BF16 : TYPE_FP32;
         c.bf16_tolerance = BF16_ANY;
         snprintf(c.name, sizeof c.name, "parallel %d: %s, %d sequences, gate %s, K %d, V %d", i,
-                 partition_names[parallel.partition], c.sequences, prefill_gate_names[c.gate], (int)c.K, (int)c.V);
+                 partition_names[parallel.partition], c.sequences, prefill_gate_names[c.gate], (int)c.K,
+                 (int)c.V);
         prefill_examine(check, &c, forward_level, &parallel);
     }
 }
@@ -539,9 +555,9 @@ static void backward_cases(struct check *check) {
         struct backward_case c = backward_case_plain();
         c.forward = case_of(partition, i);
         c.forward.final = STORAGE_NONE;
-        snprintf(c.forward.name, sizeof c.forward.name, "parallel backward %d: %s, %d sequences, gate %s, K %d, V %d",
-                 i, partition_names[partition], c.forward.sequences, prefill_gate_names[c.forward.gate],
-                 (int)c.forward.K, (int)c.forward.V);
+        snprintf(c.forward.name, sizeof c.forward.name,
+                 "parallel backward %d: %s, %d sequences, gate %s, K %d, V %d", i, partition_names[partition],
+                 c.forward.sequences, prefill_gate_names[c.forward.gate], (int)c.forward.K, (int)c.forward.V);
         run_backward(check, &c, partition);
     }
 }

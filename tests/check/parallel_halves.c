@@ -7,6 +7,9 @@
 #include "calls.h"
 #include "compare.h"
 #include "prefill_compare.h"
+#ifdef CHECK_CUDA
+#include "replay.h"
+#endif
 
 #include <math.h>
 #include <stdio.h>
@@ -15,7 +18,9 @@
 
 /* ---- Two halves ------------------------------------------------------------------------------------ */
 
-static void set_phase(struct arguments *a, flash_kda_phase phase) { a->prefill.phase = a->backward.phase = phase; }
+static void set_phase(struct arguments *a, flash_kda_phase phase) {
+    a->prefill.phase = a->backward.phase = phase;
+}
 
 const char *halves_begin(struct call *c, const struct arguments *args) {
     struct arguments begin = *args;
@@ -101,8 +106,8 @@ static void bind_rows(flash_kda_prefill_args *args, struct rows *x) {
 }
 
 /* The rows of an output that a half writes: those of sequences that come in, or of the others. */
-static void rows_of_half(const struct prefill_problem *p, const struct rows *x, bool finish, bool *out, bool *final,
-                         bool *checkpoints) {
+static void rows_of_half(const struct prefill_problem *p, const struct rows *x, bool finish, bool *out,
+                         bool *final, bool *checkpoints) {
     for (int64_t n = 0; n < p->N; n++) {
         if (p->slot[n] < 0 || x->comes_in[n] != finish)
             continue;
@@ -125,7 +130,8 @@ static const char *strayed(const struct prefill_problem *p, const struct rows *x
     const char *wrong = NULL;
     rows_of_half(p, x, finish, out, final, checkpoints);
     if (!tensor_unchanged(&now->out, &before->out, p->out.lead, out, NULL))
-        wrong = finish ? "FINISH wrote to out of rows that do not come in" : "BEGIN wrote to out beyond its rows";
+        wrong =
+            finish ? "FINISH wrote to out of rows that do not come in" : "BEGIN wrote to out beyond its rows";
     else if (now->final.block && !tensor_unchanged(&now->final, &before->final, p->final.lead, final, NULL))
         wrong = finish ? "FINISH wrote to final_state of rows that do not come in"
                        : "BEGIN wrote to final_state of rows that come in";
@@ -222,8 +228,8 @@ static void prefill_level(struct check *check, struct prefill_problem *p, const 
     for (int i = 0; i < 3; i++)
         if (outputs[i]->ndim) {
             double e = prefill_error(results[i], expected[i], outputs[i], true);
-            double allowed = fmax(p->c.fp32_tolerance,
-                                  1.15 * prefill_error(whole[i], expected[i], outputs[i], true));
+            double allowed =
+                fmax(p->c.fp32_tolerance, 1.15 * prefill_error(whole[i], expected[i], outputs[i], true));
             append_text(text, sizeof text, ", %.1e", e);
             good = good && e <= allowed;
         }
@@ -271,8 +277,8 @@ static struct prefill_case case_of(int i) {
 }
 
 static void prefill_cases(struct check *check) {
-    static const struct halves counts[] = {{0, 0}, {1, 1}, {2, 2}, {SEQUENCES, SEQUENCES}, {2, 0}, {0, 1},
-                                           {SEQUENCES, 1}};
+    static const struct halves counts[] = {{0, 0}, {1, 1}, {2, 2},        {SEQUENCES, SEQUENCES},
+                                           {2, 0}, {0, 1}, {SEQUENCES, 1}};
     for (int i = 0; i < 21; i++) {
         const struct halves *halves = &counts[i % 7];
         struct prefill_case c = case_of(i);
@@ -303,6 +309,70 @@ static void bf16_cases(struct check *check) {
         prefill_examine(check, &c, prefill_level, halves);
     }
 }
+
+#ifdef CHECK_CUDA
+/* BEGIN captured with some rows and replayed with others, of as many. */
+static const char *replay_differs(struct prefill_problem *p, struct random *r) {
+    struct prefill_results results[3]; /* captured, replayed, called */
+    struct rows rows[3];
+    flash_kda_prefill_args args[3];
+    struct arguments all[3];
+    struct tensor kept;
+    const char *wrong = NULL;
+    tensor_clone(&kept, &p->initial_state);
+    for (int i = 0; i < 3; i++) {
+        struct random same = *r; /* the last two have the same rows */
+        prefill_results_make(&results[i], p);
+        args[i] = prefill_bind(p, &results[i], FLASH_KDA_BACKEND_CUDA);
+        make_rows(p, &rows[i], 2, 2, i ? &same : r);
+        bind_rows(&args[i], &rows[i]);
+        args[i].phase = FLASH_KDA_PHASE_BEGIN;
+        all[i] = arguments_of_prefill(&args[i]);
+        for (int64_t e = 0; e < tensor_count(&kept); e++) /* none is poison here */
+            tensor_set(&p->initial_state, e, tensor_get(&kept, e));
+    }
+    tensor_free(&kept);
+    wrong = replay_changed(&all[0], &all[1], FILL_NAN);
+    if (!wrong)
+        wrong = call_run(&all[2], MEMORY_DEVICE, FILL_NAN);
+    if (!wrong && (!tensor_same(&results[1].final, &results[2].final) ||
+                   !tensor_same(&rows[1].summaries, &rows[2].summaries)))
+        wrong = "other bits than a call that was not captured";
+    for (int i = 0; i < 3; i++) {
+        prefill_results_free(&results[i]);
+        free_rows(&rows[i]);
+    }
+    return wrong;
+}
+
+static void graphs(struct check *check) {
+    for (int i = 0; i < 2 && check_tests_cuda(check); i++) {
+        struct prefill_case c = case_of(4 * i + 1);
+        c.K = c.V = 128;
+        c.qk_norm = true;
+        c.beta_mode = FLASH_KDA_BETA_SIGMOID;
+        c.final = STORAGE_FP32;
+        c.checkpoints = CHECKPOINTS_NONE;
+        if (i)
+            c.q_type = c.k_type = c.v_type = c.g_type = c.beta_type = c.out_type = TYPE_BF16;
+        prefill_case_set_gate(&c, FLASH_KDA_GATE_SIGMOID);
+        snprintf(c.name, sizeof c.name, "halves, a graph replayed with other rows, %s", i ? "bf16" : "fp32");
+        if (!check_wanted(check, c.name))
+            continue;
+        if (!replay_is_possible()) {
+            check_leave_out(check, "cuda", c.name, "graphs are not emulated");
+            continue;
+        }
+        struct random r = random_named(check->seed, c.name);
+        struct prefill_problem p;
+        prefill_problem_make(&p, &c, &r);
+        const char *wrong = replay_differs(&p, &r);
+        check_report(check, !wrong, "cuda", c.name, wrong ? wrong : "the same bits");
+        prefill_problem_free(&p);
+    }
+}
+
+#endif
 
 /* What the halves of one long sequence take beside the whole, with --bench. */
 static void time_halves(struct check *check, const struct prefill_case *c, const char *level) {
@@ -345,7 +415,8 @@ static void timed_cases(struct check *check) {
         c.threads = 0;
         c.q_type = c.k_type = c.v_type = c.g_type = c.beta_type = c.out_type = TYPE_BF16;
         c.fill = fill_remembering;
-        snprintf(c.name, sizeof c.name, "halves timed: %d heads, %lld tokens", (int)c.H, (long long)c.lengths[0]);
+        snprintf(c.name, sizeof c.name, "halves timed: %d heads, %lld tokens", (int)c.H,
+                 (long long)c.lengths[0]);
         for (int l = 0; check_wanted(check, c.name) && l < check->level_count; l++)
             time_halves(check, &c, check->levels[l]);
     }
@@ -354,5 +425,8 @@ static void timed_cases(struct check *check) {
 void parallel_halves(struct check *check) {
     prefill_cases(check);
     bf16_cases(check);
+#ifdef CHECK_CUDA
+    graphs(check);
+#endif
     timed_cases(check);
 }
