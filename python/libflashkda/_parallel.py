@@ -254,12 +254,14 @@ class ContextParallel:
             event.record()
             self._pending.append((copy, event))
 
-    def _tell(self, failed: bool | None) -> None:
-        """After a chain, for the ranks that it has not told: raises where another failed. None: a GPU would have to wait."""
+    def _tell(self, failed: bool | None, known: Exception | None) -> Exception | None:
+        """After a chain, for the ranks that it has not told: the error of this rank if any rank failed. failed: did this one?
+        None: it is not known on the host."""
         if failed is not None:
             for r, (status,) in enumerate(self._gather(torch.tensor([int(failed)])).tolist()):
-                if status:
-                    raise RuntimeError(f"context parallel: rank {r} failed in front of the exchange; its own error says why")
+                if status and known is None:
+                    known = RuntimeError(f"context parallel: rank {r} failed in front of the exchange; its own error says why")
+        return known
 
     def _at(self, device: torch.device) -> _OnDevice:
         if device not in self._on_device:
@@ -567,9 +569,9 @@ class _Call:
             return after, status[place]
 
         failed = self._hop(step, adjoint, lambda slot, given: states[slot.place:slot.place + 1].copy_(given))
+        failed = cp._tell(bool(message[0, 1]) if status.device.type != "cuda" else None, failed)
         if failed is not None:
             raise failed
-        cp._tell(bool(message[0, 1]) if status.device.type != "cuda" else None)
         return states
 
     def _hop(self, step: Any, adjoint: bool, keep: Any) -> Exception | None:
@@ -652,10 +654,7 @@ class _Call:
         for s in cp._mine:
             if failures[0] is None and s.rows and not (s.before or s.after):
                 step(s, None, None)
-        try:
-            cp._tell(failures[0] is not None if shape.device.type != "cuda" else None)
-        except RuntimeError as error:
-            failed = failed or error
+        failed = cp._tell(failures[0] is not None if shape.device.type != "cuda" else None, failed)
         if failures[0] or failed:
             raise failures[0] or failed
         return out, final if initial is None else final.to(initial.dtype)
