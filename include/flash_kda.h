@@ -129,9 +129,9 @@ FLASH_KDA_API int flash_kda_backend_available(flash_kda_backend backend);
  * "generic", then "avx2", "avx512", "avx512bf16" on x86-64 or "neon" on AArch64. */
 FLASH_KDA_API const char *const *flash_kda_cpu_levels(void);
 
-/* The level that the next call would run on: the highest of flash_kda_cpu_levels(), or the one that the
- * environment variable FLASH_KDA_CPU names. NULL, with flash_kda_last_error(), if it names a level that
- * cannot run here. */
+/* The level that the next call would run on: the fastest of flash_kda_cpu_levels(), which is the highest but
+ * on Intel's processors, where it is "avx512" before "avx512bf16"; or the one that the environment variable
+ * FLASH_KDA_CPU names. NULL, with flash_kda_last_error(), if it names a level that cannot run here. */
 FLASH_KDA_API const char *flash_kda_cpu_level(void);
 
 /* The most threads that a call with num_threads 0 takes, its caller among them. These are the processors that
