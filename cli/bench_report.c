@@ -118,8 +118,10 @@ static json_t *result_json(const struct bench_result *result) {
         result->spec.checkpoint_every ? real(result->checkpoint_error) : json_null(), "passed", result->passed);
     if (result->decode)
         json_object_set_new(object, "decode", json_string(result->decode));
-    if (result->backward)
+    if (result->backward) {
         json_object_set_new(object, "backward", json_true());
+        json_object_set_new(json_object_get(object, "check"), "A_log_error", real(result->A_log_error));
+    }
     if (result->passed) {
         json_object_set_new(object, "seconds", timing_json(&result->timing));
         if (result->warm.repeats)

@@ -103,7 +103,11 @@ static bool allocate_gradients(struct trial *trial, const struct kda_case *c, DL
            tensor_alloc(&trial->gradients[TRIAL_DQ], type, 4, like_q) &&
            tensor_alloc(&trial->gradients[TRIAL_DK], type, 4, like_q) &&
            tensor_alloc(&trial->gradients[TRIAL_DG], type, 4, like_g) &&
-           tensor_alloc(&trial->gradients[TRIAL_DBETA], type, 3, like_g);
+           tensor_alloc(&trial->gradients[TRIAL_DBETA], type, 3, like_g) &&
+           (!tensor_present(&c->A_log) ||
+            tensor_alloc(&trial->gradients[TRIAL_DA_LOG], TYPE_FP32, 1, like_g + 2)) &&
+           (!tensor_present(&c->dt_bias) ||
+            tensor_alloc(&trial->gradients[TRIAL_D_DT_BIAS], TYPE_FP32, 2, like_g + 2));
 }
 
 /* Each row has a generator of its own. */
@@ -155,6 +159,10 @@ bool trial_backward(struct trial *trial, const struct kda_case *c, flash_kda_bac
     args.dk = &trial->gradients[TRIAL_DK].dl;
     args.dg = &trial->gradients[TRIAL_DG].dl;
     args.dbeta = &trial->gradients[TRIAL_DBETA].dl;
+    if (tensor_present(&c->A_log))
+        args.dA_log = &trial->gradients[TRIAL_DA_LOG].dl;
+    if (tensor_present(&c->dt_bias))
+        args.d_dt_bias = &trial->gradients[TRIAL_D_DT_BIAS].dl;
     args.backend = backend;
     args.num_threads = threads;
     const struct arguments all = arguments_of_backward(&args);

@@ -13,8 +13,10 @@ enum decode_way { DECODE_IN_PLACE, DECODE_STATE_KEPT, DECODE_STATE_EACH };
 /* Their names, ended by NULL; the index is the value. */
 extern const char *const decode_way_names[];
 
-/* Backward's gradients that have the heads of q or of g in their third dimension. */
-enum { TRIAL_DQ, TRIAL_DK, TRIAL_DG, TRIAL_DBETA, TRIAL_GRADIENTS };
+/* Backward's gradients that have the heads of q or of g in their third dimension; those of parameters, which have them in the
+ * first and are absent if the case has no parameters. */
+enum { TRIAL_DQ, TRIAL_DK, TRIAL_DG, TRIAL_DBETA, TRIAL_TOKEN_GRADIENTS };
+enum { TRIAL_DA_LOG = TRIAL_TOKEN_GRADIENTS, TRIAL_D_DT_BIAS, TRIAL_GRADIENTS };
 
 /* Holds struct tensor: not to be copied or moved. */
 struct trial {
