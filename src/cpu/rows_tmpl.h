@@ -11,6 +11,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 #define ALIGNED __attribute__((aligned(64)))
 
@@ -96,6 +97,8 @@ static inline vf vf_softplus(vf x) {
 static inline vf vf_sigmoid(vf x) {
     return vf_div(vf_set1(1), vf_add(vf_set1(1), vf_exp(vf_sub(vf_set1(0), x))));
 }
+
+static inline vf vf_silu(vf x) { return vf_mul(x, vf_sigmoid(x)); }
 
 /* ---- Norm, gate, step --------------------------------------------------------------------------- */
 
