@@ -13,13 +13,12 @@ import functools
 import inspect
 from typing import Any
 
-from . import _C
 from ._chunk_kda import chunk_kda
 from ._fused_recurrent import TENSORS, fused_recurrent_kda_fwd
 from ._fused_recurrent import refusal as recurrent_refusal
 
-_CHUNK = inspect.signature(chunk_kda)
-_RECURRENT = inspect.signature(fused_recurrent_kda_fwd)
+CHUNK = inspect.signature(chunk_kda)
+RECURRENT = inspect.signature(fused_recurrent_kda_fwd)
 
 
 def _needs_grad(call: dict[str, Any]) -> bool:
@@ -30,11 +29,13 @@ def _needs_grad(call: dict[str, Any]) -> bool:
 
 def _refusal(call: dict[str, Any]) -> str | None:
     """Why this package cannot take a call of either function, or None."""
+    from ._torch import runs_on
+
     q = call["q"]
-    backend = _C.BACKENDS.get(q.device.type, -1)
-    if not _C.backend_available(backend):
+    forward, backward = runs_on(q.device.type)
+    if not forward:
         return f"this build of libflashkda does not run on {q.device.type} here"
-    if _needs_grad(call) and not _C.backward_available(backend):
+    if _needs_grad(call) and not backward:
         return f"this build of libflashkda has no backward pass on {q.device.type} here"
     if q.shape[-1] > 256:
         return f"libflashkda takes head dims of keys up to 256, not {q.shape[-1]}"
@@ -45,6 +46,7 @@ def _refusal(call: dict[str, Any]) -> str | None:
 
 
 def verdict(signature: inspect.Signature, arguments: Any, keywords: Any) -> tuple[bool, str | None]:
+    """Whether this package takes a call of CHUNK or RECURRENT, and if not, why."""
     import torch
 
     call = signature.bind(*arguments, **keywords)
@@ -52,7 +54,7 @@ def verdict(signature: inspect.Signature, arguments: Any, keywords: Any) -> tupl
     if not all(isinstance(call.arguments.get(name), (torch.Tensor, type(None))) for name in TENSORS):
         return True, None  # and then refused by a sentence, which fla's kernels do not have
     reason = _refusal(call.arguments)
-    if not reason and signature is _RECURRENT:
+    if not reason and signature is RECURRENT:
         names = inspect.signature(recurrent_refusal).parameters
         reason = recurrent_refusal(**{name: call.arguments[name] for name in names})
         if _needs_grad(call.arguments):
@@ -124,13 +126,13 @@ def register() -> None:
         backend_type = "flash_kda"  # FlashKDA's, which it replaces
 
         def chunk_kda_verifier(self, *arguments: Any, **keywords: Any) -> tuple[bool, str | None]:
-            return verdict(_CHUNK, arguments, keywords)
+            return verdict(CHUNK, arguments, keywords)
 
         def chunk_kda(self, *arguments: Any, **keywords: Any) -> Any:
             return chunk_kda(*arguments, **keywords)
 
         def fused_recurrent_kda_fwd_verifier(self, *arguments: Any, **keywords: Any) -> tuple[bool, str | None]:
-            return verdict(_RECURRENT, arguments, keywords)
+            return verdict(RECURRENT, arguments, keywords)
 
         def fused_recurrent_kda_fwd(self, *arguments: Any, **keywords: Any) -> Any:
             return fused_recurrent_kda_fwd(*arguments, **keywords)
