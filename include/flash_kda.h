@@ -177,6 +177,8 @@ typedef enum flash_kda_flags {
     FLASH_KDA_BATCH_INVARIANT = 1 << 1,
     /* Decode only: the state is read, not written. */
     FLASH_KDA_KEEP_STATE = 1 << 2,
+    /* padding_slot is given. Not in backward. */
+    FLASH_KDA_PADDING_SLOT = 1 << 3,
 } flash_kda_flags;
 
 /*
@@ -236,7 +238,7 @@ typedef struct flash_kda_prefill_args {
     flash_kda_state_layout state_layout; /* of initial_state, final_state and checkpoints */
     const DLTensor *initial_state;       /* [N, HV, V, K] or, with state_indices, [slots, HV, V, K]; NULL: 0 */
     const DLTensor *final_state;         /* same shape, written */
-    const DLTensor *state_indices;       /* int32 [N]: the slot of each sequence in initial_state and
+    const DLTensor *state_indices;       /* int32 or int64 [N]: the slot of each sequence in initial_state and
                                             final_state, no slot twice; -1: padding, nothing of that sequence
                                             is read or written, its rows of out and checkpoints included */
 
@@ -249,8 +251,9 @@ typedef struct flash_kda_prefill_args {
     const DLTensor *checkpoint_cu_starts; /* int32 or int64 [N + 1], required with cu_seqlens and
                                              checkpoint_every: sequence n has the rows checkpoint_cu_starts[n]
                                              .. checkpoint_cu_starts[n + 1] - 1 */
-    const DLTensor *checkpoint_indices;   /* int32 [rows of all sequences], with checkpoint_cu_starts: row r is
-                                             written to checkpoints[checkpoint_indices[r]]; -1: not at all */
+    const DLTensor *checkpoint_indices;   /* int32 or int64 [rows of all sequences], with checkpoint_cu_starts:
+                                             row r is written to checkpoints[checkpoint_indices[r]]; -1: not at
+                                             all */
     const DLTensor *checkpoint_offsets; /* int32 or int64 [N] or [N, C]: tokens of its sequence after which the
                                              state is kept, 0 to its length; -1: none. checkpoints is
                                              [N, HV, V, K] or [N, C, HV, V, K] */
@@ -259,6 +262,13 @@ typedef struct flash_kda_prefill_args {
     flash_kda_backend backend;
     int32_t num_threads; /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
     void *stream;        /* CUDA backend: a cudaStream_t of q's device; NULL is the default stream */
+
+    /* -- How an engine marks its sequences -- */
+    const DLTensor *has_initial_state; /* bool, int8 or int32 [N], with initial_state. A sequence with 0 starts
+                                          from zero, and its slot of initial_state is not read, whatever it
+                                          holds. NULL: all have a state */
+    int64_t padding_slot; /* with FLASH_KDA_PADDING_SLOT and state_indices, else 0: what is padding there as -1
+                             is. It may stand there more than once */
 } flash_kda_prefill_args;
 
 #ifdef __cplusplus
@@ -363,21 +373,21 @@ typedef struct flash_kda_decode_args {
     int64_t max_tokens; /* with cu_seqlens: the most tokens that any sequence has, 1 to 16; 0: 16. On CUDA the
                            host does not see lengths: a smaller number is faster, and tokens after
                            so many are left out */
-    const DLTensor *accepted; /* int32 [N]: only so many tokens of each sequence are processed, 0 to its
-                                 length; rows of out after them are not written. NULL: all */
+    const DLTensor *accepted; /* int32 or int64 [N]: only so many tokens of each sequence are processed, 0 to
+                                 its length; rows of out after them are not written. NULL: all */
 
     /* -- States -- */
     flash_kda_state_layout state_layout;
     const DLTensor *state;         /* required, fp32, fp16 or bf16 [N, HV, V, K] or, with state_indices,
                                       [slots, HV, V, K], read and written */
-    const DLTensor *state_indices; /* int32 [N]: the slot of each sequence; or int32 [N, C]: see Verify, no
+    const DLTensor *state_indices; /* int32 or int64 [N]: the slot of each sequence; or [N, C]: see Verify, no
                                       sequence has more than C tokens. No slot twice, except with
                                       FLASH_KDA_KEEP_STATE. A -1 where the state would be read makes the
                                       sequence padding: it is ignored, and neither its states nor its rows of
                                       out are written. A -1 in another column: the state after that token is
                                       not written */
-    const DLTensor *num_accepted_tokens; /* int32 [N], with state_indices [N, C]: the column of the slot that
-                                            the state is read from, counted from 1; NULL: 1 */
+    const DLTensor *num_accepted_tokens; /* int32 or int64 [N], with state_indices [N, C]: the column of the
+                                            slot that the state is read from, counted from 1; NULL: 1 */
 
     /* -- Before: a short causal convolution and SiLU, for each of q, k and v that has a weight. q and k have
      * H K channels, v has HV V. With x for the argument, token t of channel c becomes
@@ -401,6 +411,13 @@ typedef struct flash_kda_decode_args {
     flash_kda_backend backend;
     int32_t num_threads; /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
     void *stream;        /* CUDA backend: a cudaStream_t of q's device; NULL is the default stream */
+
+    /* -- How an engine marks its sequences, as for prefill -- */
+    const DLTensor *has_initial_state; /* bool, int8 or int32 [N]. A sequence with 0 starts from zero, and its
+                                          slot of state and of the convolutions' states is not read, whatever
+                                          it holds. NULL: all have a state */
+    int64_t padding_slot; /* with FLASH_KDA_PADDING_SLOT and state_indices, else 0: what is as -1 there, in
+                             every column. It may stand there more than once */
 } flash_kda_decode_args;
 
 #ifdef __cplusplus
@@ -460,8 +477,8 @@ typedef struct flash_kda_backward_args {
     double lower_bound; /* sigmoid gate only: in [-5, 0), nats a token */
     flash_kda_beta beta_mode;
     double scale;   /* 0: 1 / sqrt(K); within the range of fp32 */
-    uint32_t flags; /* flash_kda_flags, FLASH_KDA_KEEP_STATE excepted. FLASH_KDA_BATCH_INVARIANT does not hold
-                       for dA_log and d_dt_bias, which are sums over the batch */
+    uint32_t flags; /* FLASH_KDA_QK_NORM and FLASH_KDA_BATCH_INVARIANT, which does not hold for dA_log and
+                       d_dt_bias: they are sums over the batch */
     const DLTensor *cu_seqlens;          /* int32 or int64 [N + 1], from 0 to T, never falling; NULL: N = B
                                             dense sequences of T tokens */
     flash_kda_state_layout state_layout; /* of every state */

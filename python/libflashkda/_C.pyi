@@ -10,6 +10,7 @@ VERSION: str
 QK_NORM: int
 BATCH_INVARIANT: int
 KEEP_STATE: int
+PADDING_SLOT: int
 MAX_DECODE_TOKENS: int
 TENSORS: tuple[str, ...]
 WRITTEN: tuple[str, ...]

@@ -67,6 +67,12 @@ def _options(gate: str, lower_bound: float | None, beta_mode: str, qk_norm: bool
     return options
 
 
+def mark_padding(options: dict[str, Any], padding_slot: int | None) -> None:
+    if padding_slot is not None:
+        options["flags"] |= _C.PADDING_SLOT
+        options["padding_slot"] = padding_slot
+
+
 _GATES, _BETA_MODES, _STATE_LAYOUTS, _BACKENDS = _C.GATES, _C.BETA_MODES, _C.STATE_LAYOUTS, _C.BACKENDS
 
 
@@ -119,6 +125,8 @@ def prefill(
     final_state: Array | None = None,
     output_final_state: bool = False,
     state_indices: Array | None = None,
+    has_initial_state: Array | None = None,
+    padding_slot: int | None = None,
     checkpoints: Array | None = None,
     checkpoint_every: int = 0,
     checkpoint_cu_starts: Array | None = None,
@@ -166,8 +174,11 @@ def prefill(
         final_state: of the same shape, written; may be initial_state itself.
         output_final_state: return the final states. Where final_state is None they are new: of initial_state's
             dtype, or fp32.
-        state_indices: int32 [N]: the slot of each sequence in initial_state and final_state, no slot twice. -1:
-            padding, nothing of that sequence is read or written, its rows of out included.
+        state_indices: int32 or int64 [N]: the slot of each sequence in initial_state and final_state, no slot twice.
+            -1: padding, nothing of that sequence is read or written, its rows of out included.
+        has_initial_state: bool, int8 or int32 [N], with initial_state: a sequence with 0 starts from zero, and its slot of
+            initial_state is not read, whatever it holds. None: all have a state.
+        padding_slot: with state_indices: a slot that is padding as -1 is, and may stand there more than once. None: none.
         checkpoints: state, written: states inside of sequences, with either of the next two.
         checkpoint_every: n > 0: row j of a sequence is its state after min((j + 1) n, length) tokens. checkpoints is
             [B, rows, HV, V, K], or with cu_seqlens [rows of all sequences, HV, V, K].
@@ -175,7 +186,7 @@ def prefill(
             length; -1: none. checkpoints is [N, HV, V, K] or [N, C, HV, V, K].
         checkpoint_cu_starts: int32 or int64 [N + 1], with cu_seqlens and checkpoint_every: sequence n has the rows
             checkpoint_cu_starts[n] to checkpoint_cu_starts[n + 1] - 1.
-        checkpoint_indices: int32 [rows], with checkpoint_cu_starts: row r is written to
+        checkpoint_indices: int32 or int64 [rows], with checkpoint_cu_starts: row r is written to
             checkpoints[checkpoint_indices[r]]; -1: not at all.
         out: float [B, T, HV, V], written; None: a new array of v's dtype. An fp32 out keeps the arithmetic in fp32 on
             CPUs that would otherwise multiply in bf16.
@@ -209,6 +220,7 @@ def prefill(
     library = library_of(q)
     options = _options(gate, lower_bound, beta_mode, qk_norm, scale, state_layout, backend, num_threads,
                        batch_invariant, checkpoint_every)
+    mark_padding(options, padding_slot)
     if output_final_state and final_state is None and state_indices is not None:
         raise ValueError("final_state is None with state_indices; expected the states that the indices refer to")
     traced = library.traced(q)
@@ -216,7 +228,7 @@ def prefill(
             traced or library.differentiated(q, k, v, g, beta, A_log, dt_bias, initial_state)):
         return library.record_prefill(
             {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "cu_seqlens": cu_seqlens,
-             "initial_state": initial_state, "state_indices": state_indices}, output_final_state, options)
+             "initial_state": initial_state, "state_indices": state_indices, "has_initial_state": has_initial_state}, output_final_state, options)
     if not library.writable:
         refuse_written(out=out, final_state=final_state, checkpoints=checkpoints)
     out, final_state = _outputs(library, q, v, cu_seqlens, options["state_layout"], initial_state, final_state,
@@ -226,7 +238,8 @@ def prefill(
         {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "out": out,
          "cu_seqlens": cu_seqlens, "initial_state": initial_state, "final_state": final_state,
          "state_indices": state_indices, "checkpoints": checkpoints, "checkpoint_cu_starts": checkpoint_cu_starts,
-         "checkpoint_indices": checkpoint_indices, "checkpoint_offsets": checkpoint_offsets}, options, workspace)
+         "checkpoint_indices": checkpoint_indices, "checkpoint_offsets": checkpoint_offsets,
+         "has_initial_state": has_initial_state}, options, workspace)
     return out if final_state is None else (out, final_state)
 
 
@@ -253,6 +266,7 @@ def _ask(function: _C.Function, arguments: tuple[Any, ...], keywords: dict[str, 
     a = bound.arguments
     library = library_of(a["q"])
     options = _options(**{name: a[name] for name in _OPTIONS})
+    mark_padding(options, a["padding_slot"])
     a["out"], a["final_state"] = _outputs(library, a["q"], a["v"], a["cu_seqlens"], options["state_layout"],
                                           a["initial_state"], a["final_state"], a["output_final_state"], a["out"])
     return library.run(function, {name: a[name] for name in _C.TENSORS}, options, None)

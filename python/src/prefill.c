@@ -21,12 +21,20 @@ static const struct call_tensor tensors[] = {
     {MEMBER(checkpoint_cu_starts), CALL_READ},
     {MEMBER(checkpoint_indices), CALL_READ},
     {MEMBER(checkpoint_offsets), CALL_READ},
+    {MEMBER(has_initial_state), CALL_READ},
 };
 
 static const struct call_option options[] = {
-    {MEMBER(gate), CALL_CHOICE},    {MEMBER(lower_bound), CALL_NUMBER}, {MEMBER(beta_mode), CALL_CHOICE},
-    {MEMBER(scale), CALL_NUMBER},   {MEMBER(flags), CALL_FLAGS},        {MEMBER(state_layout), CALL_CHOICE},
-    {MEMBER(backend), CALL_CHOICE}, {MEMBER(num_threads), CALL_INT32},  {MEMBER(checkpoint_every), CALL_INT64},
+    {MEMBER(gate), CALL_CHOICE},
+    {MEMBER(lower_bound), CALL_NUMBER},
+    {MEMBER(beta_mode), CALL_CHOICE},
+    {MEMBER(scale), CALL_NUMBER},
+    {MEMBER(flags), CALL_FLAGS},
+    {MEMBER(state_layout), CALL_CHOICE},
+    {MEMBER(backend), CALL_CHOICE},
+    {MEMBER(num_threads), CALL_INT32},
+    {MEMBER(checkpoint_every), CALL_INT64},
+    {MEMBER(padding_slot), CALL_INT64},
 };
 
 static void init(union call_args *args) { args->prefill = (flash_kda_prefill_args)FLASH_KDA_PREFILL_ARGS_INIT; }

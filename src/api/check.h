@@ -61,10 +61,15 @@ flash_kda_status kda_check_tokens(const struct kda_token_args *a, struct kda_tok
 struct kda_tensor_spec kda_floats(const char *name, const char *form, int rank, const int64_t *shape,
                                   const DLDevice *device);
 
-/* An index tensor of the dtypes that `dtypes` allows. */
-flash_kda_status kda_check_indices(const DLTensor *t, const char *name, const char *form, unsigned dtypes,
-                                   int rank, const int64_t *shape, const DLDevice *device,
-                                   struct kda_tensor *out);
+flash_kda_status kda_check_indices(const DLTensor *t, const char *name, const char *form, int rank,
+                                   const int64_t *shape, const DLDevice *device, struct kda_tensor *out);
+
+/* has_initial_state, where it is given. */
+flash_kda_status kda_check_has_initial_state(const DLTensor *t, const struct kda_tokens *x,
+                                             const DLDevice *device, struct kda_tensor *out);
+
+/* padding_slot, if flags have it, which needs state_indices. */
+flash_kda_status kda_check_padding_slot(uint32_t flags, int64_t padding_slot, const DLTensor *state_indices);
 
 /* The values of cu_seqlens or checkpoint_cu_starts: from 0 to `end`, never falling. */
 flash_kda_status kda_check_cumulative(const struct kda_tensor *t, int64_t end, const char *what);

@@ -15,6 +15,8 @@ static inline char *kda_conv_past(const struct kda_convolution *conv, int64_t sl
 /* x [B, T, heads, dim] at token t of a sequence, t >= -KDA_CONV_PAST. */
 static inline float kda_conv_input(const struct kda_tensor *x, const struct kda_convolution *conv,
                                    const struct kda_sequence *s, int64_t t, int64_t head, int64_t c) {
+    if (t < 0 && s->from_zero)
+        return 0;
     if (t < 0)
         return kda_load(kda_conv_past(conv, s->slot, head * x->shape[3] + c, KDA_CONV_PAST + t),
                         conv->state.dtype, 0);

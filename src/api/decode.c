@@ -37,8 +37,7 @@ static flash_kda_status check_accepted(const flash_kda_decode_args *a, struct kd
     const int64_t like[1] = {d->tokens.sequences};
     if (!a->accepted)
         return FLASH_KDA_OK;
-    return kda_check_indices(a->accepted, "accepted", "[N]", 1u << KDA_I32, 1, like, &a->q->device,
-                             &d->accepted);
+    return kda_check_indices(a->accepted, "accepted", "[N]", 1, like, &a->q->device, &d->accepted);
 }
 
 static flash_kda_status check_state_indices(const flash_kda_decode_args *a, struct kda_decode *d) {
@@ -47,15 +46,18 @@ static flash_kda_status check_state_indices(const flash_kda_decode_args *a, stru
     bool each = a->state_indices && a->state_indices->ndim == 2;
     if (a->num_accepted_tokens && !each)
         return INVALID("num_accepted_tokens is given without state_indices [N, C]; expected NULL");
+    TRY(kda_check_padding_slot(a->flags, a->padding_slot, a->state_indices));
+    d->has_padding_slot = a->flags & FLASH_KDA_PADDING_SLOT;
+    d->padding_slot = a->padding_slot;
     if (!a->state_indices)
         return FLASH_KDA_OK;
-    TRY(kda_check_indices(a->state_indices, "state_indices", each ? "[N, C]" : "[N] or [N, C]", 1u << KDA_I32,
-                          each ? 2 : 1, like, device, &d->state_indices));
+    TRY(kda_check_indices(a->state_indices, "state_indices", each ? "[N, C]" : "[N] or [N, C]", each ? 2 : 1,
+                          like, device, &d->state_indices));
     if (each && d->state_indices.shape[1] < 1)
         return INVALID("state_indices has C = 0 columns; expected one for each token");
     if (a->num_accepted_tokens)
-        TRY(kda_check_indices(a->num_accepted_tokens, "num_accepted_tokens", "[N]", 1u << KDA_I32, 1, like,
-                              device, &d->num_accepted_tokens));
+        TRY(kda_check_indices(a->num_accepted_tokens, "num_accepted_tokens", "[N]", 1, like, device,
+                              &d->num_accepted_tokens));
     return FLASH_KDA_OK;
 }
 
@@ -66,6 +68,7 @@ static flash_kda_status check_state(const flash_kda_decode_args *a, struct kda_d
                             : kda_state_form(p, "[N, HV, V, K]", "[N, HV, K, V]");
     if (!a->state)
         return INVALID("state is NULL; expected a tensor");
+    TRY(kda_check_has_initial_state(a->has_initial_state, p, &a->q->device, &d->has_initial_state));
     d->keep_state = a->flags & FLASH_KDA_KEEP_STATE;
     if (d->keep_state && !a->out)
         return INVALID("out is NULL with FLASH_KDA_KEEP_STATE; expected a tensor, for nothing else is written");
@@ -180,12 +183,13 @@ static flash_kda_status check_sequence(const struct kda_decode *d, int64_t n) {
 enum { SLOTS_AT_ONCE = 1 << 15 }; /* a bit each on the stack */
 
 /* No slot from `first` to `first` + SLOTS_AT_ONCE twice, of `slots` in all. */
-static flash_kda_status check_distinct(const struct kda_tensor *t, int64_t first, int64_t slots) {
+static flash_kda_status check_distinct(const struct kda_decode *d, int64_t first, int64_t slots) {
+    const struct kda_tensor *t = &d->state_indices;
     unsigned char seen[SLOTS_AT_ONCE / 8]; /* cleared as far as there are slots: most pools are small */
     memset(seen, 0, slots - first < SLOTS_AT_ONCE ? (size_t)(slots - first) / 8 + 1 : sizeof seen);
     int64_t columns = t->rank == 2 ? t->shape[1] : 1;
     for (int64_t i = 0; i < t->shape[0] * columns; i++) {
-        int64_t slot = kda_index(t, i / columns, i % columns), bit = slot - first;
+        int64_t slot = kda_decode_slot(d, i / columns, i % columns), bit = slot - first;
         if (slot < 0 || bit < 0 || bit >= SLOTS_AT_ONCE)
             continue;
         if (seen[bit / 8] >> bit % 8 & 1)
@@ -201,12 +205,13 @@ static flash_kda_status check_slots(const struct kda_decode *d) {
     int64_t slots = d->state.shape[0], columns = t->rank == 2 ? t->shape[1] : 1;
     for (int64_t i = 0; i < t->shape[0] * columns; i++) {
         int64_t slot = kda_index(t, i / columns, i % columns);
-        if (slot < -1 || slot >= slots)
+        bool padding = slot == -1 || (d->has_padding_slot && slot == d->padding_slot);
+        if (!padding && (slot < 0 || slot >= slots))
             return INVALID("state_indices of sequence %lld holds %lld; expected 0 to %lld, or -1",
                            (long long)(i / columns), (long long)slot, (long long)slots - 1);
     }
     for (int64_t first = 0; first < slots && !d->keep_state; first += SLOTS_AT_ONCE)
-        TRY(check_distinct(t, first, slots));
+        TRY(check_distinct(d, first, slots));
     return FLASH_KDA_OK;
 }
 
@@ -241,6 +246,7 @@ static flash_kda_status check_aliasing(const struct kda_decode *d) {
                                             &d->accepted,
                                             &d->state_indices,
                                             &d->num_accepted_tokens,
+                                            &d->has_initial_state,
                                             &d->q_conv.weight,
                                             &d->q_conv.bias,
                                             &d->k_conv.weight,
@@ -270,7 +276,8 @@ static flash_kda_status check_all(const flash_kda_decode_args *given, struct kda
     memset(d, 0, sizeof *d);
     const struct kda_token_args tokens =
         KDA_TOKEN_ARGS(&args, .out = args.out,
-                       .known_flags = FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT | FLASH_KDA_KEEP_STATE);
+                       .known_flags = FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT | FLASH_KDA_KEEP_STATE |
+                                      FLASH_KDA_PADDING_SLOT);
     TRY(kda_check_tokens(&tokens, &d->tokens, backend));
     TRY(check_max_tokens(&args, d));
     TRY(check_accepted(&args, d));

@@ -21,8 +21,11 @@ struct kda_decode {
     struct kda_tensor state_indices;       /* [N] or [N, C]; or not given: slot n */
     struct kda_tensor num_accepted_tokens; /* [N]; only with state_indices [N, C] */
     struct kda_tensor accepted;            /* [N] */
+    struct kda_tensor has_initial_state;   /* [N] */
     int64_t max_tokens;                    /* of one sequence, 0 to FLASH_KDA_MAX_DECODE_TOKENS */
     bool keep_state;                       /* states are only read */
+    bool has_padding_slot;
+    int64_t padding_slot; /* if it has one: in state_indices the same as -1 */
     struct kda_convolution q_conv, k_conv, v_conv;
     struct kda_tensor norm_weight, norm_gate; /* [V], [B, T, HV, V]; each may not be given */
     flash_kda_norm_activation norm_activation;
@@ -32,7 +35,8 @@ struct kda_decode {
 /* The slot in column `column` of sequence n's row of state_indices; -1 for what is no slot of the pool. */
 KDA_INLINE int64_t kda_decode_slot(const struct kda_decode *d, int64_t n, int64_t column) {
     int64_t slot = d->state_indices.data ? kda_index(&d->state_indices, n, column) : n;
-    return slot >= 0 && slot < d->state.shape[0] ? slot : -1;
+    bool padding = d->has_padding_slot && slot == d->padding_slot;
+    return slot >= 0 && slot < d->state.shape[0] && !padding ? slot : -1;
 }
 
 /* Is a state written after every token, to a slot of its own? */
@@ -46,6 +50,7 @@ KDA_INLINE struct kda_sequence kda_decode_sequence(const struct kda_decode *d, i
     if (d->num_accepted_tokens.data)
         column = kda_clamp(kda_index(&d->num_accepted_tokens, n, 0), 1, d->state_indices.shape[1]) - 1;
     s.slot = kda_decode_slot(d, n, column);
+    s.from_zero = kda_starts_from_zero(&d->has_initial_state, n);
     s.length = kda_min64(s.length, d->max_tokens);
     if (d->accepted.data)
         s.length = kda_clamp(kda_index(&d->accepted, n, 0), 0, s.length);

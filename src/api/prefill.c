@@ -13,9 +13,12 @@ static flash_kda_status check_slot_indices(const flash_kda_prefill_args *a, stru
         if (!a->initial_state && !a->final_state)
             return INVALID(
                 "state_indices is given without initial_state and final_state; expected one of them");
-        TRY(kda_check_indices(a->state_indices, "state_indices", "[N]", 1u << KDA_I32, 1, like, &a->q->device,
+        TRY(kda_check_indices(a->state_indices, "state_indices", "[N]", 1, like, &a->q->device,
                               &p->state_indices));
     }
+    TRY(kda_check_padding_slot(a->flags, a->padding_slot, a->state_indices));
+    p->has_padding_slot = a->flags & FLASH_KDA_PADDING_SLOT;
+    p->padding_slot = a->padding_slot;
     return FLASH_KDA_OK;
 }
 
@@ -29,6 +32,9 @@ static flash_kda_status check_states(const flash_kda_prefill_args *a, struct kda
                             false, &p->base, &p->initial_state));
         slots = p->initial_state.shape[0];
     }
+    if (a->has_initial_state && !a->initial_state)
+        return INVALID("has_initial_state is given without initial_state; expected NULL");
+    TRY(kda_check_has_initial_state(a->has_initial_state, &p->base, device, &p->has_initial_state));
     if (a->final_state)
         TRY(kda_check_state(a->final_state, "final_state", form, KDA_DTYPES_STATE, 4, slots, 0, device, true,
                             &p->base, &p->final_state));
@@ -40,7 +46,7 @@ static flash_kda_status check_checkpoints_at_offsets(const flash_kda_prefill_arg
     int rank = a->checkpoint_offsets->ndim == 2 ? 2 : 1;
     const int64_t like[2] = {p->sequences, -1};
     TRY(kda_check_indices(a->checkpoint_offsets, "checkpoint_offsets", rank == 2 ? "[N, C]" : "[N] or [N, C]",
-                          KDA_DTYPES_INDEX, rank, like, device, &p->checkpoint_offsets));
+                          rank, like, device, &p->checkpoint_offsets));
     int64_t columns = rank == 2 ? p->checkpoint_offsets.shape[1] : 1;
     TRY(kda_check_state(a->checkpoints, "checkpoints",
                         rank == 2 ? kda_state_form(&p->base, "[N, C, HV, V, K]", "[N, C, HV, K, V]")
@@ -91,7 +97,7 @@ static bool shared_pool(const struct kda_prefill *p) {
 }
 
 /* Those that are written first. */
-enum { WRITTEN = 3, TENSORS = 16 };
+enum { WRITTEN = 3, TENSORS = 17 };
 
 static void list_tensors(const struct kda_prefill *p, const struct kda_tensor *list[TENSORS]) {
     const struct kda_tensor *const all[TENSORS] = {&p->out,
@@ -107,6 +113,7 @@ static void list_tensors(const struct kda_prefill *p, const struct kda_tensor *l
                                                    &p->initial_state,
                                                    &p->cu_seqlens,
                                                    &p->state_indices,
+                                                   &p->has_initial_state,
                                                    &p->checkpoint_cu_starts,
                                                    &p->checkpoint_indices,
                                                    &p->checkpoint_offsets};
@@ -132,10 +139,13 @@ static flash_kda_status check_aliasing(const struct kda_prefill *p) {
     return FLASH_KDA_OK;
 }
 
-/* Marks the slots that t names in `seen`, one bit a slot. */
-static flash_kda_status check_slots(const struct kda_tensor *t, int64_t slots, unsigned char *seen) {
+/* Marks the slots that t names in `seen`, one bit a slot. padding: what names none, beside -1. */
+static flash_kda_status check_slots(const struct kda_tensor *t, int64_t slots, int64_t padding,
+                                    unsigned char *seen) {
     for (int64_t i = 0; i < t->shape[0]; i++) {
         int64_t slot = kda_index(t, i, 0);
+        if (slot == padding)
+            continue;
         if (slot < -1 || slot >= slots)
             return INVALID("%s[%lld] is %lld; expected 0 to %lld, or -1", t->name, (long long)i,
                            (long long)slot, (long long)slots - 1);
@@ -170,11 +180,11 @@ static flash_kda_status check_all_slots(const struct kda_prefill *p, unsigned ch
     if (seen)
         memset(seen, 0, slot_bytes(p));
     if (p->state_indices.data)
-        TRY(check_slots(&p->state_indices, pool_slots(p), seen));
+        TRY(check_slots(&p->state_indices, pool_slots(p), p->has_padding_slot ? p->padding_slot : -1, seen));
     if (p->checkpoint_indices.data) {
         if (seen && !shared_pool(p))
             memset(seen, 0, slot_bytes(p));
-        TRY(check_slots(&p->checkpoint_indices, p->checkpoints.shape[0], seen));
+        TRY(check_slots(&p->checkpoint_indices, p->checkpoints.shape[0], -1, seen));
     }
     return FLASH_KDA_OK;
 }
@@ -196,7 +206,7 @@ static flash_kda_status check_all(const flash_kda_prefill_args *given, struct kd
     p->checkpoint_every = args.checkpoint_every;
     const struct kda_token_args tokens =
         KDA_TOKEN_ARGS(&args, .out = args.out, .needs_out = true,
-                       .known_flags = FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT);
+                       .known_flags = FLASH_KDA_QK_NORM | FLASH_KDA_BATCH_INVARIANT | FLASH_KDA_PADDING_SLOT);
     TRY(kda_check_tokens(&tokens, &p->base, backend));
     TRY(check_slot_indices(&args, p));
     TRY(check_states(&args, p));

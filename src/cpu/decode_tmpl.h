@@ -368,9 +368,10 @@ static void run_rows(const struct kda_decode *d, const struct kda_part *part, co
     bool whole = count == ROWS && x->Kp == p->key_dim; /* whole vectors pass between memory and registers */
     const struct kda_state state = kda_state_in(p, &d->state, part->tokens.slot, part->head);
     struct rows from = rows_at(state, first, 0);
-    if (!whole) {
+    if (!whole || part->tokens.from_zero) {
         memset(S, 0, (size_t)(ROWS * x->Kp) * sizeof *S);
-        copy_in(S, x->Kp, from, count, p->key_dim);
+        if (!part->tokens.from_zero)
+            copy_in(S, x->Kp, from, count, p->key_dim);
         from = in_S;
     }
     load_inputs(&p->v, &d->v_conv, part, part->head, first, count, VALUES, scratch, values);
@@ -450,8 +451,11 @@ static void run_columns(const struct kda_decode *d, const struct kda_part *part,
     vf u[COLUMN_VECTORS];
     bool whole = count == COLUMNS;
     struct rows from = rows_at(kda_state_in(p, &d->state, part->tokens.slot, part->head), 0, first);
-    if (!whole) {
-        copy_in(S, COLUMNS, from, p->key_dim, count);
+    if (!whole || part->tokens.from_zero) {
+        if (part->tokens.from_zero)
+            memset(S, 0, (size_t)(p->key_dim * COLUMNS) * sizeof *S);
+        else
+            copy_in(S, COLUMNS, from, p->key_dim, count);
         from = in_S;
     }
     load_inputs(&p->v, &d->v_conv, part, part->head, first, count, COLUMNS, scratch, values);

@@ -307,7 +307,7 @@ static void begin_tile(const struct kda_prefill *p, const struct plan *plan, str
     }
     struct kda_state none = {.data = NULL};
     plan->kernels->load_state(
-        p, first ? kda_state_at(p, &p->initial_state, chain->tokens.slot, chain->head) : none, &io, tile);
+        p, first ? kda_state_before(p, chain->sequence, chain->tokens.slot, chain->head) : none, &io, tile);
     if (first)
         store_checkpoints(p, plan, run, 0, &io, tile);
     if (first && chain->end == 0) /* an empty sequence is done at once */

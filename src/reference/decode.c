@@ -84,7 +84,8 @@ static void run_columns(const struct kda_decode *d, struct chain *chain, struct 
     const struct kda_tokens *p = &d->tokens;
     const struct kda_sequence *s = &chain->s;
     double *S = chain->S, u[COLUMNS];
-    kda_load_state(p, kda_state_in(p, &d->state, s->slot, chain->head), columns, S);
+    const struct kda_state none = {.data = NULL};
+    kda_load_state(p, s->from_zero ? none : kda_state_in(p, &d->state, s->slot, chain->head), columns, S);
     for (int64_t t = 0; t < s->length; t++) {
         const struct kda_token x = load_token(d, s, t, chain->head);
         for (int64_t j = 0; j < columns.count; j++)

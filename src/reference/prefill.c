@@ -34,7 +34,7 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
     for (int64_t n = 0; n < p->sequences; n++) {
         struct kda_sequence sequence = kda_sequence(p, n);
         for (int64_t head = 0; head < p->value_heads && sequence.slot >= 0; head++) {
-            kda_load_state(&p->base, kda_state_at(p, &p->initial_state, sequence.slot, head), all, S);
+            kda_load_state(&p->base, kda_state_before(p, n, sequence.slot, head), all, S);
             store_checkpoints(p, n, 0, head, S);
             for (int64_t t = 0; t < sequence.length; t++) {
                 run_token(p, sequence.batch, sequence.first + t, head, S, u);

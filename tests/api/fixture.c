@@ -106,6 +106,12 @@ void fixture_use_offsets(struct fixture *f) {
               (int64_t[]){FIXTURE_N, FIXTURE_C, FIXTURE_HV, FIXTURE_V, FIXTURE_K});
 }
 
+void fixture_use_has_initial_state(struct fixture *f) {
+    static const int32_t has[] = {1, 0, 1};
+    set_tensor(f, ARG_HAS_INITIAL_STATE, int32, 1, (int64_t[]){FIXTURE_N});
+    memcpy(f->tensor[ARG_HAS_INITIAL_STATE].memory.int32, has, sizeof has);
+}
+
 void fixture_spell_strides(struct fixture_tensor *t) {
     int64_t stride = 1;
     for (int d = t->dl.ndim - 1; d >= 0; d--) {

@@ -30,6 +30,8 @@ double decode_conv_input(const struct decode_problem *d, int i, int64_t n, int64
     if (t >= 0)
         return tensor_get(&conv->raw,
                           prefill_row(&d->p, &conv->raw, n, t, channel / dim) * dim + channel % dim);
+    if (d->p.fresh[n])
+        return 0;
     return tensor_get(&conv->state,
                       (d->slot[n][d->column[n]] * channels + channel) * CONV_PAST + CONV_PAST + t);
 }
@@ -58,7 +60,7 @@ static void make_convolution(struct decode_problem *d, int i, struct random *r) 
         fill_normal(&conv->bias, r, 0, 0.3);
     }
     for (int64_t n = 0; n < d->p.N; n++)
-        for (int64_t j = 0; j < channels * CONV_PAST && d->p.slot[n] >= 0; j++)
+        for (int64_t j = 0; j < channels * CONV_PAST && d->p.slot[n] >= 0 && !d->p.fresh[n]; j++)
             tensor_set(&conv->state, d->slot[n][d->column[n]] * channels * CONV_PAST + j, random_normal(r));
 }
 
@@ -167,6 +169,9 @@ static struct decode_case case_of(int part, int way, int variant) {
     c.tokens.v_type = types[variant / 2 % 3];
     c.tokens.out_type = c.tokens.g_type = types[variant / 3 % 3];
     c.tokens.threads = 1 + variant % 3;
+    c.tokens.flags = (enum flags)(variant % 4);
+    c.tokens.padding_slot = variant / 2 % 2;
+    c.tokens.wide_indices = variant / 3 % 2;
     c.state_type = types[variant / 2 % 3];
     c.columns = ways[way].columns;
     c.num_accepted = ways[way].num_accepted;

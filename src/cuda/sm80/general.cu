@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(THREADS)
         return;
 
     float S[KP / 8][4], o[CHUNK / 8][4];
-    load_state<KP>(p, chain, kda_state_at(&p, &p.initial_state, chain.sequence.slot, chain.head), S);
+    load_state<KP>(p, chain, kda_state_before(&p, chain.n, chain.sequence.slot, chain.head), S);
     store_checkpoints<KP>(p, chain, 0, S);
     int64_t length = chain.sequence.length;
     for (int i = 0; i < STAGES - 1; i++) {

@@ -280,7 +280,7 @@ template <bool keeps> struct TrueStatePolicy : DefaultPolicy<DIM> {
             load_scanned(memory, info.column, S);
             return measured(S);
         }
-        kda_state from = kda_state_at(&p, &p.initial_state, shared.work.slot, info.head);
+        kda_state from = kda_state_before(&p, info.n, shared.work.slot, info.head);
         load_whole(from_column(from, info.column), S);
         if constexpr (keeps)
             store_whole_checkpoints(p, info.n, info.head, info.column, 0, S, 0);
@@ -332,7 +332,7 @@ struct LocalPolicy : DefaultPolicy<DIM> {
             make_diagonal(S, 1);
             return 0;
         }
-        kda_state from = kda_state_at(&p, &p.initial_state, shared.work.slot, info.head);
+        kda_state from = kda_state_before(&p, info.n, shared.work.slot, info.head);
         if (shared.work.segment > 0)
             from.data = nullptr;
         load_whole(from, S, thread());

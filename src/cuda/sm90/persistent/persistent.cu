@@ -249,7 +249,7 @@ template <class Config, bool keeps> struct ChainPolicy : DefaultPolicy<Config::D
 
     __device__ ChainPolicy(const kda_prefill &p, Shared<Config> &shared) : p(p), shared(shared) {}
     __device__ int before(const ChunkInfo &info, float (&S)[DIM / 8][4]) const {
-        load_whole(kda_state_at(&p, &p.initial_state, info.slot, info.head), S);
+        load_whole(kda_state_before(&p, info.n, info.slot, info.head), S);
         if constexpr (keeps)
             store_whole_checkpoints(p, info.n, info.head, 0, 0, S, 0);
         return measured(S);
@@ -308,7 +308,7 @@ struct RangePolicy {
 
     __device__ int before(const ChunkInfo &info, float (&S)[DIM / 8][4]) const {
         if (!(info.flags & SPLIT)) {
-            load_whole(kda_state_at(&p, &p.initial_state, info.slot, info.head), S, thread());
+            load_whole(kda_state_before(&p, info.n, info.slot, info.head), S, thread());
             store_whole_checkpoints(p, info.n, info.head, 0, 0, S, 0, thread());
             return measured(S);
         }
