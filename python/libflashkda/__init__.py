@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Kimi Delta Attention (KDA) on CPU and CUDA for torch, numpy, cupy and jax arrays.
 
-prefill      the library's own interface, complete; differentiable with torch
-backward     its gradients, for array libraries without autograd
-decode       goes on from the states it left, one token or a few at a time
-fwd          FlashKDA's interface: same name, order and in-place outputs
-chunk_kda    flash-linear-attention's interface; differentiable
-fla          registers this package with flash-linear-attention's dispatch
-plot         draws inputs and benchmarks: python -m libflashkda.plot
+prefill       the library's own interface, complete; differentiable with torch
+backward      its gradients, for array libraries without autograd
+decode        goes on from the states it left, one token or a few at a time
+fwd           FlashKDA's interface: same name, order and in-place outputs
+chunk_kda     flash-linear-attention's interface; differentiable
+fla           puts flash-linear-attention on this package
+transformers  puts Hugging Face's transformers on this package
+plot          draws inputs and benchmarks: python -m libflashkda.plot
 
 docs/python.md introduces them; docs/maths.md says what is computed.
 """
 
 import sys
 
-from . import fla
+from . import fla, transformers
 from ._backward import backward, backward_describe
 from ._C import VERSION as __version__
 from ._chunk_kda import chunk_kda
@@ -23,7 +24,7 @@ from ._fwd import fwd, get_workspace_size
 from ._prefill import prefill, prefill_describe, prefill_workspace_size
 
 __all__ = ["__version__", "backward", "backward_describe", "chunk_kda", "decode", "decode_describe", "fla", "fwd",
-           "get_workspace_size", "prefill", "prefill_describe", "prefill_workspace_size"]
+           "get_workspace_size", "prefill", "prefill_describe", "prefill_workspace_size", "transformers"]
 
 # Programs that torch.export saved need the custom ops. torch.compiler: not while torch is still importing itself; at the
 # end of that it calls libflashkda_torch.register().

@@ -124,6 +124,13 @@ class Torch(Library):
 LIBRARY = Torch()
 
 
+@torch.compiler.assume_constant_result
+def runs_on(device_type: str) -> tuple[bool, bool]:
+    """Whether there is a backend for tensors there, and whether it has a backward pass."""
+    backend = _C.BACKENDS.get(device_type, -1)
+    return _C.backend_available(backend), _C.backward_available(backend)
+
+
 def _refuse_grad(function: _C.Function, tensors: Tensors) -> None:
     if function in (_C.prefill_describe, _C.prefill_workspace_size, _C.decode_describe, _C.backward_describe):
         return
