@@ -18,8 +18,8 @@ enum Barrier { BARRIER_OUTPUTS = 1 };
 constexpr int SHARED_STAGES = 3, OWN_STAGES = 6;
 
 struct alignas(1024) AdjointStage {
-    uint8_t operands[ADJOINT_BYTES]; /* of ChunkOperands */
     __nv_bfloat16 d_out[TOKENS];
+    uint8_t operands[ADJOINT_BYTES]; /* of ChunkOperands */
 };
 
 template <int STAGES> struct alignas(1024) AdjointShared {
@@ -73,14 +73,11 @@ __device__ void load_chunks(const kda_sm90_backward_maps &maps, AdjointShared<ST
     }
 }
 
-/* Stores R^T, rounded: 8x8 matrices in the order in which kernel gradients takes them, each to be transposed. */
-__device__ void store_adjoint(uint32_t *to, int column, const uint32_t (&R)[DIM / 16][4]) {
-    to += (column / 8 + threadIdx.x / 32 * 2) * 2 * 32 + threadIdx.x % 32;
+/* Stores R^T, rounded, where kernel gradients takes it from (config.cuh). */
+__device__ void store_adjoint(uint4 *to, const uint32_t (&R)[DIM / 16][4]) {
 #pragma unroll
-    for (int c = 0; c < DIM / 8; c++)
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-            to[((c / 2 * (DIM / 8) + n) * 2 + c % 2) * 32] = R[c / 2][c % 2 * 2 + n];
+    for (int c = 0; c < DIM / 16; c++)
+        to[c * (DIM / 16 * 32)] = make_uint4(R[c][0], R[c][1], R[c][2], R[c][3]);
 }
 
 /* Values of tokens that do not exist become 0. */
@@ -149,7 +146,7 @@ __device__ void begin_chunk(const AdjointStage &stage, int count, Begun &begun) 
 /* Takes R through the chain. */
 template <int STAGES>
 __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, AdjointShared<STAGES> &shared,
-                            const Work &work, int warp, uint32_t *adjoints, float (&R)[DIM / 8][4]) {
+                            const Work &work, int warp, uint4 *adjoints, float (&R)[DIM / 8][4]) {
     PipelineState<STAGES> pipe;
     Begun begun;
     float(&dX)[CHUNK / 8][4] = begun.dX;
@@ -164,7 +161,7 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
         uint64_t &read = shared.empty[pipe.stage];
         pipe.next();
         uint64_t W = wgmma_operand(in.W, 0, 8 * ROW, SWIZZLE_128);
-        uint64_t KT = wgmma_operand(in.state.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
+        uint64_t KT = wgmma_operand(in.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
         uint64_t QT = wgmma_operand(in.QT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
         pin(dX);
         wgmma_fence();
@@ -185,8 +182,6 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
                 wgmma<false, true>(dX, rounded[c], advanced(W, c / 4 * TOKENS * 2 + c % 4 * 32));
         }
         wgmma_commit();
-        if (chunk == work.chunks - 1 || chunk % CHUNKS == CHUNKS - 1)
-            store_adjoint(adjoints + (int64_t)(chunk / CHUNKS) * (DIM * DIM / 2), work.column, rounded);
         decay_state(R, begun.decays);
         pin(R);
         wgmma_fence();
@@ -214,6 +209,8 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
         if (warp == 0) /* the other rows have left, and may be written after the barrier */
             wait_for_rows<0>();
         barrier_wait(BARRIER_OUTPUTS, GROUP);
+        /* Not before the barrier, or the compiler puts the stores between the products that read `rounded`. */
+        store_adjoint(adjoints + (int64_t)chunk * ADJOINT_PIECES, rounded);
         send_outputs(b, dv, chunk_of_chain(work, chunk), work.column, rows);
         wgmma_wait<1>(); /* dO has been read */
         if (chunk)
@@ -230,7 +227,7 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
 template <int STAGES>
 __global__ void __launch_bounds__(ADJOINT_THREADS, 2)
     take_adjoint(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
-                 const ChunkOperands *operands, uint32_t *adjoints, int64_t segments) {
+                 const ChunkOperands *operands, uint4 *adjoints, int64_t segments) {
     extern __shared__ __align__(1024) uint8_t memory[];
     AdjointShared<STAGES> &shared = *reinterpret_cast<AdjointShared<STAGES> *>(memory);
     let_next_begin();
@@ -252,7 +249,8 @@ __global__ void __launch_bounds__(ADJOINT_THREADS, 2)
     const kda_tokens &x = b.forward.base;
     float R[DIM / 8][4];
     load_whole(from_column(kda_state_in(&x, &b.d_final_state, work.first.n, work.first.head), work.column), R);
-    take_chunks(b, maps.dv, shared, work, warp, adjoints + segment * (DIM * DIM / 2), R);
+    adjoints += adjoint_piece(segment * CHUNKS, 0, work.column / 16 + warp, (int)threadIdx.x % 32);
+    take_chunks(b, maps.dv, shared, work, warp, adjoints, R);
     store_whole(from_column(kda_state_in(&x, &b.d_initial_state, work.first.n, work.first.head), work.column),
                 R, 0);
 }
@@ -271,8 +269,8 @@ extern "C" cudaError_t kda_sm90_backward_adjoint(const struct kda_backward *b,
         return error;
     auto launch_with = [&](auto *kernel, size_t bytes) {
         return launch_kernel(kernel, *launch, ADJOINT_THREADS, bytes, b->forward.stream, *b, maps,
-                             static_cast<const ChunkOperands *>(memory->operands), memory->adjoints,
-                             plan->segments);
+                             static_cast<const ChunkOperands *>(memory->operands),
+                             reinterpret_cast<uint4 *>(memory->adjoints), plan->segments);
     };
     bool alone = (int64_t)launch->grid[0] * launch->grid[1] <= plan->multiprocessors;
     return alone ? launch_with(take_adjoint<OWN_STAGES>, sizeof(AdjointShared<OWN_STAGES>))

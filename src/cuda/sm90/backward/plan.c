@@ -48,8 +48,7 @@ size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_
     size_t segments = (size_t)(plan->segments * x->value_heads), chunks = segments * CHUNKS;
     size_t rows = shares_heads(b) ? (size_t)(x->batches * x->tokens * x->value_heads) : 0;
     memory->operands = kda_take(&arena, chunks, KDA_SM90_BACKWARD_OPERANDS);
-    memory->updates = kda_take(&arena, chunks * KDA_CUDA_CHUNK * DIM, sizeof *memory->updates);
-    memory->adjoints = kda_take(&arena, segments * DIM * DIM / 2, sizeof *memory->adjoints);
+    memory->adjoints = kda_take(&arena, chunks * DIM * DIM / 2, sizeof *memory->adjoints);
     memory->sums = kda_take(&arena, segments * 2 * DIM, sizeof *memory->sums);
     memory->queries = memory->keys = NULL;
     if (rows) {

@@ -12,12 +12,14 @@ constexpr int THREADS = 256,
 
 struct alignas(1024) OperandsShared {
     ChunkOperands operands;
+    __nv_bfloat16 KR[TILE];
     __nv_bfloat16 keys[TILE], queries[TILE], gates[TILE]; /* k, q and g, then RK, RQ and CK */
     __nv_bfloat16 M[CHUNK * CHUNK];                       /* below its diagonal, swizzled by 64 bytes */
     __nv_bfloat16 N_rest[CHUNK * CHUNK];                  /* what N's rounding left of it, likewise */
     alignas(16) float L[CHUNK * L_ROW];                   /* diag(beta) L0, whose upper part is not used */
     /* bf16 factors of RK and RQ of the second block, and of CK of the first: to the boundary between them. */
     uint16_t from_boundary[DIM], to_boundary[DIM];
+    float fraction[DIM]; /* exp2(G - e), by channel_index */
     uint64_t arrived;
     int count; /* the chunk's tokens */
 };
@@ -25,7 +27,7 @@ struct alignas(1024) OperandsShared {
 /* Scales of k and q, and M's diagonal: 8 threads find those of a token. */
 __device__ void find_scales(const kda_prefill &p, OperandsShared &shared, int count) {
     int token = threadIdx.x / 8, part = threadIdx.x % 8;
-    StateOperands &state = shared.operands.state;
+    TokenScalars &tokens = shared.operands.tokens;
     float squares[2] = {}, product = 0;
 #pragma unroll
     for (int panel = 0; panel < 2; panel++) {
@@ -53,13 +55,13 @@ __device__ void find_scales(const kda_prefill &p, OperandsShared &shared, int co
     bool real = token < count;
     float rk = p.qk_norm ? rsqrtf(squares[0] + 1e-6f) : 1.f, rq = p.qk_norm ? rsqrtf(squares[1] + 1e-6f) : 1.f;
     rq *= p.scale;
-    state.rk[token] = real ? rk : 0.f, state.rq[token] = real ? rq : 0.f;
-    state.diagonal[token_index(token)] = real ? product * rk * rq : 0.f;
+    tokens.rk[token] = real ? rk : 0.f, tokens.rq[token] = real ? rq : 0.f;
+    tokens.diagonal[token_index(token)] = real ? product * rk * rq : 0.f;
 }
 
 /* The step of the lane's token, and what u . du / step is to be multiplied by. A step that is given as 0 becomes
  * so small that nobody sees it, but for the step's own gradient, which needs what the token would have written. */
-__device__ void find_steps(const kda_prefill &p, const Place &at, StateOperands &x) {
+__device__ void find_steps(const kda_prefill &p, const Place &at, TokenScalars &x) {
     constexpr float LEAST = 0x1p-30f;
     int lane = threadIdx.x % 32;
     uint32_t raw = load_beta(p, at.batch, at.token, at.head, at.count);
@@ -76,13 +78,13 @@ __device__ void find_steps(const kda_prefill &p, const Place &at, StateOperands 
 /* Makes the tiles of the warp's channels. */
 template <bool bounded> __device__ void make_tiles(const kda_prefill &p, int count, OperandsShared &shared) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    StateOperands &state = shared.operands.state;
+    TokenScalars &tokens = shared.operands.tokens;
     Gate gate = find_gates<bounded>(p, (int)blockIdx.y, warp);
     Pairs k, q, g;
     load_pairs(shared.keys, warp, k), load_pairs(shared.queries, warp, q), load_pairs(shared.gates, warp, g);
-    clear_pairs(k, count), clear_pairs(q, count);
+    clear_pairs(k, count), clear_pairs(q, count), fill_gates(g, count);
     Elements x, decayed, grown;
-    References found = find_decays<bounded>(gate, g, count, x);
+    References found = find_decays<bounded>(gate, g, x);
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
@@ -92,25 +94,25 @@ template <bool bounded> __device__ void make_tiles(const kda_prefill &p, int cou
         }
     Pairs tile, columns, shifted;
     float whole[2];
-    find_whole<bounded>(found, gate, g, count, whole);
+    find_whole<bounded>(found, gate, g, whole);
     __syncwarp();
-    scale_keys(k, state.rk, decayed, grown, tile, columns);
+    scale_keys(k, tokens.rk, decayed, grown, tile, columns);
     store_pairs(shared.keys, warp, tile);
     store_pairs(shared.gates, warp, columns);
-    shift_pairs<bounded, false>(tile, found, gate, g, count, shifted);
-    store_pairs(state.KT, warp, shifted);
-    scale_pairs(q, state.rq, decayed, tile);
+    shift_pairs<bounded, false>(tile, found, gate, g, shifted);
+    store_pairs(shared.operands.KT, warp, shifted);
+    scale_pairs(q, tokens.rq, decayed, tile);
     store_pairs(shared.queries, warp, tile);
-    shift_pairs<bounded, false>(tile, found, gate, g, count, shifted);
+    shift_pairs<bounded, false>(tile, found, gate, g, shifted);
     store_pairs(shared.operands.QT, warp, shifted);
-    shift_pairs<bounded, true>(columns, found, gate, g, count, shifted);
-    store_pairs(state.KR, warp, shifted);
+    shift_pairs<bounded, true>(columns, found, gate, g, shifted);
+    store_pairs(shared.KR, warp, shifted);
     if (lane % 4 == 0)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int channel = warp * 16 + lane / 4 + r * 8;
             float fraction = exp2_approximate(found.fraction[r]);
-            state.fraction[channel_index(channel)] = fraction, state.whole[channel_index(channel)] = whole[r];
+            shared.fraction[channel_index(channel)] = fraction;
             shared.operands.decay[channel_index(channel)] = fraction * whole[r];
             shared.from_boundary[channel] = (uint16_t)power_pair(found.middle[1][r] - found.boundary[r]);
             shared.to_boundary[channel] = (uint16_t)power_pair(found.boundary[r] - found.middle[0][r]);
@@ -151,7 +153,7 @@ __device__ void multiply_block(OperandsShared &shared, bool queries, int rows, i
                 uint32_t pair = pack_bf16(column < row ? left : 0.f, column + 1 < row ? right : 0.f);
                 *reinterpret_cast<uint32_t *>(&shared.M[swizzled<CHUNK, CHUNK>(row, column)]) = pair;
             } else {
-                float step = shared.operands.state.beta[row];
+                float step = shared.operands.tokens.beta[row];
                 *reinterpret_cast<float2 *>(&shared.L[row * L_ROW + column]) =
                     make_float2(left * step, right * step);
             }
@@ -179,7 +181,7 @@ __device__ void invert(OperandsShared &shared) {
         x[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
         int at = swizzled<CHUNK, CHUNK>(i, lane);
         float rounded = unpack_bf16(pack_bf16(x[i], 0.f)).x;
-        shared.operands.state.N[at] = __float2bfloat16_rn(rounded);
+        shared.operands.N[at] = __float2bfloat16_rn(rounded);
         shared.N_rest[at] = __float2bfloat16_rn(x[i] - rounded);
     }
 }
@@ -188,7 +190,7 @@ __device__ void invert(OperandsShared &shared) {
 template <int TILES>
 __device__ void multiply_by_N(const OperandsShared &shared, const uint32_t (&a)[4], int rows, int column,
                               float (&d)[TILES][4]) {
-    MatrixRow<CHUNK, CHUNK> N(shared.operands.state.N, true), rest(shared.N_rest, true);
+    MatrixRow<CHUNK, CHUNK> N(shared.operands.N, true), rest(shared.N_rest, true);
 #pragma unroll
     for (int j = 0; j < TILES; j += 2)
 #pragma unroll
@@ -203,17 +205,17 @@ __device__ void multiply_by_N(const OperandsShared &shared, const uint32_t (&a)[
 /* Makes W of the warp's channels. */
 __device__ void fold_keys(OperandsShared &shared) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = warp * 16 + lane / 4;
-    const StateOperands &state = shared.operands.state;
-    float x = state.fraction[channel_index(channel)], y = state.fraction[channel_index(channel + 8)];
+    const TokenScalars &tokens = shared.operands.tokens;
+    float x = shared.fraction[channel_index(channel)], y = shared.fraction[channel_index(channel + 8)];
     Pairs keys, folded;
-    load_pairs(state.KR, warp, keys);
+    load_pairs(shared.KR, warp, keys);
     float d[CHUNK / 8][4] = {};
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
         multiply_by_N(shared, keys[t], t * 16, 0, d);
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++) {
-        float2 step = *reinterpret_cast<const float2 *>(&state.beta[j * 8 + lane % 4 * 2]);
+        float2 step = *reinterpret_cast<const float2 *>(&tokens.beta[j * 8 + lane % 4 * 2]);
         d[j][0] *= x * step.x, d[j][1] *= x * step.y, d[j][2] *= y * step.x, d[j][3] *= y * step.y;
     }
 #pragma unroll
@@ -225,7 +227,7 @@ __device__ void fold_keys(OperandsShared &shared) {
 /* Makes 16 rows and columns of P. On its diagonal N is 1. */
 __device__ void fold_queries(OperandsShared &shared, int rows, int columns) {
     int lane = threadIdx.x % 32, part = lane % 4 * 2;
-    const StateOperands &state = shared.operands.state;
+    const TokenScalars &tokens = shared.operands.tokens;
     MatrixRow<CHUNK, CHUNK> M(shared.M, true);
     float d[2][4] = {};
 #pragma unroll
@@ -240,10 +242,10 @@ __device__ void fold_queries(OperandsShared &shared, int rows, int columns) {
         for (int r = 0; r < 2; r++) {
             int row = rows + lane / 4 + r * 8, column = columns + j * 8 + part;
             int at = swizzled<CHUNK, CHUNK>(row, column);
-            float2 n = unpack_bf16(*reinterpret_cast<const uint32_t *>(&state.N[at]));
+            float2 n = unpack_bf16(*reinterpret_cast<const uint32_t *>(&shared.operands.N[at]));
             float2 rest = unpack_bf16(*reinterpret_cast<const uint32_t *>(&shared.N_rest[at]));
-            float2 step = *reinterpret_cast<const float2 *>(&state.beta[column]);
-            float own = state.diagonal[token_index(row)];
+            float2 step = *reinterpret_cast<const float2 *>(&tokens.beta[column]);
+            float own = tokens.diagonal[token_index(row)];
             float left = fmaf(own, n.x + rest.x, d[j][2 * r]) * step.x;
             float right = fmaf(own, n.y + rest.y, d[j][2 * r + 1]) * step.y;
             if (row == column || row == column + 1)
@@ -276,7 +278,7 @@ __global__ void __launch_bounds__(THREADS, bounded ? 3 : 2)
         bring_tile(shared.gates, maps.g, at, at.head, shared.arrived, read_again());
     }
     if (warp == 1 && at.count)
-        find_steps(p, at, shared.operands.state);
+        find_steps(p, at, shared.operands.tokens);
     if (warp == 2) /* M above the diagonal blocks */
         *reinterpret_cast<uint4 *>(
             &shared.M[swizzled<CHUNK, CHUNK>(threadIdx.x % 16, 16 + threadIdx.x % 32 / 16 * 8)]) =
