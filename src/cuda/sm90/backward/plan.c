@@ -68,7 +68,7 @@ struct kda_backward_launch kda_sm90_backward_launch_at(const struct kda_backward
     const struct kda_tokens *x = &b->forward.base;
     unsigned segments = (unsigned)plan->segments, chunks = segments * CHUNKS, heads = (unsigned)x->value_heads;
     const unsigned grids[][2] = {
-        [KDA_SM90_BACKWARD_PREPARE] = {chunks, heads},
+        [KDA_SM90_BACKWARD_PREPARE] = {segments, heads},
         [KDA_SM90_BACKWARD_ADJOINT] = {(unsigned)x->sequences * heads, DIM / ADJOINT_COLUMNS},
         [KDA_SM90_BACKWARD_GRADIENTS] = {segments, heads},
         [KDA_SM90_BACKWARD_SUMS] = {heads, 1},
