@@ -17,6 +17,9 @@ enum Barrier { BARRIER_OUTPUTS = 1 };
  * need to come. */
 constexpr int SHARED_STAGES = 3, OWN_STAGES = 6;
 
+/* When a chunk has been worked, dX of as many chunks may still be on its way. */
+constexpr int STORED_LATER = 2;
+
 struct alignas(1024) AdjointStage {
     __nv_bfloat16 d_out[TOKENS];
     uint8_t operands[ADJOINT_BYTES]; /* of ChunkOperands */
@@ -57,15 +60,28 @@ __device__ Place chunk_of_chain(const Work &work, int chunk) {
     return at;
 }
 
+/* Tells kernel gradients that this half of a segment's R and dX is stored. */
+__device__ void announce(uint32_t *done) {
+    ptx::fence_proxy_async(ptx::space_global);
+    count_up(done);
+}
+
+/* Loads chunks, and announces the segments from the last to the second. When a chunk has been worked, those after the
+ * next one are stored. */
 template <int STAGES>
 __device__ void load_chunks(const kda_sm90_backward_maps &maps, AdjointShared<STAGES> &shared, const Work &work,
-                            const ChunkOperands *operands) {
+                            const ChunkOperands *operands, uint32_t *done) {
     PipelineState<STAGES> pipe;
     uint64_t policy = read_again();
-    for (int chunk = work.chunks - 1; chunk >= 0; chunk--, pipe.next()) {
+    for (int chunk = work.chunks - 1; chunk > -STAGES; chunk--, pipe.next()) {
         AdjointStage &stage = shared.stages[pipe.stage];
         uint64_t &full = shared.full[pipe.stage];
         wait(shared.empty[pipe.stage], pipe.parity ^ 1);
+        int worked = chunk + STAGES, first = worked + STORED_LATER;
+        if (first < work.chunks && first % CHUNKS == 0)
+            announce(&done[first / CHUNKS]);
+        if (chunk < 0)
+            continue;
         Place at = chunk_of_chain(work, chunk);
         expect_bytes(full, ADJOINT_BYTES + TOKENS * 2);
         bring_bytes(stage.operands, &operands[chunk], ADJOINT_BYTES, full);
@@ -206,8 +222,10 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
         for (int t = 0; t < CHUNK / 16; t++)
             stmatrix_transposed(places.at(t * 16, warp * 16), x[t]);
         fence_shared();
-        if (warp == 0) /* the other rows have left, and may be written after the barrier */
-            wait_for_rows<0>();
+        if (warp == 0 && elected()) { /* the other rows have left, and may be written after the barrier */
+            ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+            ptx::cp_async_bulk_wait_group(ptx::n32_t<STORED_LATER - 1>()); /* and these are stored */
+        }
         barrier_wait(BARRIER_OUTPUTS, GROUP);
         /* Not before the barrier, or the compiler puts the stores between the products that read `rounded`. */
         store_adjoint(adjoints + (int64_t)chunk * ADJOINT_PIECES, rounded);
@@ -219,18 +237,17 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
         pin(R);
         ptx::mbarrier_arrive(&read);
     }
-    if (warp == 0)
-        wait_for_rows<0>();
+    if (warp == 0 && elected())
+        ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
 }
 
 /* With more registers the compiler also puts copies of R on the way from one chunk to the next. */
 template <int STAGES>
 __global__ void __launch_bounds__(ADJOINT_THREADS, 2)
     take_adjoint(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
-                 const ChunkOperands *operands, uint4 *adjoints, int64_t segments) {
+                 const ChunkOperands *operands, uint4 *adjoints, uint32_t *done, int64_t segments) {
     extern __shared__ __align__(1024) uint8_t memory[];
     AdjointShared<STAGES> &shared = *reinterpret_cast<AdjointShared<STAGES> *>(memory);
-    let_next_begin();
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++)
             ptx::mbarrier_init(&shared.full[i], 1), ptx::mbarrier_init(&shared.empty[i], GROUP);
@@ -239,11 +256,12 @@ __global__ void __launch_bounds__(ADJOINT_THREADS, 2)
     __syncthreads();
     Work work = find_chain_work(b);
     wait_for_kernel_before();
+    let_next_begin(); /* only now: it does not wait for kernel prepare */
     int64_t segment = work.first.head * segments + work.segment;
     int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
     if (warp == GROUP / 32) {
         if (elected())
-            load_chunks(maps, shared, work, operands + segment * CHUNKS);
+            load_chunks(maps, shared, work, operands + segment * CHUNKS, done + segment);
         return;
     }
     const kda_tokens &x = b.forward.base;
@@ -251,6 +269,9 @@ __global__ void __launch_bounds__(ADJOINT_THREADS, 2)
     load_whole(from_column(kda_state_in(&x, &b.d_final_state, work.first.n, work.first.head), work.column), R);
     adjoints += adjoint_piece(segment * CHUNKS, 0, work.column / 16 + warp, (int)threadIdx.x % 32);
     take_chunks(b, maps.dv, shared, work, warp, adjoints, R);
+    barrier_wait(BARRIER_OUTPUTS, GROUP);
+    if (threadIdx.x == 0 && work.chunks)
+        announce(&done[segment]);
     store_whole(from_column(kda_state_in(&x, &b.d_initial_state, work.first.n, work.first.head), work.column),
                 R, 0);
 }
@@ -270,7 +291,7 @@ extern "C" cudaError_t kda_sm90_backward_adjoint(const struct kda_backward *b,
     auto launch_with = [&](auto *kernel, size_t bytes) {
         return launch_kernel(kernel, *launch, ADJOINT_THREADS, bytes, b->forward.stream, *b, maps,
                              static_cast<const ChunkOperands *>(memory->operands),
-                             reinterpret_cast<uint4 *>(memory->adjoints), plan->segments);
+                             reinterpret_cast<uint4 *>(memory->adjoints), memory->done, plan->segments);
     };
     bool alone = (int64_t)launch->grid[0] * launch->grid[1] <= plan->multiprocessors;
     return alone ? launch_with(take_adjoint<OWN_STAGES>, sizeof(AdjointShared<OWN_STAGES>))

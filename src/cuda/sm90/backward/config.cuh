@@ -7,6 +7,8 @@
  *            accumulators of a warpgroup, as R^T [V][K]. It stores R at the end of every chunk, and dX = dv.
  * gradients  A CTA takes S through a segment of 128 tokens from the segment's checkpoint on, and makes all other
  *            gradients of each chunk. Two of them share a multiprocessor: while one waits, the other works.
+ *            It begins with the last segments, as soon as the chains have passed them: all CTAs of adjoint run before
+ *            the first of gradients begins.
  * sums       Adds what segments leave of dA_log and d_dt_bias, in a fixed order.
  * heads      Adds gradients of q and k over the value heads that share them.
  *
@@ -78,6 +80,8 @@ constexpr int ADJOINT_PIECES = DIM / 16 * (DIM / 16) * 32; /* of 16 bytes, of a 
 inline __device__ int64_t adjoint_piece(int64_t chunk, int channels, int columns, int lane) {
     return chunk * ADJOINT_PIECES + (channels * (DIM / 16) + columns) * 32 + lane;
 }
+
+constexpr uint32_t HALVES = 2; /* of V: CTAs of kernel adjoint that work a chain */
 
 /* A chunk or a segment in the tensors. */
 struct Place {

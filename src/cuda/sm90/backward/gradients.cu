@@ -66,6 +66,12 @@ inline __device__ uint32_t load_state_pair(const kda_state &state, int column, i
     return pack_bf16(load_one(state, column, channel), load_one(state, column, channel + 1));
 }
 
+/* Waits until kernel adjoint has stored all of a segment. */
+inline __device__ void wait_for_adjoint(const uint32_t *done) {
+    wait_for_count(done, HALVES);
+    ptx::fence_proxy_async(ptx::space_global);
+}
+
 /* What a CTA knows. */
 struct Context {
     const kda_backward &b;
@@ -453,7 +459,8 @@ __device__ void multiply_states(const Context &c, int chunk, const Gate &gate, c
         const uint4 *from = &c.adjoints[adjoint_piece(chunk, warp, 0, (int)(thread() % 32))];
 #pragma unroll
         for (int i = 0; i < DIM / 16; i++) {
-            uint4 x = from[i * 32];
+            uint4 x =
+                __ldcg(&from[i * 32]); /* past the L1 cache, as other multiprocessors have just written it */
             R[i][0] = x.x, R[i][1] = x.z, R[i][2] = x.y, R[i][3] = x.w;
         }
 #pragma unroll
@@ -886,7 +893,10 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
     extern __shared__ __align__(1024) uint8_t bytes[];
     GradientsShared &shared = *reinterpret_cast<GradientsShared *>(bytes);
     let_next_begin();
-    int64_t number = (int64_t)blockIdx.y * gridDim.x + blockIdx.x;
+    /* The last segments first. */
+    int64_t heads = b.forward.value_heads, segments = gridDim.x / (uint32_t)heads;
+    int64_t head = blockIdx.x % (uint32_t)heads, segment = segments - 1 - blockIdx.x / (uint32_t)heads;
+    int64_t number = head * segments + segment;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++)
             ptx::mbarrier_init(&shared.keys_in[i], 1);
@@ -900,23 +910,25 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
                  shared,
                  static_cast<const ChunkOperands *>(memory.operands) + number * CHUNKS,
                  reinterpret_cast<const uint4 *>(memory.adjoints) + adjoint_piece(number * CHUNKS, 0, 0, 0),
-                 find_segment(b, blockIdx.x, blockIdx.y),
+                 find_segment(b, segment, head),
                  0,
                  __shfl_sync(~0u, (int)threadIdx.x / 32, 0)};
     c.chunks = (c.segment.count + CHUNK - 1) / CHUNK;
     float *gate_sums = memory.sums + number * (2 * DIM);
-    wait_for_kernel_before();
     if (c.chunks == 0) { /* a gap in the numbering: the sums are taken over all numbers */
         gate_sums[threadIdx.x] = 0;
+        end_after_kernel_before();
         return;
     }
     if (threadIdx.x == 0) {
         load_keys(c, 0);
         load_queries(c, 0);
-        load_values(c, 0);
         if (c.chunks > 1)
             load_keys(c, 1);
+        wait_for_adjoint(&memory.done[number]);
+        load_values(c, 0);
     }
+    __syncwarp();
     keep_first_state(c, first_state(b, c.segment));
     Gate gate = find_gates<bounded>(b.forward, (int)c.segment.head, c.warp);
     GateSums sums = {};
@@ -926,6 +938,7 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
     store_gate_sums(sums, c.warp, gate_sums);
     if (threadIdx.x == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+    end_after_kernel_before();
 }
 
 } // namespace

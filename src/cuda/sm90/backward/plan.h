@@ -27,9 +27,11 @@ enum { KDA_SM90_BACKWARD_OPERANDS = 30720 };
 
 /* The workspace. Segments and chunks of all sequences share one numbering (cuda/segments.h). */
 struct kda_sm90_backward_memory {
-    void *operands;     /* [HV][4 segments]: of each chunk, without a state */
-    uint32_t *adjoints; /* R at each chunk's end, bf16 [HV][4 segments][128 x 128], in 8x8 matrices (config.cuh) */
-    float *sums; /* [HV][segments][2][128]: what the segment adds to dA_log, by channel, and to d_dt_bias */
+    void *operands; /* [HV][4 segments]: of each chunk, without a state */
+    uint32_t
+        *adjoints;  /* R at each chunk's end, bf16 [HV][4 segments][128 x 128], in 8x8 matrices (config.cuh) */
+    uint32_t *done; /* [HV][segments]: halves of V whose R and dX kernel adjoint has stored */
+    float *sums;    /* [HV][segments][2][128]: what the segment adds to dA_log, by channel, and to d_dt_bias */
     float *queries,
         *keys; /* gradients of q and k by value head, [B T][HV][128]; only where heads share q and k */
 };

@@ -315,6 +315,8 @@ __global__ void __launch_bounds__(THREADS, bounded ? 3 : 2)
     OperandsShared &shared = *reinterpret_cast<OperandsShared *>(memory);
     const kda_prefill &p = b.forward;
     let_next_begin();
+    if (threadIdx.x == 0)
+        workspace.done[(int64_t)blockIdx.y * gridDim.x + blockIdx.x] = 0;
     int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
     Place segment = find_segment(b, blockIdx.x, blockIdx.y);
     if (segment.count == 0)
