@@ -135,7 +135,6 @@ struct Begun {
     uint64_t P;
     Values dO;
     float dX[CHUNK / 8][4];  /* what P's diagonal makes of dO */
-    float4 decays[DIM / 16]; /* of the thread's channels */
 };
 
 __device__ const ChunkOperands &operands_of(const AdjointStage &stage) {
@@ -148,7 +147,6 @@ __device__ void begin_chunk(const AdjointStage &stage, int count, Begun &begun) 
     begun.P = wgmma_operand(in.P, 0, 8 * PAIR_ROW, SWIZZLE_64);
     load_values<COLUMNS>(stage.d_out, begun.dO);
     load_scales(in.own, own);
-    load_factors(in.decay, begun.decays);
     clear_values(begun.dO, count);
 #pragma unroll
     for (int i = 0; i < CHUNK / 8; i++)
@@ -198,7 +196,7 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
                 wgmma<false, true>(dX, rounded[c], advanced(W, c / 4 * TOKENS * 2 + c % 4 * 32));
         }
         wgmma_commit();
-        decay_state(R, begun.decays);
+        decay_by(R, in.decay); /* loaded here, as registers are short */
         pin(R);
         wgmma_fence();
 #pragma unroll

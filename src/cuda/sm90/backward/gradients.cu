@@ -428,18 +428,18 @@ inline __device__ void find_entering(const GradientsShared &shared, int chunk, i
 /* Rounds the warp's rows of [dO; dX] U^T below the diagonal, for 16 tokens of U, into pairs. The diagonals are kept
  * apart. */
 inline __device__ void store_pair_products(GradientsShared &shared, const float (&d)[2][4], int warp) {
-    int lane = (int)(thread() % 32), part = lane % 4 * 2, first = warp % 4 * 16 + lane / 4;
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int row = first + r * 8, i = row % CHUNK, column = warp / 4 * 16 + j * 8 + part;
-            float left = d[j][2 * r], right = d[j][2 * r + 1];
-            if (row >= CHUNK && (i == column || i == column + 1))
-                shared.diagonals[i] = i == column ? left : right;
-            store_shared(shared_address(&shared.pairs[swizzled<2 * CHUNK, CHUNK>(row, column)]),
-                         pack_bf16(i > column ? left : 0.f, i > column + 1 ? right : 0.f));
-        }
+    int lane = (int)(thread() % 32), row = lane / 4, column = lane % 4 * 2; /* in an 8x8 matrix */
+    int block = warp % 2, of_U = warp / 4;
+    bool below = block > of_U, own = block == of_U;
+    bool left = below || (own && row > column), right = below || (own && row > column + 1);
+    const uint32_t x[4] = {
+        pack_bf16(left ? d[0][0] : 0.f, right ? d[0][1] : 0.f), below || own ? pack_bf16(d[0][2], d[0][3]) : 0,
+        below ? pack_bf16(d[1][0], d[1][1]) : 0, pack_bf16(left ? d[1][2] : 0.f, right ? d[1][3] : 0.f)};
+    stmatrix(MatrixRow<2 * CHUNK, CHUNK>(shared.pairs, true, thread() % 32).at(warp % 4 * 16, of_U * 16), x);
+    if (warp % 4 >= 2 && own && row / 2 == column / 2) {
+        shared.diagonals[block * 16 + row] = row % 2 ? d[0][1] : d[0][0];
+        shared.diagonals[block * 16 + 8 + row] = row % 2 ? d[1][3] : d[1][2];
+    }
     fence_shared();
 }
 
@@ -560,17 +560,17 @@ __device__ void multiply_pairs_of_tokens(const Context &c, int chunk, const Deca
 
 /* ---- The gradients ---------------------------------------------------------------------------------- */
 
-/* Sums of the thread's channels over a segment: what it adds to dA_log and to d_dt_bias. */
+/* Sums of the thread's channels over a segment: what it adds to dA_log and to d_dt_bias, but for factors that are the
+ * same for all tokens. */
 struct GateSums {
-    float A[2] /* times log2(e) */, bias[2];
+    float A[2], bias[2];
 };
 
 /* x is the gradient of a token's log decay a, and becomes g's. With z = g + dt_bias, a = lower_bound sigmoid(A z)
  * or -A softplus(z). What does not exist is 0. */
 template <bool bounded>
-__device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pairs &g, float (&x)[CHUNK / 8][4],
-                              GateSums &sums) {
-    float to_g = gate.slope * -(1 / LOG2E);
+__device__ void gate_backward(const Gate &gate, const Pairs &g, float (&x)[CHUNK / 8][4], GateSums &sums) {
+    float to_g = gate.bound * gate.slope * (-1 / (LOG2E * LOG2E));
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
@@ -583,15 +583,15 @@ __device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pair
                     /* -A z log2(e); beyond these limits its gradient is nothing, and the product with it is 0 */
                     float y = fmaxf(fminf(fmaf(one, gate.slope, offset), 120.f), -150.f);
                     float grown = exp2_approximate(y), s = reciprocal_approximate(1.f + grown);
-                    float dy = p.lower_bound * s * (grown * s) * x[j][2 * r + e];
-                    dg = dy * to_g, sums.A[r] = fmaf(-y, dy, sums.A[r]);
+                    float dy = s * (grown * s) * x[j][2 * r + e];
+                    dg = dy * to_g, sums.A[r] = fmaf(y, dy, sums.A[r]), sums.bias[r] += dy;
                 } else {
                     float decay = log2_decay<false>(gate, one, offset), rest = rest_of(decay);
                     float da = rest == 0 ? x[j][2 * r + e] : x[j][2 * r + e] * power_of_two((int)rest);
                     float s = reciprocal_approximate(1.f + exp2_approximate(-fmaf(one, gate.slope, offset)));
-                    dg = gate.bound * s * da, sums.A[r] += da == 0 ? 0.f : decay * da;
+                    dg = gate.bound * s * da, sums.A[r] += da == 0 ? 0.f : decay * da, sums.bias[r] += dg;
                 }
-                x[j][2 * r + e] = dg, sums.bias[r] += dg;
+                x[j][2 * r + e] = dg;
             }
         }
 }
@@ -668,16 +668,19 @@ __device__ void finish_gates(const Context &c, int chunk, int count, const Gate 
 #pragma unroll
             for (int n = 0; n < 4; n++)
                 da[j][n] = j * 8 + part * 2 + n % 2 < count ? da[j][n] : 0.f;
-    gate_backward<bounded>(c.b.forward, gate, g, da, sums);
+    gate_backward<bounded>(gate, g, da, sums);
     store_rows(c.shared.tiles[chunk % 2][GATES], c.warp, da);
 }
 
 /* Adds a thread's sums over its tokens to those of its quad and stores them. */
-inline __device__ void store_gate_sums(const GateSums &sums, int warp, float *to) {
+template <bool bounded>
+__device__ void store_gate_sums(const Gate &gate, const GateSums &sums, int warp, float *to) {
     int lane = (int)(thread() % 32);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float A = sums.A[r] / LOG2E, bias = sums.bias[r];
+        if constexpr (bounded)
+            A *= -gate.bound / LOG2E, bias *= gate.bound * gate.slope * (-1 / (LOG2E * LOG2E));
 #pragma unroll
         for (int bit = 1; bit < 4; bit *= 2)
             A += __shfl_xor_sync(~0u, A, bit), bias += __shfl_xor_sync(~0u, bias, bit);
@@ -935,7 +938,7 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
 #pragma unroll 1
     for (int chunk = 0; chunk < c.chunks; chunk++)
         work_chunk<bounded>(c, chunk, gate, sums, memory.queries, memory.keys);
-    store_gate_sums(sums, c.warp, gate_sums);
+    store_gate_sums<bounded>(gate, sums, c.warp, gate_sums);
     if (threadIdx.x == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
     end_after_kernel_before();
