@@ -29,6 +29,15 @@ constexpr int GRADIENT_THREADS = 2 * GROUP, WARPS = GRADIENT_THREADS / 32;
  * next chunk's k and g come to its own, whose third one has KT, then KR. */
 enum Role { KEYS, GATES, QUERIES, ROLES };
 
+/* A CTA's segment. It lies in shared memory, as registers are short. */
+struct Work {
+    Place segment;
+    const ChunkOperands *operands; /* of its first chunk */
+    const uint4 *adjoints;         /* likewise */
+    float *gate_sums;
+    int chunks;
+};
+
 struct alignas(1024) GradientsShared {
     __nv_bfloat16 S[DIM * DIM]; /* rows of V, in two panels of 64 channels */
     __nv_bfloat16 tiles[2][ROLES][TILE];
@@ -48,6 +57,7 @@ struct alignas(1024) GradientsShared {
     float along[2 * CHUNK];   /* of all warps and of M's diagonal; then what the norm takes of q and k */
     float more[2 * CHUNK];    /* of q's tokens, then of k's: how much of the other M's diagonal adds */
     float diagonals[CHUNK];   /* of dX U^T */
+    Work work;
     uint64_t keys_in[2], queries_in, values_in, raw_in;
 };
 static_assert(2 * (sizeof(GradientsShared) + 1024) <= 228 * 1024, "two on a multiprocessor");
@@ -72,15 +82,14 @@ inline __device__ void wait_for_adjoint(const uint32_t *done) {
     ptx::fence_proxy_async(ptx::space_global);
 }
 
-/* What a CTA knows. */
+/* The warp's number, found anew: what follows from it is not kept in registers through all of a chunk. */
+inline __device__ int own_warp() { return __shfl_sync(~0u, (int)(thread() / 32), 0); }
+
+/* What a CTA works with. */
 struct Context {
     const kda_backward &b;
     const kda_sm90_backward_maps &maps;
     GradientsShared &shared;
-    const ChunkOperands *operands; /* of the segment's first chunk */
-    const uint4 *adjoints;         /* likewise */
-    Place segment;
-    int chunks, warp;
 };
 
 /* ---- Loads, each by one thread -------------------------------------------------------------------- */
@@ -88,27 +97,28 @@ struct Context {
 inline __device__ void load_keys(const Context &c, int chunk) {
     auto &to = c.shared.tiles[chunk % 2];
     uint64_t &barrier = c.shared.keys_in[chunk % 2];
-    Place at = chunk_of(c.segment, chunk);
+    Place at = chunk_of(c.shared.work.segment, chunk);
     expect_bytes(barrier, 2 * TILE * 2 + sizeof(TokenScalars));
     bring_tile(to[KEYS], c.maps.k, at, at.key_head, barrier, read_again());
     bring_tile(to[GATES], c.maps.g, at, at.head, barrier, read_once());
-    bring_bytes(&c.shared.tokens[chunk % 2], &c.operands[chunk].tokens, sizeof(TokenScalars), barrier);
+    bring_bytes(&c.shared.tokens[chunk % 2], &c.shared.work.operands[chunk].tokens, sizeof(TokenScalars),
+                barrier);
 }
 
 inline __device__ void load_queries(const Context &c, int chunk) {
     uint64_t &barrier = c.shared.queries_in;
-    Place at = chunk_of(c.segment, chunk);
+    Place at = chunk_of(c.shared.work.segment, chunk);
     expect_bytes(barrier, 2 * TILE * 2 + sizeof c.shared.N);
     bring_tile(c.shared.tiles[chunk % 2][QUERIES], c.maps.q, at, at.key_head, barrier, read_again());
     bring_tile(c.shared.U, c.maps.v, at, at.head, barrier, read_once());
-    bring_bytes(c.shared.N, c.operands[chunk].N, sizeof c.shared.N, barrier);
-    bring_to_cache(&c.adjoints[adjoint_piece(chunk, 0, 0, 0)], ADJOINT_PIECES * sizeof(uint4));
+    bring_bytes(c.shared.N, c.shared.work.operands[chunk].N, sizeof c.shared.N, barrier);
+    bring_to_cache(&c.shared.work.adjoints[adjoint_piece(chunk, 0, 0, 0)], ADJOINT_PIECES * sizeof(uint4));
 }
 
 /* dO and dX. */
 inline __device__ void load_values(const Context &c, int chunk) {
     uint64_t &barrier = c.shared.values_in;
-    Place at = chunk_of(c.segment, chunk);
+    Place at = chunk_of(c.shared.work.segment, chunk);
     expect_bytes(barrier, 2 * TILE * 2);
     bring_tile(c.shared.values[0], c.maps.d_out, at, at.head, barrier, read_once(), 2 * TOKENS);
     bring_tile(c.shared.values[0] + TOKENS, c.maps.dv, at, at.head, barrier, read_once(), 2 * TOKENS);
@@ -117,7 +127,7 @@ inline __device__ void load_values(const Context &c, int chunk) {
 /* q and k once more, where dO and dX were. */
 inline __device__ void load_raw(const Context &c, int chunk) {
     uint64_t &barrier = c.shared.raw_in;
-    Place at = chunk_of(c.segment, chunk);
+    Place at = chunk_of(c.shared.work.segment, chunk);
     expect_bytes(barrier, 2 * TILE * 2);
     bring_tile(c.shared.raw[0], c.maps.q, at, at.key_head, barrier, read_again());
     bring_tile(c.shared.raw[1], c.maps.k, at, at.key_head, barrier, read_again());
@@ -125,8 +135,8 @@ inline __device__ void load_raw(const Context &c, int chunk) {
 
 /* Keeps S at the segment's start. */
 inline __device__ void keep_first_state(const Context &c, const kda_state &first) {
-    int t = (int)threadIdx.x, row = c.warp * 16 + t % 32 / 4;
-    MatrixRow<DIM, DIM> kept(c.shared.S, true);
+    int t = (int)thread(), warp = own_warp(), row = warp * 16 + t % 32 / 4;
+    MatrixRow<DIM, DIM> kept(c.shared.S, true, t % 32);
     if (first.data && first.dtype == KDA_BF16 && as_pairs(first)) {
         const char *rows[2] = {element(first, row, t % 4 * 2), element(first, row + 8, t % 4 * 2)};
         uint32_t x[DIM / 16][4];
@@ -137,7 +147,7 @@ inline __device__ void keep_first_state(const Context &c, const kda_state &first
                 x[i][n] = *reinterpret_cast<const uint32_t *>(rows[n % 2] + (i * 16 + n / 2 * 8) * 2);
 #pragma unroll
         for (int i = 0; i < DIM / 16; i++)
-            stmatrix(kept.at(c.warp * 16, i * 16), x[i]);
+            stmatrix(kept.at(warp * 16, i * 16), x[i]);
     } else {
 #pragma unroll 1
         for (int channel = 0; channel < DIM; channel += 16) {
@@ -145,7 +155,7 @@ inline __device__ void keep_first_state(const Context &c, const kda_state &first
 #pragma unroll
             for (int n = 0; n < 4; n++)
                 x[n] = load_state_pair(first, row + n % 2 * 8, channel + n / 2 * 8 + t % 4 * 2);
-            stmatrix(kept.at(c.warp * 16, channel), x);
+            stmatrix(kept.at(warp * 16, channel), x);
         }
     }
     fence_shared();
@@ -169,7 +179,7 @@ __device__ void make_keys(const Context &c, int chunk, const Gate &gate, int cou
                           Pairs &KR, Decays &decays) {
     GradientsShared &shared = c.shared;
     auto &tiles = shared.tiles[chunk % 2];
-    int warp = c.warp, part = (int)(thread() % 4) * 2;
+    int warp = own_warp(), part = (int)(thread() % 4) * 2;
     Pairs k, rows, columns, KT;
     load_pairs(tiles[GATES], warp, g);
     fill_gates(g, count);
@@ -237,16 +247,17 @@ __device__ void make_keys(const Context &c, int chunk, const Gate &gate, int cou
 inline __device__ void make_queries(const Context &c, int chunk, int count, const Elements &decayed) {
     __nv_bfloat16 *tile = c.shared.tiles[chunk % 2][QUERIES];
     Pairs q, rows;
-    load_pairs(tile, c.warp, q);
+    int warp = own_warp();
+    load_pairs(tile, warp, q);
     clear_pairs(q, count);
     scale_pairs(q, c.shared.tokens[chunk % 2].rq, decayed, rows);
     __syncwarp();
-    store_pairs(tile, c.warp, rows);
+    store_pairs(tile, warp, rows);
 }
 
 /* Rows of dO and dX from `count` on become 0: they may be another sequence's. */
 inline __device__ void clear_value_rows(GradientsShared &shared, int count) {
-    for (int i = (int)threadIdx.x; i < 4 * (CHUNK - count) * (ROW / 16); i += GRADIENT_THREADS) {
+    for (int i = (int)thread(); i < 4 * (CHUNK - count) * (ROW / 16); i += GRADIENT_THREADS) {
         int piece = i % (ROW / 16), row = count + i / (ROW / 16) % (CHUNK - count);
         int tile = i / (ROW / 16) / (CHUNK - count);
         reinterpret_cast<uint4 *>(shared.values[0] + tile * TOKENS + row * PANEL)[piece] =
@@ -274,7 +285,7 @@ template <int N> __device__ void sum_over_channels(float *x) {
 /* Sums U dO over the warp's 16 columns of V, token by token. */
 inline __device__ void multiply_diagonal(const float (&U)[CHUNK / 8][4], const __nv_bfloat16 *values, int warp,
                                          float *sums) {
-    MatrixRow<2 * CHUNK, DIM> rows(values, false);
+    MatrixRow<2 * CHUNK, DIM> rows(values, false, thread() % 32);
     Values o;
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
@@ -296,7 +307,7 @@ inline __device__ void multiply_diagonal(const float (&U)[CHUNK / 8][4], const _
 /* Makes U of the chunk, where v is; meanwhile RQ. */
 inline __device__ void make_values(const Context &c, int chunk, int count, const Elements &decayed) {
     GradientsShared &shared = c.shared;
-    int warp = c.warp;
+    int warp = own_warp();
     uint64_t S = wgmma_operand(shared.S + warp / 4 * 64 * PANEL, 0, 8 * ROW, SWIZZLE_128);
     uint64_t KT = wgmma_operand(shared.tiles[(chunk + 1) % 2][QUERIES], 0, 8 * ROW, SWIZZLE_128);
     uint64_t N = wgmma_operand(shared.N, 0, 8 * PAIR_ROW, SWIZZLE_64);
@@ -312,10 +323,13 @@ inline __device__ void make_values(const Context &c, int chunk, int count, const
     wait(shared.queries_in, chunk % 2);
     make_queries(c, chunk, count, decayed);
     Values v;
-    kda::load_values<DIM>(shared.U, v);
+    load_pairs(shared.U, warp, v);
     clear_pairs(v, count);
     alignas(16) float steps[CHUNK / 4];
-    load_scales(shared.tokens[chunk % 2].step, steps);
+#pragma unroll
+    for (int i = 0; i < CHUNK / 4; i += 4)
+        *reinterpret_cast<float4 *>(&steps[i]) =
+            *reinterpret_cast<const float4 *>(&shared.tokens[chunk % 2].step[thread() % 4 * 8 + i]);
     wgmma_wait<0>();
     pin(W);
     uint32_t x[CHUNK / 16][4];
@@ -391,7 +405,7 @@ __device__ void apply_rests(const Gate &gate, const Pairs &g, bool cut, float (&
 /* Sums R S over V, for the thread's two channels: the diagonal of the warp's rows of R times S. */
 inline __device__ void find_passing(const __nv_bfloat16 *S, int warp, const uint32_t (&R)[DIM / 16][4],
                                     float (&sums)[2]) {
-    MatrixRow<DIM, DIM> rows(S, false);
+    MatrixRow<DIM, DIM> rows(S, false, thread() % 32);
     float d[2][4] = {};
 #pragma unroll
     for (int i = 0; i < DIM / 16; i++) {
@@ -450,13 +464,13 @@ __device__ void multiply_states(const Context &c, int chunk, const Gate &gate, c
                                 const Decays &decays, float (&T)[2 * CHUNK / 8][4], float (&T3)[CHUNK / 8][4],
                                 float (&h)[2]) {
     GradientsShared &shared = c.shared;
-    int warp = c.warp, panel = warp / 4;
+    int warp = own_warp(), panel = warp / 4;
     uint64_t S = wgmma_operand(shared.S + panel * DIM * PANEL, 0, 8 * ROW, SWIZZLE_128);
     uint64_t values = wgmma_operand(shared.values[0], 0, 8 * ROW, SWIZZLE_128);
     uint64_t U = wgmma_operand(shared.U, 0, 8 * ROW, SWIZZLE_128);
     {
         uint32_t R[DIM / 16][4];
-        const uint4 *from = &c.adjoints[adjoint_piece(chunk, warp, 0, (int)(thread() % 32))];
+        const uint4 *from = &c.shared.work.adjoints[adjoint_piece(chunk, warp, 0, (int)(thread() % 32))];
 #pragma unroll
         for (int i = 0; i < DIM / 16; i++) {
             uint4 x =
@@ -529,7 +543,7 @@ __device__ void multiply_pairs_of_tokens(const Context &c, int chunk, const Deca
                                          float (&T)[2 * CHUNK / 8][4], float (&T3)[CHUNK / 8][4]) {
     GradientsShared &shared = c.shared;
     const auto &tiles = shared.tiles[chunk % 2];
-    int panel = c.warp / 4;
+    int panel = own_warp() / 4;
     uint64_t CK = wgmma_operand(tiles[GATES] + panel * TOKENS, 0, 8 * ROW, SWIZZLE_128);
     uint64_t RQ = wgmma_operand(tiles[QUERIES] + panel * TOKENS, 0, 8 * ROW, SWIZZLE_128);
     uint64_t RK = wgmma_operand(tiles[KEYS] + panel * TOKENS, 0, 8 * ROW, SWIZZLE_128);
@@ -669,7 +683,7 @@ __device__ void finish_gates(const Context &c, int chunk, int count, const Gate 
             for (int n = 0; n < 4; n++)
                 da[j][n] = j * 8 + part * 2 + n % 2 < count ? da[j][n] : 0.f;
     gate_backward<bounded>(gate, g, da, sums);
-    store_rows(c.shared.tiles[chunk % 2][GATES], c.warp, da);
+    store_rows(c.shared.tiles[chunk % 2][GATES], own_warp(), da);
 }
 
 /* Adds a thread's sums over its tokens to those of its quad and stores them. */
@@ -737,7 +751,7 @@ inline __device__ void finish_rows(const kda_prefill &p, __nv_bfloat16 *tile, co
 inline __device__ void send_gradients(const Context &c, int chunk, const Place &at, bool by_head) {
     const auto &tiles = c.shared.tiles[chunk % 2];
     auto is_left_out = [&](int role) { return by_head && role != GATES; };
-    int t = (int)threadIdx.x;
+    int t = (int)thread();
     if (at.count == CHUNK) {
         if (t)
             return;
@@ -775,9 +789,9 @@ inline __device__ void send_gradients(const Context &c, int chunk, const Place &
 /* Takes the warp's columns of S through the chunk. */
 inline __device__ void advance_state(const Context &c, int chunk) {
     GradientsShared &shared = c.shared;
-    int warp = c.warp;
+    int warp = own_warp();
     uint64_t KR = wgmma_operand(shared.tiles[(chunk + 1) % 2][QUERIES], TOKENS * 2, 8 * ROW, SWIZZLE_128);
-    MatrixRow<DIM, DIM> kept(shared.S, true);
+    MatrixRow<DIM, DIM> kept(shared.S, true, thread() % 32);
     float S[DIM / 8][4];
     Pairs u;
     load_pairs(shared.U, warp, u);
@@ -816,20 +830,18 @@ __device__ void work_chunk(const Context &c, int chunk, const Gate &gate, GateSu
     GradientsShared &shared = c.shared;
     const kda_prefill &p = c.b.forward;
     const TokenScalars &tokens = shared.tokens[chunk % 2];
-    Place at = chunk_of(c.segment, chunk);
-    bool last = chunk + 1 == c.chunks;
-    int t = (int)threadIdx.x, lane = t % 32, warp = c.warp, count = at.count;
+    auto place = [&] { return chunk_of(shared.work.segment, chunk); };
     Elements decayed;
     Pairs g, KR;
     Decays decays;
     float T[2 * CHUNK / 8][4], T3[CHUNK / 8][4], h[2];
     wait(shared.keys_in[chunk % 2], chunk / 2 % 2);
-    make_keys<bounded>(c, chunk, gate, count, g, decayed, KR, decays);
+    make_keys<bounded>(c, chunk, gate, place().count, g, decayed, KR, decays);
     __syncthreads(); /* all have made their keys */
-    make_values(c, chunk, count, decayed);
+    make_values(c, chunk, place().count, decayed);
     __syncthreads(); /* U is there, and KT has been read */
-    store_pairs(shared.tiles[(chunk + 1) % 2][QUERIES], warp, KR);
-    if (t < 2 * CHUNK) {
+    store_pairs(shared.tiles[(chunk + 1) % 2][QUERIES], own_warp(), KR);
+    if (int t = (int)thread(), lane = t % 32; t < 2 * CHUNK) {
         float with_U = 0;
 #pragma unroll
         for (int i = 0; i < WARPS; i++)
@@ -839,28 +851,30 @@ __device__ void work_chunk(const Context &c, int chunk, const Gate &gate, GateSu
     }
     multiply_states<bounded>(c, chunk, gate, g, decays, T, T3, h);
     __syncthreads(); /* the pairs are there, KR is, and dO and dX have been read */
-    if (t == 0)
+    if (thread() == 0)
         load_raw(c, chunk);
     multiply_pairs_of_tokens<bounded>(c, chunk, decays, T, T3);
-    finish_products(shared, chunk, warp, decayed, T, T3);
+    finish_products(shared, chunk, own_warp(), decayed, T, T3);
     __syncthreads(); /* sums of all warps are there, and tiles have been read */
-    if (t < 2 * CHUNK) {
+    if (int t = (int)thread(), lane = t % 32; t < 2 * CHUNK) {
         float sum = shared.along[t];
 #pragma unroll
         for (int i = 0; i < WARPS; i++)
             sum += shared.partial[i][t];
         float scale = t < CHUNK ? tokens.rq[lane] / p.scale : tokens.rk[lane];
         shared.along[t] = p.qk_norm ? sum * scale * scale : 0.f;
-    } else if (t < 3 * CHUNK && lane < count) {
+    } else if (Place at = place(); t < 3 * CHUNK && lane < at.count) {
         float step = tokens.beta[lane];
         float d = step != 0 ? shared.diagonals[lane] / step * tokens.beta_rest[lane] : 0.f;
         store_float(kda_row(&c.b.dbeta, at.batch, at.token + lane, at.head), c.b.dbeta.dtype, 0, d);
     }
     __syncwarp();
-    finish_gates<bounded>(c, chunk, count, gate, g, h, T3, sums);
+    finish_gates<bounded>(c, chunk, place().count, gate, g, h, T3, sums);
     __syncthreads(); /* sums along rows are there */
     wait(shared.raw_in, chunk % 2);
     Pairs q, k;
+    Place at = place();
+    int warp = own_warp();
     load_pairs(shared.raw[0], warp, q), load_pairs(shared.raw[1], warp, k);
     finish_rows(p, shared.tiles[chunk % 2][QUERIES], at, warp, q, k, tokens.rq, shared.more, shared.along, T,
                 dq_heads);
@@ -869,16 +883,16 @@ __device__ void work_chunk(const Context &c, int chunk, const Gate &gate, GateSu
     fence_shared();
     __syncthreads(); /* the gradients are there */
     send_gradients(c, chunk, at, dq_heads);
-    if (last)
+    if (chunk + 1 == shared.work.chunks)
         return;
     advance_state(c, chunk);
-    if (t == 0)
+    if (thread() == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
     __syncthreads(); /* S is there, and all places of the chunk are free */
-    if (t == 0) {
+    if (thread() == 0) {
         load_queries(c, chunk + 1);
         load_values(c, chunk + 1);
-        if (chunk + 2 < c.chunks)
+        if (chunk + 2 < shared.work.chunks)
             load_keys(c, chunk + 2);
     }
 }
@@ -906,39 +920,35 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
         ptx::mbarrier_init(&shared.queries_in, 1), ptx::mbarrier_init(&shared.values_in, 1),
             ptx::mbarrier_init(&shared.raw_in, 1);
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+        Place at = find_segment(b, segment, head);
+        shared.work = {at, static_cast<const ChunkOperands *>(memory.operands) + number * CHUNKS,
+                       reinterpret_cast<const uint4 *>(memory.adjoints) +
+                           adjoint_piece(number * CHUNKS, 0, 0, 0),
+                       memory.sums + number * (2 * DIM), (at.count + CHUNK - 1) / CHUNK};
     }
     __syncthreads();
-    Context c = {b,
-                 maps,
-                 shared,
-                 static_cast<const ChunkOperands *>(memory.operands) + number * CHUNKS,
-                 reinterpret_cast<const uint4 *>(memory.adjoints) + adjoint_piece(number * CHUNKS, 0, 0, 0),
-                 find_segment(b, segment, head),
-                 0,
-                 __shfl_sync(~0u, (int)threadIdx.x / 32, 0)};
-    c.chunks = (c.segment.count + CHUNK - 1) / CHUNK;
-    float *gate_sums = memory.sums + number * (2 * DIM);
-    if (c.chunks == 0) { /* a gap in the numbering: the sums are taken over all numbers */
-        gate_sums[threadIdx.x] = 0;
+    Context c = {b, maps, shared};
+    if (shared.work.chunks == 0) { /* a gap in the numbering: the sums are taken over all numbers */
+        shared.work.gate_sums[threadIdx.x] = 0;
         end_after_kernel_before();
         return;
     }
     if (threadIdx.x == 0) {
         load_keys(c, 0);
         load_queries(c, 0);
-        if (c.chunks > 1)
+        if (shared.work.chunks > 1)
             load_keys(c, 1);
         wait_for_adjoint(&memory.done[number]);
         load_values(c, 0);
     }
     __syncwarp();
-    keep_first_state(c, first_state(b, c.segment));
-    Gate gate = find_gates<bounded>(b.forward, (int)c.segment.head, c.warp);
+    keep_first_state(c, first_state(b, shared.work.segment));
+    Gate gate = find_gates<bounded>(b.forward, (int)head, own_warp());
     GateSums sums = {};
 #pragma unroll 1
-    for (int chunk = 0; chunk < c.chunks; chunk++)
+    for (int chunk = 0; chunk < shared.work.chunks; chunk++)
         work_chunk<bounded>(c, chunk, gate, sums, memory.queries, memory.keys);
-    store_gate_sums<bounded>(gate, sums, c.warp, gate_sums);
+    store_gate_sums<bounded>(gate, sums, own_warp(), shared.work.gate_sums);
     if (threadIdx.x == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
     end_after_kernel_before();

@@ -16,7 +16,7 @@ struct alignas(1024) OperandsShared {
     __nv_bfloat16 keys[TILE], queries[TILE], gates[TILE]; /* k, q and g, then RK, RQ and CK */
     __nv_bfloat16 M[CHUNK * CHUNK];                       /* below its diagonal, swizzled by 64 bytes */
     __nv_bfloat16 N_rest[CHUNK * CHUNK];                  /* what N's rounding left of it, likewise */
-    /* diag(beta) L0. Diagonal blocks become N's; in the place of the one above them comes the one below times N's first. */
+    /* diag(beta) L0, its diagonal blocks transposed. These become N's; in the place of the one above them comes the one below times N's first. */
     alignas(16) float L[CHUNK * L_ROW];
     /* bf16 factors of RK and RQ of the second block, and of CK of the first: to the boundary between them. */
     uint16_t from_boundary[DIM], to_boundary[DIM];
@@ -122,8 +122,9 @@ template <bool bounded> __device__ void make_tiles(const Gate &gate, int count, 
 /* Products of 16 rows of RK or RQ and 16 of CK: of the first block, of the second one, or the second's rows with
  * the first's columns. They become rows of beta L0 or of M. */
 __device__ void multiply_block(OperandsShared &shared, bool queries, int rows, int columns) {
-    int lane = threadIdx.x % 32, part = lane % 4 * 2;
-    MatrixRow<CHUNK, DIM> a_rows(queries ? shared.queries : shared.keys, true), b_rows(shared.gates, false);
+    int lane = (int)(thread() % 32), part = lane % 4 * 2;
+    MatrixRow<CHUNK, DIM> a_rows(queries ? shared.queries : shared.keys, true, lane),
+        b_rows(shared.gates, false, lane);
     bool across = rows != columns;
     float d[2][4] = {};
 #pragma unroll
@@ -154,8 +155,12 @@ __device__ void multiply_block(OperandsShared &shared, bool queries, int rows, i
                 *reinterpret_cast<uint32_t *>(&shared.M[swizzled<CHUNK, CHUNK>(row, column)]) = pair;
             } else {
                 float step = shared.tokens.beta[row];
-                *reinterpret_cast<float2 *>(&shared.L[row * L_ROW + column]) =
-                    make_float2(left * step, right * step);
+                if (across)
+                    *reinterpret_cast<float2 *>(&shared.L[row * L_ROW + column]) =
+                        make_float2(left * step, right * step);
+                else
+                    shared.L[column * L_ROW + row] = left * step,
+                                              shared.L[(column + 1) * L_ROW + row] = right * step;
             }
         }
 }
@@ -168,32 +173,28 @@ __device__ void store_N(OperandsShared &shared, int row, int column, float x) {
     shared.N_rest[at] = __float2bfloat16_rn(x - __bfloat162float(rounded));
 }
 
-/* The diagonal blocks of N by forward substitution: a lane has a column. */
+/* The diagonal blocks of N in L's places, by forward substitution: a lane has a column. What a row's element takes from the
+ * rows below it is taken at once, so that no load waits for it. */
 __device__ void invert_blocks(OperandsShared &shared) {
     int lane = threadIdx.x % 32, first = lane / BLOCK * BLOCK, column = lane % BLOCK;
     float *L = &shared.L[first * L_ROW + first], x[BLOCK];
 #pragma unroll
-    for (int i = 0; i < BLOCK; i++) {
-        float sums[4] = {i == column ? 1.f : 0.f, 0, 0, 0};
+    for (int i = 0; i < BLOCK; i++)
+        x[i] = i == column ? 1.f : 0.f;
 #pragma unroll
-        for (int j = 0; j < i; j += 4) {
+    for (int i = 0; i < BLOCK; i++)
+#pragma unroll
+        for (int j = (i + 1) / 4 * 4; j < BLOCK; j += 4) {
             float4 l = *reinterpret_cast<const float4 *>(&L[i * L_ROW + j]);
-            sums[0] = fmaf(-l.x, x[j], sums[0]);
-            if (j + 1 < i)
-                sums[1] = fmaf(-l.y, x[j + 1], sums[1]);
-            if (j + 2 < i)
-                sums[2] = fmaf(-l.z, x[j + 2], sums[2]);
-            if (j + 3 < i)
-                sums[3] = fmaf(-l.w, x[j + 3], sums[3]);
+            x[j] = j > i ? fmaf(-l.x, x[i], x[j]) : x[j];
+            x[j + 1] = j + 1 > i ? fmaf(-l.y, x[i], x[j + 1]) : x[j + 1];
+            x[j + 2] = j + 2 > i ? fmaf(-l.z, x[i], x[j + 2]) : x[j + 2];
+            x[j + 3] = fmaf(-l.w, x[i], x[j + 3]);
         }
-        x[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < BLOCK; i++) {
+    for (int i = 0; i < BLOCK; i++)
         L[i * L_ROW + column] = x[i];
-        store_N(shared, first + i, first + column, x[i]);
-    }
 }
 
 /* An element of a product of two blocks that lie in L. */
@@ -217,6 +218,8 @@ __device__ void join_blocks(OperandsShared &shared) {
     int row = threadIdx.x / BLOCK, column = threadIdx.x % BLOCK;
     float *L00 = shared.L, *L01 = L00 + BLOCK, *L10 = L00 + BLOCK * L_ROW, *L11 = L10 + BLOCK;
     L01[row * L_ROW + column] = multiply_blocks(L10, L00);
+    store_N(shared, row, column, L00[row * L_ROW + column]);
+    store_N(shared, BLOCK + row, BLOCK + column, L11[row * L_ROW + column]);
     __syncthreads();
     store_N(shared, BLOCK + row, column, -multiply_blocks(L11, L01));
 }
