@@ -7,7 +7,25 @@
 #include "api/fused.h"
 #include "cpu/rows_tmpl.h"
 
-/* rows [count][padded], `stride` apart, from inputs [KDA_CONV_PAST + count][padded]: the convolution and SiLU. taps
+/* sigmoid(x) in two thirds of the time, off by 6e-8 |x| and 2e-7, as parts. Below -88 it is 0. */
+static inline vf logistic(vf x) {
+    const vf magic = vf_set1(12582912.0f); /* as in exp_parts */
+    x = vf_min(vf_set1(88), vf_max(vf_set1(-88), x));
+    vf t = vf_fma(x, vf_set1(-1.44269504f), magic);
+    vf r = vf_fma(vf_sub(t, magic), vf_set1(0.693147181f), x); /* exp(-x) = exp(-r) 2^n */
+    vf p = vf_fma(r, vf_set1(1.394111873e-3f), vf_set1(-8.363181235e-3f));
+    p = vf_fma(r, p, vf_set1(4.166637520e-2f));
+    p = vf_fma(r, p, vf_set1(-1.666657697e-1f));
+    p = vf_fma(r, p, vf_set1(5.000000027e-1f));
+    p = vf_mul(r, vf_fma(r, p, vf_set1(-1)));
+    vf scale = vf_pow2(t), x1 = vf_fma(p, scale, vf_add(scale, vf_set1(1)));
+    vf about = vf_about_inverse(x1);
+    return vf_fma(about, vf_fnma(x1, about, vf_set1(1)), about);
+}
+
+static inline vf vf_silu(vf x) { return vf_mul(x, logistic(x)); }
+
+/* rows [count][padded] from inputs [KDA_CONV_PAST + count][padded]: the convolution and SiLU. taps
  * [KDA_CONV_WIDTH + 1], `stride_of_taps` apart: the weights, then the bias. */
 static inline void convolve_rows(const float *inputs, const float *taps, int64_t stride_of_taps, int64_t count,
                                  int64_t padded, float *rows) {
@@ -51,7 +69,7 @@ static inline void norm_row(const struct norm *norm, const char *gate, float *ro
         if (gate && silu)
             y = vf_mul(y, vf_silu(vf_load(gates + j)));
         else if (gate)
-            y = vf_mul(y, vf_sigmoid(vf_load(gates + j)));
+            y = vf_mul(y, logistic(vf_load(gates + j)));
         vf_store(row + j, y);
     }
 }

@@ -181,6 +181,8 @@ static void norm(const struct kda_prefill *p, const struct kda_chain *chain, con
     int64_t first = chain->tokens.first + chunk->first, batch = chain->tokens.batch, head = chain->head;
     for (int64_t t = 0; t < chunk->count; t++) {
         float *row = outputs + t * norm.padded;
+        if (fused->norm_gate.data && chunk->first + t + KDA_CHUNK < chain->end) /* of the next chunk */
+            PREFETCH_ROW(fused->norm_gate, batch, first + t + KDA_CHUNK, head, 0, p->value_dim);
         norm_row(&norm, fused->norm_gate.data ? kda_row(&fused->norm_gate, batch, first + t, head) : NULL, row);
         store_row(kda_row(&p->out, batch, first + t, head), p->out.dtype, row, p->value_dim);
     }

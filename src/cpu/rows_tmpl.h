@@ -98,8 +98,6 @@ static inline vf vf_sigmoid(vf x) {
     return vf_div(vf_set1(1), vf_add(vf_set1(1), vf_exp(vf_sub(vf_set1(0), x))));
 }
 
-static inline vf vf_silu(vf x) { return vf_mul(x, vf_sigmoid(x)); }
-
 /* ---- Norm, gate, step --------------------------------------------------------------------------- */
 
 static inline void scale_row(float *row, int64_t Kp, float factor) {
