@@ -5,7 +5,7 @@ usage: compare.py BEFORE AFTER [--cuda] [--rounds 9] [--commits BEFORE AFTER] [-
 
 BEFORE and AFTER are programs, as build/flashkda. Compares, on the CPU or a GPU, the short tables of prefill and decode
 and one long head, or with --full the long tables, by the best and the middle of the rounds' medians. Writes
-results/cpu/CPU-compare.json or results/GPU/compare.json. Python's standard library is enough.
+results/cpu/CPU-compare.json or results/GPU/compare.json, anew as each round ends. Python's standard library is enough.
 """
 
 import argparse
@@ -28,6 +28,16 @@ def medians(binary, arguments, where):
             for r in printed["results"]}
 
 
+def cells_of(times):
+    cells = []
+    for name in times["after"]:
+        before, after = (cpu_cells.summary(times[side][name]) for side in ("before", "after"))
+        cells.append({"name": name, "before": before, "after": after,
+                      "ratio_of_best": round(after["best_ms"] / before["best_ms"], 3),
+                      "ratio_of_middle": round(after["middle_ms"] / before["middle_ms"], 3)})
+    return cells
+
+
 def main():
     parser = argparse.ArgumentParser(usage=__doc__.split("\n")[2])
     parser.add_argument("before")
@@ -39,6 +49,12 @@ def main():
     parser.add_argument("--full", action="store_true")
     options = parser.parse_args()
     where = ["--backend=cuda"] if options.cuda else [f"--threads={options.threads}"] if options.threads else []
+    if options.cuda:
+        gpu = device.describe(pathlib.Path(options.after).parent)
+        machine, path = gpu, device.results(gpu) / "compare.json"
+    else:
+        machine = cpu_cells.machine(options.after)
+        path = cpu_cells.path(machine, "compare")
     times = {"before": {}, "after": {}}
     for number in range(options.rounds):
         for arguments in FULL if options.full else SHORT:
@@ -46,19 +62,13 @@ def main():
             for side in sides:
                 for name, time in medians(getattr(options, side), arguments, where).items():
                     times[side].setdefault(name, []).append(time)
-    cells = []
-    for name in times["after"]:
-        before, after = (cpu_cells.summary(times[side][name]) for side in ("before", "after"))
-        ratio = round(after["best_ms"] / before["best_ms"], 3)
-        middle = round(after["middle_ms"] / before["middle_ms"], 3)
-        print(f"{name:60s} {before['best_ms']:10.4f} -> {after['best_ms']:10.4f} ms, {ratio:.3f}; middle {middle:.3f}")
-        cells.append({"name": name, "before": before, "after": after, "ratio_of_best": ratio, "ratio_of_middle": middle})
-    measured = {"commits": options.commits, "cells": cells}
-    if options.cuda:
-        gpu = device.describe(pathlib.Path(options.after).parent)
-        cpu_cells.write(measured | {"machine": gpu}, device.results(gpu) / "compare.json")
-    else:
-        cpu_cells.record(measured | {"machine": cpu_cells.machine(options.after)}, "compare")
+        cells = cells_of(times)
+        cpu_cells.write({"commits": options.commits, "cells": cells, "machine": machine}, path)
+        print(f"round {number + 1} of {options.rounds}", flush=True)
+    for cell in cells:
+        print(f"{cell['name']:60s} {cell['before']['best_ms']:10.4f} -> {cell['after']['best_ms']:10.4f} ms,"
+              f" {cell['ratio_of_best']:.3f}; middle {cell['ratio_of_middle']:.3f}")
+    print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":

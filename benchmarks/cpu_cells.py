@@ -56,14 +56,19 @@ def machine(binary):
     return {key: info.get(key) for key in ("cpu", "architecture", "features", "processors", "threads", "level")}
 
 
+def path(machine, suffix=""):
+    """Where results of this machine are kept, under its name and what they are if not the table of prefill."""
+    name = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads".lower())
+    return RESULTS / f"{name}{suffix and '-' + suffix}.json"
+
+
 def record(measured, suffix=""):
-    """Writes what was measured, under this machine's name and what it is if not the table of prefill; says where."""
-    of = measured["machine"]
-    name = re.sub(r"[^a-z0-9]+", "-", f"{of['cpu']} {of['threads']} threads".lower())
-    write(measured, RESULTS / f"{name}{suffix and '-' + suffix}.json")
+    """Writes what was measured to `path` and says where."""
+    where = path(measured["machine"], suffix)
+    write(measured, where)
+    print(f"\nwrote {where}")
 
 
-def write(measured, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(measured, indent=2) + "\n")
-    print(f"\nwrote {path}")
+def write(measured, where):
+    where.parent.mkdir(parents=True, exist_ok=True)
+    where.write_text(json.dumps(measured, indent=2) + "\n")

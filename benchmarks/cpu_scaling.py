@@ -5,7 +5,7 @@ usage: cpu_scaling.py [--binary build/flashkda] [--threads 1,2,4,8,16] [--rounds
 
 Runs every cell on every number of threads, round after round, so that what changes on the machine meets all of them; and
 as many programs of one thread side by side, which share nothing: what cores, clock and memory have to give. Writes
-results/cpu/CPU-scaling.json. With --only, cells whose name holds TEXT, and nothing is written.
+results/cpu/CPU-scaling.json, anew as each round ends. With --only, cells whose name holds TEXT, and nothing is written.
 """
 
 import argparse
@@ -24,6 +24,18 @@ def counts(text):
     return [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= processors]
 
 
+def cells_of(names, threads, rounds, apart):
+    cells = []
+    for name in names:
+        single = min(rounds[name, threads[0]])
+        for count in threads:
+            result = cpu_cells.summary(rounds[name, count])
+            result["times_as_fast"] = round(single / result["best_ms"], 2)
+            result["times_as_fast_apart"] = round(single / min(apart[name, count]), 2)
+            cells.append({"name": name, "threads": count, **result})
+    return cells
+
+
 def main():
     parser = argparse.ArgumentParser(usage=__doc__.split("\n")[2])
     parser.add_argument("--binary", default=str(cpu_cells.ROOT / "build" / "flashkda"))
@@ -36,26 +48,22 @@ def main():
     names = [name for name in NAMES if options.only in name]
     rounds = {(name, count): [] for name in names for count in threads}
     apart = {key: [] for key in rounds}
-    for _ in range(options.rounds):
+    machine = cpu_cells.machine(options.binary)
+    for number in range(options.rounds):
         for count in threads:
             for name, time in cpu_cells.measure(options.binary, names, count).items():
                 rounds[name, count].append(time)
             for name, time in cpu_cells.measure(options.binary, names, 1, copies=count).items():
                 apart[name, count].append(time / count)
-    cells = []
-    for name in names:
-        single = min(rounds[name, threads[0]])
-        print(name)
-        for count in threads:
-            result = cpu_cells.summary(rounds[name, count])
-            result["times_as_fast"] = round(single / result["best_ms"], 2)
-            result["times_as_fast_apart"] = round(single / min(apart[name, count]), 2)
-            print(f"  {count:3d} threads {result['best_ms']:10.3f} ms best, {result['middle_ms']:10.3f} middle,"
-                  f" {result['times_as_fast']:6.2f} times as fast, {result['times_as_fast_apart']:6.2f} apart")
-            cells.append({"name": name, "threads": count, **result})
-    if not options.only:
-        cpu_cells.record({"commit": device.commit(options.commit), "machine": cpu_cells.machine(options.binary),
-                          "cells": cells}, "scaling")
+        cells = cells_of(names, threads, rounds, apart)
+        if not options.only:
+            cpu_cells.write({"commit": device.commit(options.commit), "machine": machine, "cells": cells},
+                            cpu_cells.path(machine, "scaling"))
+        print(f"round {number + 1} of {options.rounds}", flush=True)
+    for cell in cells:
+        print(f"{cell['name']:22s} {cell['threads']:3d} threads {cell['best_ms']:10.3f} ms best,"
+              f" {cell['middle_ms']:10.3f} middle, {cell['times_as_fast']:6.2f} times as fast,"
+              f" {cell['times_as_fast_apart']:6.2f} apart")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ goes. Exit status 1 if a result of ours is further off than it may be. Needs tor
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -49,7 +50,7 @@ def captured(path):
     return problem(*tensors, LOWER_BOUND if gate == "sigmoid" else None), CAPTURED[gate]
 
 
-def made():
+def made(tokens=TOKENS):
     """Names to problems and what they may err."""
     generator = torch.Generator().manual_seed(0)
 
@@ -59,7 +60,7 @@ def made():
     def uniform(*shape):
         return torch.rand(shape, generator=generator)
 
-    rows, step = (TOKENS, HEADS, DIM), (TOKENS, HEADS)
+    rows, step = (tokens, HEADS, DIM), (tokens, HEADS)
     A_log, bias, none = uniform(HEADS), uniform(HEADS, DIM), torch.zeros(HEADS, DIM)
     yield "strong random gates", problem(*(normal(*rows) for _ in range(4)), normal(*step), A_log, bias,
                                          LOWER_BOUND), (4.1e-3, 2.4e-3)
@@ -68,9 +69,9 @@ def made():
     for g, columns in ((-8.0, (4.0e-3, 5.1e-3)), (-4.0, (3.2e-3, 3.8e-3)), (0.0, (3.5e-3, 3.2e-3))):
         yield f"uniform inputs, g = {g:g}", problem(*(uniform(*rows) for _ in range(3)), torch.full(rows, g),
                                                     normal(*step), A_log, bias, LOWER_BOUND), columns
-    one = torch.ones(TOKENS, 1, DIM)
-    yield "near-collinear keys", problem(one, one, normal(16, 1, DIM).repeat(TOKENS // 16, 1, 1), one * -12,
-                                         torch.full((TOKENS, 1), 8.0), torch.zeros(1), torch.zeros(1, DIM),
+    one = torch.ones(tokens, 1, DIM)
+    yield "near-collinear keys", problem(one, one, normal(16, 1, DIM).repeat(tokens // 16, 1, 1), one * -12,
+                                         torch.full((tokens, 1), 8.0), torch.zeros(1), torch.zeros(1, DIM),
                                          LOWER_BOUND), (1.5e-2, 2.4e-2)
 
 
@@ -82,16 +83,30 @@ def inputs(paths):
 
 # ---- Implementations ----------------------------------------------------------------------------
 
-def ours(x, level):
-    """A call of prefill() on a level; the best, if None."""
-    def call():
+@contextlib.contextmanager
+def on_level(level):
+    """Has calls run on a level; the best, if None."""
+    before = os.environ.pop("FLASH_KDA_CUDA", None)
+    os.environ.update({"FLASH_KDA_CUDA": level} if level else {})
+    try:
+        yield
+    finally:
         os.environ.pop("FLASH_KDA_CUDA", None)
-        if level:
-            os.environ["FLASH_KDA_CUDA"] = level
-        return libflashkda.prefill(
-            x.q, x.k, x.v, x.g, x.beta, A_log=x.A_log, dt_bias=x.dt_bias, qk_norm=True, beta_mode="sigmoid",
-            gate="softplus" if x.lower_bound is None else "sigmoid", lower_bound=x.lower_bound,
-            output_final_state=True)
+        os.environ.update({"FLASH_KDA_CUDA": before} if before else {})
+
+
+def options_of(x):
+    """What prefill() is told of a problem."""
+    return {"qk_norm": True, "beta_mode": "sigmoid", "gate": "softplus" if x.lower_bound is None else "sigmoid",
+            "lower_bound": x.lower_bound}
+
+
+def ours(x, level):
+    """A call of prefill() on a level."""
+    def call():
+        with on_level(level):
+            return libflashkda.prefill(x.q, x.k, x.v, x.g, x.beta, A_log=x.A_log, dt_bias=x.dt_bias,
+                                       output_final_state=True, **options_of(x))
     return call
 
 

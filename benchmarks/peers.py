@@ -183,21 +183,29 @@ def tune_quickly():
     Autotuner.do_bench = staticmethod(functools.partial(triton.testing.do_bench, warmup=5, rep=20))
 
 
+def load_flashkda(folder):
+    if not folder:
+        raise ImportError("no folder given, see --flashkda")
+    return FlashKDA(folder)
+
+
+def load_one(name, make):
+    """A peer; None if it is not here, with a printed line that says why."""
+    try:
+        peer = make()
+        if name == "fla":
+            tune_quickly()
+        print(f"{name} {peer.version}")
+        return peer
+    except (ImportError, OSError) as error:
+        print(f"{name} is NOT measured: {error}")
+        return None
+
+
 def load(flashkda_folder=None):
-    """The peers that are here by name, None for those that are not, with a printed line that says why."""
-    peers = {}
-    for name, make in {"fla": Fla, "flashkda": lambda: FlashKDA(flashkda_folder), "cudnn": Cudnn}.items():
-        peers[name] = None
-        try:
-            if name == "flashkda" and not flashkda_folder:
-                raise ImportError("no folder given, see --flashkda")
-            peers[name] = make()
-            if name == "fla":
-                tune_quickly()
-            print(f"{name} {peers[name].version}")
-        except (ImportError, OSError) as error:
-            print(f"{name} is NOT measured: {error}")
-    return peers
+    """The peers by name, as load_one() has each."""
+    makers = {"fla": Fla, "flashkda": functools.partial(load_flashkda, flashkda_folder), "cudnn": Cudnn}
+    return {name: load_one(name, make) for name, make in makers.items()}
 
 
 # ---- Measuring ----------------------------------------------------------------------------------

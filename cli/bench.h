@@ -53,7 +53,7 @@ struct bench_result {
     int64_t bytes;                         /* of all tensors: what a call must move at least */
     int64_t workspace_bytes;               /* not of decode */
     int64_t checked_tokens, checked_heads; /* of each batch entry, from the first ones, against the oracle */
-    double output_error, state_error,
+    double output_error, A_log_error, state_error,
         checkpoint_error; /* of backward: of all gradients but states'; of those */
     bool passed;          /* within tolerance; timing is only there if so */
     struct timing timing;

@@ -17,17 +17,24 @@ static struct tolerance gradient_tolerance(const struct trial *trial, const stru
         const struct bf16_gradients bf16 = collinear ? BF16_GRADIENTS_COLLINEAR : BF16_GRADIENTS_ANY;
         for (int i = 0; i < 5; i++)
             tolerance.output = larger(tolerance.output, TOLERANCE_BF16_MARGIN * bf16.of[i]);
+        tolerance.A_log = TOLERANCE_BF16_MARGIN * bf16.of[5];
+        tolerance.dt_bias = TOLERANCE_BF16_MARGIN * bf16.of[6];
         tolerance.state = larger(tolerance.output, TOLERANCE_BF16_MARGIN * bf16.of[7]);
         return tolerance;
     }
     tolerance.state = collinear ? TOLERANCE_FP32_COLLINEAR : TOLERANCE_FP32;
     tolerance.output = rounding_error(&oracle->out, trial->out.dl.dtype);
-    for (int i = 0; i < TRIAL_GRADIENTS; i++)
+    for (int i = 0; i < TRIAL_TOKEN_GRADIENTS; i++)
         tolerance.output =
             larger(tolerance.output, rounding_error(&oracle->gradients[i], trial->gradients[i].dl.dtype));
     tolerance.output += tolerance.state;
-    if (tensor_present(&trial->checkpoints)) /* in bf16: of a gradient both factors may come from them */
+    tolerance.dt_bias = tolerance.state;
+    tolerance.A_log = TOLERANCE_DA_LOG * tolerance.state / TOLERANCE_FP32;
+    if (tensor_present(&trial->checkpoints)) { /* in bf16: of a gradient both factors may come from them */
         tolerance.output += 2 * ROUNDING_BF16_RMS;
+        tolerance.dt_bias += 2 * ROUNDING_BF16_RMS;
+        tolerance.A_log += 2 * ROUNDING_BF16_RMS;
+    }
     return tolerance;
 }
 
@@ -40,7 +47,7 @@ struct tolerance trial_tolerance(const struct trial *trial, const struct trial *
         return gradient_tolerance(trial, oracle, collinear);
     if (!trial->by_token && trial->call.args.kind != KIND_DECODE &&
         level_rounds(level_of(args->backend), args)) {
-        const struct bf16_tolerance bf16 = collinear ? BF16_COLLINEAR : BF16_ANY;
+        const struct bf16_tolerance bf16 = collinear ? BF16_COLLINEAR : trial->c->fused ? BF16_FUSED : BF16_ANY;
         tolerance.output = TOLERANCE_BF16_MARGIN * bf16.out;
         tolerance.state = TOLERANCE_BF16_MARGIN * bf16.state;
     } else {

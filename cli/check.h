@@ -7,7 +7,8 @@
 #include "trial.h"
 
 struct tolerance {
-    double output, state, checkpoints; /* error ratios */
+    double output, state, checkpoints, dt_bias; /* error ratios */
+    double A_log;                               /* by the measure of A_log_error() */
 };
 
 /* How far the result of this trial may be from that of the oracle. */

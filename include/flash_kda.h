@@ -131,9 +131,9 @@ FLASH_KDA_API int flash_kda_backend_available(flash_kda_backend backend);
  * "generic", then "avx2", "avx512", "avx512bf16" on x86-64 or "neon" on AArch64. */
 FLASH_KDA_API const char *const *flash_kda_cpu_levels(void);
 
-/* The level that the next call would run on: the highest of flash_kda_cpu_levels(), or the one that the
- * environment variable FLASH_KDA_CPU names. NULL, with flash_kda_last_error(), if it names a level that
- * cannot run here. */
+/* The level that the next call would run on: the fastest of flash_kda_cpu_levels(), which is the highest but
+ * on Intel's processors, where it is "avx512" before "avx512bf16"; or the one that the environment variable
+ * FLASH_KDA_CPU names. NULL, with flash_kda_last_error(), if it names a level that cannot run here. */
 FLASH_KDA_API const char *flash_kda_cpu_level(void);
 
 /* The most threads that a call with num_threads 0 takes, its caller among them. These are the processors that
@@ -171,6 +171,12 @@ typedef enum flash_kda_state_layout {
     FLASH_KDA_STATE_K_FIRST = 1,
 } flash_kda_state_layout;
 
+/* What the gate of the norm goes through. */
+typedef enum flash_kda_norm_activation {
+    FLASH_KDA_NORM_SIGMOID = 0, /* times sigmoid(norm_gate) */
+    FLASH_KDA_NORM_SILU = 1,    /* times norm_gate sigmoid(norm_gate) */
+} flash_kda_norm_activation;
+
 typedef enum flash_kda_flags {
     /* q and k are divided by sqrt(sum of squares + 1e-6), per token and head. */
     FLASH_KDA_QK_NORM = 1 << 0,
@@ -179,6 +185,8 @@ typedef enum flash_kda_flags {
     FLASH_KDA_BATCH_INVARIANT = 1 << 1,
     /* Decode only: the state is read, not written. */
     FLASH_KDA_KEEP_STATE = 1 << 2,
+    /* padding_slot is given. Not in backward. */
+    FLASH_KDA_PADDING_SLOT = 1 << 3,
 } flash_kda_flags;
 
 /* What a call does of a prefill or backward whose sequences may begin or go on in other calls, as a rule those of other
@@ -205,9 +213,10 @@ typedef enum flash_kda_phase {
  * Strides: free and not negative (a stride of 0 on an input repeats it), but the last dimension of q, k,
  * v, g, out, dt_bias and of every state must be contiguous. A strides pointer of NULL means compact.
  *
- * Memory: out, final_state and checkpoints may overlap neither each other nor an input nor the
- * workspace, with two exceptions: final_state may be initial_state itself (same address, dtype and
- * strides: in place), and checkpoints may be the state pool itself if both are addressed by indices.
+ * Memory: out, final_state, checkpoints and the states of convolutions may overlap neither each other nor an
+ * input nor the workspace, but they may interleave, as parts of one page for each slot. There are two exceptions:
+ * final_state may be initial_state itself (same address, dtype and strides: in place), and checkpoints may be the
+ * state pool itself if both are addressed by indices.
  *
  * Every tensor is on the device of q, the index tensors too. In host memory the contents of cu_seqlens,
  * state_indices and the checkpoint_* tensors are checked before anything runs. In CUDA memory the host does not
@@ -246,7 +255,7 @@ typedef struct flash_kda_prefill_args {
     flash_kda_state_layout state_layout; /* of initial_state, final_state and checkpoints */
     const DLTensor *initial_state;       /* [N, HV, V, K] or, with state_indices, [slots, HV, V, K]; NULL: 0 */
     const DLTensor *final_state;         /* same shape, written */
-    const DLTensor *state_indices;       /* int32 [N]: the slot of each sequence in initial_state and
+    const DLTensor *state_indices;       /* int32 or int64 [N]: the slot of each sequence in initial_state and
                                             final_state, no slot twice; -1: padding, nothing of that sequence
                                             is read or written, its rows of out and checkpoints included */
 
@@ -259,8 +268,9 @@ typedef struct flash_kda_prefill_args {
     const DLTensor *checkpoint_cu_starts; /* int32 or int64 [N + 1], required with cu_seqlens and
                                              checkpoint_every: sequence n has the rows checkpoint_cu_starts[n]
                                              .. checkpoint_cu_starts[n + 1] - 1 */
-    const DLTensor *checkpoint_indices;   /* int32 [rows of all sequences], with checkpoint_cu_starts: row r is
-                                             written to checkpoints[checkpoint_indices[r]]; -1: not at all */
+    const DLTensor *checkpoint_indices;   /* int32 or int64 [rows of all sequences], with checkpoint_cu_starts:
+                                             row r is written to checkpoints[checkpoint_indices[r]]; -1: not at
+                                             all */
     const DLTensor *checkpoint_offsets; /* int32 or int64 [N] or [N, C]: tokens of its sequence after which the
                                              state is kept, 0 to its length; -1: none. checkpoints is
                                              [N, HV, V, K] or [N, C, HV, V, K] */
@@ -270,10 +280,33 @@ typedef struct flash_kda_prefill_args {
     int32_t num_threads; /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
     void *stream;        /* CUDA backend: a cudaStream_t of q's device; NULL is the default stream */
 
-    /* -- Sequences that begin or go on in other calls: BEGIN, then FINISH with the same arguments and the same
-     * workspace, untouched in between. A row is a sequence of this call, 0 to N - 1. BEGIN runs all rows that do not
-     * come in. FINISH runs those that do, whose initial_state is never read and whose rows of out, final_state and
-     * checkpoints mean nothing until then. A row's final_state is its state after its last token here -- */
+    /* -- How an engine marks its sequences -- */
+    const DLTensor *has_initial_state; /* bool, int8 or int32 [N], with initial_state. A sequence with 0 starts
+                                          from zero, and its slot of initial_state is not read, whatever it
+                                          holds. NULL: all have a state */
+    int64_t padding_slot; /* with FLASH_KDA_PADDING_SLOT and state_indices, else 0: what is padding there as -1
+                             is. It may stand there more than once */
+
+    /* -- Before and after, all that a KDA layer does between its projections: as for decode, but a convolution's
+     * states may be left out. The states before a sequence are read where it starts from an initial state, and else
+     * count as 0; those after it are written in any case. They lie in slots as initial_state and final_state do, which
+     * have as many. On CUDA q, k and v are rounded to their dtypes between the two steps, and out to its own, fp16
+     * excepted. Rows of out of no sequence are left as they are -- */
+    const DLTensor *q_conv_weight; /* float [H K, 4] */
+    const DLTensor *q_conv_bias;   /* float [H K]; NULL: 0 */
+    const DLTensor *q_conv_state;  /* float [slots, H K, 3], any strides, read and written; NULL: 0, not kept */
+    const DLTensor *k_conv_weight, *k_conv_bias, *k_conv_state; /* likewise */
+    const DLTensor *v_conv_weight, *v_conv_bias, *v_conv_state; /* likewise, HV V channels */
+    const DLTensor *norm_weight;                                /* float [V], V <= 1024 */
+    const DLTensor *norm_gate;                 /* float [B, T, HV, V], with norm_weight; NULL: no gate */
+    flash_kda_norm_activation norm_activation; /* of norm_gate */
+    double norm_eps;                           /* above 0 with norm_weight */
+    /* -- Sequences that begin or go on in other calls: BEGIN, then FINISH with the same arguments. Between the two nothing
+     * may touch the workspace, out, final_state or checkpoints. A row is a sequence of this call, 0 to N - 1. BEGIN runs
+     * all rows that do not come in. FINISH runs those that do, whose initial_state is never read, whatever
+     * has_initial_state says, and whose rows of out, final_state and checkpoints mean nothing until then. A row's
+     * final_state is its state after its last token here. Convolutions and norm are left to the caller: their weights
+     * must be NULL -- */
     flash_kda_phase phase;
     const DLTensor *incoming_rows; /* int32 [C]: rows whose state before their first token comes from elsewhere, no row
                                       twice; -1: none */
@@ -332,12 +365,6 @@ FLASH_KDA_API flash_kda_status flash_kda_prefill_describe(const flash_kda_prefil
 /* Tokens of a sequence in one call of decode, at most. */
 #define FLASH_KDA_MAX_DECODE_TOKENS 16
 
-/* What the gate of the norm after decode goes through. */
-typedef enum flash_kda_norm_activation {
-    FLASH_KDA_NORM_SIGMOID = 0, /* times sigmoid(norm_gate) */
-    FLASH_KDA_NORM_SILU = 1,    /* times norm_gate sigmoid(norm_gate) */
-} flash_kda_norm_activation;
-
 /*
  * Arguments of decode: 0 to 16 tokens of every sequence. The states lie in a pool and are updated in place. The
  * pool may be the one that prefill reads and writes as initial_state and final_state. dtypes, strides, devices
@@ -388,21 +415,21 @@ typedef struct flash_kda_decode_args {
     int64_t max_tokens; /* with cu_seqlens: the most tokens that any sequence has, 1 to 16; 0: 16. On CUDA the
                            host does not see lengths: a smaller number is faster, and tokens after
                            so many are left out */
-    const DLTensor *accepted; /* int32 [N]: only so many tokens of each sequence are processed, 0 to its
-                                 length; rows of out after them are not written. NULL: all */
+    const DLTensor *accepted; /* int32 or int64 [N]: only so many tokens of each sequence are processed, 0 to
+                                 its length; rows of out after them are not written. NULL: all */
 
     /* -- States -- */
     flash_kda_state_layout state_layout;
     const DLTensor *state;         /* required, fp32, fp16 or bf16 [N, HV, V, K] or, with state_indices,
                                       [slots, HV, V, K], read and written */
-    const DLTensor *state_indices; /* int32 [N]: the slot of each sequence; or int32 [N, C]: see Verify, no
+    const DLTensor *state_indices; /* int32 or int64 [N]: the slot of each sequence; or [N, C]: see Verify, no
                                       sequence has more than C tokens. No slot twice, except with
                                       FLASH_KDA_KEEP_STATE. A -1 where the state would be read makes the
                                       sequence padding: it is ignored, and neither its states nor its rows of
                                       out are written. A -1 in another column: the state after that token is
                                       not written */
-    const DLTensor *num_accepted_tokens; /* int32 [N], with state_indices [N, C]: the column of the slot that
-                                            the state is read from, counted from 1; NULL: 1 */
+    const DLTensor *num_accepted_tokens; /* int32 or int64 [N], with state_indices [N, C]: the column of the
+                                            slot that the state is read from, counted from 1; NULL: 1 */
 
     /* -- Before: a short causal convolution and SiLU, for each of q, k and v that has a weight. q and k have
      * H K channels, v has HV V. With x for the argument, token t of channel c becomes
@@ -426,6 +453,13 @@ typedef struct flash_kda_decode_args {
     flash_kda_backend backend;
     int32_t num_threads; /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
     void *stream;        /* CUDA backend: a cudaStream_t of q's device; NULL is the default stream */
+
+    /* -- How an engine marks its sequences, as for prefill -- */
+    const DLTensor *has_initial_state; /* bool, int8 or int32 [N]. A sequence with 0 starts from zero, and its
+                                          slot of state and of the convolutions' states is not read, whatever
+                                          it holds. NULL: all have a state */
+    int64_t padding_slot; /* with FLASH_KDA_PADDING_SLOT and state_indices, else 0: what is as -1 there, in
+                             every column. It may stand there more than once */
 } flash_kda_decode_args;
 
 #ifdef __cplusplus
@@ -485,8 +519,8 @@ typedef struct flash_kda_backward_args {
     double lower_bound; /* sigmoid gate only: in [-5, 0), nats a token */
     flash_kda_beta beta_mode;
     double scale;   /* 0: 1 / sqrt(K); within the range of fp32 */
-    uint32_t flags; /* flash_kda_flags, FLASH_KDA_KEEP_STATE excepted. FLASH_KDA_BATCH_INVARIANT does not hold
-                       for dA_log and d_dt_bias, which are sums over the batch */
+    uint32_t flags; /* FLASH_KDA_QK_NORM and FLASH_KDA_BATCH_INVARIANT, which does not hold for dA_log and
+                       d_dt_bias: they are sums over the batch */
     const DLTensor *cu_seqlens;          /* int32 or int64 [N + 1], from 0 to T, never falling; NULL: N = B
                                             dense sequences of T tokens */
     flash_kda_state_layout state_layout; /* of every state */

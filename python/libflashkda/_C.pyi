@@ -11,6 +11,7 @@ QK_NORM: int
 BATCH_INVARIANT: int
 KEEP_STATE: int
 FOLD_ADJOINT: int
+PADDING_SLOT: int
 MAX_DECODE_TOKENS: int
 TENSORS: tuple[str, ...]
 WRITTEN: tuple[str, ...]

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: MIT
 """Kimi Delta Attention (KDA) on CPU and CUDA for torch, numpy, cupy and jax arrays.
 
-prefill      the library's own interface, complete; differentiable with torch
-backward     its gradients, for array libraries without autograd
-decode       goes on from the states it left, one token or a few at a time
-fwd          FlashKDA's interface: same name, order and in-place outputs
-chunk_kda    flash-linear-attention's interface; differentiable
+prefill       the library's own interface, complete; differentiable with torch
+backward      its gradients, for array libraries without autograd
+decode        goes on from the states it left, one token or a few at a time
+fwd           FlashKDA's interface: same name, order and in-place outputs
+chunk_kda     flash-linear-attention's interface; differentiable
 ContextParallel  sequences that lie on several ranks of a torch.distributed group
-fla          registers this package with flash-linear-attention's dispatch
-plot         draws inputs and benchmarks: python -m libflashkda.plot
+fla           puts flash-linear-attention on this package
+transformers  puts Hugging Face's transformers on this package
+plot          draws inputs and benchmarks: python -m libflashkda.plot
 
 docs/python.md introduces them; docs/maths.md says what is computed.
 """
 
 import sys
 
-from . import fla
+from . import fla, transformers
 from ._backward import backward, backward_describe
 from ._C import VERSION as __version__
 from ._chunk_kda import chunk_kda
@@ -24,7 +25,7 @@ from ._fwd import fwd, get_workspace_size
 from ._prefill import prefill, prefill_describe, prefill_workspace_size
 
 __all__ = ["__version__", "backward", "backward_describe", "chunk_kda", "decode", "decode_describe", "fla", "fwd",
-           "get_workspace_size", "prefill", "prefill_describe", "prefill_workspace_size"]
+           "get_workspace_size", "prefill", "prefill_describe", "prefill_workspace_size", "transformers"]
 
 
 def __getattr__(name: str) -> object:

@@ -8,25 +8,17 @@ from typing import Any
 
 from . import _C
 from ._libraries import Library, library_of
-from ._prefill import Array, _value, new_out, refuse_written, shared_options
+from ._prefill import (Array, Convolution, convolution_tensors, mark_padding, new_out, norm_options, refuse_written,
+                       shared_options)
 
-Convolution = tuple[Array, Array | None, Array]  #: weight, bias, states
-
-
-_NO_CONVOLUTION = (None, None, None)
-
-
-def _convolution(given: Convolution | None, name: str) -> tuple[Array | None, ...]:
-    if not isinstance(given, (tuple, list)) or len(given) != 3:
-        raise TypeError(f"{name} is of type {type(given)}; expected weight, bias or None, and states")
-    return tuple(given)
+_STATES = ("q_conv_state", "k_conv_state", "v_conv_state")
 
 
 def _call(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, A_log: Array | None,
           dt_bias: Array | None, gate: str, lower_bound: float | None, beta_mode: str, qk_norm: bool,
           scale: float | None, cu_seqlens: Array | None, max_tokens: int, accepted: Array | None, state_layout: str,
-          state_indices: Array | None, num_accepted_tokens: Array | None, keep_state: bool, out: Array | None,
-          output: bool, q_conv: Convolution | None, k_conv: Convolution | None, v_conv: Convolution | None,
+          state_indices: Array | None, num_accepted_tokens: Array | None, has_initial_state: Array | None,
+          padding_slot: int | None, keep_state: bool, out: Array | None, output: bool, q_conv: Convolution | None, k_conv: Convolution | None, v_conv: Convolution | None,
           norm_weight: Array | None, norm_gate: Array | None, norm_activation: str, norm_eps: float, backend: str,
           num_threads: int) -> tuple[Library, dict[str, Array | None], dict[str, Any], Array | None]:
     """Library, tensors and options of a call, and out: the one that is given, or a new one."""
@@ -34,26 +26,21 @@ def _call(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, A_l
     flags = (_C.QK_NORM if qk_norm else 0) | (_C.KEEP_STATE if keep_state else 0)
     options = shared_options(gate, lower_bound, beta_mode, flags, scale, state_layout, backend, num_threads)
     options["max_tokens"] = max_tokens
-    options["norm_activation"] = _value(_C.NORM_ACTIVATIONS, norm_activation, "norm_activation")
-    options["norm_eps"] = norm_eps
+    options.update(norm_options(norm_activation, norm_eps))
+    mark_padding(options, padding_slot)
     if out is not None and not output:
         raise ValueError("out is given with output=False; expected None")
-    q_conv = _NO_CONVOLUTION if q_conv is None else _convolution(q_conv, "q_conv")
-    k_conv = _NO_CONVOLUTION if k_conv is None else _convolution(k_conv, "k_conv")
-    v_conv = _NO_CONVOLUTION if v_conv is None else _convolution(v_conv, "v_conv")
+    convolutions = convolution_tensors(q_conv, k_conv, v_conv)
     if not library.writable:
         if not keep_state:
-            refuse_written(state=state, q_conv=q_conv[2], k_conv=k_conv[2], v_conv=v_conv[2])
+            refuse_written(state=state, **{name: convolutions[name] for name in _STATES if name in convolutions})
         refuse_written(out=out)
     if out is None and output:
         out = new_out(library, q, v)
     tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "out": out,
                "cu_seqlens": cu_seqlens, "accepted": accepted, "state": state, "state_indices": state_indices,
-               "num_accepted_tokens": num_accepted_tokens,
-               "q_conv_weight": q_conv[0], "q_conv_bias": q_conv[1], "q_conv_state": q_conv[2],
-               "k_conv_weight": k_conv[0], "k_conv_bias": k_conv[1], "k_conv_state": k_conv[2],
-               "v_conv_weight": v_conv[0], "v_conv_bias": v_conv[1], "v_conv_state": v_conv[2],
-               "norm_weight": norm_weight, "norm_gate": norm_gate}
+               "num_accepted_tokens": num_accepted_tokens, **convolutions,
+               "norm_weight": norm_weight, "norm_gate": norm_gate, "has_initial_state": has_initial_state}
     return library, tensors, options, out
 
 
@@ -78,6 +65,8 @@ def decode(
     state_layout: str = "v_first",
     state_indices: Array | None = None,
     num_accepted_tokens: Array | None = None,
+    has_initial_state: Array | None = None,
+    padding_slot: int | None = None,
     keep_state: bool = False,
     out: Array | None = None,
     output: bool = True,
@@ -118,14 +107,18 @@ def decode(
             cu_seqlens[n + 1] - 1, at most 16. A sequence without tokens is left alone. None: N = B sequences of T tokens.
         max_tokens: with cu_seqlens: the most tokens that any sequence has; 0: 16. On CUDA the host does not see lengths: a
             smaller number is faster, and tokens after so many are left out.
-        accepted: int32 [N]: only so many tokens of each sequence are processed; rows of out after them are not written.
+        accepted: int32 or int64 [N]: only so many tokens of each sequence are processed; rows of out after them are not written.
             None: all.
-        state_indices: int32 [N] or [N, C]: slots, see above; no sequence has more than C tokens. No slot twice, except with
+        state_indices: int32 or int64 [N] or [N, C]: slots, see above; no sequence has more than C tokens. No slot twice, except with
             keep_state. A -1 where the state would be read makes the sequence padding: it is ignored, and neither its
             states nor its rows of out are written. A -1 in another column: the state after that token is not written.
             None: slot n.
-        num_accepted_tokens: int32 [N], with state_indices [N, C]: the column of the slot that the state is read from,
-            counted from 1; None: 1.
+        num_accepted_tokens: int32 or int64 [N], with state_indices [N, C]: the column of the slot that the state is read
+            from, counted from 1; None: 1.
+        has_initial_state: bool, int8 or int32 [N]: a sequence with 0 starts from zero, and its slot of state, and of the
+            convolutions' states, is not read, whatever it holds. None: all have a state.
+        padding_slot: with state_indices: a slot that is as -1 in every column, and may stand there more than once. None:
+            none.
         keep_state: the state is read, not written. jax arrays, which cannot be written, need it.
         out: float [B, T, HV, V], written; None: a new array of v's dtype.
         output: False: only the states go on, and nothing is returned.
@@ -150,8 +143,8 @@ def decode(
     """
     library, tensors, options, out = _call(
         q, k, v, g, beta, state, A_log, dt_bias, gate, lower_bound, beta_mode, qk_norm, scale, cu_seqlens, max_tokens,
-        accepted, state_layout, state_indices, num_accepted_tokens, keep_state, out, output, q_conv, k_conv, v_conv,
-        norm_weight, norm_gate, norm_activation, norm_eps, backend, num_threads)
+        accepted, state_layout, state_indices, num_accepted_tokens, has_initial_state, padding_slot, keep_state, out, output,
+        q_conv, k_conv, v_conv, norm_weight, norm_gate, norm_activation, norm_eps, backend, num_threads)
     run = library.record if library.traced(q) else library.run
     run(_C.decode, tensors, options, None)
     return out

@@ -16,7 +16,7 @@ from ._libraries import Library, Options, Tensors, written_names
 from ._shapes import state_shape
 
 _REQUIRED = ("q", "k", "v", "g", "beta")
-_INPUTS = (*_REQUIRED, "A_log", "dt_bias", "cu_seqlens", "initial_state", "state_indices")
+_INPUTS = (*_REQUIRED, "A_log", "dt_bias", "cu_seqlens", "initial_state", "state_indices", "has_initial_state")
 _TENSOR = torch.Tensor
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 
@@ -124,6 +124,13 @@ class Torch(Library):
 LIBRARY = Torch()
 
 
+@torch.compiler.assume_constant_result
+def runs_on(device_type: str) -> tuple[bool, bool]:
+    """Whether there is a backend for tensors there, and whether it has a backward pass."""
+    backend = _C.BACKENDS.get(device_type, -1)
+    return _C.backend_available(backend), _C.backward_available(backend)
+
+
 def _refuse_grad(function: _C.Function, tensors: Tensors) -> None:
     if function in (_C.prefill_describe, _C.prefill_workspace_size, _C.decode_describe, _C.backward_describe):
         return
@@ -158,7 +165,9 @@ def _resolved(tensors: Tensors, function: _C.Function, options: Options) -> Tens
 
 _OPTIONS = ("int gate, float lower_bound, int beta_mode, float scale, int flags, int state_layout=0, int backend=0, "
             "int num_threads=0")
-_PREFILL_OPTIONS = f"{_OPTIONS}, int checkpoint_every=0"
+_BACKWARD_OPTIONS = f"{_OPTIONS}, int checkpoint_every=0"
+_PREFILL_OPTIONS = f"{_BACKWARD_OPTIONS}, int padding_slot=0"
+_INTO_OPTIONS = f"{_PREFILL_OPTIONS}, int norm_activation=0, float norm_eps=0.0"
 
 
 def _tensors(names: tuple[str, ...], written: tuple[str, ...], required: tuple[str, ...]) -> str:
@@ -217,7 +226,7 @@ def _run_kept(function, tensors, options):
 
 
 @torch.library.custom_op("libflashkda::prefill_into", mutates_args=(*_C.WRITTEN, "workspace"), schema=(
-    f"({_tensors((*_C.TENSORS, 'workspace'), (*_C.WRITTEN, 'workspace'), (*_REQUIRED, 'out'))}, *, {_PREFILL_OPTIONS}) "
+    f"({_tensors((*_C.TENSORS, 'workspace'), (*_C.WRITTEN, 'workspace'), (*_REQUIRED, 'out'))}, *, {_INTO_OPTIONS}) "
     "-> ()"))
 def _prefill_into(*arguments, **options):
     with torch.no_grad():
@@ -231,7 +240,7 @@ def _(*arguments, **options):
 
 @torch.library.custom_op("libflashkda::decode", mutates_args=_C.DECODE_WRITTEN, schema=(
     f"({_tensors(_C.DECODE_TENSORS, _C.DECODE_WRITTEN, (*_REQUIRED, 'state'))}, *, {_OPTIONS}, int max_tokens, "
-    "int norm_activation, float norm_eps) -> ()"))
+    "int norm_activation, float norm_eps, int padding_slot=0) -> ()"))
 def _decode(*arguments, **options):
     with torch.no_grad():
         LIBRARY.run(_C.decode, dict(zip(_C.DECODE_TENSORS, arguments)), options, None)
@@ -251,7 +260,7 @@ _GIVEN = (*_READ, "checkpoints", "checkpoint_cu_starts", "d_out", "d_final_state
 
 
 @torch.library.custom_op("libflashkda::backward", mutates_args=(), schema=(
-    f"({_tensors(_GIVEN, (), _REQUIRED)}, bool[] wanted, *, {_PREFILL_OPTIONS}) -> Tensor[]"))
+    f"({_tensors(_GIVEN, (), _REQUIRED)}, bool[] wanted, *, {_BACKWARD_OPTIONS}) -> Tensor[]"))
 def _backward(*arguments, **options):
     """wanted says of each of _C.BACKWARD_WRITTEN whether it is among the results."""
     inputs, made = dict(zip(_GIVEN, arguments)), _gradients(arguments, options)
@@ -280,6 +289,9 @@ def _keep_for_backward(ctx, inputs, keyword_only_inputs, output):
     if tensors["state_indices"] is not None:
         raise NotImplementedError("state_indices is given where a gradient is asked for, but training has no pool of "
                                   "states; expected None")
+    if tensors["has_initial_state"] is not None:
+        raise NotImplementedError("has_initial_state is given where a gradient is asked for, but every sequence of training "
+                                  "has its initial state; expected None, with zeros in initial_state")
     backend = tensors["q"].device.type
     if not _C.backward_available(_C.BACKENDS.get(backend, -1)):
         raise NotImplementedError(f"a gradient is asked for, but this build of libflashkda has no backward pass on {backend} "
@@ -287,7 +299,7 @@ def _keep_for_backward(ctx, inputs, keyword_only_inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*map(tensors.get, _READ), output[2])
-    ctx.options = keyword_only_inputs
+    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "padding_slot"}
 
 
 def _backward_of_prefill(ctx, d_out, d_final_state, d_checkpoints):

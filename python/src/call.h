@@ -51,7 +51,7 @@ struct call_operation {
 extern const struct call_operation call_prefill, call_decode, call_backward;
 extern const struct call_operation call_prefill_half, call_backward_half, call_fold;
 
-enum { CALL_TENSORS = 25 }; /* of any operation, at most */
+enum { CALL_TENSORS = 32 }; /* of any operation, at most */
 
 struct call {
     const struct call_operation *operation;

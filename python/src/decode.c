@@ -29,6 +29,7 @@ static const struct call_tensor tensors[] = {
     {MEMBER(v_conv_state), CALL_STATE},
     {MEMBER(norm_weight), CALL_READ},
     {MEMBER(norm_gate), CALL_READ},
+    {MEMBER(has_initial_state), CALL_READ},
 };
 
 static const struct call_option options[] = {
@@ -37,7 +38,7 @@ static const struct call_option options[] = {
     {MEMBER(flags), CALL_FLAGS},      {MEMBER(state_layout), CALL_CHOICE},
     {MEMBER(backend), CALL_CHOICE},   {MEMBER(num_threads), CALL_INT32},
     {MEMBER(max_tokens), CALL_INT64}, {MEMBER(norm_activation), CALL_CHOICE},
-    {MEMBER(norm_eps), CALL_NUMBER},
+    {MEMBER(norm_eps), CALL_NUMBER},  {MEMBER(padding_slot), CALL_INT64},
 };
 
 static void init(union call_args *args) { args->decode = (flash_kda_decode_args)FLASH_KDA_DECODE_ARGS_INIT; }

@@ -210,6 +210,7 @@ static int execute(PyObject *module) {
         PyModule_AddIntConstant(module, "QK_NORM", FLASH_KDA_QK_NORM) ||
         PyModule_AddIntConstant(module, "BATCH_INVARIANT", FLASH_KDA_BATCH_INVARIANT) ||
         PyModule_AddIntConstant(module, "KEEP_STATE", FLASH_KDA_KEEP_STATE) ||
+        PyModule_AddIntConstant(module, "PADDING_SLOT", FLASH_KDA_PADDING_SLOT) ||
         PyModule_AddIntConstant(module, "MAX_DECODE_TOKENS", FLASH_KDA_MAX_DECODE_TOKENS) ||
         add_tuple(module, "TENSORS", call_names(&call_prefill, false)) ||
         add_tuple(module, "WRITTEN", call_names(&call_prefill, true)) ||

@@ -21,6 +21,18 @@ static const struct call_tensor tensors[] = {
     {MEMBER(checkpoint_cu_starts), CALL_READ},
     {MEMBER(checkpoint_indices), CALL_READ},
     {MEMBER(checkpoint_offsets), CALL_READ},
+    {MEMBER(has_initial_state), CALL_READ},
+    {MEMBER(q_conv_weight), CALL_READ},
+    {MEMBER(q_conv_bias), CALL_READ},
+    {MEMBER(q_conv_state), CALL_WRITTEN},
+    {MEMBER(k_conv_weight), CALL_READ},
+    {MEMBER(k_conv_bias), CALL_READ},
+    {MEMBER(k_conv_state), CALL_WRITTEN},
+    {MEMBER(v_conv_weight), CALL_READ},
+    {MEMBER(v_conv_bias), CALL_READ},
+    {MEMBER(v_conv_state), CALL_WRITTEN},
+    {MEMBER(norm_weight), CALL_READ},
+    {MEMBER(norm_gate), CALL_READ},
     /* Of the halves alone. */
     {MEMBER(incoming_rows), CALL_READ},
     {MEMBER(outgoing_rows), CALL_READ},
@@ -29,9 +41,18 @@ static const struct call_tensor tensors[] = {
 };
 
 static const struct call_option options[] = {
-    {MEMBER(gate), CALL_CHOICE},    {MEMBER(lower_bound), CALL_NUMBER}, {MEMBER(beta_mode), CALL_CHOICE},
-    {MEMBER(scale), CALL_NUMBER},   {MEMBER(flags), CALL_FLAGS},        {MEMBER(state_layout), CALL_CHOICE},
-    {MEMBER(backend), CALL_CHOICE}, {MEMBER(num_threads), CALL_INT32},  {MEMBER(checkpoint_every), CALL_INT64},
+    {MEMBER(gate), CALL_CHOICE},
+    {MEMBER(lower_bound), CALL_NUMBER},
+    {MEMBER(beta_mode), CALL_CHOICE},
+    {MEMBER(scale), CALL_NUMBER},
+    {MEMBER(flags), CALL_FLAGS},
+    {MEMBER(state_layout), CALL_CHOICE},
+    {MEMBER(backend), CALL_CHOICE},
+    {MEMBER(num_threads), CALL_INT32},
+    {MEMBER(checkpoint_every), CALL_INT64},
+    {MEMBER(padding_slot), CALL_INT64},
+    {MEMBER(norm_activation), CALL_CHOICE},
+    {MEMBER(norm_eps), CALL_NUMBER},
     {MEMBER(phase), CALL_CHOICE}, /* of the halves alone */
 };
 

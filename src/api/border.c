@@ -33,7 +33,7 @@ static flash_kda_status check_phase(const struct kda_border_args *a) {
 static flash_kda_status check_rows(const DLTensor *t, const char *name, const char *form,
                                    const struct kda_tokens *x, const DLDevice *device, struct kda_tensor *out) {
     const int64_t any[1] = {-1};
-    TRY(kda_check_indices(t, name, form, 1u << KDA_I32, 1, any, device, out));
+    TRY(kda_check_indices(t, name, form, 1, any, device, out));
     for (int64_t i = 0; x->on_host && i < out->shape[0]; i++) {
         int64_t row = kda_index(out, i, 0);
         if (row < -1 || row >= x->sequences)

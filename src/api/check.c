@@ -114,11 +114,10 @@ static flash_kda_status check_inputs(const struct kda_token_args *a, struct kda_
 
 /* ---- Indices ----------------------------------------------------------------------------------- */
 
-flash_kda_status kda_check_indices(const DLTensor *t, const char *name, const char *form, unsigned dtypes,
-                                   int rank, const int64_t *shape, const DLDevice *device,
-                                   struct kda_tensor *out) {
+flash_kda_status kda_check_indices(const DLTensor *t, const char *name, const char *form, int rank,
+                                   const int64_t *shape, const DLDevice *device, struct kda_tensor *out) {
     const struct kda_tensor_spec spec = {
-        .name = name, .form = form, .dtypes = dtypes, .rank = rank, .shape = shape, .device = device};
+        .name = name, .form = form, .dtypes = KDA_DTYPES_INDEX, .rank = rank, .shape = shape, .device = device};
     TRY(kda_tensor_check(t, &spec, out));
     if (out->shape[0] > 1 && out->stride[0] == 0)
         return INVALID("%s has stride 0 in dimension 0; expected a value of its own for each element", name);
@@ -149,8 +148,7 @@ static flash_kda_status check_sequences(const struct kda_token_args *a, struct k
     x->sequences = x->batches;
     if (a->cu_seqlens) {
         const int64_t any[1] = {-1};
-        TRY(kda_check_indices(a->cu_seqlens, "cu_seqlens", "[N + 1]", KDA_DTYPES_INDEX, 1, any, device,
-                              &x->cu_seqlens));
+        TRY(kda_check_indices(a->cu_seqlens, "cu_seqlens", "[N + 1]", 1, any, device, &x->cu_seqlens));
         if (x->cu_seqlens.shape[0] < 1)
             return INVALID("cu_seqlens is empty; expected N + 1 values");
         if (x->batches != 1)
@@ -159,6 +157,32 @@ static flash_kda_status check_sequences(const struct kda_token_args *a, struct k
             TRY(kda_check_cumulative(&x->cu_seqlens, x->tokens, "T"));
         x->sequences = x->cu_seqlens.shape[0] - 1;
     }
+    return FLASH_KDA_OK;
+}
+
+flash_kda_status kda_check_has_initial_state(const DLTensor *t, const struct kda_tokens *x,
+                                             const DLDevice *device, struct kda_tensor *out) {
+    const int64_t like[1] = {x->sequences};
+    const struct kda_tensor_spec spec = {.name = "has_initial_state",
+                                         .form = "[N]",
+                                         .dtypes = KDA_DTYPES_FLAG,
+                                         .rank = 1,
+                                         .shape = like,
+                                         .device = device};
+    return t ? kda_tensor_check(t, &spec, out) : FLASH_KDA_OK;
+}
+
+flash_kda_status kda_check_padding_slot(uint32_t flags, int64_t padding_slot, const DLTensor *state_indices) {
+    if (!(flags & FLASH_KDA_PADDING_SLOT))
+        return padding_slot ? INVALID("padding_slot is %lld without FLASH_KDA_PADDING_SLOT; expected 0",
+                                      (long long)padding_slot)
+                            : FLASH_KDA_OK;
+    if (padding_slot < 0)
+        return INVALID("padding_slot is %lld; expected a slot, 0 or more, beside -1, which is always padding",
+                       (long long)padding_slot);
+    if (!state_indices)
+        return INVALID("padding_slot is given without state_indices; expected flags without "
+                       "FLASH_KDA_PADDING_SLOT");
     return FLASH_KDA_OK;
 }
 
@@ -202,13 +226,13 @@ flash_kda_status kda_check_checkpoint_rows(const struct kda_checkpoint_args *a, 
         TRY(kda_check_state(a->rows, "checkpoints", kda_state_form(x, "[rows, HV, V, K]", "[rows, HV, K, V]"),
                             KDA_DTYPES_STATE, 4, -1, 0, device, a->written, x, &p->checkpoints));
         const int64_t starts[1] = {p->sequences + 1};
-        TRY(kda_check_indices(a->cu_starts, "checkpoint_cu_starts", "[N + 1]", KDA_DTYPES_INDEX, 1, starts,
-                              device, &p->checkpoint_cu_starts));
+        TRY(kda_check_indices(a->cu_starts, "checkpoint_cu_starts", "[N + 1]", 1, starts, device,
+                              &p->checkpoint_cu_starts));
         int64_t rows = p->checkpoints.shape[0];
         if (a->indices) {
             const int64_t any[1] = {-1};
-            TRY(kda_check_indices(a->indices, "checkpoint_indices", "[rows of all sequences]", 1u << KDA_I32, 1,
-                                  any, device, &p->checkpoint_indices));
+            TRY(kda_check_indices(a->indices, "checkpoint_indices", "[rows of all sequences]", 1, any, device,
+                                  &p->checkpoint_indices));
             rows = p->checkpoint_indices.shape[0];
         }
         if (p->on_host)

@@ -3,17 +3,8 @@
 #ifndef KDA_API_DECODE_PROBLEM_H
 #define KDA_API_DECODE_PROBLEM_H
 
+#include "api/fused.h"
 #include "api/tokens.h"
-
-enum { KDA_CONV_WIDTH = 4, KDA_CONV_PAST = KDA_CONV_WIDTH - 1, KDA_MAX_NORM_DIM = 1024 };
-
-/* The convolution of q, k or v; weight.data is NULL without one. */
-struct kda_convolution {
-    struct kda_tensor weight; /* [channels, KDA_CONV_WIDTH] */
-    struct kda_tensor bias;   /* [channels], or not given */
-    struct kda_tensor
-        state; /* [slots, channels, KDA_CONV_PAST], in any strides: inputs before, the oldest first */
-};
 
 struct kda_decode {
     struct kda_tokens tokens;
@@ -21,18 +12,24 @@ struct kda_decode {
     struct kda_tensor state_indices;       /* [N] or [N, C]; or not given: slot n */
     struct kda_tensor num_accepted_tokens; /* [N]; only with state_indices [N, C] */
     struct kda_tensor accepted;            /* [N] */
+    struct kda_tensor has_initial_state;   /* [N] */
     int64_t max_tokens;                    /* of one sequence, 0 to FLASH_KDA_MAX_DECODE_TOKENS */
     bool keep_state;                       /* states are only read */
-    struct kda_convolution q_conv, k_conv, v_conv;
-    struct kda_tensor norm_weight, norm_gate; /* [V], [B, T, HV, V]; each may not be given */
-    flash_kda_norm_activation norm_activation;
-    float norm_eps;
+    bool has_padding_slot;
+    int64_t padding_slot; /* if it has one: in state_indices the same as -1 */
+    union {
+        struct kda_fused fused;
+        struct {
+            KDA_FUSED_MEMBERS
+        };
+    };
 };
 
 /* The slot in column `column` of sequence n's row of state_indices; -1 for what is no slot of the pool. */
 KDA_INLINE int64_t kda_decode_slot(const struct kda_decode *d, int64_t n, int64_t column) {
     int64_t slot = d->state_indices.data ? kda_index(&d->state_indices, n, column) : n;
-    return slot >= 0 && slot < d->state.shape[0] ? slot : -1;
+    bool padding = d->has_padding_slot && slot == d->padding_slot;
+    return slot >= 0 && slot < d->state.shape[0] && !padding ? slot : -1;
 }
 
 /* Is a state written after every token, to a slot of its own? */
@@ -46,6 +43,7 @@ KDA_INLINE struct kda_sequence kda_decode_sequence(const struct kda_decode *d, i
     if (d->num_accepted_tokens.data)
         column = kda_clamp(kda_index(&d->num_accepted_tokens, n, 0), 1, d->state_indices.shape[1]) - 1;
     s.slot = kda_decode_slot(d, n, column);
+    s.from_zero = kda_starts_from_zero(&d->has_initial_state, n);
     s.length = kda_min64(s.length, d->max_tokens);
     if (d->accepted.data)
         s.length = kda_clamp(kda_index(&d->accepted, n, 0), 0, s.length);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The three element types of a tensor, and how one element becomes fp32 and comes back. */
+/* The element types of a tensor, and how one of floats becomes fp32 and comes back. */
 #ifndef KDA_API_DTYPE_H
 #define KDA_API_DTYPE_H
 
@@ -13,7 +13,7 @@
 #define KDA_INLINE static inline
 #endif
 
-enum kda_dtype { KDA_F32, KDA_F16, KDA_BF16, KDA_I32, KDA_I64 };
+enum kda_dtype { KDA_F32, KDA_F16, KDA_BF16, KDA_I32, KDA_I64, KDA_BOOL, KDA_I8 };
 
 KDA_INLINE uint32_t kda_float_bits(float x) {
     uint32_t bits;
@@ -60,7 +60,10 @@ static inline uint16_t kda_to_f16(float x) {
 }
 
 static inline size_t kda_dtype_size(enum kda_dtype dtype) {
-    return dtype == KDA_I64 ? 8 : dtype == KDA_F16 || dtype == KDA_BF16 ? 2 : 4;
+    return dtype == KDA_I64                        ? 8
+           : dtype == KDA_F16 || dtype == KDA_BF16 ? 2
+           : dtype == KDA_BOOL || dtype == KDA_I8  ? 1
+                                                   : 4;
 }
 
 /* Element i of a row of floats. */

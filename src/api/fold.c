@@ -62,7 +62,7 @@ static flash_kda_status check_summaries(const flash_kda_fold_args *a, struct kda
 
 static flash_kda_status check_chains(const flash_kda_fold_args *a, struct kda_fold *f) {
     const int64_t any[2] = {-1, -1};
-    TRY(kda_check_indices(a->chains, "chains", "[R, L]", 1u << KDA_I32, 2, any, &a->bias->device, &f->chains));
+    TRY(kda_check_indices(a->chains, "chains", "[R, L]", 2, any, &a->bias->device, &f->chains));
     f->rows = f->chains.shape[0];
     f->links = f->chains.shape[1];
     for (int64_t n = 0; f->on_host && n < f->rows; n++)
@@ -119,7 +119,7 @@ static flash_kda_status check_states(const flash_kda_fold_args *a, struct kda_fo
                         1u << KDA_F32, 5, f->rows, true, &f->prefixes));
     if (a->state_indices) {
         const int64_t like[1] = {f->rows};
-        TRY(kda_check_indices(a->state_indices, "state_indices", "[R]", 1u << KDA_I32, 1, like,
+        TRY(kda_check_indices(a->state_indices, "state_indices", "[R]", 1, like,
                               &a->bias->device, &f->state_indices));
         TRY(check_slots(f, outer));
     }

@@ -4,6 +4,7 @@
 #define KDA_API_PROBLEM_H
 
 #include "api/border.h"
+#include "api/fused.h"
 
 struct kda_prefill {
     union {
@@ -12,20 +13,24 @@ struct kda_prefill {
             KDA_TOKENS_MEMBERS
         };
     };
-    struct kda_tensor initial_state, final_state, state_indices;
+    struct kda_tensor initial_state, final_state, state_indices, has_initial_state;
     struct kda_tensor checkpoints, checkpoint_cu_starts, checkpoint_indices, checkpoint_offsets;
     int64_t checkpoint_every;
     struct kda_border border;
+    int64_t slots; /* of the states, with state_indices */
+    bool has_padding_slot;
+    int64_t padding_slot;          /* if it has one: in state_indices the same as -1 */
+    const struct kda_fused *fused; /* NULL: nothing stands around it. Not for device code */
 };
 
 /* Where the tokens and the state of sequence n are, its slot kept within the states. */
 KDA_INLINE struct kda_sequence kda_sequence(const struct kda_prefill *p, int64_t n) {
     struct kda_sequence s = kda_tokens_of(&p->base, n);
     if (p->state_indices.data) {
-        int64_t slots = p->initial_state.data ? p->initial_state.shape[0] : p->final_state.shape[0];
         s.slot = kda_index(&p->state_indices, n, 0);
-        s.slot = s.slot < slots ? s.slot : -1;
+        s.slot = s.slot < p->slots && !(p->has_padding_slot && s.slot == p->padding_slot) ? s.slot : -1;
     }
+    s.from_zero = !p->initial_state.data || kda_starts_from_zero(&p->has_initial_state, n);
     return s;
 }
 
@@ -33,6 +38,18 @@ KDA_INLINE struct kda_sequence kda_sequence(const struct kda_prefill *p, int64_t
 KDA_INLINE struct kda_state kda_state_at(const struct kda_prefill *p, const struct kda_tensor *t, int64_t slot,
                                          int64_t head) {
     return kda_state_in(&p->base, t, slot, head);
+}
+
+/* The state that a head of sequence n starts from, given its slot; data is NULL where that is zero. One that came in from
+ * another call has no other. */
+KDA_INLINE struct kda_state kda_state_before(const struct kda_prefill *p, int64_t n, int64_t slot,
+                                             int64_t head) {
+    struct kda_state none = {NULL, KDA_F32, 0, false};
+    int64_t awaited = kda_awaited_by(&p->border, n);
+    if (awaited >= 0)
+        return kda_state_at(p, &p->border.states, awaited, head);
+    return kda_starts_from_zero(&p->has_initial_state, n) ? none
+                                                          : kda_state_at(p, &p->initial_state, slot, head);
 }
 
 /* checkpoint_cu_starts[n], kept within the rows that there are: indices in device memory are not checked before. */

@@ -21,7 +21,7 @@ static struct text shape_text(const int64_t *shape, int rank) {
 }
 
 static struct text dtypes_text(unsigned dtypes) {
-    static const char *const names[] = {"float32", "float16", "bfloat16", "int32", "int64"};
+    static const char *const names[] = {"float32", "float16", "bfloat16", "int32", "int64", "bool", "int8"};
     struct text text = {""};
     size_t used = 0;
     for (unsigned i = 0; i < sizeof names / sizeof *names; i++)
@@ -69,6 +69,8 @@ static struct text dtype_text(DLDataType t) {
     return text;
 }
 
+enum { DLPACK_BOOL = 6 }; /* kDLBool of headers from 0.8 on */
+
 /* KDA's name of a DLPack dtype, or -1. */
 static int dtype_of(DLDataType t) {
     if (t.lanes != 1)
@@ -78,7 +80,9 @@ static int dtype_of(DLDataType t) {
     if (t.code == kDLBfloat)
         return t.bits == 16 ? (int)KDA_BF16 : -1;
     if (t.code == kDLInt)
-        return t.bits == 32 ? (int)KDA_I32 : t.bits == 64 ? (int)KDA_I64 : -1;
+        return t.bits == 32 ? (int)KDA_I32 : t.bits == 64 ? (int)KDA_I64 : t.bits == 8 ? (int)KDA_I8 : -1;
+    if (t.code == DLPACK_BOOL)
+        return t.bits == 8 ? (int)KDA_BOOL : -1;
     return -1;
 }
 

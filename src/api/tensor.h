@@ -34,6 +34,7 @@ struct kda_tensor_spec {
 #define KDA_DTYPES_FLOAT (1u << KDA_F32 | 1u << KDA_F16 | 1u << KDA_BF16)
 #define KDA_DTYPES_STATE (1u << KDA_F32 | 1u << KDA_BF16)
 #define KDA_DTYPES_INDEX (1u << KDA_I32 | 1u << KDA_I64)
+#define KDA_DTYPES_FLAG  (1u << KDA_BOOL | 1u << KDA_I8 | 1u << KDA_I32)
 
 /* Checks t against spec and describes it in *out. */
 flash_kda_status kda_tensor_check(const DLTensor *t, const struct kda_tensor_spec *spec,
@@ -53,6 +54,12 @@ KDA_INLINE int64_t kda_index(const struct kda_tensor *t, int64_t i, int64_t j) {
     const char *address = t->data + i * t->stride[0] + (t->rank > 1 ? j * t->stride[1] : 0);
     return t->dtype == KDA_I32 ? *(const int32_t *)(const void *)address
                                : *(const int64_t *)(const void *)address;
+}
+
+/* Element i of a tensor of flags of rank 1. */
+KDA_INLINE bool kda_flag(const struct kda_tensor *t, int64_t i) {
+    const char *address = t->data + i * t->stride[0];
+    return t->dtype == KDA_I32 ? *(const int32_t *)(const void *)address != 0 : *address != 0;
 }
 
 #endif

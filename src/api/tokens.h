@@ -31,7 +31,8 @@ struct kda_tokens {
 /* Where the tokens of a sequence are. */
 struct kda_sequence {
     int64_t batch, first, length;
-    int64_t slot; /* of its state; -1: padding, not to be touched */
+    int64_t slot;   /* of its state; -1: padding, not to be touched */
+    bool from_zero; /* its state is not read */
 };
 
 /* Address of row (b, t, h) of a tensor [B, T, heads, dim], or of element (b, t, h) of beta. */
@@ -53,10 +54,15 @@ KDA_INLINE int64_t kda_clamp(int64_t x, int64_t low, int64_t high) {
     return x < low ? low : kda_min64(x, high);
 }
 
+/* Does has_initial_state say that sequence n starts from zero? */
+KDA_INLINE bool kda_starts_from_zero(const struct kda_tensor *has_initial_state, int64_t n) {
+    return has_initial_state->data && !kda_flag(has_initial_state, n);
+}
+
 /* Where the tokens of sequence n are; its slot is n. Indices in device memory are not checked before a call: here
  * they are kept within the tensors. */
 KDA_INLINE struct kda_sequence kda_tokens_of(const struct kda_tokens *x, int64_t n) {
-    struct kda_sequence s = {n, 0, x->tokens, n};
+    struct kda_sequence s = {n, 0, x->tokens, n, false};
     if (x->cu_seqlens.data) {
         int64_t end = kda_clamp(kda_index(&x->cu_seqlens, n + 1, 0), 0, x->tokens);
         s.batch = 0;

@@ -79,6 +79,17 @@ KDA_INLINE int kda_begin_of_segment(int chunks, int segments, int segment) {
     return segment == 0 ? 0 : (first > each ? first : each) + (segment - 1) * each;
 }
 
+/* The number of sequence n's first checkpoint, where these are in equal steps: numbered as chunks are, without those
+ * within the first `skipped` tokens, which sequences may have in common where they are equally long. For n = N and
+ * first = T it is the number of checkpoints. */
+KDA_INLINE int64_t kda_first_checkpoint(const struct kda_prefill *p, int64_t skipped, int64_t first,
+                                        int64_t n) {
+    int64_t every = p->checkpoint_every;
+    if (p->cu_seqlens.data)
+        return first / every + n;
+    return n * ((p->tokens + every - 1) / every - skipped / every);
+}
+
 /* Chunks of sequence n: at least 1, because the state of an empty sequence is passed on, too. */
 KDA_INLINE int64_t kda_chunk_count(const struct kda_prefill *p, int64_t n, int64_t length) {
     int64_t chunks = 0;

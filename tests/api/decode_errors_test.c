@@ -19,7 +19,8 @@
     X(NUM_ACCEPTED, num_accepted_tokens) X(Q_CONV_WEIGHT, q_conv_weight) X(Q_CONV_BIAS, q_conv_bias) \
     X(Q_CONV_STATE, q_conv_state) X(K_CONV_WEIGHT, k_conv_weight) X(K_CONV_BIAS, k_conv_bias) \
     X(K_CONV_STATE, k_conv_state) X(V_CONV_WEIGHT, v_conv_weight) X(V_CONV_BIAS, v_conv_bias) \
-    X(V_CONV_STATE, v_conv_state) X(NORM_WEIGHT, norm_weight) X(NORM_GATE, norm_gate)
+    X(V_CONV_STATE, v_conv_state) X(NORM_WEIGHT, norm_weight) X(NORM_GATE, norm_gate) \
+    X(HAS_INITIAL_STATE, has_initial_state)
 /* clang-format on */
 
 #define PLACE(place, member) place,
@@ -43,8 +44,8 @@ static const DLTensor **member(flash_kda_decode_args *a, enum decode_argument ar
 
 static void set_tensor(struct call *c, enum decode_argument argument, int ndim, const int64_t *shape) {
     struct fixture_tensor *t = &c->tensor[argument];
-    bool index =
-        argument == CU_SEQLENS || argument == ACCEPTED || argument == STATE_INDICES || argument == NUM_ACCEPTED;
+    bool index = argument == CU_SEQLENS || argument == ACCEPTED || argument == STATE_INDICES ||
+                 argument == NUM_ACCEPTED || argument == HAS_INITIAL_STATE;
     memcpy(t->shape, shape, (size_t)ndim * sizeof *shape);
     t->dl = (DLTensor){.data = t->memory.bytes,
                        .device = {kDLCPU, 0},
@@ -58,7 +59,7 @@ static void set_tensor(struct call *c, enum decode_argument argument, int ndim, 
 
 static struct call *call_new(void) {
     static const int32_t cu_seqlens[] = {0, 2, 2, 5}, slots[] = {4, 0, 2, -1, 7, 1, 3, 8, -1},
-                         read[] = {3, 1, 2}, accepted[] = {1, 0, 3};
+                         read[] = {3, 1, 2}, accepted[] = {1, 0, 3}, has[] = {1, 1, 0};
     struct call *c = calloc(1, sizeof *c);
     assert_non_null(c);
     c->args = (flash_kda_decode_args)FLASH_KDA_DECODE_ARGS_INIT;
@@ -95,6 +96,8 @@ static struct call *call_new(void) {
     memcpy(c->tensor[ACCEPTED].memory.int32, accepted, sizeof accepted);
     memcpy(c->tensor[STATE_INDICES].memory.int32, slots, sizeof slots);
     memcpy(c->tensor[NUM_ACCEPTED].memory.int32, read, sizeof read);
+    set_tensor(c, HAS_INITIAL_STATE, 1, (int64_t[]){N});
+    memcpy(c->tensor[HAS_INITIAL_STATE].memory.int32, has, sizeof has);
     return c;
 }
 
@@ -106,7 +109,8 @@ static void set_slots(struct call *c, int64_t slots) {
 /* Five sequences of one token, each in the slot of its number. */
 static void make_dense(struct call *c) {
     static const enum decode_argument by_token[] = {Q, K, V, G, BETA, OUT, NORM_GATE};
-    c->args.cu_seqlens = c->args.accepted = c->args.state_indices = c->args.num_accepted_tokens = NULL;
+    c->args.cu_seqlens = c->args.accepted = c->args.state_indices = c->args.num_accepted_tokens =
+        c->args.has_initial_state = NULL;
     for (size_t i = 0; i < sizeof by_token / sizeof *by_token; i++) {
         c->tensor[by_token[i]].shape[0] = T;
         c->tensor[by_token[i]].shape[1] = 1;
@@ -185,7 +189,7 @@ static void struct_size_large(struct call *c) { c->args.struct_size++; }
 static void gate_unknown(struct call *c) { c->args.gate = (flash_kda_gate)3; }
 static void beta_mode_unknown(struct call *c) { c->args.beta_mode = (flash_kda_beta)3; }
 static void layout_unknown(struct call *c) { c->args.state_layout = (flash_kda_state_layout)2; }
-static void flags_unknown(struct call *c) { c->args.flags = 8; }
+static void flags_unknown(struct call *c) { c->args.flags = 16; }
 static void backend_unknown(struct call *c) { c->args.backend = (flash_kda_backend)9; }
 static void threads_negative(struct call *c) { c->args.num_threads = -1; }
 static void scale_nan(struct call *c) { c->args.scale = (double)NAN; }
@@ -221,6 +225,23 @@ static void slot_too_low(struct call *c) { c->tensor[STATE_INDICES].memory.int32
 static void slot_of_padding_too_large(struct call *c) { c->tensor[STATE_INDICES].memory.int32[5] = SLOTS; }
 static void slot_twice(struct call *c) { c->tensor[STATE_INDICES].memory.int32[7] = 4; }
 static void slot_twice_in_one_sequence(struct call *c) { c->tensor[STATE_INDICES].memory.int32[1] = 4; }
+static void set_padding(struct call *c, int64_t slot) {
+    c->args.flags |= FLASH_KDA_PADDING_SLOT;
+    c->args.padding_slot = slot;
+}
+static void padding_without_flag(struct call *c) { c->args.padding_slot = 1; }
+static void padding_negative(struct call *c) { set_padding(c, -2); }
+static void padding_without_indices(struct call *c) {
+    make_dense(c);
+    set_padding(c, 0);
+}
+static void slot_twice_beside_padding(struct call *c) {
+    set_padding(c, 0);
+    slot_twice(c);
+}
+static void out_over_has_initial_state(struct call *c) {
+    c->tensor[OUT].dl.data = c->tensor[HAS_INITIAL_STATE].memory.bytes;
+}
 static void columns_too_few(struct call *c) {
     fixture_spell_strides(&c->tensor[STATE_INDICES]);
     c->tensor[STATE_INDICES].shape[1] = 2;
@@ -320,6 +341,11 @@ static struct argument_case {
     INVALID(slot_too_low, "state_indices"),
     INVALID(slot_of_padding_too_large, "state_indices"),
     INVALID(slot_twice, "state_indices"),
+    INVALID(slot_twice_beside_padding, "state_indices"),
+    INVALID(padding_without_flag, "padding_slot"),
+    INVALID(padding_negative, "padding_slot"),
+    INVALID(padding_without_indices, "padding_slot"),
+    INVALID(out_over_has_initial_state, "has_initial_state"),
     INVALID(slot_twice_in_one_sequence, "state_indices"),
     INVALID(columns_too_few, "state_indices"),
     INVALID(columns_none, "state_indices"),
@@ -395,6 +421,19 @@ static void test_padding_holds_anything(void **state) {
     c->tensor[NUM_ACCEPTED].memory.int32[1] = -100; /* kept within the columns: the first, which is -1 */
     c->tensor[ACCEPTED].memory.int32[1] = 99;
     expect_success(c, true);
+}
+
+/* A padding slot may stand anywhere, and need be none of the pool. */
+static void test_padding_slot(void **state) {
+    (void)state;
+    static const int32_t slots[] = {0, SLOTS, INT32_MAX};
+    for (size_t i = 0; i < sizeof slots / sizeof *slots; i++) {
+        struct call *c = call_new();
+        set_padding(c, slots[i]);
+        c->tensor[STATE_INDICES].memory.int32[1] = c->tensor[STATE_INDICES].memory.int32[3] =
+            c->tensor[STATE_INDICES].memory.int32[7] = slots[i];
+        expect_success(c, true);
+    }
 }
 
 /* Drafts of several branches may read one state that nothing writes. */
@@ -510,7 +549,7 @@ static void test_level_unknown(void **state) {
 /* ---- Running them all ------------------------------------------------------------------------------ */
 
 int main(void) {
-    enum { PLAIN = 9 };
+    enum { PLAIN = 10 };
     static struct CMUnitTest tests[FAULTS * TENSORS + CASES + PLAIN];
     static struct fault_case fault_cases[FAULTS * TENSORS];
     size_t count = list_fault_cases(tests, fault_cases, test_tensor_fault, faults, FAULTS, names, TENSORS);
@@ -520,6 +559,7 @@ int main(void) {
     const struct CMUnitTest plain[PLAIN] = {cmocka_unit_test(test_valid),
                                             cmocka_unit_test(test_valid_dense),
                                             cmocka_unit_test(test_padding_holds_anything),
+                                            cmocka_unit_test(test_padding_slot),
                                             cmocka_unit_test(test_kept_state_is_shared),
                                             cmocka_unit_test(test_large_pool),
                                             cmocka_unit_test(test_states_in_pages),

@@ -47,13 +47,15 @@ static void expect_error(struct fixture *f, flash_kda_status expected, const cha
 /* ---- Faults that any tensor can have ------------------------------------------------------------ */
 
 /* Tensors whose last dimension may have any stride. */
-#define LOOSE                                                                        \
-    (BIT(ARG_BETA) | BIT(ARG_A_LOG) | BIT(ARG_CU_SEQLENS) | BIT(ARG_STATE_INDICES) | \
-     BIT(ARG_CHECKPOINT_CU_STARTS) | BIT(ARG_CHECKPOINT_INDICES) | BIT(ARG_CHECKPOINT_OFFSETS))
+#define CONV_STATES (BIT(ARG_Q_CONV_STATE) | BIT(ARG_K_CONV_STATE) | BIT(ARG_V_CONV_STATE))
+#define LOOSE                                                                                    \
+    (BIT(ARG_BETA) | BIT(ARG_A_LOG) | BIT(ARG_CU_SEQLENS) | BIT(ARG_STATE_INDICES) |             \
+     BIT(ARG_CHECKPOINT_CU_STARTS) | BIT(ARG_CHECKPOINT_INDICES) | BIT(ARG_CHECKPOINT_OFFSETS) | \
+     BIT(ARG_HAS_INITIAL_STATE) | CONV_STATES)
 #define INDICES                                                                     \
     (BIT(ARG_CU_SEQLENS) | BIT(ARG_STATE_INDICES) | BIT(ARG_CHECKPOINT_CU_STARTS) | \
      BIT(ARG_CHECKPOINT_INDICES) | BIT(ARG_CHECKPOINT_OFFSETS))
-#define NOT_WRITTEN (~(BIT(ARG_OUT) | BIT(ARG_FINAL_STATE) | BIT(ARG_CHECKPOINTS)))
+#define NOT_WRITTEN (~(BIT(ARG_OUT) | BIT(ARG_FINAL_STATE) | BIT(ARG_CHECKPOINTS) | CONV_STATES))
 /* Their sizes are what others are measured by: a wrong one is reported as another tensor's. */
 #define MEASURES                                                                                     \
     (BIT(ARG_Q) | BIT(ARG_V) | BIT(ARG_CU_SEQLENS) | BIT(ARG_INITIAL_STATE) | BIT(ARG_CHECKPOINTS) | \
@@ -83,11 +85,11 @@ static const struct fault faults[] = {
     {"a stride beyond all memory", stride_overflows, 0},
     {"uint8", dtype_uint8, 0},
     {"fp64", dtype_fp64, 0},
-    {"fp16", dtype_fp16, ~(STATES | INDICES)},
-    {"int32", dtype_int32, INDICES},
-    {"int64", dtype_int64, INDICES & ~(BIT(ARG_STATE_INDICES) | BIT(ARG_CHECKPOINT_INDICES))},
+    {"fp16", dtype_fp16, ~(STATES | INDICES | BIT(ARG_HAS_INITIAL_STATE))},
+    {"int32", dtype_int32, INDICES | BIT(ARG_HAS_INITIAL_STATE)},
+    {"int64", dtype_int64, INDICES},
     {"uint32", dtype_uint32, 0},
-    {"fp32", dtype_fp32, ~INDICES},
+    {"fp32", dtype_fp32, ~(INDICES | BIT(ARG_HAS_INITIAL_STATE))},
     {"two lanes", dtype_lanes, 0},
     {"no lanes", dtype_no_lanes, 0},
     {"another device", elsewhere, BIT(ARG_Q)},
@@ -100,6 +102,10 @@ static void test_tensor_fault(void **state) {
     struct fixture *f = fixture_new();
     if (c->argument == ARG_CHECKPOINT_OFFSETS)
         fixture_use_offsets(f);
+    if (c->argument == ARG_HAS_INITIAL_STATE)
+        fixture_use_has_initial_state(f);
+    if (c->argument >= ARG_Q_CONV_WEIGHT)
+        fixture_use_fused(f);
     c->fault->apply(&f->tensor[c->argument]);
     expect_error(f, FLASH_KDA_ERROR_INVALID_ARGUMENT, argument_names[c->argument], ALL_ENTRIES);
     free(f);
@@ -219,6 +225,68 @@ static void slot_twice(struct fixture *f) { f->tensor[ARG_STATE_INDICES].memory.
 static void slots_without_states(struct fixture *f) { f->args.initial_state = f->args.final_state = NULL; }
 static void states_of_different_pools(struct fixture *f) {
     f->tensor[ARG_FINAL_STATE].shape[0] = FIXTURE_SLOTS - 1;
+}
+static void bias_without_weight(struct fixture *f) {
+    fixture_use_fused(f);
+    f->args.k_conv_weight = NULL;
+}
+static void conv_state_without_weight(struct fixture *f) {
+    fixture_use_fused(f);
+    f->args.v_conv_weight = f->args.v_conv_bias = NULL;
+}
+static void norm_gate_without_weight(struct fixture *f) {
+    fixture_use_fused(f);
+    f->args.norm_weight = NULL;
+}
+static void norm_eps_zero(struct fixture *f) {
+    fixture_use_fused(f);
+    f->args.norm_eps = 0;
+}
+static void norm_eps_nan(struct fixture *f) {
+    fixture_use_fused(f);
+    f->args.norm_eps = (double)NAN;
+}
+static void norm_activation_unknown(struct fixture *f) {
+    f->args.norm_activation = (flash_kda_norm_activation)2;
+}
+static void conv_states_of_another_pool(struct fixture *f) {
+    fixture_use_fused(f);
+    f->args.initial_state = f->args.final_state = NULL;
+    f->tensor[ARG_K_CONV_STATE].shape[0] = FIXTURE_SLOTS - 1;
+}
+static void conv_state_over(struct fixture *f, enum argument other) {
+    fixture_use_fused(f);
+    f->tensor[ARG_Q_CONV_STATE].dl.data = f->tensor[other].memory.bytes;
+}
+static void conv_state_over_k(struct fixture *f) { conv_state_over(f, ARG_K); }
+static void conv_state_over_initial_state(struct fixture *f) { conv_state_over(f, ARG_INITIAL_STATE); }
+static void conv_state_over_another(struct fixture *f) { conv_state_over(f, ARG_V_CONV_STATE); }
+static void conv_state_over_weight(struct fixture *f) { conv_state_over(f, ARG_Q_CONV_WEIGHT); }
+static void out_over_norm_gate(struct fixture *f) {
+    fixture_use_fused(f);
+    f->tensor[ARG_OUT].dl.data = f->tensor[ARG_NORM_GATE].memory.bytes;
+}
+static void flags_without_states(struct fixture *f) {
+    fixture_use_has_initial_state(f);
+    f->args.initial_state = NULL;
+}
+static void set_padding(struct fixture *f, int64_t slot) {
+    f->args.flags |= FLASH_KDA_PADDING_SLOT;
+    f->args.padding_slot = slot;
+}
+static void padding_without_flag(struct fixture *f) { f->args.padding_slot = 1; }
+static void padding_negative(struct fixture *f) { set_padding(f, -1); }
+static void padding_without_indices(struct fixture *f) {
+    fixture_make_dense(f);
+    set_padding(f, 0);
+}
+static void slot_twice_beside_padding(struct fixture *f) {
+    set_padding(f, 0);
+    slot_twice(f);
+}
+static void final_over_has_initial_state(struct fixture *f) {
+    fixture_use_has_initial_state(f);
+    f->tensor[ARG_FINAL_STATE].dl.data = f->tensor[ARG_HAS_INITIAL_STATE].memory.bytes;
 }
 static void pool_without_indices(struct fixture *f) { f->args.state_indices = NULL; }
 
@@ -438,6 +506,24 @@ static const struct argument_case {
     INVALID(slot_too_low, "state_indices"),
     INVALID_LATE(slot_twice, "state_indices"),
     INVALID(slots_without_states, "state_indices"),
+    INVALID(flags_without_states, "has_initial_state"),
+    INVALID(bias_without_weight, "k_conv_bias"),
+    INVALID(conv_state_without_weight, "v_conv_state"),
+    INVALID(norm_gate_without_weight, "norm_gate"),
+    INVALID(norm_eps_zero, "norm_eps"),
+    INVALID(norm_eps_nan, "norm_eps"),
+    INVALID(norm_activation_unknown, "norm_activation"),
+    INVALID(conv_states_of_another_pool, "k_conv_state"),
+    INVALID(conv_state_over_k, "q_conv_state"),
+    INVALID(conv_state_over_initial_state, "q_conv_state"),
+    INVALID(conv_state_over_another, "q_conv_state"),
+    INVALID(conv_state_over_weight, "q_conv_state"),
+    INVALID(out_over_norm_gate, "norm_gate"),
+    INVALID(padding_without_flag, "padding_slot"),
+    INVALID(padding_negative, "padding_slot"),
+    INVALID(padding_without_indices, "padding_slot"),
+    INVALID_LATE(slot_twice_beside_padding, "state_indices"),
+    INVALID(final_over_has_initial_state, "has_initial_state"),
     INVALID(states_of_different_pools, "final_state"),
     INVALID(pool_without_indices, "initial_state"),
     INVALID(both_contracts, "checkpoint_offsets"),
@@ -532,6 +618,37 @@ static void test_valid_offsets(void **state) {
     expect_success(f);
 }
 
+/* A padding slot may stand there twice, and need be none of the pool. */
+static void test_valid_padding(void **state) {
+    (void)state;
+    static const int64_t slots[] = {0, FIXTURE_SLOTS, INT64_MAX};
+    for (size_t i = 0; i < sizeof slots / sizeof *slots; i++) {
+        struct fixture *f = fixture_new();
+        struct fixture_tensor *t = &f->tensor[ARG_STATE_INDICES];
+        set_padding(f, slots[i]);
+        t->dl.dtype.bits = 64;
+        t->memory.int64[0] = 4;
+        t->memory.int64[1] = t->memory.int64[2] = slots[i];
+        expect_success(f);
+    }
+}
+
+static void test_valid_fused(void **state) {
+    (void)state;
+    struct fixture *f = fixture_new();
+    fixture_use_fused(f);
+    expect_success(f);
+}
+
+/* States of convolutions alone: state_indices are theirs. */
+static void test_valid_conv_states_alone(void **state) {
+    (void)state;
+    struct fixture *f = fixture_new();
+    fixture_use_fused(f);
+    f->args.initial_state = f->args.final_state = NULL;
+    expect_success(f);
+}
+
 static void test_args_null(void **state) {
     (void)state;
     const flash_kda_status invalid = FLASH_KDA_ERROR_INVALID_ARGUMENT;
@@ -612,7 +729,7 @@ static void test_level_of_another_machine(void **state) {
 /* ---- Running them all ------------------------------------------------------------------------------ */
 
 int main(void) {
-    enum { PLAIN = 8 };
+    enum { PLAIN = 11 };
     static struct CMUnitTest tests[FAULTS * ARGUMENTS + CASES + PLAIN];
     static struct fault_case fault_cases[FAULTS * ARGUMENTS];
     static struct argument_case writable_cases[CASES];
@@ -622,11 +739,17 @@ int main(void) {
     for (int i = 0; i < CASES; i++)
         tests[count++] = (struct CMUnitTest){
             .name = cases[i].name, .test_func = test_argument, .initial_state = &writable_cases[i]};
-    const struct CMUnitTest plain[PLAIN] = {
-        cmocka_unit_test(test_valid),         cmocka_unit_test(test_valid_dense),
-        cmocka_unit_test(test_valid_offsets), cmocka_unit_test(test_args_null),
-        cmocka_unit_test(test_results_null),  cmocka_unit_test(test_dtype_in_words),
-        cmocka_unit_test(test_level_unknown), cmocka_unit_test(test_level_of_another_machine)};
+    const struct CMUnitTest plain[PLAIN] = {cmocka_unit_test(test_valid),
+                                            cmocka_unit_test(test_valid_dense),
+                                            cmocka_unit_test(test_valid_offsets),
+                                            cmocka_unit_test(test_args_null),
+                                            cmocka_unit_test(test_valid_padding),
+                                            cmocka_unit_test(test_valid_fused),
+                                            cmocka_unit_test(test_valid_conv_states_alone),
+                                            cmocka_unit_test(test_results_null),
+                                            cmocka_unit_test(test_dtype_in_words),
+                                            cmocka_unit_test(test_level_unknown),
+                                            cmocka_unit_test(test_level_of_another_machine)};
     memcpy(tests + count, plain, sizeof plain);
     count += PLAIN;
     return _cmocka_run_group_tests("prefill errors", tests, count, NULL, NULL);

@@ -31,6 +31,9 @@ int prefill_list(flash_kda_prefill_args *a, struct argument list[MAX_ARGUMENTS])
                                                     {"final_state", &a->final_state, true},
                                                     {"checkpoints", &a->checkpoints, true},
                                                     {"summaries", &a->summaries, true},
+                                                    {"q_conv_state", &a->q_conv_state, true},
+                                                    {"k_conv_state", &a->k_conv_state, true},
+                                                    {"v_conv_state", &a->v_conv_state, true},
                                                     {"q", &a->q, false},
                                                     {"k", &a->k, false},
                                                     {"v", &a->v, false},
@@ -41,9 +44,18 @@ int prefill_list(flash_kda_prefill_args *a, struct argument list[MAX_ARGUMENTS])
                                                     {"cu_seqlens", &a->cu_seqlens, false},
                                                     {"initial_state", &a->initial_state, false},
                                                     {"state_indices", &a->state_indices, false},
+                                                    {"has_initial_state", &a->has_initial_state, false},
                                                     {"checkpoint_cu_starts", &a->checkpoint_cu_starts, false},
                                                     {"checkpoint_indices", &a->checkpoint_indices, false},
                                                     {"checkpoint_offsets", &a->checkpoint_offsets, false},
+                                                    {"q_conv_weight", &a->q_conv_weight, false},
+                                                    {"q_conv_bias", &a->q_conv_bias, false},
+                                                    {"k_conv_weight", &a->k_conv_weight, false},
+                                                    {"k_conv_bias", &a->k_conv_bias, false},
+                                                    {"v_conv_weight", &a->v_conv_weight, false},
+                                                    {"v_conv_bias", &a->v_conv_bias, false},
+                                                    {"norm_weight", &a->norm_weight, false},
+                                                    {"norm_gate", &a->norm_gate, false},
                                                     {"incoming_rows", &a->incoming_rows, false},
                                                     {"outgoing_rows", &a->outgoing_rows, false},
                                                     {"incoming", &a->incoming, false}};
@@ -69,6 +81,7 @@ int decode_list(flash_kda_decode_args *a, struct argument list[MAX_ARGUMENTS]) {
                                                    {"accepted", &a->accepted, false},
                                                    {"state_indices", &a->state_indices, false},
                                                    {"num_accepted_tokens", &a->num_accepted_tokens, false},
+                                                   {"has_initial_state", &a->has_initial_state, false},
                                                    {"q_conv_weight", &a->q_conv_weight, false},
                                                    {"q_conv_bias", &a->q_conv_bias, false},
                                                    {"k_conv_weight", &a->k_conv_weight, false},
@@ -175,7 +188,7 @@ flash_kda_backward_args backward_of_prefill(const flash_kda_prefill_args *args) 
     a.lower_bound = args->lower_bound;
     a.beta_mode = args->beta_mode;
     a.scale = args->scale;
-    a.flags = args->flags;
+    a.flags = args->flags & ~(uint32_t)FLASH_KDA_PADDING_SLOT;
     a.cu_seqlens = args->cu_seqlens;
     a.state_layout = args->state_layout;
     a.initial_state = args->initial_state;
@@ -203,7 +216,9 @@ flash_kda_decode_args decode_of_prefill(const flash_kda_prefill_args *args) {
                                    .state = args->final_state,
                                    .backend = args->backend,
                                    .num_threads = args->num_threads,
-                                   .stream = args->stream};
+                                   .stream = args->stream,
+                                   .has_initial_state = args->has_initial_state,
+                                   .padding_slot = args->padding_slot};
 }
 
 static void narrow(const DLTensor **const tensors[TOKEN_ARGUMENTS], struct tensor *views, int dim,

@@ -31,11 +31,11 @@ struct argument {
 };
 
 enum {
-    PREFILL_ARGUMENTS = 20,
-    DECODE_ARGUMENTS = 24,
+    PREFILL_ARGUMENTS = 32,
+    DECODE_ARGUMENTS = 25,
     BACKWARD_ARGUMENTS = 25,
     FOLD_ARGUMENTS = 7,
-    MAX_ARGUMENTS = BACKWARD_ARGUMENTS
+    MAX_ARGUMENTS = PREFILL_ARGUMENTS
 };
 
 /* Fills the list and returns how many there are; those that are written come first. */

@@ -51,6 +51,36 @@ double tensor_error(const struct tensor *x, const struct tensor *ref, bool forgi
     return error_of_all(&e);
 }
 
+/* What an element adds to dA_log, from z = g + dt_bias and its dg: a da is softplus(z) / sigmoid(z) dg, or z dg. */
+static double term_of_A_log(flash_kda_gate gate, double z, double dg) {
+    if (dg == 0)
+        return 0;
+    if (gate == FLASH_KDA_GATE_SIGMOID)
+        return z * dg;
+    return (z > 30 ? z : log1p(exp(z))) * (1 + exp(-z)) * dg;
+}
+
+double A_log_error(const struct tensor *x, const struct tensor *ref, flash_kda_gate gate,
+                   const struct tensor *g, const struct tensor *dt_bias, const struct tensor *dg) {
+    int64_t heads = dg->shape[2], K = dg->shape[3], rows = dg->shape[0] * dg->shape[1] * heads;
+    double worst = 0;
+    for (int64_t h = 0; h < heads; h++) {
+        double squares = 0, expected = tensor_get(ref, h), difference = fabs(tensor_get(x, h) - expected);
+        for (int64_t row = h; row < rows; row += heads)
+            for (int64_t i = 0; i < K; i++) {
+                double bias = tensor_present(dt_bias) ? tensor_get(dt_bias, h * K + i) : 0;
+                double t = term_of_A_log(gate, tensor_get(g, row * K + i) + bias, tensor_get(dg, row * K + i));
+                squares += t * t;
+            }
+        difference =
+            fmax(0, difference - type_half_ulp(x->dl.dtype, expected) - type_half_ulp(ref->dl.dtype, expected));
+        double error = difference / fmax(sqrt(squares), TOLERANCE_SMALLEST_REFERENCE);
+        if (!(error <= worst)) /* NaN too */
+            worst = error;
+    }
+    return worst;
+}
+
 double rounding_error(const struct tensor *exact, DLDataType type) {
     struct error e = {0};
     for (int64_t i = 0, count = tensor_count(exact); i < count; i++) {

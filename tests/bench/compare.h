@@ -5,6 +5,8 @@
 
 #include "tensor.h"
 
+#include <flash_kda.h>
+
 struct error {
     double differences, squares; /* over elements that are finite on both sides */
     int64_t count;               /* of these */
@@ -29,6 +31,11 @@ double error_of_all(const struct error *e);
 
 /* A whole tensor against one of its shape; NaN if one has more elements. */
 double tensor_error(const struct tensor *x, const struct tensor *ref, bool forgive_rounding);
+
+/* dA_log [HV] is a sum of terms of both signs: the largest |error| / sqrt(sum of squared terms) of a head, without what
+ * rounding to nearest may cost. dg [B, T, HV, K] is exact and tells the terms; absent dt_bias is 0. */
+double A_log_error(const struct tensor *x, const struct tensor *ref, flash_kda_gate gate,
+                   const struct tensor *g, const struct tensor *dt_bias, const struct tensor *dg);
 
 /* The error ratio of an exact tensor rounded to a type. */
 double rounding_error(const struct tensor *exact, DLDataType type);

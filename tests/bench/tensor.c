@@ -19,6 +19,8 @@ const DLDataType TYPE_FP16 = {kDLFloat, 16, 1};
 const DLDataType TYPE_BF16 = {kDLBfloat, 16, 1};
 const DLDataType TYPE_INT32 = {kDLInt, 32, 1};
 const DLDataType TYPE_INT64 = {kDLInt, 64, 1};
+const DLDataType TYPE_INT8 = {kDLInt, 8, 1};
+const DLDataType TYPE_BOOL = {6, 8, 1}; /* kDLBool, which older headers of DLPack do not have */
 
 /* ---- Number types ------------------------------------------------------------------------------ */
 
@@ -38,9 +40,11 @@ bool type_equal(DLDataType a, DLDataType b) {
     return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
 }
 
+static bool is_float(DLDataType type) { return type.code == kDLFloat || type.code == kDLBfloat; }
+
 const char *type_name(DLDataType type) {
-    if (type.code == kDLInt)
-        return type.bits == 32 ? "int32" : "int64";
+    if (!is_float(type))
+        return type.bits == 32 ? "int32" : type.bits == 64 ? "int64" : type.code == kDLInt ? "int8" : "bool";
     if (type.code == kDLBfloat)
         return "bf16";
     return type.bits == 32 ? "fp32" : "fp16";
@@ -234,12 +238,13 @@ double tensor_get(const struct tensor *t, int64_t i) {
     union {
         float fp32;
         uint16_t half;
+        int8_t int8;
         int32_t int32;
         int64_t int64;
     } x;
     memcpy(&x, element(t, i), item_bytes(t));
-    if (t->dl.dtype.code == kDLInt)
-        return t->dl.dtype.bits == 32 ? x.int32 : (double)x.int64;
+    if (!is_float(t->dl.dtype))
+        return t->dl.dtype.bits == 32 ? x.int32 : t->dl.dtype.bits == 8 ? x.int8 : (double)x.int64;
     if (t->dl.dtype.code == kDLBfloat)
         return decode_bf16(x.half);
     return t->dl.dtype.bits == 32 ? (double)x.fp32 : decode_fp16(x.half);
@@ -248,11 +253,14 @@ double tensor_get(const struct tensor *t, int64_t i) {
 void tensor_set(struct tensor *t, int64_t i, double value) {
     float fp32 = (float)value;
     uint16_t half = t->dl.dtype.code == kDLBfloat ? encode_bf16(value) : encode_fp16(value);
-    int64_t int64 = t->dl.dtype.code == kDLInt ? (int64_t)value : 0;
+    int64_t int64 = is_float(t->dl.dtype) ? 0 : (int64_t)value;
     int32_t int32 = (int32_t)int64;
+    int8_t int8 = (int8_t)int64;
     const void *source = &half;
-    if (t->dl.dtype.code == kDLInt)
-        source = t->dl.dtype.bits == 32 ? (const void *)&int32 : (const void *)&int64;
+    if (!is_float(t->dl.dtype))
+        source = t->dl.dtype.bits == 32  ? (const void *)&int32
+                 : t->dl.dtype.bits == 8 ? (const void *)&int8
+                                         : (const void *)&int64;
     else if (t->dl.dtype.bits == 32)
         source = &fp32;
     memcpy(element(t, i), source, item_bytes(t));

@@ -24,10 +24,10 @@ struct tensor {
 
 /* ---- Types of numbers -------------------------------------------------------------------------- */
 
-extern const DLDataType TYPE_FP32, TYPE_FP16, TYPE_BF16, TYPE_INT32, TYPE_INT64;
+extern const DLDataType TYPE_FP32, TYPE_FP16, TYPE_BF16, TYPE_INT32, TYPE_INT64, TYPE_INT8, TYPE_BOOL;
 bool type_equal(DLDataType a, DLDataType b);
 size_t type_size(DLDataType type);
-/* "fp32", "fp16", "bf16", "int32" or "int64". */
+/* "fp32", "fp16", "bf16", "int32", "int64", "int8" or "bool". */
 const char *type_name(DLDataType type);
 /* The float type of that name; false if there is none. */
 bool type_named(const char *name, DLDataType *type);

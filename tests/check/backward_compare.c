@@ -3,6 +3,7 @@
  * computed once a case and serves all levels; the oracle itself is compared with derivatives. */
 #include "backward_compare.h"
 #include "calls.h"
+#include "compare.h"
 #include "prefill_compare.h"
 
 #include <math.h>
@@ -24,39 +25,6 @@ static bool fail(struct comparison *c, const char *why) {
 }
 
 /* ---- Errors ------------------------------------------------------------------------------------ */
-
-/* What a token's channel adds to dA_log, from its dg: a da is softplus(z) / sigmoid(z) dg, or z dg. */
-static double term(const struct prefill_problem *p, int64_t row, int64_t h, int64_t i, double dg) {
-    double z =
-        tensor_get(&p->g, row * p->c.K + i) + (p->c.dt_bias ? tensor_get(&p->dt_bias, h * p->c.K + i) : 0);
-    if (dg == 0)
-        return 0;
-    if (p->c.gate == FLASH_KDA_GATE_SIGMOID)
-        return z * dg;
-    return (z > 30 ? z : log1p(exp(z))) * (1 + exp(-z)) * dg;
-}
-
-/* The largest |error| / sqrt(sum of squared terms) of a head. */
-static double A_log_error(const struct comparison *c, const struct tensor *x) {
-    const struct prefill_problem *p = &c->b->p;
-    const struct tensor *ref = &c->expected->tensors[DA_LOG], *dg = &c->expected->tensors[DG];
-    double worst = 0;
-    for (int64_t h = 0; h < p->HV; h++) {
-        double squares = 0, expected = tensor_get(ref, h), difference = fabs(tensor_get(x, h) - expected);
-        for (int64_t row = h; row < p->B * p->T * p->HV; row += p->HV)
-            for (int64_t i = 0; i < p->c.K; i++) {
-                double t = term(p, row, h, i, tensor_get(dg, row * p->c.K + i));
-                squares += t * t;
-            }
-        /* What rounding both to nearest may cost. */
-        difference =
-            fmax(0, difference - type_half_ulp(x->dl.dtype, expected) - type_half_ulp(TYPE_FP32, expected));
-        double error = difference / fmax(sqrt(squares), TOLERANCE_SMALLEST_REFERENCE);
-        if (!(error <= worst)) /* NaN too */
-            worst = error;
-    }
-    return worst;
-}
 
 /* What a level may be off by, and whether the rounding to its dtype is taken off a result first. */
 struct allowance {
@@ -108,8 +76,10 @@ static bool results_within(struct comparison *c, const struct backward_results *
         if (!x->block)
             continue;
         struct allowance allowed = allowance(c, i, level);
-        double error = i == DA_LOG ? A_log_error(c, x)
-                                   : prefill_error(x, ref, &c->b->outputs[i], allowed.forgive_rounding);
+        const struct prefill_problem *p = &c->b->p;
+        double error = i == DA_LOG
+                           ? A_log_error(x, ref, p->c.gate, &p->g, &p->dt_bias, &c->expected->tensors[DG])
+                           : prefill_error(x, ref, &c->b->outputs[i], allowed.forgive_rounding);
         append_text(c->text, sizeof c->text, "%s%s %.1e", c->text[0] ? ", " : "", gradient_names[i], error);
         if (error <= allowed.ratio)
             continue;

@@ -38,6 +38,9 @@ BACKWARD = "-backward"
 BACKWARD_FORCED = {BACKWARD + "-sm80": "sm80"}
 JOBS = [name + what for name in ("short", "long", "captured", *TOOLS)
         for what in ("", *FORCED, DECODE, *DECODE_FORCED, BACKWARD, *BACKWARD_FORCED)]
+# Not on Hopper: initcheck does not count copies in bulk from shared memory as writes, so that it finds fault with all that
+# prepare leaves. That backward reads nothing unwritten is what its cases show, with one filling of the workspace and another.
+BLIND = {"initcheck" + BACKWARD}
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 TOOL_FOUND_ERRORS = 99  # exit status
 # Jobs at once on a GPU. It gives processes their turns by time, so that small calls of many wait for each other most of
@@ -75,6 +78,7 @@ def all_jobs(build, gpu, seed, quick):
         if gpu["compute_capability"].startswith("9."):
             jobs |= {name + way: (command, {"FLASH_KDA_CUDA": forced})
                      for name, command in wanted.items() for way, forced in every_way.items()}
+            jobs = {name: job for name, job in jobs.items() if name not in BLIND}
     return dict(sorted(jobs.items(), key=lambda job: not job[0].startswith(LONG_JOBS)))
 
 
@@ -196,10 +200,10 @@ def main():
     def write(ran):
         if not path:
             return
-        results = kept | {name: result | {"commit": commit} for name, result in ran.items()}
+        results = {name: result for name, result in kept.items() if name not in BLIND} | {name: result | {"commit": commit} for name, result in ran.items()}
         summary = {
             "passed": all(result["good"] for result in results.values()),
-            "complete": set(results) == set(JOBS),
+            "complete": set(results) >= set(JOBS) - BLIND,
             "commit": commit,
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "device": gpu,

@@ -35,6 +35,9 @@ static struct decode_case case_of_kind(int i) {
     c.num_accepted = kinds[i].columns;
     c.accepted = kinds[i].accepted;
     c.keep_state = kinds[i].keep_state;
+    c.tokens.flags = (enum flags)(i % 4);
+    c.tokens.padding_slot = i % 2;
+    c.tokens.wide_indices = i / 2;
     return c;
 }
 
@@ -197,6 +200,8 @@ static void compare_batches(struct check *check) {
             struct decode_case c = case_of_batch((int)i, types[t]);
             c.tokens.gate = t ? FLASH_KDA_GATE_SIGMOID : FLASH_KDA_GATE_SOFTPLUS;
             c.keep_state = t == 2 && i % 2;
+            c.tokens.flags = (enum flags)((i + t) % 4);
+            c.tokens.padding_slot = c.tokens.wide_indices = t == 1;
             snprintf(c.tokens.name, sizeof c.tokens.name, "decode, %lld states, V %lld, %s",
                      c.tokens.sequences * (long long)(c.tokens.H * c.tokens.group), (long long)c.tokens.V,
                      type_name(types[t]));

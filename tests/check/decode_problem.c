@@ -20,6 +20,10 @@ static struct tensor_layout index_layout(const struct decode_problem *d) {
     return (struct tensor_layout){spacing, 0, true};
 }
 
+static DLDataType index_type(const struct decode_problem *d) {
+    return d->c.tokens.wide_indices ? TYPE_INT64 : TYPE_INT32;
+}
+
 static int64_t columns_of(const struct decode_problem *d) { return d->c.columns ? d->c.columns : 1; }
 
 /* A slot of its own for every column, in random order, with gaps between them. */
@@ -32,12 +36,15 @@ static void shuffle_slots(struct decode_problem *d, struct random *r) {
         order[i] = order[j];
         order[j] = i;
     }
+    if (d->c.tokens.padding_slot)
+        prefill_spare_padding(order, d->slots);
     for (int64_t n = 0; n < d->p.N; n++)
         for (int64_t t = 0; t < columns; t++)
             d->slot[n][t] = order[n * columns + t];
+    d->args.padding_slot = d->c.tokens.padding_slot ? PADDING_SLOT : 0;
 }
 
-/* Padding has -1 where its state would be read; in other columns, of any sequence, it means: not written. */
+/* Padding has -1, or the slot for it, where its state would be read; in other columns, of any sequence, it means: not written. */
 static void make_state_indices(struct decode_problem *d, struct random *r) {
     int64_t columns = columns_of(d), shape[2] = {d->p.N, columns};
     shuffle_slots(d, r);
@@ -45,16 +52,19 @@ static void make_state_indices(struct decode_problem *d, struct random *r) {
         for (int64_t t = 0; t < columns; t++)
             if (t == d->column[n] ? d->p.slot[n] < 0 : random_below(r, 5) == 0)
                 d->slot[n][t] = -1;
-    tensor_make(&d->state_indices, TYPE_INT32, d->c.columns ? 2 : 1, shape, index_layout(d));
+    tensor_make(&d->state_indices, index_type(d), d->c.columns ? 2 : 1, shape, index_layout(d));
     for (int64_t n = 0; n < d->p.N; n++)
         for (int64_t t = 0; t < columns; t++)
-            tensor_set(&d->state_indices, n * columns + t, (double)d->slot[n][t]);
+            tensor_set(&d->state_indices, n * columns + t,
+                       (double)(d->slot[n][t] < 0 && d->c.tokens.padding_slot && (n + t) % 3
+                                    ? d->args.padding_slot
+                                    : d->slot[n][t]));
     d->args.state_indices = &d->state_indices.dl;
 }
 
 static void choose_columns(struct decode_problem *d, struct random *r) {
     if (d->c.num_accepted) {
-        tensor_make(&d->num_accepted_tokens, TYPE_INT32, 1, &d->p.N, index_layout(d));
+        tensor_make(&d->num_accepted_tokens, index_type(d), 1, &d->p.N, index_layout(d));
         d->args.num_accepted_tokens = &d->num_accepted_tokens.dl;
     }
     for (int64_t n = 0; n < d->p.N; n++) {
@@ -66,7 +76,7 @@ static void choose_columns(struct decode_problem *d, struct random *r) {
 
 static void choose_accepted(struct decode_problem *d, struct random *r) {
     if (d->c.accepted) {
-        tensor_make(&d->accepted, TYPE_INT32, 1, &d->p.N, index_layout(d));
+        tensor_make(&d->accepted, index_type(d), 1, &d->p.N, index_layout(d));
         d->args.accepted = &d->accepted.dl;
     }
     for (int64_t n = 0; n < d->p.N; n++) {
@@ -89,7 +99,7 @@ static void make_state(struct decode_problem *d) {
     int64_t shape[4] = {d->slots, p->HV, v_first ? p->c.V : p->c.K, v_first ? p->c.K : p->c.V};
     tensor_make(&d->state, d->c.state_type, 4, shape, (struct tensor_layout){d->c.tokens.outputs, 0, false});
     for (int64_t n = 0; n < p->N; n++)
-        for (int64_t i = 0; i < matrix && p->slot[n] >= 0; i++) {
+        for (int64_t i = 0; i < matrix && p->slot[n] >= 0 && !p->fresh[n]; i++) {
             int64_t place = d->slot[n][d->column[n]] * matrix + i, given = p->slot[n] * matrix + i;
             tensor_set(&d->state, place, tensor_get(&p->initial_state, given));
             tensor_set(&d->p.initial_state, given, tensor_get(&d->state, place));
@@ -130,12 +140,13 @@ static void make_args(struct decode_problem *d) {
     a->state_indices = indices.state_indices;
     a->num_accepted_tokens = indices.num_accepted_tokens;
     a->accepted = indices.accepted;
+    a->padding_slot = indices.padding_slot;
     a->flags |= d->c.keep_state ? FLASH_KDA_KEEP_STATE : 0;
-    if (d->c.conv[0])
+    if (d->c.fused.conv[0])
         a->q = &d->conv[0].raw.dl;
-    if (d->c.conv[1])
+    if (d->c.fused.conv[1])
         a->k = &d->conv[1].raw.dl;
-    if (d->c.conv[2])
+    if (d->c.fused.conv[2])
         a->v = &d->conv[2].raw.dl;
     a->q_conv_weight = optional(&d->conv[0].weight);
     a->q_conv_bias = optional(&d->conv[0].bias);
@@ -145,8 +156,8 @@ static void make_args(struct decode_problem *d) {
     a->v_conv_bias = optional(&d->conv[2].bias);
     a->norm_weight = optional(&d->norm_weight);
     a->norm_gate = optional(&d->norm_gate);
-    a->norm_activation = d->c.norm_activation;
-    a->norm_eps = DECODE_NORM_EPS;
+    a->norm_activation = d->c.fused.norm_activation;
+    a->norm_eps = FUSED_NORM_EPS;
 }
 
 const char *decode_problem_make(struct decode_problem *d, const struct decode_case *c, bool formula,
@@ -199,7 +210,7 @@ void decode_results_make(struct decode_results *r, const struct decode_problem *
                 (struct tensor_layout){d->c.tokens.outputs, 0, false});
     tensor_clone(&r->state, &d->state);
     for (int i = 0; i < 3; i++)
-        if (d->c.conv[i])
+        if (d->c.fused.conv[i])
             tensor_clone(&r->conv_state[i], &d->conv[i].state);
 }
 

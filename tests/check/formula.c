@@ -74,7 +74,7 @@ static void load(const struct prefill_problem *p, int64_t n, int64_t h, struct c
         for (int64_t j = 0; j < s->V; j++)
             s->u[t * s->V + j] = tensor_get(&p->v, prefill_row(p, &p->v, n, t, h) * s->V + j);
     }
-    for (int64_t c = 0; c < s->K && p->c.initial; c++)
+    for (int64_t c = 0; c < s->K && p->c.initial && !p->fresh[n]; c++)
         for (int64_t j = 0; j < s->V; j++)
             s->S0[c * s->V + j] = tensor_get(&p->initial_state, state_place(p, p->slot[n], h, c, j));
 }

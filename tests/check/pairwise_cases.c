@@ -19,6 +19,7 @@ static const int64_t key_dims[] = {1, 8, 20, 64, 100, 128, 256}, value_dims[] = 
 static const int64_t intervals[] = {1, 16, 50};
 static const char *const checkpoint_names[] = {"none", "every", "fewer", "offsets", "offsets x3", "indexed"};
 
+static const char *const flag_names[] = {"", ", fresh by bool", ", fresh by int8", ", fresh by int32"};
 static const int decode_gates[] = {0, 1, 2, 4, 7, 8};
 
 static const struct {
@@ -130,6 +131,8 @@ SETTER(pool, tokens.pool, x)
 SETTER(interval, tokens.every, intervals[x])
 SETTER(checkpoint_type, tokens.checkpoints_bf16, x)
 SETTER(index_type, tokens.wide_indices, x)
+SETTER(flags, tokens.flags, (enum flags)x)
+SETTER(padding, tokens.padding_slot, x)
 SETTER(state_type, state_type, float_type(x))
 SETTER(q_type, tokens.q_type, float_type(x))
 SETTER(k_type, tokens.k_type, float_type(x))
@@ -177,6 +180,8 @@ static const struct option prefill_options[] = {{COUNT(gates), set_gate},
                                                 {COUNT(intervals), set_interval},
                                                 {2, set_checkpoint_type},
                                                 {2, set_index_type},
+                                                {COUNT(flag_names), set_flags},
+                                                {2, set_padding},
                                                 TYPES,
                                                 SHAPES,
                                                 {2, set_invariant},
@@ -189,6 +194,9 @@ static const struct option prefill_options[] = {{COUNT(gates), set_gate},
                                                {COUNT(decode_batches), set_decode_batch},
                                                {COUNT(ways), set_way},
                                                {2, set_layout},
+                                               {2, set_index_type},
+                                               {COUNT(flag_names), set_flags},
+                                               {2, set_padding},
                                                {3, set_state_type},
                                                TYPES,
                                                SHAPES,
@@ -215,9 +223,10 @@ static bool decode_forbids(int a, int x, int b, int y) {
 static void name_prefill(struct pick *p, int number, const char *variant) {
     struct prefill_case *c = &p->d.tokens;
     snprintf(c->name, sizeof c->name,
-             "pairwise %d%s: gate %s, beta %s, %s, H %lld x%lld, K %lld, V %lld, %s%s, checkpoints %s, %s",
+             "pairwise %d%s: gate %s, beta %s, %s, H %lld x%lld, K %lld, V %lld, %s%s%s, checkpoints %s, %s",
              number, variant, p->gate, p->beta, p->batch, (long long)c->H, (long long)c->group, (long long)c->K,
-             (long long)c->V, p->states, c->pool ? " in a pool" : "", p->checkpoints, p->spacing);
+             (long long)c->V, p->states, c->pool ? " in a pool" : "", flag_names[c->flags], p->checkpoints,
+             p->spacing);
 }
 
 /* Twice: with its own dtypes, and with q, k, v and out in bf16, which a level may treat apart. */
@@ -236,9 +245,9 @@ static void compare_decode(struct check *check, struct pick *p, int number) {
     struct prefill_case *c = &p->d.tokens;
     (void)number;
     snprintf(c->name, sizeof c->name,
-             "gate %s, beta %s, %s, H %lld x%lld, K %lld, V %lld, %s, %s, %s state, %s", p->gate, p->beta,
+             "gate %s, beta %s, %s, H %lld x%lld, K %lld, V %lld, %s, %s, %s state%s, %s", p->gate, p->beta,
              p->batch, (long long)c->H, (long long)c->group, (long long)c->K, (long long)c->V, p->way,
-             p->spacing, type_name(p->d.state_type), c->layout ? "K first" : "V first");
+             p->spacing, type_name(p->d.state_type), flag_names[c->flags], c->layout ? "K first" : "V first");
     decode_compare(check, &p->d);
 }
 

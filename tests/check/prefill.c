@@ -9,6 +9,8 @@ static void run(struct check *check) {
         return;
     }
     prefill_lengths(check);
+    prefill_marks(check);
+    prefill_fused(check);
     prefill_pairwise(check);
     prefill_traps(check);
     prefill_nonfinite(check);

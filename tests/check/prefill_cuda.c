@@ -47,6 +47,8 @@ enum { KINDS = sizeof kinds / sizeof *kinds };
 static struct prefill_case case_of_kind(int i) {
     struct prefill_case c = indexed_case(kinds[i].packing, kinds[i].checkpoints, kinds[i].wide);
     c.final = kinds[i].final;
+    c.flags = (enum flags)(i % 4);
+    c.padding_slot = i % 2;
     return c;
 }
 

@@ -47,6 +47,10 @@ static struct tensor_layout inputs_layout(const struct prefill_problem *p, int r
     return (struct tensor_layout){p->c.inputs, repeat_dim, loose_last};
 }
 
+static DLDataType index_type(const struct prefill_problem *p) {
+    return p->c.wide_indices ? TYPE_INT64 : TYPE_INT32;
+}
+
 /* Index tensors repeat nothing. */
 static struct tensor_layout index_layout(const struct prefill_problem *p) {
     enum spacing spacing = p->c.inputs == SPACING_COMPACT ? SPACING_COMPACT : SPACING_FUSED;
@@ -86,20 +90,45 @@ static int64_t *shuffled(int64_t count, struct random *r) {
     return order;
 }
 
+void prefill_spare_padding(int64_t *order, int64_t slots) {
+    for (int64_t i = 0; i < slots; i++)
+        if (order[i] == PADDING_SLOT) {
+            order[i] = order[slots - 1];
+            order[slots - 1] = PADDING_SLOT;
+        }
+}
+
 /* Returns all slots in random order; from number N on no sequence names them. */
 static int64_t *assign_slots(struct prefill_problem *p, int64_t spare, struct random *r) {
     p->slots = p->c.pool ? p->N + spare : p->N;
     int64_t *order = shuffled(p->slots, r);
+    if (p->c.pool && p->c.padding_slot)
+        prefill_spare_padding(order, p->slots);
     int64_t padding = p->c.pool && p->N > 1 ? random_below(r, p->N) : -1;
+    int64_t second = p->c.padding_slot && padding >= 0 && p->N > 2 ? (padding + 1) % p->N : -1;
     for (int64_t n = 0; n < p->N; n++)
-        p->slot[n] = !p->c.pool ? n : n == padding ? -1 : order[n];
+        p->slot[n] = !p->c.pool ? n : n == padding || n == second ? -1 : order[n];
     if (p->c.pool) {
-        tensor_make(&p->state_indices, TYPE_INT32, 1, &p->N, index_layout(p));
+        tensor_make(&p->state_indices, index_type(p), 1, &p->N, index_layout(p));
+        p->args.padding_slot = p->c.padding_slot ? PADDING_SLOT : 0;
         for (int64_t n = 0; n < p->N; n++)
-            tensor_set(&p->state_indices, n, (double)p->slot[n]);
+            tensor_set(&p->state_indices, n,
+                       (double)(p->slot[n] < 0 && p->c.padding_slot ? p->args.padding_slot : p->slot[n]));
         p->args.state_indices = &p->state_indices.dl;
     }
     return order;
+}
+
+static void choose_fresh(struct prefill_problem *p, struct random *r) {
+    const DLDataType types[] = {[FLAGS_BOOL] = TYPE_BOOL, [FLAGS_INT8] = TYPE_INT8, [FLAGS_INT32] = TYPE_INT32};
+    if (!p->c.flags || !p->c.initial)
+        return;
+    tensor_make(&p->has_initial_state, types[p->c.flags], 1, &p->N, index_layout(p));
+    for (int64_t n = 0; n < p->N; n++) {
+        p->fresh[n] = random_below(r, 2);
+        tensor_set(&p->has_initial_state, n, !p->fresh[n]);
+    }
+    p->args.has_initial_state = &p->has_initial_state.dl;
 }
 
 /* ---- Written tensors --------------------------------------------------------------------------- */
@@ -149,7 +178,7 @@ static void make_initial_state(struct prefill_problem *p, struct random *r) {
                 (struct tensor_layout){spacing, 0, false});
     int64_t matrix = p->HV * p->c.K * p->c.V;
     for (int64_t n = 0; n < p->N; n++)
-        for (int64_t i = 0; i < matrix && p->slot[n] >= 0; i++)
+        for (int64_t i = 0; i < matrix && p->slot[n] >= 0 && !p->fresh[n]; i++)
             tensor_set(&p->initial_state, p->slot[n] * matrix + i, 0.5 * random_normal(r));
     p->args.initial_state = &p->initial_state.dl;
 }
@@ -185,10 +214,6 @@ static int64_t row_position(const struct prefill_problem *p, int64_t n, int64_t 
     return position < p->c.lengths[n] ? position : p->c.lengths[n];
 }
 
-static DLDataType index_type(const struct prefill_problem *p) {
-    return p->c.wide_indices ? TYPE_INT64 : TYPE_INT32;
-}
-
 static void make_dense_checkpoints(struct prefill_problem *p) {
     int64_t rows = rows_of(p, 0), lead[2] = {p->B, rows};
     describe_checkpoints(p, 2, lead);
@@ -216,7 +241,7 @@ static void make_indexed_checkpoints(struct prefill_problem *p, int64_t rows, in
                                      const int64_t *targets, struct random *r) {
     int64_t *target = must_allocate(rows, sizeof *target);
     int64_t skipped = rows > 1 ? random_below(r, rows) : -1;
-    tensor_make(&p->checkpoint_indices, TYPE_INT32, 1, &rows, index_layout(p));
+    tensor_make(&p->checkpoint_indices, index_type(p), 1, &rows, index_layout(p));
     for (int64_t i = 0; i < rows; i++) {
         target[i] = i == skipped ? -1 : targets[i];
         tensor_set(&p->checkpoint_indices, i, (double)target[i]);
@@ -332,7 +357,8 @@ static void make_args(struct prefill_problem *p) {
     a->lower_bound = c->lower_bound;
     a->beta_mode = c->beta_mode;
     a->scale = c->scale;
-    a->flags = (c->qk_norm ? FLASH_KDA_QK_NORM : 0) | (c->batch_invariant ? FLASH_KDA_BATCH_INVARIANT : 0);
+    a->flags = (c->qk_norm ? FLASH_KDA_QK_NORM : 0) | (c->batch_invariant ? FLASH_KDA_BATCH_INVARIANT : 0) |
+               (c->pool && c->padding_slot ? FLASH_KDA_PADDING_SLOT : 0);
     a->state_layout = c->layout;
     a->num_threads = c->threads;
 }
@@ -343,16 +369,26 @@ void prefill_problem_make(struct prefill_problem *p, const struct prefill_case *
     int64_t spare = 3 + (c->checkpoints == CHECKPOINTS_SHARED_POOL ? all_rows(p) : 0);
     int64_t *slots = assign_slots(p, spare, r);
     describe_out_and_states(p);
+    choose_fresh(p, r);
     make_initial_state(p, r);
     make_checkpoints(p, slots + p->N, r);
     free(slots);
     make_inputs(p, r);
     make_args(p);
+    prefill_fuse_inputs(p, r);
 }
 
 void prefill_problem_free(struct prefill_problem *p) {
     const struct arguments args = arguments_of_prefill(&p->args);
     arguments_free(&args);
+    for (int i = 0; i < CONVOLUTIONS; i++) { /* those that are not among args, or were not yet */
+        struct tensor *const all[] = {&p->conv[i].raw, &p->conv[i].weight, &p->conv[i].bias, &p->conv[i].state};
+        for (size_t n = 0; n < sizeof all / sizeof *all; n++)
+            tensor_free(all[n]);
+    }
+    tensor_free(&p->q);
+    tensor_free(&p->k);
+    tensor_free(&p->v);
     free(p->out.written);
     free(p->final.written);
     free(p->checkpoints.written);

@@ -15,7 +15,7 @@
 
 enum { MAX_DIMS = 6, MAX_BYTES = 1 << 16, MAX_SEQUENCES = 4, MAX_COLUMNS = 3 };
 
-enum kind { FLOATS, INT32, INDEX };
+enum kind { FLOATS, INDEX, FLAG };
 
 #define MEMBER(name) offsetof(flash_kda_decode_args, name)
 
@@ -40,9 +40,10 @@ static const struct {
     {MEMBER(norm_weight), FLOATS},
     {MEMBER(norm_gate), FLOATS},
     {MEMBER(cu_seqlens), INDEX},
-    {MEMBER(accepted), INT32},
-    {MEMBER(state_indices), INT32},
-    {MEMBER(num_accepted_tokens), INT32},
+    {MEMBER(accepted), INDEX},
+    {MEMBER(state_indices), INDEX},
+    {MEMBER(num_accepted_tokens), INDEX},
+    {MEMBER(has_initial_state), FLAG},
 };
 enum {
     Q,
@@ -65,6 +66,7 @@ enum {
     ACCEPTED,
     STATE_INDICES,
     NUM_ACCEPTED,
+    HAS_INITIAL_STATE,
     ARGUMENTS
 };
 
@@ -91,7 +93,9 @@ static DLDataType type_of(struct bytes *b, enum kind kind) {
     static const DLDataType floats[] = {{kDLFloat, 32, 1}, {kDLBfloat, 16, 1}, {kDLFloat, 16, 1}};
     if (kind == FLOATS)
         return floats[take(b) % 3];
-    return (DLDataType){kDLInt, kind == INDEX && take(b) % 2 ? 64 : 32, 1};
+    if (kind == FLAG)
+        return (DLDataType){take(b) % 2 ? 6 /* bool */ : kDLInt, 8, 1};
+    return (DLDataType){kDLInt, take(b) % 2 ? 64 : 32, 1};
 }
 
 /* Compact, or with gaps. */
@@ -168,6 +172,12 @@ static void choose_tensors(struct call *c, struct bytes *b, const struct plan *p
         give(c, b, STATE_INDICES, p->columns > 1 ? 2 : 1, (int64_t[]){p->N, p->columns});
     if (p->columns > 1 && given & 128)
         give(c, b, NUM_ACCEPTED, 1, (int64_t[]){p->N});
+    if (take(b) % 3 == 2)
+        give(c, b, HAS_INITIAL_STATE, 1, (int64_t[]){p->N});
+    if (p->columns && take(b) % 3 == 2) {
+        c->args.flags |= FLASH_KDA_PADDING_SLOT;
+        c->args.padding_slot = take(b) % 4;
+    }
 }
 
 static void choose_options(struct call *c, struct bytes *b) {
@@ -216,7 +226,7 @@ static void damage_tensor(struct slot *s, struct bytes *b) {
 
 static void damage_option(flash_kda_decode_args *a, struct bytes *b) {
     int64_t value = odd[take(b) % (sizeof odd / sizeof *odd)];
-    switch (take(b) % 8) {
+    switch (take(b) % 9) {
     case 0:
         a->gate = (flash_kda_gate)(take(b) % 5);
         break;
@@ -237,6 +247,9 @@ static void damage_option(flash_kda_decode_args *a, struct bytes *b) {
         break;
     case 6:
         a->norm_activation = (flash_kda_norm_activation)(take(b) % 4);
+        break;
+    case 7:
+        a->padding_slot = value;
         break;
     default:
         a->backend = (flash_kda_backend)(take(b) % 5);
@@ -315,6 +328,8 @@ static void fill(struct call *c, struct bytes *b, const struct plan *p) {
         set_index(&c->slots[CU_SEQLENS], n + 1, end += p->lengths[n]);
         set_index(&c->slots[ACCEPTED], n, p->lengths[n] ? take(b) % (p->lengths[n] + 1) : 0);
         set_index(&c->slots[NUM_ACCEPTED], n, choose(b, 1, columns));
+        if ((size_t)n < c->slots[HAS_INITIAL_STATE].bytes)
+            c->slots[HAS_INITIAL_STATE].memory[n] = take(b) % 2;
         for (int64_t t = 0; t < columns; t++)
             set_index(&c->slots[STATE_INDICES], n * columns + t, take(b) % 5 ? (n * columns + t) : -1);
     }

@@ -27,6 +27,7 @@ enum argument {
     CHECKPOINT_CU_STARTS,
     CHECKPOINT_INDICES,
     CHECKPOINT_OFFSETS,
+    HAS_INITIAL_STATE,
     ARGUMENTS
 };
 
@@ -141,7 +142,7 @@ static void choose_states(struct call *c, struct bytes *b) {
     if (use & 2)
         describe(c, b, FINAL_STATE, state_type(b), 4, shape);
     if (pool && (use & 3))
-        describe(c, b, STATE_INDICES, int32, 1, (const int64_t[]){c->N});
+        describe(c, b, STATE_INDICES, index_type(b), 1, (const int64_t[]){c->N});
 }
 
 static int64_t checkpoint_rows(const struct call *c, int64_t n) {
@@ -172,10 +173,20 @@ static void choose_checkpoints(struct call *c, struct bytes *b) {
         describe(c, b, CHECKPOINTS, state_type(b), 4,
                  (const int64_t[]){c->checkpoint_rows, c->HV, first, second});
         if (take(b) % 2)
-            describe(c, b, CHECKPOINT_INDICES, int32, 1, &c->checkpoint_rows);
+            describe(c, b, CHECKPOINT_INDICES, index_type(b), 1, &c->checkpoint_rows);
         break;
     default:
         break;
+    }
+}
+
+static void choose_marks(struct call *c, struct bytes *b) {
+    const DLDataType flags[] = {{6, 8, 1} /* bool */, {kDLInt, 8, 1}, int32};
+    if (c->given[INITIAL_STATE] && take(b) % 3 == 2)
+        describe(c, b, HAS_INITIAL_STATE, flags[take(b) % 3], 1, (const int64_t[]){c->N});
+    if (c->given[STATE_INDICES] && take(b) % 3 == 2) {
+        c->args.flags |= FLASH_KDA_PADDING_SLOT;
+        c->args.padding_slot = take(b) % 4;
     }
 }
 
@@ -217,7 +228,7 @@ static void damage_tensor(struct slot *s, struct bytes *b) {
 }
 
 static void damage_options(struct call *c, struct bytes *b) {
-    switch (take(b) % 10) {
+    switch (take(b) % 11) {
     case 0:
         c->args.struct_size = take(b);
         break;
@@ -247,6 +258,9 @@ static void damage_options(struct call *c, struct bytes *b) {
         memcpy(take(b) % 2 ? &c->args.scale : &c->args.lower_bound, &bits, sizeof bits);
         break;
     }
+    case 9:
+        c->args.padding_slot = take64(b);
+        break;
     default:
         c->given[take(b) % ARGUMENTS] ^= true;
         break;
@@ -381,6 +395,10 @@ static void fill_values(struct call *c, struct bytes *b) {
     for (int i = 0; i < ARGUMENTS; i++) {
         if (is_index((enum argument)i))
             continue;
+        for (size_t at = 0; i == HAS_INITIAL_STATE && at < c->slots[i].bytes; at++)
+            c->slots[i].memory[at] = take(b) % 2;
+        if (i == HAS_INITIAL_STATE)
+            continue;
         if (c->wild_values)
             fill_wild(&c->slots[i], b);
         else
@@ -413,6 +431,7 @@ static void build(struct call *c, struct bytes *b) {
     choose_inputs(c, b);
     choose_states(c, b);
     choose_checkpoints(c, b);
+    choose_marks(c, b);
     damage(c, b);
     make_memory(c);
     fill_values(c, b);
@@ -435,6 +454,7 @@ static void build(struct call *c, struct bytes *b) {
         &a->checkpoint_cu_starts,
         &a->checkpoint_indices,
         &a->checkpoint_offsets,
+        &a->has_initial_state,
     };
     for (int i = 0; i < ARGUMENTS; i++)
         *members[i] = c->given[i] ? &c->slots[i].dl : NULL;

@@ -139,15 +139,21 @@ static void test_not_where_it_may_not_split(void **state) {
     assert_int_equal(kda_cluster_segments(&problem, &time), 1);
 }
 
-/* States within segments need a second pass. */
+/* Checkpoints are stored and, within segments, finished; sequences are split nevertheless. */
 static void test_checkpoints_cost(void **state) {
     (void)state;
-    double without, with;
+    double without, rare, with;
     struct kda_segment_problem problem = problem_of(8, 256);
     kda_cluster_segments(&problem, &without);
-    problem.checkpoints = true;
-    kda_cluster_segments(&problem, &with);
-    assert_true(with > without * 1.2);
+    problem.kept_every = 4;
+    assert_true(kda_cluster_segments(&problem, &rare) > 1);
+    problem.kept_every = 2;
+    assert_true(kda_cluster_segments(&problem, &with) > 1);
+    assert_true(without < rare && rare < with && with < without * 1.3);
+    problem.kept_every = 0;
+    without = kda_persistent_cost(&problem);
+    problem.kept_every = 2;
+    assert_true(kda_persistent_cost(&problem) > without);
 }
 
 /* As measured on an H200. */

@@ -41,7 +41,7 @@ class Plain:
         return tokens[-count:]
 
     def linear(self, x, name):
-        return x @ self.tensors[name + ".weight"].T
+        return x @ self.tensors[name + ".weight"].T + self.tensors.get(name + ".bias", 0)
 
     def norm(self, x, name, eps=None):
         return functional.rms_norm(x, x.shape[-1:], self.tensors[name + ".weight"],

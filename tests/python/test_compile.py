@@ -105,10 +105,10 @@ def test_ops_are_well_formed(device):
     q, k, v, g, beta, A_log, dt_bias, state = arguments(device)
     options = {"gate": 2, "lower_bound": -5.0, "beta_mode": 1, "scale": 0.0, "flags": 1}
     torch.library.opcheck(torch.ops.libflashkda.prefill.default,
-                          (q, k, v, g, beta, A_log, dt_bias, None, state, None, True), options)
+                          (q, k, v, g, beta, A_log, dt_bias, None, state, None, None, True), options)
     torch.library.opcheck(torch.ops.libflashkda.prefill_into.default,
                           (q, k, v, g, beta, A_log, dt_bias, torch.empty_like(v), None, state, torch.empty_like(state),
-                           None, None, None, None, None, None), options)
+                           *[None] * 18), options)
 
 
 @pytest.mark.parametrize("v_first", [True, False])

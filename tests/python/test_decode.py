@@ -241,7 +241,7 @@ def test_describe():
     ("state", None, ValueError, "state is NULL"),
     ("state", torch.zeros(2, 2, 64, 60), ValueError, "state has shape"),
     ("state", torch.zeros(2, 2, 64, 64, dtype=torch.float64), ValueError, "state has dtype"),
-    ("state_indices", torch.tensor([0, 1]), ValueError, "state_indices has dtype"),
+    ("state_indices", torch.tensor([0.0, 1.0]), ValueError, "state_indices has dtype float32; expected int32 or int64"),
     ("state_indices", indices([1, 1]), ValueError, "state_indices of sequence 1 holds 1, a slot that is used twice"),
     ("state_indices", indices([0, 2]), ValueError, "state_indices of sequence 1 holds 2"),
     ("num_accepted_tokens", indices([1, 1]), ValueError, "num_accepted_tokens is given without"),
@@ -352,7 +352,7 @@ def test_op_is_well_formed(device):
     o = problem.options
     torch.library.opcheck(torch.ops.libflashkda.decode.default,
                           (*problem.inputs, o["A_log"], o["dt_bias"], torch.empty_like(problem.v), None, None,
-                           o["initial_state"], indices([1, 0], device), None, *[None] * 11),
+                           o["initial_state"], indices([1, 0], device), None, *[None] * 12),
                           {"gate": 1, "lower_bound": 0.0, "beta_mode": 1, "scale": 0.0, "flags": 1, "max_tokens": 0,
                            "norm_activation": 0, "norm_eps": 1e-5})
 

@@ -7,11 +7,13 @@ import inspect
 import os
 import subprocess
 import sys
+import types
 
 import libflashkda
 import pytest
 import torch
-from recurrence import BF16_ANY, BF16_MARGIN, Problem, assert_close, error_ratio, in_layout, make, recurrence, solve
+from kimi_linear_plain import Plain
+from recurrence import BF16_ANY, BF16_MARGIN, FP32, Problem, assert_close, error_ratio, in_layout, make, recurrence, solve
 
 pytestmark = [pytest.mark.library("fla"), pytest.mark.usefixtures("no_grad"),
               pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")]
@@ -21,12 +23,13 @@ ROUNDING_BF16 = 1.65e-3
 
 @pytest.fixture
 def registry():
-    """fla's backends of chunk_kda; those and the ones of all of KDA are put back afterwards."""
+    """fla's backends of chunk_kda; those and all others that register() adds to are put back afterwards."""
     import fla.backends
+    import fla.layers
     import fla.ops.kda
 
     registry = fla.backends._function_registries[inspect.unwrap(fla.ops.kda.chunk_kda)]
-    registries = registry, fla.backends._operation_registries["kda"]
+    registries = [*fla.backends._function_registries.values(), fla.backends._operation_registries["kda"]]
     backends = [dict(registry._backends) for registry in registries]
     yield registry
     for registry, before in zip(registries, backends, strict=True):
@@ -207,7 +210,7 @@ def test_model_is_trained_on_a_cpu(registered, monkeypatch):
 
 @pytest.fixture
 def recurrent(registered, monkeypatch):
-    """Gives the list of calls that came to decode()."""
+    """Gives the list of calls that came to this package."""
     return count(monkeypatch, libflashkda.fla, "fused_recurrent_kda_fwd")
 
 
@@ -234,6 +237,48 @@ def test_recurrent(recurrent, more, device):
         assert torch.equal(call["initial_state"].cpu(), initial)
 
 
+@pytest.mark.parametrize("more", [
+    {"T": 17},
+    {"T": 64, "B": 2, "initial_state": torch.float32},
+    {"T": 130, "initial_state": torch.float16, "v_first": False},
+    {"lengths": [5, 20, 0, 7], "initial_state": torch.float32},
+    {"lengths": [1] * 20, "initial_state": torch.float32},
+    {"T": 40, "dtype": torch.float32, "gate": "sigmoid", "lower_bound": -5.0, "initial_state": torch.bfloat16},
+], ids=str)
+def test_recurrent_of_any_length(recurrent, monkeypatch, more, device):
+    import fla.ops.kda
+    import libflashkda._fused_recurrent as module
+
+    prefilled, decoded = count(monkeypatch, module, "prefill"), count(monkeypatch, module, "decode")
+    problem = make(**more)
+    expected, states, _ = solve(problem)
+    call = recurrent_arguments(problem, device)
+    out, final_state = fla.ops.kda.fused_recurrent_kda(**call)
+    description = libflashkda.prefill_describe(*problem.to(device).inputs, gate="none")
+    assert_close(out, expected, description)
+    assert_close(final_state, in_layout(states, problem.options["state_layout"]), description)
+    # The host does not see lengths that are on a GPU.
+    few = "lengths" in more and max(more["lengths"]) == 1 and device == "cpu"
+    assert len(recurrent) == 1 and final_state.dtype == torch.float32
+    assert (len(prefilled), len(decoded)) == ((0, 1) if few else (1, 0))
+    initial = problem.options.get("initial_state")
+    assert initial is None or torch.equal(call["initial_state"].cpu(), initial)  # is as it was
+
+
+def test_recurrent_in_place(recurrent):
+    from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
+
+    problem = make(T=40, initial_state=torch.float32)
+    expected, states, _ = solve(problem)
+    call = recurrent_arguments(problem, "cpu")
+    given = torch.empty_like(call["v"])
+    out, state = fused_recurrent_kda_fwd(**call, out=given)
+    assert state is call["initial_state"] and out is given and len(recurrent) == 1
+    description = libflashkda.prefill_describe(*problem.inputs)
+    assert_close(out, expected, description)
+    assert_close(state, in_layout(states, "v_first"), description)
+
+
 def test_recurrent_on_a_pool(recurrent, device):
     """As a serving engine calls it: two drafted tokens, of which one was accepted last."""
     from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
@@ -253,12 +298,16 @@ def test_recurrent_on_a_pool(recurrent, device):
 
 
 @pytest.mark.parametrize("problem, more", [
-    (make(T=17), {}),
-    (make(lengths=[30, 2]), {}),
     (make(T=2), {"beta": torch.ones(1, 2, 2, 64)}),
     (make(T=2), {"A_log": None}),
     (make(T=2, K=300), {}),
-], ids=["T=17", "packed", "beta a channel", "no A_log", "K=300"])
+    (make(T=2, initial_state=torch.float32), {"ssm_state_indices": torch.zeros(1, 2, dtype=torch.int64)}),
+    (make(T=17, initial_state=torch.float32),
+     {"inplace_final_state": True, "ssm_state_indices": torch.arange(17)[None]}),
+    (make(lengths=[30, 2], initial_state=torch.float32),
+     {"inplace_final_state": True, "ssm_state_indices": torch.arange(34).view(2, 17)}),
+    (make(T=17, initial_state=torch.float16), {"inplace_final_state": True}),
+], ids=["beta a channel", "no A_log", "K=300", "a pool, not in place", "17 slots a sequence", "17 slots, packed", "fp16"])
 def test_recurrent_goes_elsewhere(registered, problem, more):
     import fla.backends
 
@@ -266,6 +315,239 @@ def test_recurrent_goes_elsewhere(registered, problem, more):
     call = {**recurrent_arguments(problem, "cpu"), "inplace_final_state": False}
     accepted, reason = backend.verify("fused_recurrent_kda_fwd", **{**call, **more})
     assert not accepted and "libflashkda" in reason
+
+
+# ---- The rest of fla's layer and model, on a CPU ---------------------------------------------------
+
+
+def assert_rounded(x, expected):
+    """x is fp64's result, up to fp32's arithmetic and the rounding to x's dtype."""
+    allowed = FP32 + error_ratio(expected.to(x.dtype), expected.numpy())
+    ratio = error_ratio(x, expected.numpy())
+    assert ratio <= allowed, f"error ratio {ratio:.3g}, at most {allowed:.3g} is allowed"
+
+
+def convolved(x, weight, past):
+    """One sequence x [T, D] after past [W, D]: token by token in fp64. Outputs, and the last W inputs."""
+    inputs = torch.cat([past, x]).double()
+    W = weight.shape[1]
+    return (torch.stack([(inputs[t + 1:t + 1 + W] * weight.double().T).sum(0) for t in range(len(x))])
+            if len(x) else x.double()), inputs[-W:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [None, [3, 0, 1, 9]], ids=str)
+@pytest.mark.parametrize("more", [False, True], ids=["least", "everything"])
+def test_causal_conv1d(registered, dtype, lengths, more):
+    from fla.modules.causal_conv1d.ops import causal_conv1d_fwd
+
+    N, T, D, W = (3, 11, 6, 4) if lengths is None else (len(lengths), sum(lengths), 6, 4)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(N if lengths is None else 1, T, D, generator=draw).to(dtype)
+    weight, bias = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((D, W), (D,)))
+    past, residual = torch.randn(N, D, W, generator=draw).to(dtype), torch.randn(x.shape, generator=draw).to(dtype)
+    ends = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    y, state = causal_conv1d_fwd(x, weight, bias if more else None, residual if more else None,
+                                 past if more else None, more, "silu" if more else None, ends)
+    sequences = list(x) if lengths is None else x[0].split(lengths)
+    pairs = [convolved(sequence, weight, past[n].T if more else torch.zeros(W, D)) for n, sequence in enumerate(sequences)]
+    expected = torch.cat([y for y, _ in pairs]).view(x.shape)
+    if more:
+        expected = torch.nn.functional.silu(expected + bias.double()) + residual.double()
+        assert torch.equal(state, torch.stack([last.T for _, last in pairs]).to(dtype))
+    else:
+        assert state is None
+    assert_rounded(y, expected)
+    assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 6), (1, 3, 6), (3, 6), (3, 1, 2, 3)], ids=str)
+def test_causal_conv1d_update(registered, shape):
+    from fla.modules.causal_conv1d.ops import causal_conv1d_update
+
+    draw = torch.Generator().manual_seed(0)
+    x, residual, cache = (torch.randn(*s, generator=draw) for s in (shape, shape, (3, 6, 4)))
+    weight, bias = torch.randn(6, 4, generator=draw), torch.randn(6, generator=draw)
+    before = cache.clone()
+    y, same = causal_conv1d_update(x, cache, residual, weight, bias, "swish")
+    pairs = [convolved(row[None], weight, past.T) for row, past in zip(x.view(3, 6), before, strict=True)]
+    expected = torch.nn.functional.silu(torch.cat([y for y, _ in pairs]) + bias.double()) + residual.view(3, 6).double()
+    assert_rounded(y, expected.view(shape))
+    assert same is cache and torch.equal(cache, torch.stack([last.T for _, last in pairs]).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rms", [True, False], ids=["rms", "layer"])
+@pytest.mark.parametrize("activation", [None, "swish", "sigmoid"])
+@pytest.mark.parametrize("more", [False, True], ids=["least", "everything"])
+def test_norms(registered, dtype, rms, activation, more):
+    """activation: of the gated norm; None: the other one, which has groups."""
+    from fla.modules.norm.fused_norm_gate import layer_norm_gated_fwd
+    from fla.modules.norm.layernorm import layer_norm_fwd
+
+    T, D, groups = 12, 16, 3 if more and activation is None else 1
+    draw = torch.Generator().manual_seed(0)
+    x, g, residual = (torch.randn(T, D, generator=draw).to(dtype) + 1 for _ in range(3))
+    weight, bias = (torch.randn(groups * D, generator=draw) for _ in range(2))
+    options = {"weight": weight, "bias": bias, "residual": residual} if more else {"weight": None, "bias": None}
+    if activation is None:
+        y, mean, rstd, kept = layer_norm_fwd(x, **options, eps=1e-3, is_rms_norm=rms, num_groups=groups)
+    else:
+        y, mean, rstd, kept = layer_norm_gated_fwd(x, g, **options, activation=activation, eps=1e-3, is_rms_norm=rms)
+    rows = x.double() + (residual.double() if more else 0)
+    centred = rows if rms else rows - rows.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    assert_rounded(rstd[:, None] * centred, expected)
+    assert (mean is None) == rms and (rms or torch.allclose(mean.double(), rows.mean(-1)))
+    assert (kept is x) if not more else (kept.dtype == dtype and torch.equal(kept, (x.float() + residual.float()).to(dtype)))
+    if more:
+        expected = expected.view(-1, groups * D) * weight.double() + bias.double()
+    expected = expected.view(T, D)
+    if activation is not None:
+        gate = g.double()
+        expected = expected * (gate.sigmoid() if activation == "sigmoid" else gate * gate.sigmoid())
+    assert_rounded(y, expected)
+    assert y.dtype == dtype
+
+
+def test_norm_of_a_residual_in_fp32(registered):
+    from fla.modules.norm.layernorm import layer_norm_fwd
+
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    y, _, _, kept = layer_norm_fwd(x, None, None, residual_dtype=torch.float32, out_dtype=torch.float32, is_rms_norm=True)
+    assert y.dtype == kept.dtype == torch.float32 and torch.equal(kept, x.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swiglu(registered, dtype):
+    from fla.modules.activations.ops import swiglu_fwd
+
+    x, y = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert_rounded(swiglu_fwd(x, y), x.double() * x.double().sigmoid() * y.double())
+
+
+def test_stand_ins_are_for_a_cpu(registered):
+    import fla.backends
+    from fla.modules.activations.ops import swiglu_fwd
+
+    backend = fla.backends._function_registries[inspect.unwrap(swiglu_fwd)]._backends["torch"]
+    x = torch.empty(2, 4, device="meta")
+    assert backend.verify("swiglu_fwd", x, x) == (
+        False, "torch's own operations stand in for fla's kernels on a CPU alone")
+    assert backend.verify("swiglu_fwd", x=torch.empty(2, 4), y=torch.empty(2, 4))[0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    from fla.models.kda import KDAConfig, KDAForCausalLM
+
+    torch.manual_seed(0)
+    model = KDAForCausalLM(KDAConfig(hidden_size=64, head_dim=32, num_heads=2, num_hidden_layers=3, vocab_size=256,
+                                     fuse_cross_entropy=False)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif parameter.ndim > 1:
+                parameter.normal_(0, 0.3 if "conv" in name else 0.15)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    """The same in fp64 and token by token, under the names of Kimi Linear's tensors."""
+    names = {".attn.": ".self_attn.", "f_proj.0": "f_a_proj", "f_proj.1": "f_b_proj", "g_proj.0": "g_a_proj",
+             "g_proj.1": "g_b_proj", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+             "embeddings": "embed_tokens"}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        tensors[name] = tensor
+    config = model.config
+    return Plain(types.SimpleNamespace(num_hidden_layers=config.num_hidden_layers, full_attn_layers=(),
+                                       first_k_dense_replace=config.num_hidden_layers, linear_num_heads=config.num_heads,
+                                       linear_head_dim=config.head_dim, rms_norm_eps=config.norm_eps), tensors)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return torch.randint(3, 256, (2, 90), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def logits(plain, prompts):
+    return torch.stack([plain.logits(prompt.tolist()) for prompt in prompts])
+
+
+def assert_logits(x, expected):
+    ratio = error_ratio(x, expected.numpy())
+    assert ratio <= FP32, f"error ratio {ratio:.3g}"
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 64, 65, 90])
+def test_model(recurrent, registered, model, prompts, logits, length):
+    """Prompts of up to 64 tokens go to fused_recurrent_kda, longer ones to chunk_kda."""
+    assert_logits(model(prompts[:, :length]).logits, logits[:, :length])
+    assert (len(recurrent), len(registered)) == ((3, 0) if length <= 64 else (0, 3))
+
+
+@pytest.mark.parametrize("parts", [[12, 1, 1, 1], [40, 30, 1, 1], [70, 1, 1, 17]], ids=str)
+def test_model_with_a_cache(registered, model, prompts, logits, parts):
+    outputs, cache = [], None
+    for part in prompts.split([*parts, 90 - sum(parts)], 1)[:-1]:
+        result = model(part, past_key_values=cache, use_cache=True)
+        cache = result.past_key_values
+        outputs.append(result.logits)
+    assert_logits(torch.cat(outputs, 1), logits[:, :sum(parts)])
+
+
+@pytest.mark.parametrize("length", [12, 40, 90])
+def test_model_with_left_padding(registered, model, prompts, plain, length):
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, :7] = 0
+    padded = model(prompts[:, :length], attention_mask=mask).logits
+    assert_logits(padded[0, 7:], plain.logits(prompts[0, 7:length].tolist()))
+    assert_logits(padded[1], plain.logits(prompts[1, :length].tolist()))
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+@pytest.mark.parametrize("length", [10, 30, 80])
+def test_model_generates(registered, model, prompts, plain, length):
+    """Two prompts of different lengths, padded on the left, and their own greedy tokens."""
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, :5] = 0
+    tokens = model.generate(prompts[:, :length], attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None,
+                            pad_token_id=0)[:, length:]
+    expected = [plain.generate(prompts[0, 5:length].tolist(), 6), plain.generate(prompts[1, :length].tolist(), 6)]
+    assert tokens.tolist() == expected
+
+
+def test_the_cache_is_handed_on_once(registered):
+    from fla.models.generation_utils import FLAGenerationMixin
+
+    function = FLAGenerationMixin.prepare_inputs_for_generation
+    libflashkda.fla.register()
+    assert FLAGenerationMixin.prepare_inputs_for_generation is function
+
+
+@pytest.mark.parametrize("more", [{"safe_gate": True, "lower_bound": -5.0}, {"allow_neg_eigval": True}, {"num_v_heads": 4}],
+                         ids=str)
+def test_layer_on_a_cpu(registered, recurrent, more):
+    """Of the flags that the model above does not have: all at once is prompt and decode."""
+    from fla.layers.kda import KimiDeltaAttention
+    from fla.models.cache_utils import Cache
+
+    torch.manual_seed(0)
+    layer = KimiDeltaAttention(hidden_size=64, head_dim=32, num_heads=2, layer_idx=0, **more).eval()
+    x = torch.randn(2, 90, 64)
+    whole = layer(x)[0]
+    cache, parts = Cache(), []
+    for part in x.split([30, 1, 1, 58], 1):
+        out, _, cache = layer(part, past_key_values=cache, use_cache=True)
+        parts.append(out)
+    ratio = error_ratio(torch.cat(parts, 1), whole.double().numpy())
+    assert ratio <= 2 * FP32 and (len(registered), len(recurrent)) == (1, 4)
 
 
 # ---- What is not taken ---------------------------------------------------------------------------

@@ -118,6 +118,17 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+/* A count in global memory that tells other CTAs what the thread has written, or has seen written, before. */
+__device__ __forceinline__ void count_up(uint32_t *count) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+__device__ __forceinline__ void wait_for_count(const uint32_t *count, uint32_t wanted) {
+    uint32_t x;
+    do
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(count) : "memory");
+    while (x < wanted);
+}
+
 /* Arrives at the barrier of the cluster's CTA `rank` that lies where `barrier` does here, after all earlier
  * reads. It makes no write visible there: cuda::ptx has only a release to the cluster, which waits for all
  * memory. */

@@ -54,6 +54,21 @@ __device__ __forceinline__ int load_index(const int32_t *from) {
     return x;
 }
 
+/* The same for four bytes or one. */
+__device__ __forceinline__ int load_flag(const void *from, bool four) {
+    int x;
+    asm volatile("{\n"
+                 ".reg .pred four;\n"
+                 "setp.ne.b32 four, %2, 0;\n"
+                 "@four ld.global.cg.s32 %0, [%1];\n"
+                 "@!four ld.global.cg.s8 %0, [%1];\n"
+                 "}"
+                 : "=r"(x)
+                 : "l"(from), "r"((int)four)
+                 : "memory");
+    return x;
+}
+
 /* Prefetches a line into the L2 cache. */
 __device__ __forceinline__ void prefetch_line(const void *at) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at));

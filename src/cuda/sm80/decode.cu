@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH, kind>())
         tile.load(d, at, columns);
     else
         index = find_read_index(d, n);
+    bool from_zero = starts_from_zero(d, n);
     __syncwarp(); /* or the compiler would issue it later, and the state waits for it */
     Sequence s = find_sequence(d);
     inputs.load(d, s, head, column, columns, 0); /* before it is known whether there is a state, or a token */
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH, kind>())
         s.slot = in_pool(d, __reduce_max_sync(~0u, index));
         if (s.slot < 0 || s.length < 1)
             return;
-        tile.load(d, at = state + times(s.slot, d.slot_stride), columns);
+        tile.load(d, at = state + times(s.slot, d.slot_stride), from_zero ? 0 : columns);
     }
     if (BATCH == 1)
         s.length = 1;
@@ -77,8 +78,8 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile, BATCH, kind>())
         s.slot = in_pool(d, index);
         if (s.slot < 0)
             return;
-        if (s.slot != hint)
-            tile.load(d, at = state + times(s.slot, d.slot_stride), columns);
+        if (s.slot != hint || from_zero)
+            tile.load(d, at = state + times(s.slot, d.slot_stride), from_zero ? 0 : columns);
     }
     char *out = nullptr;
     if (d.out.data)

@@ -43,19 +43,24 @@ struct Rows {
 
 /* What struct kda_decode says, in a fifth of its bytes: the first steps of a CTA wait for them. */
 struct Decode {
-    const int32_t *state_indices, *num_accepted_tokens, *accepted; /* NULL: not given; strides in elements */
+    /* NULL: not given; strides in elements. Of int64 the lower half is read, at the higher stride: what does not fit
+     * in that is no slot and no number of tokens. */
+    const int32_t *state_indices, *num_accepted_tokens, *accepted;
     int64_t index_stride, column_stride, num_accepted_stride, accepted_stride;
     const char *cu_seqlens;
     int64_t cu_stride;
+    const char *has_initial_state; /* NULL: not given */
+    int64_t has_initial_stride;
     char *state;
     int64_t slot_stride, state_head_stride, row_stride;
     int first_sequence; /* of this launch */
     int slots, tokens, max_tokens;
-    int columns; /* of state_indices, if a state is written after every token */
+    int padding_slot; /* -1: none beside -1 */
+    int columns;      /* of state_indices, if a state is written after every token */
     int key_dim, value_dim;
     uint32_t per_group; /* 2^32 / (value heads of a head), rounded up; 0: 2^32 */
     kda_dtype state_dtype;
-    bool wide_cu, keep_state, qk_norm;
+    bool wide_cu, wide_has_initial, keep_state, qk_norm;
     flash_kda_gate gate;
     flash_kda_beta beta_mode;
     float lower_bound, scale;
@@ -74,6 +79,7 @@ inline __device__ int64_t times(int index, int64_t stride) {
 struct Sequence {
     int n, position; /* position: n or, where sequences are packed, its first token */
     int length, slot;
+    bool from_zero; /* only fused */
 };
 
 /* What state_indices say. in_pool has yet to check it, and waits for it. */
@@ -83,7 +89,15 @@ inline __device__ int find_index(const Decode &d, int n, int column) {
     return load_index(d.state_indices + times(n, d.index_stride) + times(column, d.column_stride));
 }
 
-inline __device__ int in_pool(const Decode &d, int index) { return index < d.slots ? index : -1; }
+inline __device__ int in_pool(const Decode &d, int index) {
+    return index < d.slots && index != d.padding_slot ? index : -1;
+}
+
+/* Does sequence n start from zero? */
+inline __device__ bool starts_from_zero(const Decode &d, int n) {
+    return d.has_initial_state &&
+           !load_flag(d.has_initial_state + times(n, d.has_initial_stride), d.wide_has_initial);
+}
 
 /* The index of the state of sequence n that is read. */
 inline __device__ int find_read_index(const Decode &d, int n) {
@@ -103,6 +117,7 @@ inline __device__ int token_offset(const Decode &d, int n) {
 inline __device__ Sequence find_sequence(const Decode &d) {
     Sequence s;
     s.n = s.position = d.first_sequence + blockIdx.z, s.length = d.max_tokens, s.slot = -1;
+    s.from_zero = false;
     if (d.cu_seqlens) {
         int end = token_offset(d, s.n + 1);
         int begin = min(token_offset(d, s.n), end);
@@ -653,6 +668,9 @@ inline Decode shorten(const kda_decode *d) {
     s.num_accepted_tokens = elements(d->num_accepted_tokens);
     s.num_accepted_stride = d->num_accepted_tokens.stride[0] / 4;
     s.accepted = elements(d->accepted), s.accepted_stride = d->accepted.stride[0] / 4;
+    s.has_initial_state = d->has_initial_state.data, s.has_initial_stride = d->has_initial_state.stride[0];
+    s.wide_has_initial = d->has_initial_state.dtype == KDA_I32;
+    s.padding_slot = d->has_padding_slot && d->padding_slot <= INT32_MAX ? (int)d->padding_slot : -1;
     s.cu_seqlens = p.cu_seqlens.data, s.cu_stride = p.cu_seqlens.stride[0];
     s.wide_cu = p.cu_seqlens.dtype == KDA_I64;
     s.state = d->state.data, s.state_dtype = d->state.dtype;

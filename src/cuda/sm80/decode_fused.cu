@@ -82,7 +82,7 @@ __device__ void each_input(const Decode &d, const Convolution &conv, const Rows 
     float x[KDA_CONV_PAST], weight[KDA_CONV_WIDTH], bias = 0;
 #pragma unroll
     for (int i = 0; i < KDA_CONV_PAST; i++)
-        x[i] = load_float(past + i * conv.past_stride, conv.state_dtype, 0);
+        x[i] = s.from_zero ? 0.f : load_float(past + i * conv.past_stride, conv.state_dtype, 0);
 #pragma unroll
     for (int i = 0; i < KDA_CONV_WIDTH; i++)
         weight[i] = load_float(weights, conv.weight_dtype, i);
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile>())
     wait_for_inputs();
     int index = find_read_index(d, d.first_sequence + blockIdx.z);
     Sequence s = find_sequence(d);
-    s.slot = in_pool(d, index);
+    s.slot = in_pool(d, index), s.from_zero = starts_from_zero(d, s.n);
     if (s.slot < 0 || s.length < 1)
         return;
     bool normed = d.norm_weight && d.out.data;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(Tile::THREADS, resident<Tile>())
             int columns = d.value_dim - column;
             char *state = d.state + times(head, d.state_head_stride) + Tile::offset(d, column); /* of slot 0 */
             Tile tile;
-            tile.load(d, state + times(s.slot, d.slot_stride), columns);
+            tile.load(d, state + times(s.slot, d.slot_stride), s.from_zero ? 0 : columns);
             if (i == 0 && column == 0)
                 prepare_keys<Tile>(d, s, d.per_group ? (int)__umulhi(head, d.per_group) : head, tokens);
             if (column == 0)

@@ -55,12 +55,10 @@ __device__ void fetch(const kda_prefill &p, const Chain &chain, const Operands<K
 template <int KP>
 __device__ void load_first_state(const kda_prefill &p, const Chain &chain, kda_work work, bool identity,
                                  float (&S)[KP / 8][4]) {
-    int64_t awaited = kda_awaited_by(&p.border, chain.n);
     struct kda_state none = {nullptr, KDA_F32, 0, false};
     load_state<KP>(p, chain,
                    work == KDA_WORK_SUMMARY ? none
-                   : awaited >= 0           ? kda_state_at(&p, &p.border.states, awaited, chain.head)
-                                  : kda_state_at(&p, &p.initial_state, chain.sequence.slot, chain.head),
+                                            : kda_state_before(&p, chain.n, chain.sequence.slot, chain.head),
                    S);
     if (identity)
         each_element<KP>(p, chain, S, [](float &s, int channel, int column) { s = channel == column; });

@@ -27,6 +27,9 @@ static const struct step WITH_OUTPUTS = {1.2, 2.0}, SUMMARISING = {0.95, 1.4};
 #define BEGIN_SPLIT       13.5
 #define CLUSTER_SCAN_STEP 0.4
 #define NOT_FIRST         1.78 /* on one multiprocessor */
+/* A checkpoint: stored by a step; of segments that are not first, also finished, on one multiprocessor. */
+#define KEEP   0.4
+#define FINISH 4.0
 /* Stream-K: time per chunk; all its kernels and the identity through the first chunk; a probe in vain. */
 #define STEP_RANGE 2.40
 #define STREAM_K   30.0
@@ -61,17 +64,20 @@ int kda_general_segments(const struct kda_segment_problem *problem) {
     return best;
 }
 
+/* So many microseconds more for a chunk, where each checkpoint takes so many. */
+static double kept(const struct kda_segment_problem *p, double checkpoint) {
+    return p->kept_every > 0 ? checkpoint / p->kept_every : 0;
+}
+
 static double cluster_cost(const struct kda_segment_problem *p, int segments) {
     double longest = (double)p->chunks * (p->packed ? LONGEST : 1);
     int64_t clusters = p->processors / 2, waves = (p->chains * segments + clusters - 1) / clusters;
     if (segments == 1)
-        return (double)waves * (longest * STEP_CLUSTER + BEGIN) + LAUNCH;
+        return (double)waves * (longest * (STEP_CLUSTER + kept(p, KEEP)) + BEGIN) + LAUNCH;
     int64_t each = ((int64_t)longest + segments - 1) / segments;
     double others = (double)(p->chains * p->chunks) * (segments - 1) / segments;
-    double first =
-        (double)waves * ((double)each * STEP_SPLIT + BEGIN_SPLIT) + segments * CLUSTER_SCAN_STEP + 3 * LAUNCH;
-    return first + (p->checkpoints ? (double)waves * ((double)each * STEP_CLUSTER + BEGIN)
-                                   : others * NOT_FIRST / p->processors);
+    return (double)waves * ((double)each * (STEP_SPLIT + kept(p, KEEP)) + BEGIN_SPLIT) +
+           segments * CLUSTER_SCAN_STEP + 3 * LAUNCH + others * (NOT_FIRST + kept(p, FINISH)) / p->processors;
 }
 
 int kda_cluster_segments(const struct kda_segment_problem *problem, double *microseconds) {
@@ -86,12 +92,13 @@ int kda_cluster_segments(const struct kda_segment_problem *problem, double *micr
 }
 
 double kda_persistent_cost(const struct kda_segment_problem *problem) {
-    double chunks = (double)problem->chunks, each = chunks * STEP_PERSISTENT + BEGIN;
+    double chunks = (double)problem->chunks, step = STEP_PERSISTENT + kept(problem, KEEP);
+    double each = chunks * step + BEGIN;
     int64_t rounds = (problem->chains + problem->processors - 1) / problem->processors;
     if (!problem->packed)
         return (double)rounds * each + LAUNCH;
     double even = (double)problem->chains / problem->processors * each * IMBALANCE;
-    double longest = LONGEST * chunks * STEP_PERSISTENT;
+    double longest = LONGEST * chunks * step;
     return (even > longest ? even : longest) + LAUNCH;
 }
 

@@ -10,7 +10,7 @@ struct kda_segment_problem {
     int64_t chains, chunks; /* chunks of an average sequence */
     bool packed;            /* some are longer, some shorter */
     bool may_split;         /* exactly, at whole chunks */
-    bool checkpoints;       /* states within segments are asked for */
+    double kept_every;      /* chunks from one checkpoint to the next; 0: there are none */
     int ctas_per_chain;     /* CTAs that a chain's columns of V take */
     int ctas_per_identity;  /* CTAs that the columns of a segment's A take */
     int processors;         /* multiprocessors, each of which holds two CTAs */

@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(S::THREADS, 2) decode(const __grid_constant__ 
     int hint = -1;
     /* A guess: the work before may still write the index. */
     if (threadIdx.x == 0) {
-        hint = in_pool(d, find_read_index(d, n));
+        hint = starts_from_zero(d, n) ? -1 : in_pool(d, find_read_index(d, n));
         from += times(max(hint, 0), d.slot_stride);
         if (S::AHEAD && hint >= 0)
             bring_to_cache(from, sizeof shared.state);
@@ -181,6 +181,7 @@ __global__ void __launch_bounds__(S::THREADS, 2) decode(const __grid_constant__ 
     wait_for_inputs();
     addresses.load(d, inputs);
     int index = find_read_index(d, n);
+    bool from_zero = starts_from_zero(d, n);
     if (threadIdx.x == 0)
         bring(shared, hint, from);
     bool large = inputs.prepare(d, 1, &shared.token);
@@ -201,10 +202,10 @@ __global__ void __launch_bounds__(S::THREADS, 2) decode(const __grid_constant__ 
                 ;
         if (s.slot < 0)
             continue;
-        if (__builtin_expect(s.slot == brought, true))
+        if (__builtin_expect(s.slot == brought && !from_zero, true))
             take(shared, block, tile);
         else
-            tile.load(d, state, d.value_dim);
+            tile.load(d, state, from_zero ? 0 : d.value_dim);
         tile.unpack(d);
         tile.step_columns(channels, sums, factor, beta, &shared.token.v[block * Tile::COLUMNS], out, KDA_BF16,
                           d.value_dim);

@@ -60,6 +60,12 @@ bool kda_sm90_takes(const struct kda_prefill *p) {
 
 /* ---- The schedule -------------------------------------------------------------------------------- */
 
+/* 0: no checkpoints in equal steps are asked for. */
+static double chunks_per_checkpoint(const struct kda_prefill *p) {
+    bool even = p->checkpoints.data && !p->checkpoint_offsets.data;
+    return even ? (double)p->checkpoint_every / KDA_CUDA_CHUNK : 0;
+}
+
 static int general_ctas(int64_t columns) {
     return (int)((columns + KDA_SM90_GENERAL_COLUMNS - 1) / KDA_SM90_GENERAL_COLUMNS);
 }
@@ -106,7 +112,7 @@ static void choose(const struct kda_prefill *p, int multiprocessors, const struc
                                           .chunks = kda_chunks_of(tokens),
                                           .packed = packed,
                                           .may_split = may_split(p),
-                                          .checkpoints = p->checkpoints.data,
+                                          .kept_every = chunks_per_checkpoint(p),
                                           .ctas_per_chain = general_ctas(p->value_dim),
                                           .ctas_per_identity = general_ctas(p->key_dim),
                                           .processors = multiprocessors};
@@ -186,7 +192,7 @@ static void plan_history(const struct kda_prefill *p, int multiprocessors, struc
                                (strips + KDA_SM90_HISTORY_WARPS - 1) / KDA_SM90_HISTORY_WARPS);
     kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_ADD_HISTORY,
                                              .config = (int)pieces,
-                                             .grid = {(unsigned)(states * pieces), 1},
+                                             .grid = {(unsigned)(states * pieces), p->checkpoints.data ? 2 : 1},
                                              .overlaps = true});
 }
 
@@ -231,10 +237,6 @@ static void plan_cluster(const struct kda_prefill *p, int multiprocessors, struc
                                   .grid = {(unsigned)chains,
                                            (unsigned)(KDA_SM90_DIM / columns / KDA_SM90_CLUSTER_SCAN_COLUMNS)},
                                   .overlaps = true});
-    if (p->checkpoints.data) { /* they need true states within segments */
-        kda_add_launch(plan, cluster);
-        return;
-    }
     plan_history(p, multiprocessors, plan);
     if (p->beta_mode != FLASH_KDA_BETA_GIVEN)
         return; /* a computed beta is between 0 and 2 and grows no state */
@@ -319,6 +321,13 @@ static void lay_out_cluster(const struct kda_prefill *p, const struct kda_plan *
     cluster->state_exponents = kda_take(arena, segments * V, sizeof *cluster->state_exponents);
     if (p->beta_mode == FLASH_KDA_BETA_GIVEN) /* else it is between 0 and 2 */
         cluster->grown = kda_take(arena, segments, sizeof *cluster->grown);
+    if (p->checkpoints.data) {
+        int64_t each = kda_first_checkpoint(p, cluster->skipped, p->tokens, p->sequences);
+        size_t checkpoints = (size_t)(each * p->value_heads);
+        cluster->kept = kda_take(arena, checkpoints * (V * K + K * K), sizeof *cluster->kept);
+        cluster->kept_exponents =
+            kda_take(arena, checkpoints * (V + K) / KDA_SM90_EXPONENT_COLUMNS, sizeof *cluster->kept_exponents);
+    }
 }
 
 size_t kda_sm90_lay_out(const struct kda_prefill *p, const struct kda_plan *plan, void *workspace,

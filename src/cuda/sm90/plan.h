@@ -77,6 +77,10 @@ struct kda_sm90_cluster_memory {
     int16_t *state_exponents;      /* [chains][segments][V]: of the state before a segment */
     /* [chains][segments]: 0 where a given beta is between 0 and 2; NULL: no segment can grow a state. */
     uint32_t *grown;
+    /* fp16 [HV][checkpoints][2][128 128]: B and A up to each checkpoint, but for those in first segments
+     * (cluster/kept.cuh); NULL: no checkpoint is asked for. Then their exponents, [2][8] of each. */
+    uint16_t *kept;
+    int16_t *kept_exponents;
     bool again; /* kernel cluster_again: only chains that have such a segment, whole */
 };
 

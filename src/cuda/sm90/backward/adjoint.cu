@@ -17,9 +17,12 @@ enum Barrier { BARRIER_OUTPUTS = 1 };
  * need to come. */
 constexpr int SHARED_STAGES = 3, OWN_STAGES = 6;
 
+/* When a chunk has been worked, dX of as many chunks may still be on its way. */
+constexpr int STORED_LATER = 2;
+
 struct alignas(1024) AdjointStage {
-    uint8_t operands[ADJOINT_BYTES]; /* of ChunkOperands */
     __nv_bfloat16 d_out[TOKENS];
+    uint8_t operands[ADJOINT_BYTES]; /* of ChunkOperands */
 };
 
 template <int STAGES> struct alignas(1024) AdjointShared {
@@ -57,15 +60,28 @@ __device__ Place chunk_of_chain(const Work &work, int chunk) {
     return at;
 }
 
+/* Tells kernel gradients that this half of a segment's R and dX is stored. */
+__device__ void announce(uint32_t *done) {
+    ptx::fence_proxy_async(ptx::space_global);
+    count_up(done);
+}
+
+/* Loads chunks, and announces the segments from the last to the second. When a chunk has been worked, those after the
+ * next one are stored. */
 template <int STAGES>
 __device__ void load_chunks(const kda_sm90_backward_maps &maps, AdjointShared<STAGES> &shared, const Work &work,
-                            const ChunkOperands *operands) {
+                            const ChunkOperands *operands, uint32_t *done) {
     PipelineState<STAGES> pipe;
     uint64_t policy = read_again();
-    for (int chunk = work.chunks - 1; chunk >= 0; chunk--, pipe.next()) {
+    for (int chunk = work.chunks - 1; chunk > -STAGES; chunk--, pipe.next()) {
         AdjointStage &stage = shared.stages[pipe.stage];
         uint64_t &full = shared.full[pipe.stage];
         wait(shared.empty[pipe.stage], pipe.parity ^ 1);
+        int worked = chunk + STAGES, first = worked + STORED_LATER;
+        if (first < work.chunks && first % CHUNKS == 0)
+            announce(&done[first / CHUNKS]);
+        if (chunk < 0)
+            continue;
         Place at = chunk_of_chain(work, chunk);
         expect_bytes(full, ADJOINT_BYTES + TOKENS * 2);
         bring_bytes(stage.operands, &operands[chunk], ADJOINT_BYTES, full);
@@ -73,14 +89,11 @@ __device__ void load_chunks(const kda_sm90_backward_maps &maps, AdjointShared<ST
     }
 }
 
-/* Stores R^T, rounded: 8x8 matrices in the order in which kernel gradients takes them, each to be transposed. */
-__device__ void store_adjoint(uint32_t *to, int column, const uint32_t (&R)[DIM / 16][4]) {
-    to += (column / 8 + threadIdx.x / 32 * 2) * 2 * 32 + threadIdx.x % 32;
+/* Stores R^T, rounded, where kernel gradients takes it from (config.cuh). */
+__device__ void store_adjoint(uint4 *to, const uint32_t (&R)[DIM / 16][4]) {
 #pragma unroll
-    for (int c = 0; c < DIM / 8; c++)
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-            to[((c / 2 * (DIM / 8) + n) * 2 + c % 2) * 32] = R[c / 2][c % 2 * 2 + n];
+    for (int c = 0; c < DIM / 16; c++)
+        to[c * (DIM / 16 * 32)] = make_uint4(R[c][0], R[c][1], R[c][2], R[c][3]);
 }
 
 /* Values of tokens that do not exist become 0. */
@@ -122,7 +135,6 @@ struct Begun {
     uint64_t P;
     Values dO;
     float dX[CHUNK / 8][4];  /* what P's diagonal makes of dO */
-    float4 decays[DIM / 16]; /* of the thread's channels */
 };
 
 __device__ const ChunkOperands &operands_of(const AdjointStage &stage) {
@@ -135,7 +147,6 @@ __device__ void begin_chunk(const AdjointStage &stage, int count, Begun &begun) 
     begun.P = wgmma_operand(in.P, 0, 8 * PAIR_ROW, SWIZZLE_64);
     load_values<COLUMNS>(stage.d_out, begun.dO);
     load_scales(in.own, own);
-    load_factors(in.decay, begun.decays);
     clear_values(begun.dO, count);
 #pragma unroll
     for (int i = 0; i < CHUNK / 8; i++)
@@ -149,7 +160,7 @@ __device__ void begin_chunk(const AdjointStage &stage, int count, Begun &begun) 
 /* Takes R through the chain. */
 template <int STAGES>
 __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, AdjointShared<STAGES> &shared,
-                            const Work &work, int warp, uint32_t *adjoints, float (&R)[DIM / 8][4]) {
+                            const Work &work, int warp, uint4 *adjoints, float (&R)[DIM / 8][4]) {
     PipelineState<STAGES> pipe;
     Begun begun;
     float(&dX)[CHUNK / 8][4] = begun.dX;
@@ -164,7 +175,7 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
         uint64_t &read = shared.empty[pipe.stage];
         pipe.next();
         uint64_t W = wgmma_operand(in.W, 0, 8 * ROW, SWIZZLE_128);
-        uint64_t KT = wgmma_operand(in.state.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
+        uint64_t KT = wgmma_operand(in.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
         uint64_t QT = wgmma_operand(in.QT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
         pin(dX);
         wgmma_fence();
@@ -185,9 +196,7 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
                 wgmma<false, true>(dX, rounded[c], advanced(W, c / 4 * TOKENS * 2 + c % 4 * 32));
         }
         wgmma_commit();
-        if (chunk == work.chunks - 1 || chunk % CHUNKS == CHUNKS - 1)
-            store_adjoint(adjoints + (int64_t)(chunk / CHUNKS) * (DIM * DIM / 2), work.column, rounded);
-        decay_state(R, begun.decays);
+        decay_by(R, in.decay); /* loaded here, as registers are short */
         pin(R);
         wgmma_fence();
 #pragma unroll
@@ -211,9 +220,13 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
         for (int t = 0; t < CHUNK / 16; t++)
             stmatrix_transposed(places.at(t * 16, warp * 16), x[t]);
         fence_shared();
-        if (warp == 0) /* the other rows have left, and may be written after the barrier */
-            wait_for_rows<0>();
+        if (warp == 0 && elected()) { /* the other rows have left, and may be written after the barrier */
+            ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+            ptx::cp_async_bulk_wait_group(ptx::n32_t<STORED_LATER - 1>()); /* and these are stored */
+        }
         barrier_wait(BARRIER_OUTPUTS, GROUP);
+        /* Not before the barrier, or the compiler puts the stores between the products that read `rounded`. */
+        store_adjoint(adjoints + (int64_t)chunk * ADJOINT_PIECES, rounded);
         send_outputs(b, dv, chunk_of_chain(work, chunk), work.column, rows);
         wgmma_wait<1>(); /* dO has been read */
         if (chunk)
@@ -222,18 +235,17 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
         pin(R);
         ptx::mbarrier_arrive(&read);
     }
-    if (warp == 0)
-        wait_for_rows<0>();
+    if (warp == 0 && elected())
+        ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
 }
 
 /* With more registers the compiler also puts copies of R on the way from one chunk to the next. */
 template <int STAGES>
 __global__ void __launch_bounds__(ADJOINT_THREADS, 2)
     take_adjoint(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
-                 const ChunkOperands *operands, uint32_t *adjoints, int64_t segments) {
+                 const ChunkOperands *operands, uint4 *adjoints, uint32_t *done, int64_t segments) {
     extern __shared__ __align__(1024) uint8_t memory[];
     AdjointShared<STAGES> &shared = *reinterpret_cast<AdjointShared<STAGES> *>(memory);
-    let_next_begin();
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++)
             ptx::mbarrier_init(&shared.full[i], 1), ptx::mbarrier_init(&shared.empty[i], GROUP);
@@ -242,17 +254,22 @@ __global__ void __launch_bounds__(ADJOINT_THREADS, 2)
     __syncthreads();
     Work work = find_chain_work(b);
     wait_for_kernel_before();
+    let_next_begin(); /* only now: it does not wait for kernel prepare */
     int64_t segment = work.first.head * segments + work.segment;
     int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
     if (warp == GROUP / 32) {
         if (elected())
-            load_chunks(maps, shared, work, operands + segment * CHUNKS);
+            load_chunks(maps, shared, work, operands + segment * CHUNKS, done + segment);
         return;
     }
     const kda_tokens &x = b.forward.base;
     float R[DIM / 8][4];
     load_whole(from_column(kda_state_in(&x, &b.d_final_state, work.first.n, work.first.head), work.column), R);
-    take_chunks(b, maps.dv, shared, work, warp, adjoints + segment * (DIM * DIM / 2), R);
+    adjoints += adjoint_piece(segment * CHUNKS, 0, work.column / 16 + warp, (int)threadIdx.x % 32);
+    take_chunks(b, maps.dv, shared, work, warp, adjoints, R);
+    barrier_wait(BARRIER_OUTPUTS, GROUP);
+    if (threadIdx.x == 0 && work.chunks)
+        announce(&done[segment]);
     store_whole(from_column(kda_state_in(&x, &b.d_initial_state, work.first.n, work.first.head), work.column),
                 R, 0);
 }
@@ -271,8 +288,8 @@ extern "C" cudaError_t kda_sm90_backward_adjoint(const struct kda_backward *b,
         return error;
     auto launch_with = [&](auto *kernel, size_t bytes) {
         return launch_kernel(kernel, *launch, ADJOINT_THREADS, bytes, b->forward.stream, *b, maps,
-                             static_cast<const ChunkOperands *>(memory->operands), memory->adjoints,
-                             plan->segments);
+                             static_cast<const ChunkOperands *>(memory->operands),
+                             reinterpret_cast<uint4 *>(memory->adjoints), memory->done, plan->segments);
     };
     bool alone = (int64_t)launch->grid[0] * launch->grid[1] <= plan->multiprocessors;
     return alone ? launch_with(take_adjoint<OWN_STAGES>, sizeof(AdjointShared<OWN_STAGES>))

@@ -2,14 +2,13 @@
 /*
  * Backward on Hopper, for K = V = 128. Letters as in docs/maths.md; R is the gradient of a state.
  *
- * prepare    A CTA makes what a chunk needs besides states, and leaves it in the workspace.
+ * prepare    A CTA makes what the chunks of a segment need besides states, and leaves it in the workspace.
  * adjoint    A CTA takes 64 columns of V of R through a chain's chunks, from the last to the first, in the
- *            accumulators of a warpgroup, as R^T [V][K]. It stores R at the end of every segment of 128 tokens,
- *            and dX = dv.
- * gradients  A CTA makes all other gradients of a segment. Two warpgroups take S forwards from the segment's
- *            checkpoint and leave S and U of each chunk. Then they take R backwards, as R [K][V]; since dX is known,
- *            no product of that waits for another. Beside them two warpgroups make tiles and gradients, with
- *            channels as rows; that of g is left to the former.
+ *            accumulators of a warpgroup, as R^T [V][K]. It stores R at the end of every chunk, and dX = dv.
+ * gradients  A CTA takes S through a segment of 128 tokens from the segment's checkpoint on, and makes all other
+ *            gradients of each chunk. Two of them share a multiprocessor: while one waits, the other works.
+ *            It begins with the last segments, as soon as the chains have passed them: all CTAs of adjoint run before
+ *            the first of gradients begins.
  * sums       Adds what segments leave of dA_log and d_dt_bias, in a fixed order.
  * heads      Adds gradients of q and k over the value heads that share them.
  *
@@ -18,8 +17,8 @@
  * middle, e that of the chunk's end,
  *     RK = k exp2(G - m)   RQ = q exp2(G - m)   CK = k exp2(m - G)
  *     KT = exp2(m) RK      QT = exp2(m) RQ      KR = exp2(e - m) CK
- * so that each of KT, QT and KR has the very digits of a pair's tile. What e leaves of the true decay, the fraction, is
- * taken from the state. Then, with [T1 T2] and T3 the sums of all products with RQ, RK and CK,
+ * so that KT and QT have the very digits of a pair's tile. With [T1 T2] and T3 the sums of all products with RQ, RK and
+ * CK,
  *     dq = exp2(G - m) T1   dk = exp2(G - m) T2 + exp2(m - G) T3
  * and RQ T1 + RK T2 enters the sum over pairs that pass a token's decay with the number that CK T3 takes off again.
  *
@@ -33,8 +32,8 @@
  * digits are those of the difference.
  *
  * gradients, for one chunk (M = 10^6 multiply-adds):
- *     states     S^T KT^T 0.52, X N^T 0.13, U^T KR 0.52; R2 U^T 0.52, QT^T dO - KT^T dX 1.05, [RQ RK]^T [dM dL] 0.26
- *     gradients  [dO; dX] U^T 0.26, S [dO; dX]^T 1.05, CK^T [dM; dL]^T 0.26
+ *     S^T KT^T 0.52, X N^T 0.13, U^T KR 0.52; R U^T 0.52, [dO; dX] U^T 0.26, S [dO; dX]^T 1.05,
+ *     CK^T [dM; dL]^T 0.26, [RQ RK]^T [dM dL] 0.26
  */
 #ifndef KDA_CUDA_SM90_BACKWARD_CONFIG_CUH
 #define KDA_CUDA_SM90_BACKWARD_CONFIG_CUH
@@ -56,26 +55,33 @@ constexpr int TILE = CHUNK * DIM;     /* elements of a tile of a chunk's tokens,
 constexpr int TOKENS = CHUNK * PANEL; /* of one of its panels */
 constexpr int PAIR_ROW = CHUNK * 2;   /* bytes of a row of a tile of pairs of tokens */
 
-/* What states need of a chunk, KT first. */
-struct alignas(1024) StateOperands {
-    __nv_bfloat16 KT[TILE], KR[TILE];
-    __nv_bfloat16 N[CHUNK * CHUNK];      /* (I + diag(beta) L0)^-1, swizzled by 64 bytes */
-    float fraction[DIM], whole[DIM];     /* the decay of a state, exp2(G - e) and exp2(e), by channel_index */
+/* What a chunk's tokens have for kernel gradients. */
+struct alignas(16) TokenScalars {
     float step[CHUNK], diagonal[CHUNK];  /* beta, and M's diagonal, by token_index */
     float rk[CHUNK], rq[CHUNK];          /* k and q are to be multiplied by these */
     float beta[CHUNK], beta_rest[CHUNK]; /* the step, and sigmoid(-beta) or, where it is given, its inverse */
 };
 
-/* What the adjoint chain needs; KT follows. */
+/* A chunk's operands: what the adjoint chain needs first, then what kernel gradients does. */
 struct alignas(1024) ChunkOperands {
-    __nv_bfloat16 W[TILE], QT[TILE];
+    __nv_bfloat16 W[TILE], QT[TILE], KT[TILE];
     __nv_bfloat16 P[CHUNK * CHUNK]; /* below its diagonal, swizzled by 64 bytes */
     float own[CHUNK];               /* the diagonal, by token_index */
     float decay[DIM];               /* of a state, exp2(G), by channel_index */
-    StateOperands state;
+    TokenScalars tokens;
+    __nv_bfloat16 N[CHUNK * CHUNK]; /* (I + diag(beta) L0)^-1, swizzled by 64 bytes */
 };
 static_assert(sizeof(ChunkOperands) == KDA_SM90_BACKWARD_OPERANDS, "the plan counts it");
-constexpr uint32_t ADJOINT_BYTES = offsetof(ChunkOperands, state) + TILE * 2;
+constexpr uint32_t ADJOINT_BYTES = offsetof(ChunkOperands, tokens);
+
+/* R^T lies in 8x8 matrices [V][K], as accumulators have them: 16 channels, 16 columns of V, and a lane's pairs of the
+ * four matrices, the second one below the first. */
+constexpr int ADJOINT_PIECES = DIM / 16 * (DIM / 16) * 32; /* of 16 bytes, of a chunk */
+inline __device__ int64_t adjoint_piece(int64_t chunk, int channels, int columns, int lane) {
+    return chunk * ADJOINT_PIECES + (channels * (DIM / 16) + columns) * 32 + lane;
+}
+
+constexpr uint32_t HALVES = 2; /* of V: CTAs of kernel adjoint that work a chain */
 
 /* A chunk or a segment in the tensors. */
 struct Place {

@@ -1,21 +1,20 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Makes the gradients of a segment's q, k, g and beta, from S at its start, R at its end and dX (config.cuh).
+ * Makes the gradients of a segment's q, k, g and beta, from S at its start, R at the end of each chunk and dX (config.cuh).
  *
- * The states' warpgroups take S through the chunks: X = V - KT S, U = N diag(beta) X, and, f being the decay's
- * fraction, S <- exp2(f) (exp2(e) S + KR^T U). Then all warpgroups go from the last chunk to the first:
+ * A chunk takes these steps, and all warps take part in each; between two of them they wait for one another.
  *
- *     states                                    gradients
- *                                               RQ RK CK, exponents                 barrier TILES
- *     T3 = R2 U^T, R2 = exp2(f) R               [T1 T2] = S [dO; dX]^T
- *     R <- exp2(e) R2 + QT^T dO - KT^T dX       dM = dO U^T, dL = dX U^T            barrier PAIRS
- *     T3 += RQ^T dM - RK^T dL                   [T1 T2] += CK^T [dM; dL]^T
- *     h = sum of R S over V                                                         barrier SUMS
- *                                               what enters and leaves decays       barrier DECAYS
- *     the gradient of g                         those of q and k                    barrier GATES
+ *     keys    RK, CK, KT, KR
+ *     values  RQ; X = V - KT S, U = N diag(beta) X
+ *     states  T3 = R U^T, [T1 T2] = S [dO; dX]^T, dM = dO U^T, dL = dX U^T
+ *     rows    [T1 T2] += CK^T [dM; dL]^T, T3 += RQ^T dM - RK^T dL; what enters and leaves decays
+ *     sums    those along rows are added; meanwhile the gradient of g
+ *     ends    gradients of q and k
+ *     next    S <- exp2(G) S + KR^T U, while the gradients leave
  *
  * dL and T2 have the other sign here, as dX is positive. A product that passes from one block of 16 tokens to the other
- * is taken from the one middle to the other in between.
+ * is taken from the one middle to the other in between. A warp has 16 channels of tiles and of T1, T2 and T3, and 16
+ * columns of V of U and S.
  */
 #include "cuda/sm90/backward/tiles.cuh"
 #include "cuda/sm90/kernels.h"
@@ -24,78 +23,44 @@
 namespace kda {
 namespace {
 
-constexpr int TEAM = 2 * GROUP, GRADIENT_THREADS = 2 * TEAM; /* the states' warpgroups, and the gradients' */
-constexpr int STATES = CHUNKS - 1;                           /* that are kept at a time */
+constexpr int GRADIENT_THREADS = 2 * GROUP, WARPS = GRADIENT_THREADS / 32;
 
-/* A thread's registers: all that a multiprocessor has, then shared out. */
-constexpr int REGISTERS = 128, STATES_REGISTERS = 152, GRADIENTS_REGISTERS = 2 * REGISTERS - STATES_REGISTERS;
+/* Of a chunk's three tiles: k becomes RK, then dk; g becomes CK, then dg; q becomes RQ, then dq. While they are used, the
+ * next chunk's k and g come to its own, whose third one has KT, then KR. */
+enum Role { KEYS, GATES, QUERIES, ROLES };
 
-template <int count> __device__ void set_registers() {
-    if constexpr (count > REGISTERS)
-        take_registers<count>();
-    else
-        give_registers<count>();
-}
-
-enum Barrier {
-    BARRIER_STATES = 1,
-    BARRIER_GRADIENTS,
-    BARRIER_TILES,
-    BARRIER_PAIRS,
-    BARRIER_SUMS,
-    BARRIER_DECAYS,
-    BARRIER_GATES
-};
-
-/* What comes from memory for a chunk: first for S, then for gradients, into which k, q and g turn. */
-struct StateInputs {
-    StateOperands operands;
-    __nv_bfloat16 v[TILE];
-};
-struct RawInputs {
-    __nv_bfloat16 q[TILE], k[TILE], g[TILE];
-};
-union alignas(1024) Inputs {
-    StateInputs state;
-    RawInputs raw;
-};
-
-/* Powers of two that take a channel's state or sums from one reference to another, but for the first one. */
-struct ChannelFactors {
-    float fraction[DIM], whole[DIM]; /* the decay of a state, as StateOperands have it */
-    float from_start[DIM];           /* from the chunk's start to the first middle */
-    float across[2][DIM]; /* from there to the second middle, in two steps where a gate has no bound */
-    float to_end[DIM];    /* from there to the chunk's end */
+/* A CTA's segment. It lies in shared memory, as registers are short. */
+struct Work {
+    Place segment;
+    const ChunkOperands *operands; /* of its first chunk */
+    const uint4 *adjoints;         /* likewise */
+    float *gate_sums;
+    int chunks;
 };
 
 struct alignas(1024) GradientsShared {
-    Inputs inputs[2];
-    __nv_bfloat16 states[STATES][DIM * DIM]; /* S, rows of V, in two panels of 64 channels */
-    __nv_bfloat16 values[2][2 * TOKENS];     /* rows of dO, then of dX, in two panels of 64 columns of V */
-    __nv_bfloat16 U[TILE];
-    __nv_bfloat16 RQ[TILE], RK[TILE], CK[TILE];
+    __nv_bfloat16 S[DIM * DIM]; /* rows of V, in two panels of 64 channels */
+    __nv_bfloat16 tiles[2][ROLES][TILE];
     union {
-        __nv_bfloat16 decayed[2][2][TOKENS]; /* in each panel of 64 channels QT, then KT */
-        float4 T3[2][CHUNK / 8]
-                 [GROUP]; /* then T3 of each, as threads have it, and what a decay gets of a token */
-        __nv_bfloat16 d_out[2][TILE]; /* before both: dO of chunks, for their U */
+        __nv_bfloat16 values[2][2 * TOKENS]; /* rows of dO, then of dX, in two panels of 64 columns of V */
+        __nv_bfloat16 raw[2][TILE];          /* then q and k once more */
     };
-    __nv_bfloat16 pairs[2 * CHUNK * CHUNK]; /* rows of dM, then of dL, swizzled by 64 bytes */
-    ChannelFactors factors;
-    float scales[2][2 * CHUNK];  /* of one chunk and the next one: rk, then rq */
-    float steps[2 * CHUNK];      /* beta, then beta_rest */
-    float with_U[CHUNKS][CHUNK]; /* of each chunk the diagonal of dO U^T, from U before it is rounded */
-    float diagonals[CHUNK];      /* of dX U^T */
-    float more[2 * CHUNK];       /* of q's tokens, then of k's: how much of the other M's diagonal adds */
-    float partial[TEAM / 32][2 * CHUNK]; /* a warp's sums over channels: q . dq and k . dk by token */
-    float along[2 * CHUNK]; /* of all warps and of M's diagonal; then what the norm takes of q and k */
-    bool cut[TEAM / 32];    /* is a decay of a warp's channels cut off (tiles.cuh) */
-    uint64_t states_in[2], raw_in[2], values_in;
+    __nv_bfloat16 U[TILE]; /* before it v */
+    union {
+        __nv_bfloat16 N[CHUNK * CHUNK];
+        __nv_bfloat16 pairs[2 * CHUNK * CHUNK]; /* then rows of dM and of dL, swizzled by 64 bytes */
+    };
+    TokenScalars tokens[2]; /* of one chunk and the next one */
+    float decay[DIM];       /* of S through the chunk, by channel_index */
+    float partial[WARPS]
+                 [2 * CHUNK]; /* a warp's sums: of U dO by token; then q . dq and k . dk over its channels */
+    float along[2 * CHUNK];   /* of all warps and of M's diagonal; then what the norm takes of q and k */
+    float more[2 * CHUNK];    /* of q's tokens, then of k's: how much of the other M's diagonal adds */
+    float diagonals[CHUNK];   /* of dX U^T */
+    Work work;
+    uint64_t keys_in[2], queries_in, values_in, raw_in;
 };
-static_assert(sizeof(GradientsShared) <= 227 * 1024, "all that a CTA can have");
-
-/* Where S of a chunk is kept: that of chunk 0 comes last, in the place of chunk 3's. */
-inline __device__ int place_of_state(int chunk) { return (chunk + STATES - 1) % STATES; }
+static_assert(2 * (sizeof(GradientsShared) + 1024) <= 228 * 1024, "two on a multiprocessor");
 
 /* Two neighbouring channels of a state, rounded. */
 inline __device__ uint32_t load_state_pair(const kda_state &state, int column, int channel) {
@@ -111,100 +76,197 @@ inline __device__ uint32_t load_state_pair(const kda_state &state, int column, i
     return pack_bf16(load_one(state, column, channel), load_one(state, column, channel + 1));
 }
 
-/* What roles know. */
+/* Waits until kernel adjoint has stored all of a segment. */
+inline __device__ void wait_for_adjoint(const uint32_t *done) {
+    wait_for_count(done, HALVES);
+    ptx::fence_proxy_async(ptx::space_global);
+}
+
+/* The warp's number, found anew: what follows from it is not kept in registers through all of a chunk. */
+inline __device__ int own_warp() { return __shfl_sync(~0u, (int)(thread() / 32), 0); }
+
+/* What a CTA works with. */
 struct Context {
     const kda_backward &b;
     const kda_sm90_backward_maps &maps;
     GradientsShared &shared;
-    const ChunkOperands *operands; /* of the segment's first chunk */
-    uint16_t *updates;             /* likewise */
-    Place segment;
-    int chunks;
 };
 
 /* ---- Loads, each by one thread -------------------------------------------------------------------- */
 
-inline __device__ void load_state_inputs(const Context &c, int chunk) {
-    StateInputs &to = c.shared.inputs[chunk % 2].state;
-    uint64_t &barrier = c.shared.states_in[chunk % 2];
-    expect_bytes(barrier, sizeof(StateOperands) + 2 * TILE * 2);
-    bring_bytes(&to.operands, &c.operands[chunk].state, sizeof(StateOperands), barrier);
-    bring_tile(to.v, c.maps.v, chunk_of(c.segment, chunk), c.segment.head, barrier, read_once());
-    bring_tile(c.shared.d_out[chunk % 2], c.maps.d_out, chunk_of(c.segment, chunk), c.segment.head, barrier,
-               read_again());
+inline __device__ void load_keys(const Context &c, int chunk) {
+    auto &to = c.shared.tiles[chunk % 2];
+    uint64_t &barrier = c.shared.keys_in[chunk % 2];
+    Place at = chunk_of(c.shared.work.segment, chunk);
+    expect_bytes(barrier, 2 * TILE * 2 + sizeof(TokenScalars));
+    bring_tile(to[KEYS], c.maps.k, at, at.key_head, barrier, read_again());
+    bring_tile(to[GATES], c.maps.g, at, at.head, barrier, read_once());
+    bring_bytes(&c.shared.tokens[chunk % 2], &c.shared.work.operands[chunk].tokens, sizeof(TokenScalars),
+                barrier);
 }
 
-/* Those of the last chunk lie where its S's did not. */
-inline __device__ int raw_place(int chunk) { return (chunk + 1) % 2; }
-
-inline __device__ void load_raw_inputs(const Context &c, int chunk) {
-    RawInputs &to = c.shared.inputs[raw_place(chunk)].raw;
-    uint64_t &barrier = c.shared.raw_in[raw_place(chunk)];
-    Place at = chunk_of(c.segment, chunk);
-    expect_bytes(barrier, 3 * TILE * 2);
-    bring_tile(to.q, c.maps.q, at, at.key_head, barrier, read_again());
-    bring_tile(to.k, c.maps.k, at, at.key_head, barrier, read_again());
-    bring_tile(to.g, c.maps.g, at, at.head, barrier, read_once());
+inline __device__ void load_queries(const Context &c, int chunk) {
+    uint64_t &barrier = c.shared.queries_in;
+    Place at = chunk_of(c.shared.work.segment, chunk);
+    expect_bytes(barrier, 2 * TILE * 2 + sizeof c.shared.N);
+    bring_tile(c.shared.tiles[chunk % 2][QUERIES], c.maps.q, at, at.key_head, barrier, read_again());
+    bring_tile(c.shared.U, c.maps.v, at, at.head, barrier, read_once());
+    bring_bytes(c.shared.N, c.shared.work.operands[chunk].N, sizeof c.shared.N, barrier);
+    bring_to_cache(&c.shared.work.adjoints[adjoint_piece(chunk, 0, 0, 0)], ADJOINT_PIECES * sizeof(uint4));
 }
 
-/* dO, dX and, unless it is there already, U. */
-inline __device__ void load_value_inputs(const Context &c, int chunk, bool with_U) {
+/* dO and dX. */
+inline __device__ void load_values(const Context &c, int chunk) {
     uint64_t &barrier = c.shared.values_in;
-    Place at = chunk_of(c.segment, chunk);
-    expect_bytes(barrier, (with_U ? 3 : 2) * TILE * 2);
+    Place at = chunk_of(c.shared.work.segment, chunk);
+    expect_bytes(barrier, 2 * TILE * 2);
     bring_tile(c.shared.values[0], c.maps.d_out, at, at.head, barrier, read_once(), 2 * TOKENS);
     bring_tile(c.shared.values[0] + TOKENS, c.maps.dv, at, at.head, barrier, read_once(), 2 * TOKENS);
-    if (with_U)
-        bring_bytes(c.shared.U, c.updates + chunk * TILE, TILE * 2, barrier);
 }
 
-/* QT, KT and the decay of a state. They come with the values. */
-inline __device__ void load_decayed(const Context &c, int chunk) {
-    uint64_t &barrier = c.shared.values_in;
-    const ChunkOperands &from = c.operands[chunk];
-    expect_bytes(barrier, 2 * TILE * 2 + 2 * DIM * 4);
+/* q and k once more, where dO and dX were. */
+inline __device__ void load_raw(const Context &c, int chunk) {
+    uint64_t &barrier = c.shared.raw_in;
+    Place at = chunk_of(c.shared.work.segment, chunk);
+    expect_bytes(barrier, 2 * TILE * 2);
+    bring_tile(c.shared.raw[0], c.maps.q, at, at.key_head, barrier, read_again());
+    bring_tile(c.shared.raw[1], c.maps.k, at, at.key_head, barrier, read_again());
+}
+
+/* Keeps S at the segment's start. */
+inline __device__ void keep_first_state(const Context &c, const kda_state &first) {
+    int t = (int)thread(), warp = own_warp(), row = warp * 16 + t % 32 / 4;
+    MatrixRow<DIM, DIM> kept(c.shared.S, true, t % 32);
+    if (first.data && first.dtype == KDA_BF16 && as_pairs(first)) {
+        const char *rows[2] = {element(first, row, t % 4 * 2), element(first, row + 8, t % 4 * 2)};
+        uint32_t x[DIM / 16][4];
 #pragma unroll
-    for (int panel = 0; panel < 2; panel++) {
-        bring_bytes(c.shared.decayed[panel][0], from.QT + panel * TOKENS, TOKENS * 2, barrier);
-        bring_bytes(c.shared.decayed[panel][1], from.state.KT + panel * TOKENS, TOKENS * 2, barrier);
+        for (int i = 0; i < DIM / 16; i++)
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                x[i][n] = *reinterpret_cast<const uint32_t *>(rows[n % 2] + (i * 16 + n / 2 * 8) * 2);
+#pragma unroll
+        for (int i = 0; i < DIM / 16; i++)
+            stmatrix(kept.at(warp * 16, i * 16), x[i]);
+    } else {
+#pragma unroll 1
+        for (int channel = 0; channel < DIM; channel += 16) {
+            uint32_t x[4];
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                x[n] = load_state_pair(first, row + n % 2 * 8, channel + n / 2 * 8 + t % 4 * 2);
+            stmatrix(kept.at(warp * 16, channel), x);
+        }
     }
-    bring_bytes(c.shared.factors.fraction, from.state.fraction, 2 * DIM * 4, barrier);
+    fence_shared();
 }
 
-/* ---- The states' warpgroups ----------------------------------------------------------------------- */
+/* ---- Tiles ---------------------------------------------------------------------------------------- */
 
-/* What multiply_state does with a packed operand besides. A lambda as a default argument would be a function of the
- * host: the compiler leaves out what comes after a call of it. */
-struct Nothing {
-    __device__ void operator()(int, const uint32_t (&)[4]) const {}
+/* What a chunk's steps keep of the decays of the thread's two channels: factors that take sums from one reference to the
+ * next, but for the elements' own. */
+struct Decays {
+    float from_start[2]; /* from the chunk's start to the first middle */
+    float across[2][2];  /* from there to the second middle, in two steps where a gate has no bound */
+    float to_end[2];     /* from there to the chunk's end */
+    float whole[2];      /* from its start to its end */
+    bool cut;            /* is a decay of the warp's channels cut off (tiles.cuh) */
 };
 
-/* Begins d [64][CHUNK] = S tile, for the warpgroup's 64 rows of a state; the tile's rows are tokens. S is packed in
- * halves, so that the products begin early. */
-template <class F = Nothing>
-__device__ void multiply_state(float (&d)[CHUNK / 8][4], const float (&S)[DIM / 8][4], uint64_t tile,
-                               F each = {}) {
+/* Makes RK, CK and KT of the warp's channels, and KR, which is stored when KT has been read. `decayed` are RK's factors. */
+template <bool bounded>
+__device__ void make_keys(const Context &c, int chunk, const Gate &gate, int count, Pairs &g, Elements &decayed,
+                          Pairs &KR, Decays &decays) {
+    GradientsShared &shared = c.shared;
+    auto &tiles = shared.tiles[chunk % 2];
+    int warp = own_warp(), part = (int)(thread() % 4) * 2;
+    Pairs k, rows, columns, KT;
+    load_pairs(tiles[GATES], warp, g);
+    fill_gates(g, count);
+    References found = find_decays<bounded>(gate, g, decayed);
+    Elements grown;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        uint32_t a[DIM / 32][4];
+    for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
-        for (int i = 0; i < DIM / 32; i++) {
-            int at = half * (DIM / 32) + i;
-            pack_operand(S[2 * at], S[2 * at + 1], a[i]);
-            each(at, a[i]);
+        for (int i = 0; i < 4; i++) {
+            float x = decayed[j][i / 2][i % 2];
+            decayed[j][i / 2][i % 2] = exp2_approximate(x), grown[j][i / 2][i % 2] = exp2_approximate(-x);
         }
-        pin(d);
-        wgmma_fence();
-        if (half == 0)
-            wgmma<false, false>(d, a[0], tile);
-        else
-            wgmma<false, true>(d, a[0], advanced(tile, TOKENS * 2));
+    load_pairs(tiles[KEYS], warp, k);
+    clear_pairs(k, count);
+    scale_keys(k, shared.tokens[chunk % 2].rk, decayed, grown, rows, columns);
+    __syncwarp();
+    store_pairs(tiles[KEYS], warp, rows);
+    store_pairs(tiles[GATES], warp, columns);
+    shift_pairs<bounded, false>(rows, found, gate, g, KT);
+    store_pairs(shared.tiles[(chunk + 1) % 2][QUERIES], warp, KT);
+    float fraction[2], factors[2][2];
+    find_whole<bounded>(found, gate, g, decays.whole);
 #pragma unroll
-        for (int i = 1; i < DIM / 32; i++)
-            wgmma<false, true>(d, a[i], advanced(tile, half * TOKENS * 2 + i * 32));
-        wgmma_commit();
+    for (int r = 0; r < 2; r++) {
+        fraction[r] = exp2_approximate(found.fraction[r]);
+        decays.whole[r] *= fraction[r];
+        decays.from_start[r] = power_of_two((int)found.middle[0][r]);
+        int across = (int)(found.middle[1][r] - found.middle[0][r]), step = bounded ? across : across / 2;
+        decays.across[0][r] = power_of_two(step), decays.across[1][r] = power_of_two(across - step);
+        factors[0][r] = power_of_two((int)(found.end[r] - found.middle[0][r])) * fraction[r];
+        factors[1][r] = power_of_two((int)(found.end[r] - found.middle[1][r])) * fraction[r];
+        decays.to_end[r] = factors[1][r];
+        if (part == 0)
+            shared.decay[channel_index(warp * 16 + (int)(thread() % 32) / 4 + r * 8)] = decays.whole[r];
     }
+    decays.cut = found.cut;
+#pragma unroll
+    for (int j = 0; j < CHUNK / 8; j++) {
+        float2 scale = *reinterpret_cast<const float2 *>(&shared.tokens[chunk % 2].rk[j * 8 + part]);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float2 y = unpack_bf16(k[j / 2][j % 2 * 2 + r]);
+            KR[j / 2][j % 2 * 2 + r] = pack_bf16(y.x * scale.x * grown[j][r][0] * factors[j / 2][r],
+                                                 y.y * scale.y * grown[j][r][1] * factors[j / 2][r]);
+        }
+    }
+    if constexpr (!bounded)
+        if (__builtin_expect(found.cut, 0)) {
+            Elements rests;
+            float all[2];
+            find_rests(gate, g, rests, all);
+#pragma unroll
+            for (int j = 0; j < CHUNK / 8; j++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    uint32_t &x = KR[j / 2][j % 2 * 2 + r];
+                    x = multiply_pair(x, (power_pair(all[r] - rests[j][r][0]) & 0xffff) |
+                                             (power_pair(all[r] - rests[j][r][1]) & 0xffff0000));
+                }
+        }
+    fence_shared();
 }
+
+/* Makes RQ of the warp's channels. */
+inline __device__ void make_queries(const Context &c, int chunk, int count, const Elements &decayed) {
+    __nv_bfloat16 *tile = c.shared.tiles[chunk % 2][QUERIES];
+    Pairs q, rows;
+    int warp = own_warp();
+    load_pairs(tile, warp, q);
+    clear_pairs(q, count);
+    scale_pairs(q, c.shared.tokens[chunk % 2].rq, decayed, rows);
+    __syncwarp();
+    store_pairs(tile, warp, rows);
+}
+
+/* Rows of dO and dX from `count` on become 0: they may be another sequence's. */
+inline __device__ void clear_value_rows(GradientsShared &shared, int count) {
+    for (int i = (int)thread(); i < 4 * (CHUNK - count) * (ROW / 16); i += GRADIENT_THREADS) {
+        int piece = i % (ROW / 16), row = count + i / (ROW / 16) % (CHUNK - count);
+        int tile = i / (ROW / 16) / (CHUNK - count);
+        reinterpret_cast<uint4 *>(shared.values[0] + tile * TOKENS + row * PANEL)[piece] =
+            make_uint4(0, 0, 0, 0);
+    }
+    fence_shared();
+}
+
+/* ---- U -------------------------------------------------------------------------------------------- */
 
 /* The lanes with the same tokens share 2 N values each: a lane ends with two sums, those of index lane / 4 % N * 2
  * over as many as N lanes. */
@@ -221,10 +283,13 @@ template <int N> __device__ void sum_over_channels(float *x) {
 }
 
 /* Sums U dO over the warp's 16 columns of V, token by token. */
-inline __device__ void multiply_diagonal(const float (&U)[CHUNK / 8][4], const __nv_bfloat16 *d_out,
+inline __device__ void multiply_diagonal(const float (&U)[CHUNK / 8][4], const __nv_bfloat16 *values, int warp,
                                          float *sums) {
+    MatrixRow<2 * CHUNK, DIM> rows(values, false, thread() % 32);
     Values o;
-    load_values<DIM>(d_out, o);
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+        ldmatrix_transposed(o[t], rows.at(t * 16, warp * 16));
     float x[CHUNK / 4];
 #pragma unroll
     for (int i = 0; i < CHUNK / 8; i++) {
@@ -239,27 +304,32 @@ inline __device__ void multiply_diagonal(const float (&U)[CHUNK / 8][4], const _
         *reinterpret_cast<float2 *>(&sums[lane * 2]) = make_float2(x[0], x[1]);
 }
 
-/* Makes U of a chunk and, before the last one, takes S through it, as S^T [V][K]. */
-template <bool last> __device__ void advance_state(const Context &c, int chunk, float (&S)[DIM / 8][4]) {
+/* Makes U of the chunk, where v is; meanwhile RQ. */
+inline __device__ void make_values(const Context &c, int chunk, int count, const Elements &decayed) {
     GradientsShared &shared = c.shared;
-    const StateInputs &in = shared.inputs[chunk % 2].state;
-    int t = (int)(thread() % TEAM), warp = t / 32;
-    uint64_t KT = wgmma_operand(in.operands.KT, 0, 8 * ROW, SWIZZLE_128);
-    uint64_t KR = wgmma_operand(in.operands.KR, TOKENS * 2, 8 * ROW, SWIZZLE_128);
-    uint64_t N = wgmma_operand(in.operands.N, 0, 8 * PAIR_ROW, SWIZZLE_64);
-    bool keeps = chunk || c.chunks <= STATES; /* else S is found again when there is a place for it */
-    MatrixRow<DIM, DIM> kept(shared.states[place_of_state(chunk)], true, thread() % 32);
-    wait(shared.states_in[chunk % 2], chunk / 2 % 2);
+    int warp = own_warp();
+    uint64_t S = wgmma_operand(shared.S + warp / 4 * 64 * PANEL, 0, 8 * ROW, SWIZZLE_128);
+    uint64_t KT = wgmma_operand(shared.tiles[(chunk + 1) % 2][QUERIES], 0, 8 * ROW, SWIZZLE_128);
+    uint64_t N = wgmma_operand(shared.N, 0, 8 * PAIR_ROW, SWIZZLE_64);
     float W[CHUNK / 8][4], U[CHUNK / 8][4];
-    multiply_state(W, S, KT, [&](int i, const uint32_t(&a)[4]) {
-        if (keeps)
-            stmatrix(kept.at(warp * 16, i * 16), a);
-    });
+    pin(W);
+    wgmma_fence();
+    wgmma_both<false, false, false>(W, S, KT);
+#pragma unroll
+    for (int i = 1; i < DIM / 16; i++)
+        wgmma_both<false, false, true>(W, advanced(S, i / 4 * DIM * PANEL * 2 + i % 4 * 32),
+                                       advanced(KT, i / 4 * TOKENS * 2 + i % 4 * 32));
+    wgmma_commit();
+    wait(shared.queries_in, chunk % 2);
+    make_queries(c, chunk, count, decayed);
     Values v;
-    load_values<DIM>(in.v, v);
-    clear_pairs(v, chunk_of(c.segment, chunk).count);
+    load_pairs(shared.U, warp, v);
+    clear_pairs(v, count);
     alignas(16) float steps[CHUNK / 4];
-    load_scales(in.operands.step, steps);
+#pragma unroll
+    for (int i = 0; i < CHUNK / 4; i += 4)
+        *reinterpret_cast<float4 *>(&steps[i]) =
+            *reinterpret_cast<const float4 *>(&shared.tokens[chunk % 2].step[thread() % 4 * 8 + i]);
     wgmma_wait<0>();
     pin(W);
     uint32_t x[CHUNK / 16][4];
@@ -277,106 +347,25 @@ template <bool last> __device__ void advance_state(const Context &c, int chunk, 
     wgmma<false, false>(U, x[0], N);
     wgmma<false, true>(U, x[1], advanced(N, 32));
     wgmma_commit();
-    if constexpr (!last) {
-        decay_by(S, in.operands.whole);
-    }
+    wait(shared.values_in, chunk % 2);
+    if (__builtin_expect(count < CHUNK, 0))
+        clear_value_rows(shared, count);
     wgmma_wait<0>();
     pin(U);
-    float *sums = shared.partial[warp] + chunk % 2 * CHUNK;
     uint32_t u[CHUNK / 16][4];
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++)
         pack_operand(U[2 * t], U[2 * t + 1], u[t]);
-    if constexpr (!last) {
-        pin(S);
-        wgmma_fence();
-#pragma unroll
-        for (int t = 0; t < CHUNK / 16; t++)
-            wgmma<true, true>(S, u[t], advanced(KR, t * 16 * ROW));
-        wgmma_commit();
-    }
-    /* The last chunk's is used at once; others wait in memory, and lie till then where no tiles are yet. */
-    store_pairs(last ? shared.U : chunk == 0 ? shared.RQ : chunk == 1 ? shared.RK : shared.CK, warp, u);
-    multiply_diagonal(U, shared.d_out[chunk % 2], sums);
-    if constexpr (!last) {
-        wgmma_wait<0>();
-        pin(S);
-        decay_by(S, in.operands.fraction);
-    }
-    fence_shared();
-    barrier_wait(BARRIER_STATES, TEAM);
-    if (t < CHUNK) {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < TEAM / 32; i++)
-            sum += shared.partial[i][chunk % 2 * CHUNK + t];
-        shared.with_U[chunk][t] = sum;
-    }
-    if (threadIdx.x == 0) {
-        if (!last) {
-            ptx::cp_async_bulk(ptx::space_global, ptx::space_shared, c.updates + chunk * TILE,
-                               chunk == 0   ? shared.RQ
-                               : chunk == 1 ? shared.RK
-                                            : shared.CK,
-                               TILE * 2u);
-            ptx::cp_async_bulk_commit_group();
-        }
-        if (chunk + 2 < c.chunks)
-            load_state_inputs(c, chunk + 2);
-        else if (chunk + 2 == c.chunks)
-            load_raw_inputs(c, chunk + 1);
-        else if (chunk)
-            load_raw_inputs(c, chunk - 1);
-    }
-}
-
-/* Rows of dO and dX from `count` on become 0: they may be another sequence's. */
-inline __device__ void clear_value_rows(GradientsShared &shared, int count) {
-    for (int i = (int)(thread() % TEAM); i < 4 * (CHUNK - count) * (ROW / 16); i += TEAM) {
-        int piece = i % (ROW / 16), row = count + i / (ROW / 16) % (CHUNK - count);
-        int tile = i / (ROW / 16) / (CHUNK - count);
-        reinterpret_cast<uint4 *>(shared.values[0] + tile * TOKENS + row * PANEL)[piece] =
-            make_uint4(0, 0, 0, 0);
-    }
+    store_pairs(shared.U, warp, u);
+    multiply_diagonal(U, shared.values[0], warp, shared.partial[warp]);
     fence_shared();
 }
 
-/* Keeps S at the segment's start in the place of the last chunk's, which is done. */
-inline __device__ void keep_first_state(const Context &c, const kda_state &first) {
-    int t = (int)(thread() % TEAM), warp = t / 32, row = warp * 16 + t % 32 / 4;
-    MatrixRow<DIM, DIM> kept(c.shared.states[place_of_state(0)], true, thread() % 32);
-    if (first.data && first.dtype == KDA_BF16 && as_pairs(first)) {
-        const char *rows[2] = {element(first, row, t % 4 * 2), element(first, row + 8, t % 4 * 2)};
-#pragma unroll 1
-        for (int panel = 0; panel < DIM; panel += PANEL) {
-            uint32_t x[PANEL / 16][4];
-#pragma unroll
-            for (int i = 0; i < PANEL / 16; i++)
-#pragma unroll
-                for (int n = 0; n < 4; n++)
-                    x[i][n] =
-                        *reinterpret_cast<const uint32_t *>(rows[n % 2] + (panel + i * 16 + n / 2 * 8) * 2);
-#pragma unroll
-            for (int i = 0; i < PANEL / 16; i++)
-                stmatrix(kept.at(warp * 16, panel + i * 16), x[i]);
-        }
-    } else {
-#pragma unroll 1
-        for (int channel = 0; channel < DIM; channel += 16) {
-            uint32_t x[4];
-#pragma unroll
-            for (int n = 0; n < 4; n++)
-                x[n] = load_state_pair(first, row + n % 2 * 8, channel + n / 2 * 8 + t % 4 * 2);
-            stmatrix(kept.at(warp * 16, channel), x);
-        }
-    }
-    fence_shared();
-}
+/* ---- Products with states, and of pairs ----------------------------------------------------------- */
 
-/* Multiplies rows of an accumulator by factors of their channels, the second `step` further than the first. */
-template <int TILES>
-__device__ void scale_rows(float (&d)[TILES][4], const float *factors, int channel, int step = 8) {
-    float x = factors[channel], y = factors[channel + step];
+/* Multiplies rows of an accumulator by factors of the thread's two channels. */
+template <int TILES> __device__ void scale_rows(float (&d)[TILES][4], const float (&factors)[2]) {
+    float x = factors[0], y = factors[1];
 #pragma unroll
     for (int i = 0; i < TILES; i++)
         d[i][0] *= x, d[i][1] *= x, d[i][2] *= y, d[i][3] *= y;
@@ -384,9 +373,8 @@ __device__ void scale_rows(float (&d)[TILES][4], const float *factors, int chann
 
 /* As scale_rows, for one of the blocks of tokens: the first or, if `later`, the second. The others are multiplied by 1:
  * were they left alone, the compiler would run all the kernel's products one by one. */
-template <bool later, int TILES>
-__device__ void scale_block(float (&d)[TILES][4], const float *factors, int channel) {
-    float x = factors[channel], y = factors[channel + 8], one = some_one();
+template <bool later, int TILES> __device__ void scale_block(float (&d)[TILES][4], const float (&factors)[2]) {
+    float x = factors[0], y = factors[1], one = some_one();
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
         bool own = i % (CHUNK / 8) >= CHUNK / 16 == later;
@@ -397,16 +385,13 @@ __device__ void scale_block(float (&d)[TILES][4], const float *factors, int chan
 /* Multiplies sums with states, of channels and tokens, by what was cut off of decays from the chunk's start or,
  * to_end, to its end. Of d, tiles i and i + CHUNK / 8 are of the same tokens. */
 template <bool bounded, bool to_end, int TILES>
-__device__ void apply_rests(const Context &c, int chunk, int warp, float (&d)[TILES][4]) {
+__device__ void apply_rests(const Gate &gate, const Pairs &g, bool cut, float (&d)[TILES][4]) {
     if constexpr (!bounded) {
-        if (__builtin_expect(!c.shared.cut[warp], 1))
+        if (__builtin_expect(!cut, 1))
             return;
-        Pairs g;
         Elements rests;
         float all[2];
-        load_pairs(c.shared.inputs[raw_place(chunk)].raw.g, warp, g);
-        find_rests(find_gates<false>(c.b.forward, (int)c.segment.head, warp), g,
-                   chunk_of(c.segment, chunk).count, rests, all);
+        find_rests(gate, g, rests, all);
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
@@ -417,99 +402,189 @@ __device__ void apply_rests(const Context &c, int chunk, int warp, float (&d)[TI
     }
 }
 
-/* Sums R S over V, for the thread's two channels. */
-inline __device__ void find_h(GradientsShared &shared, int chunk, const float (&R)[DIM / 8][4], float (&h)[2]) {
-    int warp = (int)(thread() % TEAM) / 32;
-    MatrixRow<DIM, DIM> rows(shared.states[place_of_state(chunk)], false, thread() % 32);
-    h[0] = h[1] = 0;
+/* Sums R S over V, for the thread's two channels: the diagonal of the warp's rows of R times S. */
+inline __device__ void find_passing(const __nv_bfloat16 *S, int warp, const uint32_t (&R)[DIM / 16][4],
+                                    float (&sums)[2]) {
+    MatrixRow<DIM, DIM> rows(S, false, thread() % 32);
+    float d[2][4] = {};
 #pragma unroll
     for (int i = 0; i < DIM / 16; i++) {
         uint32_t s[4];
         ldmatrix_transposed(s, rows.at(i * 16, warp * 16));
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            float2 x = unpack_bf16(s[n]);
-            const float *r = &R[2 * i + n / 2][n % 2 * 2];
-            h[n % 2] = fmaf(r[0], x.x, fmaf(r[1], x.y, h[n % 2]));
-        }
+        mma(d[0], R[i], s[0], s[2]);
+        mma(d[1], R[i], s[1], s[3]);
     }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        h[r] += __shfl_xor_sync(~0u, h[r], 1);
-        h[r] += __shfl_xor_sync(~0u, h[r], 2);
-    }
+    /* Element (r, r) of 8x8 is in lane r * 4 + r / 2. */
+    uint32_t lane = thread() % 32, row = lane / 4, source = row * 4 + row / 2;
+    sums[0] = __shfl_sync(~0u, row % 2 ? d[0][1] : d[0][0], source);
+    sums[1] = __shfl_sync(~0u, row % 2 ? d[1][3] : d[1][2], source);
 }
 
-/* Takes R [K][V] through a chunk, and makes T3 and h. */
-template <bool bounded>
-__device__ void step_back(const Context &c, int chunk, float (&R)[DIM / 8][4], float (&h)[2]) {
-    GradientsShared &shared = c.shared;
-    int t = (int)(thread() % TEAM), warp = t / 32, panel = warp / 4, channel = warp * 16 + t % 32 / 4;
-    uint64_t U = wgmma_operand(shared.U, 0, 8 * ROW, SWIZZLE_128);
-    uint64_t d_out = wgmma_operand(shared.values[0], 2 * TOKENS * 2, 8 * ROW, SWIZZLE_128);
-    uint64_t dX = wgmma_operand(shared.values[0] + TOKENS, 2 * TOKENS * 2, 8 * ROW, SWIZZLE_128);
-    uint64_t QT = wgmma_operand(shared.decayed[panel][0], 0, 8 * ROW, SWIZZLE_128);
-    uint64_t KT = wgmma_operand(shared.decayed[panel][1], 0, 8 * ROW, SWIZZLE_128);
-    uint64_t RQ = wgmma_operand(shared.RQ + panel * TOKENS, 0, 8 * ROW, SWIZZLE_128);
-    uint64_t RK = wgmma_operand(shared.RK + panel * TOKENS, 0, 8 * ROW, SWIZZLE_128);
-    uint64_t dM = wgmma_operand(shared.pairs, 0, 8 * PAIR_ROW, SWIZZLE_64);
-    uint64_t dL = advanced(dM, CHUNK * PAIR_ROW);
-    float T3[CHUNK / 8][4];
-    barrier_wait(BARRIER_TILES, GRADIENT_THREADS);
-    scale_rows(R, shared.factors.fraction, channel_index(channel), 2);
-    multiply_state(T3, R, U);
-    scale_rows(R, shared.factors.whole, channel_index(channel), 2);
-    pin(R);
-    wgmma_fence();
+/* What enters decays from the state: sums of RQ T1 + RK T2 over the lane's tokens, of each block. */
+inline __device__ void find_entering(const GradientsShared &shared, int chunk, int warp,
+                                     const float (&T)[2 * CHUNK / 8][4], float (&sums)[2][2]) {
+    const auto &tiles = shared.tiles[chunk % 2];
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++) {
-        wgmma_both<true, true, true>(R, advanced(QT, t * 16 * ROW), advanced(d_out, t * 16 * ROW));
-        wgmma_both<true, true, true, true>(R, advanced(KT, t * 16 * ROW), advanced(dX, t * 16 * ROW));
+        uint32_t RQ[4], RK[4];
+        load_half(tiles[QUERIES], warp, t, RQ), load_half(tiles[KEYS], warp, t, RK);
+        sums[t][0] = sums[t][1] = 0;
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const float *T1 = &T[t * 2 + n / 2][n % 2 * 2], *T2 = &T[CHUNK / 8 + t * 2 + n / 2][n % 2 * 2];
+            float2 q = unpack_bf16(RQ[n]), k = unpack_bf16(RK[n]);
+            float &sum = sums[t][n % 2];
+            sum = fmaf(q.x, T1[0], fmaf(q.y, T1[1], fmaf(-k.x, T2[0], fmaf(-k.y, T2[1], sum))));
+        }
     }
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(T3);
-    pin(R);
-    scale_rows(T3, shared.factors.to_end, channel);
-    apply_rests<bounded, true>(c, chunk, warp, T3);
-    barrier_wait(BARRIER_PAIRS, GRADIENT_THREADS);
-    pin(T3);
-    wgmma_fence();
-    wgmma_both<true, true, true>(T3, advanced(RQ, 16 * ROW), advanced(dM, 16 * PAIR_ROW));
-    wgmma_both<true, true, true, true>(T3, advanced(RK, 16 * ROW), advanced(dL, 16 * PAIR_ROW));
-    wgmma_commit();
-    find_h(shared, chunk, R, h);
-    wgmma_wait<0>();
-    pin(T3);
-#pragma unroll
-    for (int i = 0; i < (bounded ? 1 : 2); i++)
-        scale_block<false>(T3, shared.factors.across[i], channel);
-    pin(T3);
-    wgmma_fence();
-    wgmma_both<true, true, true>(T3, RQ, dM);
-    wgmma_both<true, true, true, true>(T3, RK, dL);
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(T3);
-    /* The warpgroup alone has read its panel of QT and KT, and has done so. */
-    barrier_wait(BARRIER_STATES, TEAM);
-#pragma unroll
-    for (int i = 0; i < CHUNK / 8; i++)
-        shared.T3[panel][i][t % GROUP] = make_float4(T3[i][0], T3[i][1], T3[i][2], T3[i][3]);
-    barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
 }
 
-/* Sums of the thread's channels over a segment: what it adds to dA_log and to d_dt_bias. */
+/* Rounds the warp's rows of [dO; dX] U^T below the diagonal, for 16 tokens of U, into pairs. The diagonals are kept
+ * apart. */
+inline __device__ void store_pair_products(GradientsShared &shared, const float (&d)[2][4], int warp) {
+    int lane = (int)(thread() % 32), row = lane / 4, column = lane % 4 * 2; /* in an 8x8 matrix */
+    int block = warp % 2, of_U = warp / 4;
+    bool below = block > of_U, own = block == of_U;
+    bool left = below || (own && row > column), right = below || (own && row > column + 1);
+    const uint32_t x[4] = {
+        pack_bf16(left ? d[0][0] : 0.f, right ? d[0][1] : 0.f), below || own ? pack_bf16(d[0][2], d[0][3]) : 0,
+        below ? pack_bf16(d[1][0], d[1][1]) : 0, pack_bf16(left ? d[1][2] : 0.f, right ? d[1][3] : 0.f)};
+    stmatrix(MatrixRow<2 * CHUNK, CHUNK>(shared.pairs, true, thread() % 32).at(warp % 4 * 16, of_U * 16), x);
+    if (warp % 4 >= 2 && own && row / 2 == column / 2) {
+        shared.diagonals[block * 16 + row] = row % 2 ? d[0][1] : d[0][0];
+        shared.diagonals[block * 16 + 8 + row] = row % 2 ? d[1][3] : d[1][2];
+    }
+    fence_shared();
+}
+
+/* Makes the products with S and R. `h` is the gradient of the first token's log decay: what passes the chunk, and what
+ * enters its tokens from S. The latter is summed from the very products that the sum over tokens takes off again. */
+template <bool bounded>
+__device__ void multiply_states(const Context &c, int chunk, const Gate &gate, const Pairs &g,
+                                const Decays &decays, float (&T)[2 * CHUNK / 8][4], float (&T3)[CHUNK / 8][4],
+                                float (&h)[2]) {
+    GradientsShared &shared = c.shared;
+    int warp = own_warp(), panel = warp / 4;
+    uint64_t S = wgmma_operand(shared.S + panel * DIM * PANEL, 0, 8 * ROW, SWIZZLE_128);
+    uint64_t values = wgmma_operand(shared.values[0], 0, 8 * ROW, SWIZZLE_128);
+    uint64_t U = wgmma_operand(shared.U, 0, 8 * ROW, SWIZZLE_128);
+    {
+        uint32_t R[DIM / 16][4];
+        const uint4 *from = &c.shared.work.adjoints[adjoint_piece(chunk, warp, 0, (int)(thread() % 32))];
+#pragma unroll
+        for (int i = 0; i < DIM / 16; i++) {
+            uint4 x =
+                __ldcg(&from[i * 32]); /* past the L1 cache, as other multiprocessors have just written it */
+            R[i][0] = x.x, R[i][1] = x.z, R[i][2] = x.y, R[i][3] = x.w;
+        }
+#pragma unroll
+        for (int i = 0; i < DIM / 16; i++)
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                R[i][n] = transpose(R[i][n]);
+        find_passing(shared.S, warp, R, h);
+        pin(T3);
+        wgmma_fence();
+        wgmma<false, false>(T3, R[0], U);
+#pragma unroll
+        for (int i = 1; i < DIM / 16; i++)
+            wgmma<false, true>(T3, R[i], advanced(U, i / 4 * TOKENS * 2 + i % 4 * 32));
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(T3);
+    }
+    float d[2][4];
+    uint64_t some_U = advanced(U, panel * 16 * ROW);
+    pin(d);
+    pin(T);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < DIM / 16; i++) {
+        uint32_t further = i / 4 * 2 * TOKENS * 2 + i % 4 * 32, of_U = i / 4 * TOKENS * 2 + i % 4 * 32;
+        if (i == 0)
+            wgmma_both<false, false, false>(d, values, some_U);
+        else
+            wgmma_both<false, false, true>(d, advanced(values, further), advanced(some_U, of_U));
+    }
+    wgmma_commit();
+#pragma unroll
+    for (int i = 0; i < DIM / 16; i++) {
+        uint32_t further = i / 4 * 2 * TOKENS * 2 + i % 4 * 32;
+        if (i == 0)
+            wgmma_both<true, false, false>(T, S, values);
+        else
+            wgmma_both<true, false, true>(T, advanced(S, i * 16 * ROW), advanced(values, further));
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    pin(d);
+    store_pair_products(shared, d, warp);
+    wgmma_wait<0>();
+    pin(T);
+    scale_rows(T, decays.from_start);
+    apply_rests<bounded, false>(gate, g, decays.cut, T);
+    float entering[2][2];
+    find_entering(shared, chunk, warp, T, entering);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float sum =
+            fmaf(entering[1][r] * decays.across[0][r], bounded ? 1.f : decays.across[1][r], entering[0][r]);
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        h[r] = fmaf(h[r], decays.whole[r], sum);
+    }
+    scale_rows(T3, decays.to_end);
+    apply_rests<bounded, true>(gate, g, decays.cut, T3);
+}
+
+/* Adds the products with pairs of tokens. */
+template <bool bounded>
+__device__ void multiply_pairs_of_tokens(const Context &c, int chunk, const Decays &decays,
+                                         float (&T)[2 * CHUNK / 8][4], float (&T3)[CHUNK / 8][4]) {
+    GradientsShared &shared = c.shared;
+    const auto &tiles = shared.tiles[chunk % 2];
+    int panel = own_warp() / 4;
+    uint64_t CK = wgmma_operand(tiles[GATES] + panel * TOKENS, 0, 8 * ROW, SWIZZLE_128);
+    uint64_t RQ = wgmma_operand(tiles[QUERIES] + panel * TOKENS, 0, 8 * ROW, SWIZZLE_128);
+    uint64_t RK = wgmma_operand(tiles[KEYS] + panel * TOKENS, 0, 8 * ROW, SWIZZLE_128);
+    uint64_t dM = wgmma_operand(shared.pairs, 0, 8 * PAIR_ROW, SWIZZLE_64);
+    uint64_t dL = advanced(dM, CHUNK * PAIR_ROW);
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++) {
+        int later = CHUNK / 16 - 1 - t; /* T3's tokens go the other way */
+        pin(T);
+        pin(T3);
+        wgmma_fence();
+        wgmma_both<true, false, true>(T, advanced(CK, t * 16 * ROW), advanced(dM, t * 32));
+        wgmma_both<true, true, true>(T3, advanced(RQ, later * 16 * ROW), advanced(dM, later * 16 * PAIR_ROW));
+        wgmma_both<true, true, true, true>(T3, advanced(RK, later * 16 * ROW),
+                                           advanced(dL, later * 16 * PAIR_ROW));
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(T);
+        pin(T3);
+        if (t == 0)
+#pragma unroll
+            for (int i = 0; i < (bounded ? 1 : 2); i++) {
+                scale_block<true>(T, decays.across[i]);
+                scale_block<false>(T3, decays.across[i]);
+            }
+    }
+}
+
+/* ---- The gradients ---------------------------------------------------------------------------------- */
+
+/* Sums of the thread's channels over a segment: what it adds to dA_log and to d_dt_bias, but for factors that are the
+ * same for all tokens. */
 struct GateSums {
-    float A[2] /* times log2(e) */, bias[2];
+    float A[2], bias[2];
 };
 
 /* x is the gradient of a token's log decay a, and becomes g's. With z = g + dt_bias, a = lower_bound sigmoid(A z)
  * or -A softplus(z). What does not exist is 0. */
 template <bool bounded>
-__device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pairs &g, float (&x)[CHUNK / 8][4],
-                              GateSums &sums) {
-    float to_g = gate.slope * -(1 / LOG2E);
+__device__ void gate_backward(const Gate &gate, const Pairs &g, float (&x)[CHUNK / 8][4], GateSums &sums) {
+    float to_g = gate.bound * gate.slope * (-1 / (LOG2E * LOG2E));
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
@@ -522,15 +597,15 @@ __device__ void gate_backward(const kda_prefill &p, const Gate &gate, const Pair
                     /* -A z log2(e); beyond these limits its gradient is nothing, and the product with it is 0 */
                     float y = fmaxf(fminf(fmaf(one, gate.slope, offset), 120.f), -150.f);
                     float grown = exp2_approximate(y), s = reciprocal_approximate(1.f + grown);
-                    float dy = p.lower_bound * s * (grown * s) * x[j][2 * r + e];
-                    dg = dy * to_g, sums.A[r] = fmaf(-y, dy, sums.A[r]);
+                    float dy = s * (grown * s) * x[j][2 * r + e];
+                    dg = dy * to_g, sums.A[r] = fmaf(y, dy, sums.A[r]), sums.bias[r] += dy;
                 } else {
                     float decay = log2_decay<false>(gate, one, offset), rest = rest_of(decay);
                     float da = rest == 0 ? x[j][2 * r + e] : x[j][2 * r + e] * power_of_two((int)rest);
                     float s = reciprocal_approximate(1.f + exp2_approximate(-fmaf(one, gate.slope, offset)));
-                    dg = gate.bound * s * da, sums.A[r] += da == 0 ? 0.f : decay * da;
+                    dg = gate.bound * s * da, sums.A[r] += da == 0 ? 0.f : decay * da, sums.bias[r] += dg;
                 }
-                x[j][2 * r + e] = dg, sums.bias[r] += dg;
+                x[j][2 * r + e] = dg;
             }
         }
 }
@@ -544,28 +619,53 @@ inline __device__ void store_rows(__nv_bfloat16 *tile, int warp, const float (*x
     store_pairs(tile, warp, pairs);
 }
 
-/* Makes the gradient of g, in its place. That of a token's log decay is h, and what leaves less what enters at all
- * tokens before it. */
-template <bool bounded>
-__device__ void finish_gates(const Context &c, int chunk, const Gate &gate, const float (&h)[2],
-                             GateSums &sums) {
-    GradientsShared &shared = c.shared;
-    RawInputs &in = shared.inputs[raw_place(chunk)].raw;
-    int t = (int)(thread() % TEAM), warp = t / 32, part = t % 4;
-    wait(shared.raw_in[raw_place(chunk)], (c.chunks - 1 - chunk) / 2 % 2);
-    Pairs g;
-    load_pairs(in.g, warp, g);
-    barrier_wait(BARRIER_DECAYS, GRADIENT_THREADS);
-    float da[CHUNK / 8][4];
+/* T1 and T2 become dq and dk, but for M's diagonal and the norms. T3 becomes what leaves at a token, less what
+ * enters. The warp's sums along rows go to `partial`. */
+inline __device__ void finish_products(GradientsShared &shared, int chunk, int warp, const Elements &decayed,
+                                       float (&T)[2 * CHUNK / 8][4], float (&T3)[CHUNK / 8][4]) {
+    const auto &tiles = shared.tiles[chunk % 2];
+    int lane = (int)(thread() % 32), part = lane % 4 * 2;
+    float along[2 * CHUNK / 4]; /* of q's tokens, then of k's: two of each tile */
+    uint32_t RQ[4], RK[4], CK[4];
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++) {
-        float4 x = shared.T3[warp / 4][j][t % GROUP];
-        da[j][0] = x.x, da[j][1] = x.y, da[j][2] = x.z, da[j][3] = x.w;
+        if (j % 2 == 0) {
+            load_half(tiles[QUERIES], warp, j / 2, RQ);
+            load_half(tiles[KEYS], warp, j / 2, RK);
+            load_half(tiles[GATES], warp, j / 2, CK);
+        }
+        along[2 * j] = along[2 * j + 1] = along[CHUNK / 4 + 2 * j] = along[CHUNK / 4 + 2 * j + 1] = 0;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int n = j % 2 * 2 + r;
+            float2 rq = unpack_bf16(RQ[n]), rk = unpack_bf16(RK[n]), ck = unpack_bf16(CK[n]);
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float &T1 = T[j][2 * r + e], &T2 = T[CHUNK / 8 + j][2 * r + e], &own = T3[j][2 * r + e];
+                float of_q = (e ? rq.y : rq.x) * T1;
+                float of_row = (e ? rk.y : rk.x) * -T2;
+                float of_column = (e ? ck.y : ck.x) * own;
+                float x = decayed[j][r][e];
+                along[2 * j + e] += of_q, along[CHUNK / 4 + 2 * j + e] += of_row + of_column;
+                T1 *= x;
+                T2 = fmaf(-x, T2, reciprocal_approximate(x) * own);
+                own = of_column - of_q - of_row;
+            }
+        }
     }
-    fence_shared();
-    barrier_wait(BARRIER_STATES, TEAM);
-    if (t == 0 && chunk)
-        load_decayed(c, chunk - 1);
+    /* along: index 2 j + e of q, 8 + 2 j + e of k; a lane ends with two neighbours. */
+    sum_over_channels<CHUNK / 4>(along);
+    int first = lane / 4 * 2, tile = first / 2 % (CHUNK / 8), of_k = first / (CHUNK / 4);
+    *reinterpret_cast<float2 *>(&shared.partial[warp][of_k * CHUNK + tile * 8 + part]) =
+        make_float2(along[0], along[1]);
+}
+
+/* Makes the gradient of g. That of a token's log decay is h, and `da`, what leaves less what enters, at all tokens before
+ * it. */
+template <bool bounded>
+__device__ void finish_gates(const Context &c, int chunk, int count, const Gate &gate, const Pairs &g,
+                             const float (&h)[2], float (&da)[CHUNK / 8][4], GateSums &sums) {
+    int part = (int)(thread() % 4);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float sum = h[r];
@@ -576,26 +676,25 @@ __device__ void finish_gates(const Context &c, int chunk, const Gate &gate, cons
             sum += all;
         }
     }
-    int count = chunk_of(c.segment, chunk).count;
-    clear_pairs(g, count);
     if (__builtin_expect(count < CHUNK, 0))
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; j++)
 #pragma unroll
             for (int n = 0; n < 4; n++)
                 da[j][n] = j * 8 + part * 2 + n % 2 < count ? da[j][n] : 0.f;
-    gate_backward<bounded>(c.b.forward, gate, g, da, sums);
-    store_rows(in.g, warp, da);
-    fence_shared();
-    barrier_arrive(BARRIER_GATES, GRADIENT_THREADS);
+    gate_backward<bounded>(gate, g, da, sums);
+    store_rows(c.shared.tiles[chunk % 2][GATES], own_warp(), da);
 }
 
 /* Adds a thread's sums over its tokens to those of its quad and stores them. */
-inline __device__ void store_gate_sums(const GateSums &sums, int warp, float *to) {
+template <bool bounded>
+__device__ void store_gate_sums(const Gate &gate, const GateSums &sums, int warp, float *to) {
     int lane = (int)(thread() % 32);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float A = sums.A[r] / LOG2E, bias = sums.bias[r];
+        if constexpr (bounded)
+            A *= -gate.bound / LOG2E, bias *= gate.bound * gate.slope * (-1 / (LOG2E * LOG2E));
 #pragma unroll
         for (int bit = 1; bit < 4; bit *= 2)
             A += __shfl_xor_sync(~0u, A, bit), bias += __shfl_xor_sync(~0u, bias, bit);
@@ -603,179 +702,6 @@ inline __device__ void store_gate_sums(const GateSums &sums, int warp, float *to
         if (lane % 4 == 0)
             to[channel] = A, to[DIM + channel] = bias;
     }
-}
-
-template <bool bounded>
-__device__ void run_states(const Context &c, const kda_state &first, const uint32_t *adjoint,
-                           float *gate_sums) {
-    GradientsShared &shared = c.shared;
-    if (threadIdx.x == 0) {
-        load_state_inputs(c, 0);
-        if (c.chunks > 1)
-            load_state_inputs(c, 1);
-        else
-            load_raw_inputs(c, 0);
-        load_value_inputs(c, c.chunks - 1, false);
-    }
-    float S[DIM / 8][4];
-    load_whole(first, S);
-    for (int chunk = 0; chunk < c.chunks - 1; chunk++)
-        advance_state<false>(c, chunk, S);
-    advance_state<true>(c, c.chunks - 1, S);
-    if (threadIdx.x == 0) { /* U is in memory, where the copy engine finds it soon */
-        ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
-        ptx::fence_proxy_async(ptx::space_global);
-        load_decayed(c, c.chunks - 1); /* where dO was */
-    }
-    float R[DIM / 8][4];
-    adjoint += threadIdx.x / 32 * (DIM / 8 * 2 * 32) + threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < DIM / 8; i++)
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            float2 pair = unpack_bf16(transpose(adjoint[(i * 2 + n) * 32]));
-            R[i][2 * n] = pair.x, R[i][2 * n + 1] = pair.y;
-        }
-    barrier_wait(BARRIER_SUMS, GRADIENT_THREADS); /* S and U are there, and the tiles' places free */
-    Gate gate = find_gates<bounded>(c.b.forward, (int)c.segment.head, (int)threadIdx.x / 32);
-    GateSums sums = {};
-    uint32_t parity = 0;
-    for (int chunk = c.chunks - 1; chunk >= 0; chunk--) {
-        float h[2];
-        wait(shared.values_in, parity);
-        parity ^= 1;
-        int count = chunk_of(c.segment, chunk).count;
-        if (__builtin_expect(count < CHUNK, 0))
-            clear_value_rows(shared, count);
-        step_back<bounded>(c, chunk, R, h);
-        if (thread() == 0 && chunk)
-            load_value_inputs(c, chunk - 1, true);
-        if (chunk == STATES)
-            keep_first_state(c, first);
-        finish_gates<bounded>(c, chunk, gate, h, sums);
-    }
-    store_gate_sums(sums, (int)threadIdx.x / 32, gate_sums);
-}
-
-/* ---- The gradients' warpgroups -------------------------------------------------------------------- */
-
-/* Makes the tiles of the warp's channels; `decayed` are its RK's and RQ's factors. The first tiles wait for their
- * place. */
-template <bool bounded>
-__device__ void make_tiles(const Context &c, const RawInputs &in, const Gate &gate, int count, int warp,
-                           const float *scales, bool first, Elements &decayed) {
-    GradientsShared &shared = c.shared;
-    int lane = (int)(thread() % 32);
-    Pairs raw, rows, columns;
-    load_pairs(in.g, warp, raw);
-    References found = find_decays<bounded>(gate, raw, count, decayed);
-    Elements grown;
-#pragma unroll
-    for (int j = 0; j < CHUNK / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float x = decayed[j][i / 2][i % 2];
-            decayed[j][i / 2][i % 2] = exp2_approximate(x), grown[j][i / 2][i % 2] = exp2_approximate(-x);
-        }
-    load_pairs(in.k, warp, raw);
-    clear_pairs(raw, count);
-    scale_keys(raw, scales, decayed, grown, rows, columns);
-    if (first)
-        barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
-    store_pairs(shared.RK, warp, rows);
-    store_pairs(shared.CK, warp, columns);
-    load_pairs(in.q, warp, raw);
-    clear_pairs(raw, count);
-    scale_pairs(raw, scales + CHUNK, decayed, rows);
-    store_pairs(shared.RQ, warp, rows);
-    if (lane % 4 == 0)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int channel = warp * 16 + lane / 4 + r * 8;
-            ChannelFactors &to = shared.factors;
-            to.from_start[channel] = power_of_two((int)found.middle[0][r]);
-            int across = (int)(found.middle[1][r] - found.middle[0][r]), step = bounded ? across : across / 2;
-            to.across[0][channel] = power_of_two(step), to.across[1][channel] = power_of_two(across - step);
-            to.to_end[channel] = power_of_two((int)(found.end[r] - found.middle[1][r]));
-        }
-    if (!bounded && lane == 0)
-        shared.cut[warp] = found.cut;
-    fence_shared();
-}
-
-/* Rounds the warp's rows of [dO; dX] U^T below the diagonal, for 16 tokens of U, into pairs. The diagonals are kept
- * apart. */
-inline __device__ void store_pair_products(GradientsShared &shared, const float (&d)[2][4], int warp) {
-    int lane = (int)(thread() % 32), part = lane % 4 * 2, first = warp % 4 * 16 + lane / 4;
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int row = first + r * 8, i = row % CHUNK, column = warp / 4 * 16 + j * 8 + part;
-            float left = d[j][2 * r], right = d[j][2 * r + 1];
-            if (row >= CHUNK && (i == column || i == column + 1))
-                shared.diagonals[i] = i == column ? left : right;
-            store_shared(shared_address(&shared.pairs[swizzled<2 * CHUNK, CHUNK>(row, column)]),
-                         pack_bf16(i > column ? left : 0.f, i > column + 1 ? right : 0.f));
-        }
-    fence_shared();
-}
-
-/* [T1 T2] of the warp's channels, from S, [dO; dX] and pairs. */
-template <bool bounded>
-__device__ void find_rows(const Context &c, int chunk, int warp, float (&T)[2 * CHUNK / 8][4]) {
-    GradientsShared &shared = c.shared;
-    int panel = warp / 4, channel = warp * 16 + (int)(thread() % 32) / 4;
-    uint64_t S =
-        wgmma_operand(shared.states[place_of_state(chunk)] + panel * DIM * PANEL, 0, 8 * ROW, SWIZZLE_128);
-    uint64_t values = wgmma_operand(shared.values[0], 0, 8 * ROW, SWIZZLE_128);
-    uint64_t U = wgmma_operand(shared.U + panel * 16 * PANEL, 0, 8 * ROW, SWIZZLE_128);
-    uint64_t CK = wgmma_operand(shared.CK + panel * TOKENS, 0, 8 * ROW, SWIZZLE_128);
-    uint64_t pairs = wgmma_operand(shared.pairs, 0, 8 * PAIR_ROW, SWIZZLE_64);
-    float d[2][4];
-    pin(d);
-    pin(T);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < DIM / 16; i++) {
-        uint32_t further = i / 4 * 2 * TOKENS * 2 + i % 4 * 32, of_U = i / 4 * TOKENS * 2 + i % 4 * 32;
-        if (i == 0)
-            wgmma_both<false, false, false>(d, values, U);
-        else
-            wgmma_both<false, false, true>(d, advanced(values, further), advanced(U, of_U));
-    }
-    wgmma_commit();
-#pragma unroll
-    for (int i = 0; i < DIM / 16; i++) {
-        uint32_t further = i / 4 * 2 * TOKENS * 2 + i % 4 * 32;
-        if (i == 0)
-            wgmma_both<true, false, false>(T, S, values);
-        else
-            wgmma_both<true, false, true>(T, advanced(S, i * 16 * ROW), advanced(values, further));
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(d);
-    pin(T);
-    store_pair_products(shared, d, warp);
-    scale_rows(T, shared.factors.from_start, channel);
-    apply_rests<bounded, false>(c, chunk, warp, T);
-    barrier_wait(BARRIER_PAIRS, GRADIENT_THREADS);
-    pin(T);
-    wgmma_fence();
-    wgmma_both<true, false, true>(T, CK, pairs);
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(T);
-#pragma unroll
-    for (int i = 0; i < (bounded ? 1 : 2); i++)
-        scale_block<true>(T, shared.factors.across[i], channel);
-    pin(T);
-    wgmma_fence();
-    wgmma_both<true, false, true>(T, advanced(CK, 16 * ROW), advanced(pairs, 32));
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(T);
 }
 
 /* Stores gradients of q or k by value head, in fp32. */
@@ -821,165 +747,154 @@ inline __device__ void finish_rows(const kda_prefill &p, __nv_bfloat16 *tile, co
     store_rows(tile, warp, d);
 }
 
-/* Sends a chunk's gradients from `in` to memory. */
-inline __device__ void send_gradients(const Context &c, const RawInputs &in, const Place &at, bool by_head) {
-    int t = (int)(thread() % TEAM);
+/* Sends a chunk's gradients to memory. */
+inline __device__ void send_gradients(const Context &c, int chunk, const Place &at, bool by_head) {
+    const auto &tiles = c.shared.tiles[chunk % 2];
+    auto is_left_out = [&](int role) { return by_head && role != GATES; };
+    int t = (int)thread();
     if (at.count == CHUNK) {
         if (t)
             return;
 #pragma unroll
-        for (int i = 0; i < 3; i++) {
-            if (i < 2 && by_head)
+        for (int role = 0; role < ROLES; role++) {
+            if (is_left_out(role))
                 continue;
-            const CUtensorMap &map = i == 0 ? c.maps.dq : i == 1 ? c.maps.dk : c.maps.dg;
-            const __nv_bfloat16 *from = i == 0 ? in.q : i == 1 ? in.k : in.g;
+            const CUtensorMap &map = role == QUERIES ? c.maps.dq : role == KEYS ? c.maps.dk : c.maps.dg;
 #pragma unroll
             for (int panel = 0; panel < 2; panel++) {
-                const int32_t where[4] = {panel * PANEL, (int32_t)(i < 2 ? at.key_head : at.head),
+                const int32_t where[4] = {panel * PANEL, (int32_t)(role == GATES ? at.head : at.key_head),
                                           (int32_t)at.token, (int32_t)at.batch};
                 ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, where,
-                                          from + panel * TOKENS);
+                                          tiles[role] + panel * TOKENS);
             }
         }
         ptx::cp_async_bulk_commit_group();
         return;
     }
     int token = t / 8, part = t % 8;
-    for (int i = by_head ? 2 : 0; i < 3 && token < at.count; i++) { /* what lies after is another sequence's */
-        const kda_tensor &to = i == 0 ? c.b.dq : i == 1 ? c.b.dk : c.b.dg;
-        const __nv_bfloat16 *from = i == 0 ? in.q : i == 1 ? in.k : in.g;
-        char *row = kda_row(&to, at.batch, at.token + token, i < 2 ? at.key_head : at.head);
+    for (int role = 0; role < ROLES && token < at.count; role++) { /* what lies after is another sequence's */
+        if (is_left_out(role))
+            continue;
+        const kda_tensor &to = role == QUERIES ? c.b.dq : role == KEYS ? c.b.dk : c.b.dg;
+        char *row = kda_row(&to, at.batch, at.token + token, role == GATES ? at.head : at.key_head);
         for (int n = 0; n < 2; n++) {
             int column = n * PANEL + part * 8;
             reinterpret_cast<uint4 *>(row)[column / 8] =
-                *reinterpret_cast<const uint4 *>(&from[swizzled<CHUNK, DIM>(token, column)]);
+                *reinterpret_cast<const uint4 *>(&tiles[role][swizzled<CHUNK, DIM>(token, column)]);
         }
     }
     __syncwarp(); /* what follows is done by whole warps */
 }
 
-/* A chunk's gradients, from [T1 T2] and T3. The states' warpgroups make that of g meanwhile. */
-inline __device__ void finish_chunk(const Context &c, RawInputs &in, const Place &at, int warp,
-                                    const float *scales, const Elements &decayed, float (&T)[2 * CHUNK / 8][4],
-                                    float *dq_heads, float *dk_heads) {
-    const kda_prefill &p = c.b.forward;
+/* Takes the warp's columns of S through the chunk. */
+inline __device__ void advance_state(const Context &c, int chunk) {
     GradientsShared &shared = c.shared;
-    int t = (int)(thread() % TEAM), lane = t % 32, part = lane % 4 * 2;
-    float along[2 * CHUNK / 4]; /* of q's tokens, then of k's: two of each tile */
-    uint32_t RQ[4], RK[4], CK[4];
+    int warp = own_warp();
+    uint64_t KR = wgmma_operand(shared.tiles[(chunk + 1) % 2][QUERIES], TOKENS * 2, 8 * ROW, SWIZZLE_128);
+    MatrixRow<DIM, DIM> kept(shared.S, true, thread() % 32);
+    float S[DIM / 8][4];
+    Pairs u;
+    load_pairs(shared.U, warp, u);
 #pragma unroll
-    for (int j = 0; j < CHUNK / 8; j++) {
-        if (j % 2 == 0) {
-            load_half(shared.RQ, warp, j / 2, RQ);
-            load_half(shared.RK, warp, j / 2, RK);
-            load_half(shared.CK, warp, j / 2, CK);
+    for (int i = 0; i < DIM / 16; i++) {
+        uint32_t a[4];
+        ldmatrix(a, kept.at(warp * 16, i * 16));
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            float2 pair = unpack_bf16(a[n]);
+            S[2 * i + n / 2][n % 2 * 2] = pair.x, S[2 * i + n / 2][n % 2 * 2 + 1] = pair.y;
         }
-        float4 &own = shared.T3[warp / 4][j][t % GROUP];
-        const float T3[4] = {own.x, own.y, own.z, own.w};
-        float da[4];
-        along[2 * j] = along[2 * j + 1] = along[CHUNK / 4 + 2 * j] = along[CHUNK / 4 + 2 * j + 1] = 0;
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int n = j % 2 * 2 + r;
-            float2 rq = unpack_bf16(RQ[n]), rk = unpack_bf16(RK[n]), ck = unpack_bf16(CK[n]);
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float of_q = (e ? rq.y : rq.x) * T[j][2 * r + e];
-                float of_row = (e ? rk.y : rk.x) * -T[CHUNK / 8 + j][2 * r + e];
-                float of_column = (e ? ck.y : ck.x) * T3[2 * r + e];
-                along[2 * j + e] += of_q, along[CHUNK / 4 + 2 * j + e] += of_row + of_column;
-                da[2 * r + e] = of_column - of_q - of_row;
-                float x = decayed[j][r][e]; /* T1 and T2 become dq and dk, but for M's diagonal and the norms */
-                T[j][2 * r + e] *= x;
-                T[CHUNK / 8 + j][2 * r + e] =
-                    fmaf(-x, T[CHUNK / 8 + j][2 * r + e], reciprocal_approximate(x) * T3[2 * r + e]);
-            }
-        }
-        own = make_float4(da[0], da[1], da[2], da[3]);
     }
-    barrier_arrive(BARRIER_DECAYS, GRADIENT_THREADS);
-    /* along: index 2 j + e of q, 8 + 2 j + e of k; a lane ends with two neighbours. */
-    sum_over_channels<CHUNK / 4>(along);
-    {
-        int first = lane / 4 * 2, tile = first / 2 % (CHUNK / 8), of_k = first / (CHUNK / 4);
-        *reinterpret_cast<float2 *>(&shared.partial[warp][of_k * CHUNK + tile * 8 + part]) =
-            make_float2(along[0], along[1]);
-    }
-    barrier_wait(BARRIER_GRADIENTS, TEAM);
-    if (t < 2 * CHUNK) {
-        float sum = shared.along[t];
+    decay_by(S, shared.decay);
+    pin(S);
+    wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < TEAM / 32; i++)
-            sum += shared.partial[i][t];
-        float scale = t < CHUNK ? scales[CHUNK + lane] / p.scale : scales[lane];
-        shared.along[t] = p.qk_norm ? sum * scale * scale : 0.f;
-    } else if (t < 3 * CHUNK && lane < at.count) {
-        float step = shared.steps[lane];
-        float d = step != 0 ? shared.diagonals[lane] / step * shared.steps[CHUNK + lane] : 0.f;
-        store_float(kda_row(&c.b.dbeta, at.batch, at.token + lane, at.head), c.b.dbeta.dtype, 0, d);
+    for (int t = 0; t < CHUNK / 16; t++)
+        wgmma<true, true>(S, u[t], advanced(KR, t * 16 * ROW));
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(S);
+#pragma unroll
+    for (int i = 0; i < DIM / 16; i++) {
+        uint32_t a[4];
+        pack_operand(S[2 * i], S[2 * i + 1], a);
+        stmatrix(kept.at(warp * 16, i * 16), a);
     }
-    Pairs q, k;
-    load_pairs(in.q, warp, q), load_pairs(in.k, warp, k);
-    barrier_wait(BARRIER_GRADIENTS, TEAM); /* sums along rows are there */
-    finish_rows(p, in.q, at, warp, q, k, scales + CHUNK, shared.more, shared.along, T, dq_heads);
-    finish_rows(p, in.k, at, warp, k, q, scales, shared.more + CHUNK, shared.along + CHUNK, T + CHUNK / 8,
-                dk_heads);
     fence_shared();
 }
 
-template <bool bounded> __device__ void run_gradients(const Context &c, float *dq_heads, float *dk_heads) {
+/* Makes a chunk's gradients and takes S through it. */
+template <bool bounded>
+__device__ void work_chunk(const Context &c, int chunk, const Gate &gate, GateSums &sums, float *dq_heads,
+                           float *dk_heads) {
     GradientsShared &shared = c.shared;
-    int t = (int)threadIdx.x - TEAM;
-    Gate gate = find_gates<bounded>(c.b.forward, (int)c.segment.head, t / 32);
-    float next_scale = 0, next_own = 0;
-    auto load_scales = [&](int chunk) {
-        const StateOperands &from = c.operands[chunk].state;
-        next_scale = from.rk[t], next_own = from.diagonal[token_index(t % CHUNK)];
-    };
-    auto send = [&](int chunk) {
-        barrier_wait(BARRIER_GATES, GRADIENT_THREADS);
-        send_gradients(c, shared.inputs[raw_place(chunk)].raw, chunk_of(c.segment, chunk), dq_heads);
-    };
-    if (t < 4 * CHUNK)
-        load_scales(c.chunks - 1);
-    uint32_t parity = 0;
-    for (int chunk = c.chunks - 1; chunk >= 0; chunk--) {
-        RawInputs &in = shared.inputs[raw_place(chunk)].raw;
-        Place at = chunk_of(c.segment, chunk);
-        int warp = (int)(thread() % TEAM) / 32; /* anew: what follows from it is not kept for the next chunk */
-        float *scales = shared.scales[chunk % 2];
-        bool first = chunk == c.chunks - 1;
-        Elements decayed;
-        float T[2 * CHUNK / 8][4];
-        if (t < 2 * CHUNK)
-            scales[t] = next_scale;
-        barrier_wait(BARRIER_GRADIENTS, TEAM);
-        wait(shared.raw_in[raw_place(chunk)], (c.chunks - 1 - chunk) / 2 % 2);
-        make_tiles<bounded>(c, in, gate, at.count, warp, scales, first, decayed);
-        if (!first)
-            send(chunk + 1);
-        if (t < 2 * CHUNK) {
-            float with_U = shared.with_U[chunk][t % CHUNK];
-            shared.more[t] = with_U * next_scale;
-            shared.along[t] = with_U * next_own;
-        } else if (t < 4 * CHUNK)
-            shared.steps[t - 2 * CHUNK] = next_scale;
-        if (t < 4 * CHUNK && chunk)
-            load_scales(chunk - 1);
-        wait(shared.values_in, parity);
-        parity ^= 1;
-        barrier_wait(BARRIER_TILES, GRADIENT_THREADS);
-        find_rows<bounded>(c, chunk, warp, T);
-        if (t == 0 && chunk && !first) { /* when the gradients of the chunk after this one have left */
-            ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
-            load_raw_inputs(c, chunk - 1);
-        }
-        barrier_wait(BARRIER_SUMS, GRADIENT_THREADS);
-        finish_chunk(c, in, at, warp, scales, decayed, T, dq_heads, dk_heads);
+    const kda_prefill &p = c.b.forward;
+    const TokenScalars &tokens = shared.tokens[chunk % 2];
+    auto place = [&] { return chunk_of(shared.work.segment, chunk); };
+    Elements decayed;
+    Pairs g, KR;
+    Decays decays;
+    float T[2 * CHUNK / 8][4], T3[CHUNK / 8][4], h[2];
+    wait(shared.keys_in[chunk % 2], chunk / 2 % 2);
+    make_keys<bounded>(c, chunk, gate, place().count, g, decayed, KR, decays);
+    __syncthreads(); /* all have made their keys */
+    make_values(c, chunk, place().count, decayed);
+    __syncthreads(); /* U is there, and KT has been read */
+    store_pairs(shared.tiles[(chunk + 1) % 2][QUERIES], own_warp(), KR);
+    if (int t = (int)thread(), lane = t % 32; t < 2 * CHUNK) {
+        float with_U = 0;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++)
+            with_U += shared.partial[i][lane];
+        shared.more[t] = with_U * (t < CHUNK ? tokens.rk : tokens.rq)[lane];
+        shared.along[t] = with_U * tokens.diagonal[token_index(lane)];
     }
-    send(0);
-    if (t == 0)
+    multiply_states<bounded>(c, chunk, gate, g, decays, T, T3, h);
+    __syncthreads(); /* the pairs are there, KR is, and dO and dX have been read */
+    if (thread() == 0)
+        load_raw(c, chunk);
+    multiply_pairs_of_tokens<bounded>(c, chunk, decays, T, T3);
+    finish_products(shared, chunk, own_warp(), decayed, T, T3);
+    __syncthreads(); /* sums of all warps are there, and tiles have been read */
+    if (int t = (int)thread(), lane = t % 32; t < 2 * CHUNK) {
+        float sum = shared.along[t];
+#pragma unroll
+        for (int i = 0; i < WARPS; i++)
+            sum += shared.partial[i][t];
+        float scale = t < CHUNK ? tokens.rq[lane] / p.scale : tokens.rk[lane];
+        shared.along[t] = p.qk_norm ? sum * scale * scale : 0.f;
+    } else if (Place at = place(); t < 3 * CHUNK && lane < at.count) {
+        float step = tokens.beta[lane];
+        float d = step != 0 ? shared.diagonals[lane] / step * tokens.beta_rest[lane] : 0.f;
+        store_float(kda_row(&c.b.dbeta, at.batch, at.token + lane, at.head), c.b.dbeta.dtype, 0, d);
+    }
+    __syncwarp();
+    finish_gates<bounded>(c, chunk, place().count, gate, g, h, T3, sums);
+    __syncthreads(); /* sums along rows are there */
+    wait(shared.raw_in, chunk % 2);
+    Pairs q, k;
+    Place at = place();
+    int warp = own_warp();
+    load_pairs(shared.raw[0], warp, q), load_pairs(shared.raw[1], warp, k);
+    finish_rows(p, shared.tiles[chunk % 2][QUERIES], at, warp, q, k, tokens.rq, shared.more, shared.along, T,
+                dq_heads);
+    finish_rows(p, shared.tiles[chunk % 2][KEYS], at, warp, k, q, tokens.rk, shared.more + CHUNK,
+                shared.along + CHUNK, T + CHUNK / 8, dk_heads);
+    fence_shared();
+    __syncthreads(); /* the gradients are there */
+    send_gradients(c, chunk, at, dq_heads);
+    if (chunk + 1 == shared.work.chunks)
+        return;
+    advance_state(c, chunk);
+    if (thread() == 0)
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+    __syncthreads(); /* S is there, and all places of the chunk are free */
+    if (thread() == 0) {
+        load_queries(c, chunk + 1);
+        load_values(c, chunk + 1);
+        if (chunk + 2 < shared.work.chunks)
+            load_keys(c, chunk + 2);
+    }
 }
 
 /* The state at the segment's start. */
@@ -989,43 +904,54 @@ inline __device__ kda_state first_state(const kda_backward &b, const Place &at) 
 }
 
 template <bool bounded>
-__global__ void __launch_bounds__(GRADIENT_THREADS, 1)
+__global__ void __launch_bounds__(GRADIENT_THREADS, 2)
     make_gradients(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
                    const __grid_constant__ kda_sm90_backward_memory memory) {
     extern __shared__ __align__(1024) uint8_t bytes[];
     GradientsShared &shared = *reinterpret_cast<GradientsShared *>(bytes);
     let_next_begin();
-    int64_t number = (int64_t)blockIdx.y * gridDim.x + blockIdx.x;
+    /* The last segments first. */
+    int64_t heads = b.forward.value_heads, segments = gridDim.x / (uint32_t)heads;
+    int64_t head = blockIdx.x % (uint32_t)heads, segment = segments - 1 - blockIdx.x / (uint32_t)heads;
+    int64_t number = head * segments + segment;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++)
-            ptx::mbarrier_init(&shared.states_in[i], 1), ptx::mbarrier_init(&shared.raw_in[i], 1);
-        ptx::mbarrier_init(&shared.values_in, 2);
+            ptx::mbarrier_init(&shared.keys_in[i], 1);
+        ptx::mbarrier_init(&shared.queries_in, 1), ptx::mbarrier_init(&shared.values_in, 1),
+            ptx::mbarrier_init(&shared.raw_in, 1);
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+        Place at = find_segment(b, segment, head);
+        shared.work = {at, static_cast<const ChunkOperands *>(memory.operands) + number * CHUNKS,
+                       reinterpret_cast<const uint4 *>(memory.adjoints) +
+                           adjoint_piece(number * CHUNKS, 0, 0, 0),
+                       memory.sums + number * (2 * DIM), (at.count + CHUNK - 1) / CHUNK};
     }
     __syncthreads();
-    Context c = {b,
-                 maps,
-                 shared,
-                 static_cast<const ChunkOperands *>(memory.operands) + number * CHUNKS,
-                 memory.updates + number * (CHUNKS * TILE),
-                 find_segment(b, blockIdx.x, blockIdx.y),
-                 0};
-    c.chunks = (c.segment.count + CHUNK - 1) / CHUNK;
-    float *gate_sums = memory.sums + number * (2 * DIM);
-    wait_for_kernel_before();
-    if (c.chunks == 0) { /* a gap in the numbering: the sums are taken over all numbers */
-        if (threadIdx.x < 2 * DIM)
-            gate_sums[threadIdx.x] = 0;
+    Context c = {b, maps, shared};
+    if (shared.work.chunks == 0) { /* a gap in the numbering: the sums are taken over all numbers */
+        shared.work.gate_sums[threadIdx.x] = 0;
+        end_after_kernel_before();
         return;
     }
-    if (threadIdx.x < TEAM) {
-        set_registers<STATES_REGISTERS>();
-        run_states<bounded>(c, first_state(b, c.segment), memory.adjoints + number * (DIM * DIM / 2),
-                            gate_sums);
-    } else {
-        set_registers<GRADIENTS_REGISTERS>();
-        run_gradients<bounded>(c, memory.queries, memory.keys);
+    if (threadIdx.x == 0) {
+        load_keys(c, 0);
+        load_queries(c, 0);
+        if (shared.work.chunks > 1)
+            load_keys(c, 1);
+        wait_for_adjoint(&memory.done[number]);
+        load_values(c, 0);
     }
+    __syncwarp();
+    keep_first_state(c, first_state(b, shared.work.segment));
+    Gate gate = find_gates<bounded>(b.forward, (int)head, own_warp());
+    GateSums sums = {};
+#pragma unroll 1
+    for (int chunk = 0; chunk < shared.work.chunks; chunk++)
+        work_chunk<bounded>(c, chunk, gate, sums, memory.queries, memory.keys);
+    store_gate_sums<bounded>(gate, sums, own_warp(), shared.work.gate_sums);
+    if (threadIdx.x == 0)
+        ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+    end_after_kernel_before();
 }
 
 } // namespace

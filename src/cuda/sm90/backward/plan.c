@@ -48,8 +48,8 @@ size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_
     size_t segments = (size_t)(plan->segments * x->value_heads), chunks = segments * CHUNKS;
     size_t rows = shares_heads(b) ? (size_t)(x->batches * x->tokens * x->value_heads) : 0;
     memory->operands = kda_take(&arena, chunks, KDA_SM90_BACKWARD_OPERANDS);
-    memory->updates = kda_take(&arena, chunks * KDA_CUDA_CHUNK * DIM, sizeof *memory->updates);
-    memory->adjoints = kda_take(&arena, segments * DIM * DIM / 2, sizeof *memory->adjoints);
+    memory->adjoints = kda_take(&arena, chunks * DIM * DIM / 2, sizeof *memory->adjoints);
+    memory->done = kda_take(&arena, segments, sizeof *memory->done);
     memory->sums = kda_take(&arena, segments * 2 * DIM, sizeof *memory->sums);
     memory->queries = memory->keys = NULL;
     if (rows) {
@@ -69,9 +69,9 @@ struct kda_backward_launch kda_sm90_backward_launch_at(const struct kda_backward
     const struct kda_tokens *x = &b->forward.base;
     unsigned segments = (unsigned)plan->segments, chunks = segments * CHUNKS, heads = (unsigned)x->value_heads;
     const unsigned grids[][2] = {
-        [KDA_SM90_BACKWARD_PREPARE] = {chunks, heads},
+        [KDA_SM90_BACKWARD_PREPARE] = {segments, heads},
         [KDA_SM90_BACKWARD_ADJOINT] = {(unsigned)x->sequences * heads, DIM / ADJOINT_COLUMNS},
-        [KDA_SM90_BACKWARD_GRADIENTS] = {segments, heads},
+        [KDA_SM90_BACKWARD_GRADIENTS] = {segments * heads, 1},
         [KDA_SM90_BACKWARD_SUMS] = {heads, 1},
         [KDA_SM90_BACKWARD_HEADS] = {chunks, (unsigned)x->heads}};
     bool skips = i == KDA_SM90_BACKWARD_SUMS && !plan->needs_sums;

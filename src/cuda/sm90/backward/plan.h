@@ -13,7 +13,7 @@ extern "C" {
 /* The kernels, in their order (config.cuh). */
 enum kda_sm90_backward_kernel {
     KDA_SM90_BACKWARD_PREPARE,   /* the operands of all chunks */
-    KDA_SM90_BACKWARD_ADJOINT,   /* R at segments' ends, dv and the gradient of the first state */
+    KDA_SM90_BACKWARD_ADJOINT,   /* R at chunks' ends, dv and the gradient of the first state */
     KDA_SM90_BACKWARD_GRADIENTS, /* of q, k, g and beta */
     KDA_SM90_BACKWARD_SUMS,      /* dA_log and d_dt_bias over segments */
     KDA_SM90_BACKWARD_HEADS      /* dq and dk over the value heads that share q and k */
@@ -23,14 +23,15 @@ enum kda_sm90_backward_kernel {
 enum { KDA_SM90_BACKWARD_DIM = 128, KDA_SM90_BACKWARD_SEGMENT = 128, KDA_SM90_BACKWARD_CHUNKS = 4 };
 
 /* Bytes of a chunk's operands (config.cuh). */
-enum { KDA_SM90_BACKWARD_OPERANDS = 39936 };
+enum { KDA_SM90_BACKWARD_OPERANDS = 30720 };
 
 /* The workspace. Segments and chunks of all sequences share one numbering (cuda/segments.h). */
 struct kda_sm90_backward_memory {
-    void *operands;     /* [HV][4 segments]: of each chunk, without a state */
-    uint16_t *updates;  /* U, bf16 [HV][4 segments][32 x 128], as tiles lie in shared memory */
-    uint32_t *adjoints; /* R^T at each segment's end, bf16 [HV][segments][128 x 128], in 8x8 matrices */
-    float *sums; /* [HV][segments][2][128]: what the segment adds to dA_log, by channel, and to d_dt_bias */
+    void *operands; /* [HV][4 segments]: of each chunk, without a state */
+    uint32_t
+        *adjoints;  /* R at each chunk's end, bf16 [HV][4 segments][128 x 128], in 8x8 matrices (config.cuh) */
+    uint32_t *done; /* [HV][segments]: halves of V whose R and dX kernel adjoint has stored */
+    float *sums;    /* [HV][segments][2][128]: what the segment adds to dA_log, by channel, and to d_dt_bias */
     float *queries,
         *keys; /* gradients of q and k by value head, [B T][HV][128]; only where heads share q and k */
 };

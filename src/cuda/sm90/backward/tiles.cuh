@@ -50,6 +50,21 @@ inline __device__ void clear_pairs(Pairs &x, int count) {
         }
 }
 
+/* Where they are gates, they come to decay nothing. */
+inline __device__ void fill_gates(Pairs &x, int count) {
+    if (__builtin_expect(count == CHUNK, 1))
+        return;
+    int part = (int)(thread() % 4) * 2;
+#pragma unroll
+    for (int t = 0; t < CHUNK / 16; t++)
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            int token = t * 16 + n / 2 * 8 + part;
+            uint32_t own = token + 1 < count ? ~0u : token < count ? 0xffff : 0;
+            x[t][n] = (x[t][n] & own) | (NO_DECAY & ~own);
+        }
+}
+
 /* The gates of the thread's channels, 8 apart. */
 template <bool bounded> __device__ Gate find_gates(const kda_prefill &p, int head, int warp) {
     int channel = warp * 16 + threadIdx.x % 32 / 4;
@@ -81,8 +96,7 @@ inline __device__ float rest_of(float decay) {
 }
 
 /* x becomes the log2 decay from the middle of a token's block to the token. */
-template <bool bounded>
-__device__ References find_decays(const Gate &gate, const Pairs &g, int count, Elements &x) {
+template <bool bounded> __device__ References find_decays(const Gate &gate, const Pairs &g, Elements &x) {
     References found;
     found.cut = false;
     int part = (int)(thread() % 4);
@@ -91,10 +105,9 @@ __device__ References find_decays(const Gate &gate, const Pairs &g, int count, E
         float sum = 0, offset = r ? gate.offset.y : gate.offset.x;
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; j++) {
-            int token = j * 8 + part * 2;
             float2 raw = unpack_bf16(g[j / 2][j % 2 * 2 + r]);
-            float first = token < count ? log2_decay<bounded>(gate, raw.x, offset) : 0.f;
-            float second = token + 1 < count ? log2_decay<bounded>(gate, raw.y, offset) : 0.f;
+            float first = log2_decay<bounded>(gate, raw.x, offset),
+                  second = log2_decay<bounded>(gate, raw.y, offset);
             if constexpr (!bounded) {
                 found.cut |= first < DEEPEST || second < DEEPEST;
                 first = max_or_nan(first, -0x1p20f), second = max_or_nan(second, -0x1p20f);
@@ -119,18 +132,16 @@ __device__ References find_decays(const Gate &gate, const Pairs &g, int count, E
 }
 
 /* The sums of the rests up to each token, itself included, and over the chunk. */
-inline __device__ void find_rests(const Gate &gate, const Pairs &g, int count, Elements &rests,
-                                  float (&all)[2]) {
+inline __device__ void find_rests(const Gate &gate, const Pairs &g, Elements &rests, float (&all)[2]) {
     int part = (int)(thread() % 4);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float sum = 0, offset = r ? gate.offset.y : gate.offset.x;
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; j++) {
-            int token = j * 8 + part * 2;
             float2 raw = unpack_bf16(g[j / 2][j % 2 * 2 + r]);
-            float first = token < count ? rest_of(log2_decay<false>(gate, raw.x, offset)) : 0.f;
-            float second = token + 1 < count ? rest_of(log2_decay<false>(gate, raw.y, offset)) : 0.f;
+            float first = rest_of(log2_decay<false>(gate, raw.x, offset));
+            float second = rest_of(log2_decay<false>(gate, raw.y, offset));
             float of_tile, before = sum + sum_before(first + second, part, of_tile);
             rests[j][r][0] = before + first, rests[j][r][1] = before + first + second;
             sum += of_tile;
@@ -147,7 +158,7 @@ inline __device__ uint32_t power_pair(float exponent) {
 /* Takes RK or RQ to the chunk's start or, to_end, CK to its end. */
 template <bool bounded, bool to_end>
 __device__ void shift_pairs(const Pairs &x, const References &found, const Gate &gate, const Pairs &g,
-                            int count, Pairs &shifted) {
+                            Pairs &shifted) {
     auto exponent = [&](int t, int r) {
         return to_end ? found.end[r] - found.middle[t][r] : found.middle[t][r];
     };
@@ -155,7 +166,7 @@ __device__ void shift_pairs(const Pairs &x, const References &found, const Gate 
         if (__builtin_expect(found.cut, 0)) {
             Elements rests;
             float all[2];
-            find_rests(gate, g, count, rests, all);
+            find_rests(gate, g, rests, all);
 #pragma unroll
             for (int t = 0; t < CHUNK / 16; t++)
 #pragma unroll
@@ -179,13 +190,12 @@ __device__ void shift_pairs(const Pairs &x, const References &found, const Gate 
 
 /* The thread's channels' decay through the chunk, which is to be multiplied by exp2(fraction), too. */
 template <bool bounded>
-__device__ void find_whole(const References &found, const Gate &gate, const Pairs &g, int count,
-                           float (&whole)[2]) {
+__device__ void find_whole(const References &found, const Gate &gate, const Pairs &g, float (&whole)[2]) {
     float all[2] = {};
     if constexpr (!bounded)
         if (__builtin_expect(found.cut, 0)) {
             Elements rests;
-            find_rests(gate, g, count, rests, all);
+            find_rests(gate, g, rests, all);
         }
     whole[0] = power_of_two((int)(found.end[0] + all[0])),
     whole[1] = power_of_two((int)(found.end[1] + all[1]));

@@ -16,7 +16,7 @@
 namespace kda {
 namespace {
 
-/* Segments of a chain in this launch. */
+/* Segments of a chain in this launch: without segments, or of chains that are worked whole, one. */
 __host__ __device__ int segments_of(const kda_sm90_cluster_memory &memory) {
     return memory.again ? 1 : memory.segments;
 }
@@ -33,35 +33,28 @@ __device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &str
     work.batch = (int)sequence.batch, work.first = (int)sequence.first;
     work.length = (int)sequence.length;
     work.index = blockIdx.x / CTAS, work.segment = work.index % segments;
-    bool wanted = whole ? work.segment == 0 : !memory.again;
+    bool wanted = whole || !memory.again;
     work.slot = wanted && is_pending(p, stream_k, work.n, work.head) ? (int)sequence.slot : -1;
-    work.to_end = whole || segments == 1;
     int chunks = (int)kda_chunk_count(&p, work.n, sequence.length);
     bool incoming = comes_in(p, work.n);
     work.begin = begin_of_segment(incoming, chunks, segments, work.segment);
-    int end = whole ? chunks : begin_of_segment(incoming, chunks, segments, work.segment + 1);
+    int end = begin_of_segment(incoming, chunks, segments, work.segment + 1);
     if ((incoming && work.segment == 0) || (!local && kda_work_on(&p.border, work.n) != KDA_WORK_ALL))
         work.slot = -1;
     work.chunks = max(min(end, chunks) - work.begin, 1);
     work.exponents =
         memory.output_exponents +
         (work.head * all_chunks + kda_first_chunk(&p, work.first, work.n)) * (2 * KDA_SM90_EXPONENTS);
+    if (segments > 1 && memory.kept)
+        work.kept = first_kept(p, memory, work.first, work.n, work.head);
     return work;
-}
-
-/* The row of the checkpoint at a position, where checkpoints are in equal steps; -1: there is none. Scouts find
- * it, because consumers are what all wait for. */
-__device__ int find_checkpoint(const kda_prefill &p, int n, int position, int length) {
-    int every = (int)kda_min64(p.checkpoint_every, INT32_MAX), row = (position - 1) / every;
-    bool here = position > 0 && (position - row * every == every || position == length);
-    return here && row < kda_checkpoint_count(&p, n) ? row : -1;
 }
 
 /* Describes chunk number i of the work, or says that there is none. */
 template <bool keeps>
 __device__ ChunkInfo find_info(const kda_prefill &p, const WorkTile &work, int column, int i) {
     ChunkInfo info;
-    info.n = work.n, info.head = work.head, info.batch = work.batch, info.row = -1;
+    info.n = work.n, info.head = work.head, info.batch = work.batch;
     info.column = column;
     info.count = -1;
     if (i < work.chunks) {
@@ -70,10 +63,8 @@ __device__ ChunkInfo find_info(const kda_prefill &p, const WorkTile &work, int c
         info.count = (int)span.count;
     }
     info.flags = find_flags(info, i == 0, i + 1 == work.chunks, keeps);
-    if (keeps && i < work.chunks && !p.checkpoint_offsets.data) {
-        info.row = find_checkpoint(p, work.n, info.position, work.length);
-        info.flags &= info.row < 0 ? ~CHECKPOINT : ~0u;
-    }
+    if (keeps)
+        find_checkpoint(p, work.length, info);
     return info;
 }
 
@@ -257,34 +248,14 @@ template <bool split, bool bounded, bool keeps> struct Producer {
 
 /* ---- Consumers ------------------------------------------------------------------------------------ */
 
-/* Loads the true state before a segment that is not the first. */
-__device__ void load_scanned(const kda_sm90_cluster_memory &memory, int first_column, float (&S)[DIM / 8][4]) {
-    int64_t segment = blockIdx.x / CTAS;
-    const int16_t *exponents = memory.state_exponents + segment * DIM;
-    each_pair(S, [&](float &x, float &y, int channel, int column) {
-        const uint16_t *row = state_before(memory, segment, first_column + column);
-        uint32_t pair = *reinterpret_cast<const uint32_t *>(&row[channel]);
-        float factor = power_of_two(exponents[first_column + column]);
-        float2 scaled = __half22float2(*reinterpret_cast<__half2 *>(&pair));
-        x = scaled.x * factor, y = scaled.y * factor;
-    });
-}
-
-/* Takes 64 columns of V from the true state before the work to the one after it. */
+/* Takes 64 columns of V through a chain. */
 template <bool keeps> struct TrueStatePolicy : DefaultPolicy<DIM> {
     const kda_prefill &p;
-    const kda_sm90_cluster_memory &memory;
     Shared<false> &shared;
 
-    __device__ TrueStatePolicy(const kda_prefill &p, const kda_sm90_cluster_memory &memory,
-                               Shared<false> &shared)
-        : p(p), memory(memory), shared(shared) {}
+    __device__ TrueStatePolicy(const kda_prefill &p, Shared<false> &shared) : p(p), shared(shared) {}
     __device__ int before(const ChunkInfo &info, float (&S)[DIM / 8][4]) const {
-        if (shared.work.segment > 0) {
-            load_scanned(memory, info.column, S);
-            return measured(S);
-        }
-        kda_state from = kda_state_at(&p, &p.initial_state, shared.work.slot, info.head);
+        kda_state from = kda_state_before(&p, info.n, shared.work.slot, info.head);
         load_whole(from_column(from, info.column), S);
         if constexpr (keeps)
             store_whole_checkpoints(p, info.n, info.head, info.column, 0, S, 0);
@@ -299,20 +270,18 @@ template <bool keeps> struct TrueStatePolicy : DefaultPolicy<DIM> {
     }
     __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
         if constexpr (keeps)
-            store_checkpoints(p, info, info.row, S, exponent);
+            store_checkpoints(p, info, S, exponent);
     }
     __device__ void after(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
         kda_state to = kda_state_at(&p, &p.final_state, shared.work.slot, info.head);
-        if (shared.work.to_end) /* else the scan has stored it */
-            store_whole(from_column(to, info.column), S, exponent);
+        store_whole(from_column(to, info.column), S, exponent);
     }
 };
 
 /* Scales a segment's outputs to where fp16 is exact enough; returns their exponent. */
 __device__ int fit_half(float (&o)[CHUNK / 8][4], int exponent) {
-    constexpr float LEAST = 0x1p-12f, GREATEST = 0x1p15f; /* for the largest one */
     float largest = largest_of_tiles(o);
-    if (__builtin_expect(__any_sync(~0u, largest >= LEAST) && !__any_sync(~0u, largest >= GREATEST), 1))
+    if (__builtin_expect(fits_half(largest), 1))
         return exponent;
     int further = exponent_of(largest_that_counts(largest));
     scale_tiles(o, power_of_two(-further));
@@ -320,9 +289,8 @@ __device__ int fit_half(float (&o)[CHUNK / 8][4], int exponent) {
 }
 
 /* Takes all of V from zero, or through a first segment from the state before it; or takes the identity. The
- * code is there once, because neighbouring multiprocessors share an instruction cache. The states are not the
- * true ones, so no checkpoint is stored. */
-struct LocalPolicy : DefaultPolicy<DIM> {
+ * code is there once, because neighbouring multiprocessors share an instruction cache. */
+template <bool keeps> struct LocalPolicy : DefaultPolicy<DIM> {
     const kda_prefill &p;
     bool identity;
     const kda_sm90_cluster_memory &memory;
@@ -336,7 +304,7 @@ struct LocalPolicy : DefaultPolicy<DIM> {
             make_diagonal(S, 1);
             return 0;
         }
-        kda_state from = kda_state_at(&p, &p.initial_state, shared.work.slot, info.head);
+        kda_state from = kda_state_before(&p, info.n, shared.work.slot, info.head);
         if (shared.work.segment > 0)
             from.data = nullptr;
         load_whole(from, S, thread());
@@ -353,6 +321,14 @@ struct LocalPolicy : DefaultPolicy<DIM> {
             shared.work.exponents[(info.position - 1) / CHUNK * (2 * KDA_SM90_EXPONENTS) +
                                   !identity * KDA_SM90_EXPONENTS + threadIdx.x / 32] = (int16_t)exponent;
         return KDA_F16;
+    }
+    __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
+        if constexpr (keeps) {
+            if (shared.work.segment == 0)
+                store_checkpoints(p, info, S, exponent);
+            else
+                keep_state(memory, shared.work.kept + info.row, identity, S, exponent);
+        }
     }
     __device__ void after(const ChunkInfo &, float (&S)[DIM / 8][4], int exponent) const {
         int64_t at = shared.work.index;
@@ -443,13 +419,13 @@ __global__ void __cluster_dims__(CTAS) __maxnreg__(REGISTERS<split>)
         take_registers<CONSUMER_REGISTERS<split>>();
         if constexpr (!split)
             consume<DIM, true, bounded>(p.out, maps.out, shared, ClusterPipelineState<false>(0),
-                                        TrueStatePolicy<keeps>(p, memory, shared));
+                                        TrueStatePolicy<keeps>(p, shared));
         else if (rank == 1 && shared.work.segment == 0)
             let_pass(shared);
         else
             consume<DIM, true, bounded>(rank ? outputs_of_A.out : p.out, rank ? outputs_of_A.map : maps.out,
                                         shared, ClusterPipelineState<true>(0),
-                                        LocalPolicy(p, rank, memory, shared));
+                                        LocalPolicy<keeps>(p, rank, memory, shared));
     }
     ptx::barrier_cluster_arrive(); /* the other CTA may still write here */
     ptx::barrier_cluster_wait();
@@ -466,11 +442,21 @@ cudaError_t launch_cluster(const kda_prefill *p, const kda_plan *plan, const kda
                                  p->stream, *p, maps, stream_k, memory, outputs_of_A, split ? plan->chunks : 0);
 }
 
-template <bool bounded>
-cudaError_t launch_true(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
-                        const kda_sm90_stream_k &stream_k, const kda_sm90_cluster_memory &memory) {
-    return (p->checkpoints.data ? launch_cluster<false, bounded, true>
-                                : launch_cluster<false, bounded, false>)(p, plan, launch, stream_k, memory, {});
+template <bool split, bool bounded>
+cudaError_t launch_bounded(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                           const kda_sm90_stream_k &stream_k, const kda_sm90_cluster_memory &memory,
+                           const OutputsOfA &outputs_of_A) {
+    return (p->checkpoints.data
+                ? launch_cluster<split, bounded, true>
+                : launch_cluster<split, bounded, false>)(p, plan, launch, stream_k, memory, outputs_of_A);
+}
+
+template <bool split>
+cudaError_t launch_split(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
+                         const kda_sm90_stream_k &stream_k, const kda_sm90_cluster_memory &memory,
+                         const OutputsOfA &outputs_of_A) {
+    return (is_bounded(p) ? launch_bounded<split, true>
+                          : launch_bounded<split, false>)(p, plan, launch, stream_k, memory, outputs_of_A);
 }
 
 } // namespace
@@ -479,8 +465,7 @@ cudaError_t launch_true(const kda_prefill *p, const kda_plan *plan, const kda_la
 cudaError_t kda_sm90_cluster(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
                              const kda_sm90_memory *memory) {
     using namespace kda;
-    return (is_bounded(p) ? launch_true<true> : launch_true<false>)(p, plan, launch, memory->stream_k,
-                                                                    memory->cluster);
+    return launch_split<false>(p, plan, launch, memory->stream_k, memory->cluster, {});
 }
 
 cudaError_t kda_sm90_cluster_again(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
@@ -488,15 +473,14 @@ cudaError_t kda_sm90_cluster_again(const kda_prefill *p, const kda_plan *plan, c
     using namespace kda;
     kda_sm90_cluster_memory again = memory->cluster;
     again.again = true;
-    return (is_bounded(p) ? launch_true<true> : launch_true<false>)(p, plan, launch, memory->stream_k, again);
+    return launch_split<false>(p, plan, launch, memory->stream_k, again, {});
 }
 
 cudaError_t kda_sm90_cluster_local(const kda_prefill *p, const kda_plan *plan, const kda_launch *launch,
                                    const kda_sm90_memory *memory) {
     using namespace kda;
     OutputsOfA outputs_of_A = {};
-    kda_prefill of_B = *p, of_A = *p;
-    of_B.checkpoints.data = NULL; /* kernel cluster stores them afterwards, from true states */
+    kda_prefill of_A = *p;
     of_A.out.dtype = KDA_F16;
     for (int i = 3; i >= 0; i--)
         of_A.out.stride[i] = i == 3 ? 2 : of_A.out.stride[i + 1] * of_A.out.shape[i + 1];
@@ -508,7 +492,5 @@ cudaError_t kda_sm90_cluster_local(const kda_prefill *p, const kda_plan *plan, c
     if (error)
         return error;
     outputs_of_A.out = of_A.out, outputs_of_A.map = maps.out;
-    return (is_bounded(p) ? launch_cluster<true, true, false>
-                          : launch_cluster<true, false, false>)(&of_B, plan, launch, memory->stream_k,
-                                                                memory->cluster, outputs_of_A);
+    return launch_split<true>(p, plan, launch, memory->stream_k, memory->cluster, outputs_of_A);
 }

@@ -3,6 +3,7 @@
 #ifndef KDA_CUDA_SM90_CLUSTER_CONFIG_CUH
 #define KDA_CUDA_SM90_CLUSTER_CONFIG_CUH
 
+#include "cuda/sm90/cluster/kept.cuh"
 #include "cuda/sm90/cluster/segments.cuh"
 #include "cuda/sm90/mainloop/consume.cuh"
 #include "cuda/sm90/mainloop/unbounded.cuh"
@@ -42,8 +43,8 @@ struct WorkTile {
     int batch, first, length, slot; /* of the sequence; -1: there is nothing to do */
     int segment, begin, chunks;     /* chunks: at least 1, the first of which may be empty */
     int index;                      /* chain * segments + segment */
-    bool to_end;                    /* its last state is the sequence's final one */
     int16_t *exponents;             /* of outputs, from the sequence's first chunk on */
+    int64_t kept;                   /* the number of the sequence's first checkpoint (kept.cuh) */
 };
 
 template <bool split> struct alignas(1024) Shared {

@@ -84,7 +84,7 @@ inline __device__ struct kda_state summary_state(const kda_prefill &p, const kda
 template <Pass pass>
 __device__ struct kda_state state_before(const kda_prefill &p, const WorkTile &work,
                                          const kda_sm90_general_memory &segments) {
-    struct kda_state from = kda_state_at(&p, &p.initial_state, work.chain.sequence.slot, work.chain.head);
+    struct kda_state from = kda_state_before(&p, work.chain.n, work.chain.sequence.slot, work.chain.head);
     if (pass == RESUME) /* also of a first segment: another CTA may write its slot */
         from = summary_state(p, segments, work, work.segment == 0 ? segments.count - 1 : work.segment - 1);
     if (pass == LOCAL && work.segment > 0)

@@ -94,6 +94,12 @@ inline __device__ float largest_that_counts(float of_thread) {
     return largest_of_warp(of_thread < INFINITY ? of_thread : 0.f);
 }
 
+/* Is fp16 exact enough for a warp's elements, of whose largest each thread has one? */
+inline __device__ bool fits_half(float largest) {
+    constexpr float LEAST = 0x1p-12f, GREATEST = 0x1p15f;
+    return __any_sync(~0u, largest >= LEAST) && !__any_sync(~0u, largest >= GREATEST);
+}
+
 /* Changes to an exponent that brings S near 1. */
 template <int TILES> __device__ void measure_exponent(float (&S)[TILES][4], int &exponent) {
     float largest = largest_that_counts(largest_of_tiles(S));
@@ -359,34 +365,32 @@ __device__ void store_whole(const kda_state &state, const float (&S)[TILES][4], 
             thread);
 }
 
-/* Stores a state in bf16, 16 bytes at a time. Four lanes exchange pairs of four tiles, so that each gets a row
- * of one tile. */
+/* Stores 16 channels in bf16, of which four lanes have pairs of the lower 8 and of the upper 8. They exchange pairs, so
+ * that each stores 8 bytes. */
+inline __device__ void store_channels(char *channels, uint32_t lower, uint32_t upper) {
+    bool odd = threadIdx.x % 2;
+    uint32_t other = __shfl_xor_sync(~0u, odd ? lower : upper, 1);
+    reinterpret_cast<uint2 *>(channels)[odd * 2 + threadIdx.x % 4 / 2] =
+        odd ? make_uint2(other, upper) : make_uint2(lower, other);
+}
+
+/* Can they be stored so? */
+inline __device__ bool in_channels(const kda_state &state) {
+    bool aligned = (reinterpret_cast<uintptr_t>(state.data) | state.stride) % sizeof(uint2) == 0;
+    return state.dtype == KDA_BF16 && state.v_first && aligned;
+}
+
 template <int TILES>
-__device__ void store_in_pieces(const kda_state &state, const float (&S)[TILES][4], int exponent) {
-    float factor = power_of_two(exponent);
-    int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4;
-    bool odd = lane % 2, upper = lane % 4 / 2;
+__device__ void store_in_channels(const kda_state &state, const float (&S)[TILES][4], int exponent) {
+    uint32_t factors = (uint32_t)(127 + exponent) * 0x800080; /* 2^exponent in bf16, twice */
+    int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-        uint4 *row = reinterpret_cast<uint4 *>(state.data + (column + n * 8) * state.stride) + lane % 4;
+        char *row = state.data + (column + n * 8) * state.stride;
 #pragma unroll
-        for (int c = 0; c < TILES; c += 4) {
-            uint32_t x[4], y[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                x[i] = pack_bf16(S[c + i][2 * n] * factor, S[c + i][2 * n + 1] * factor);
-#pragma unroll
-            for (int i = 0; i < 4; i += 2) {
-                uint32_t got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
-                y[i] = odd ? got : x[i], y[i + 1] = odd ? x[i + 1] : got;
-            }
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                uint32_t got = __shfl_xor_sync(~0u, upper ? y[i] : y[i + 2], 2);
-                x[i] = upper ? got : y[i], x[i + 2] = upper ? y[i + 2] : got;
-            }
-            row[c] = make_uint4(x[0], x[1], x[2], x[3]);
-        }
+        for (int c = 0; c < TILES; c += 2)
+            store_channels(row + c * 16, multiply_pair(pack_bf16(S[c][2 * n], S[c][2 * n + 1]), factors),
+                           multiply_pair(pack_bf16(S[c + 1][2 * n], S[c + 1][2 * n + 1]), factors));
     }
 }
 
@@ -426,12 +430,10 @@ struct ChunkInfo {
     int n, head;      /* of its chain */
     int batch, token; /* where it begins in the tensors */
     int position;     /* where it ends in its sequence */
-    union {
-        int slot; /* of its state */
-        int row;  /* in kernel cluster, which knows the slot: of the checkpoint after the chunk, or -1 */
-    };
-    int column; /* first of the CTA's columns of V */
-    int count;  /* tokens; -1: see ENDS */
+    int slot;         /* of its state; kernel cluster knows it without */
+    int row;          /* of the checkpoint after the chunk, where CHECKPOINT is set; -1: not known */
+    int16_t column;   /* first of the CTA's columns of V */
+    int16_t count;    /* tokens; -1: see ENDS */
     uint32_t flags;
 };
 
@@ -443,24 +445,38 @@ inline __device__ uint32_t find_flags(const ChunkInfo &info, bool first, bool la
            (info.position % MEASURED < CHUNK ? MEASURE : 0) | (keeps ? CHECKPOINT : 0) | (last ? LAST : 0);
 }
 
-/* Stores checkpoints after a chunk, faster: the one of `row`, if that is known, or all that are there. */
+/* Finds whether there is a checkpoint after a chunk and its row, where checkpoints are in equal steps. Scouts do it,
+ * because consumers are what all wait for. length: of the sequence. */
+inline __device__ void find_checkpoint(const kda_prefill &p, int length, ChunkInfo &info) {
+    info.row = -1;
+    if (!(info.flags & CHECKPOINT) || p.checkpoint_offsets.data)
+        return;
+    int every = (int)kda_min64(p.checkpoint_every, INT32_MAX), row = (info.position - 1) / every;
+    bool here = info.position > 0 && (info.position - row * every == every || info.position == length);
+    if (here && row < kda_checkpoint_count(&p, info.n))
+        info.row = row;
+    else
+        info.flags &= ~CHECKPOINT;
+}
+
+/* Stores the checkpoint after a chunk, or all that are there if its row is not known. */
 template <int TILES>
-__device__ void store_checkpoints(const kda_prefill &p, const ChunkInfo &info, int row, float (&S)[TILES][4],
+__device__ void store_checkpoints(const kda_prefill &p, const ChunkInfo &info, float (&S)[TILES][4],
                                   int exponent) {
     int64_t cursor = 0;
     do {
-        struct kda_state state = row >= 0 ? kda_checkpoint_row(&p, info.n, row, info.head)
-                                          : kda_checkpoint_at(&p, info.n, info.position, info.head, &cursor);
+        struct kda_state state = info.row >= 0
+                                     ? kda_checkpoint_row(&p, info.n, info.row, info.head)
+                                     : kda_checkpoint_at(&p, info.n, info.position, info.head, &cursor);
         if (!state.data)
             return;
         state = from_column(state, info.column);
-        bool pieces = (reinterpret_cast<uintptr_t>(state.data) | state.stride) % sizeof(uint4) == 0;
-        if (state.dtype == KDA_BF16 && state.v_first && pieces)
-            store_in_pieces(state, S, exponent);
+        if (in_channels(state))
+            store_in_channels(state, S, exponent);
         else
             store_whole(state, S, exponent);
         pin(S);
-    } while (row < 0);
+    } while (info.row < 0);
 }
 
 /* Waits until rows are free: what was sent has left them, but for the last `later` times. */

@@ -123,7 +123,9 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Con
         info.count = (int)span.count;
     }
     bool first = chunk == 0, last = chunk + 1 == scout.chunks;
-    info.flags = find_flags(info, first, last, keeps && (!ranges || p.checkpoints.data));
+    info.flags = find_flags(info, first, last, keeps);
+    if (keeps)
+        find_checkpoint(p, scout.length, info);
     if (ranges && info.count >= 0)
         info.flags |= (first && scout.slice.begin ? SPLIT : 0) | (last && scout.slice.begin ? FROM_SPLIT : 0) |
                       (last && kda_split_after(&scout.slice) ? SPLIT_AFTER : 0);
@@ -249,7 +251,7 @@ template <class Config, bool keeps> struct ChainPolicy : DefaultPolicy<Config::D
 
     __device__ ChainPolicy(const kda_prefill &p, Shared<Config> &shared) : p(p), shared(shared) {}
     __device__ int before(const ChunkInfo &info, float (&S)[DIM / 8][4]) const {
-        load_whole(kda_state_at(&p, &p.initial_state, info.slot, info.head), S);
+        load_whole(kda_state_before(&p, info.n, info.slot, info.head), S);
         if constexpr (keeps)
             store_whole_checkpoints(p, info.n, info.head, 0, 0, S, 0);
         return measured(S);
@@ -261,7 +263,7 @@ template <class Config, bool keeps> struct ChainPolicy : DefaultPolicy<Config::D
     }
     __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
         if constexpr (keeps)
-            store_checkpoints(p, info, -1, S, exponent);
+            store_checkpoints(p, info, S, exponent);
     }
     __device__ void after(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
         store_whole(kda_state_at(&p, &p.final_state, info.slot, info.head), S, exponent);
@@ -301,15 +303,16 @@ __device__ void store_pieces(float4 *to, const float (&S)[DIM / 8][4], int expon
 }
 
 /* Works the CTA's range, in which only the first chain can be split in front. */
-struct RangePolicy {
+template <bool keeps> struct RangePolicy {
     const kda_prefill &p;
     Shared<Config128> &shared;
     const kda_sm90_stream_k &stream_k;
 
     __device__ int before(const ChunkInfo &info, float (&S)[DIM / 8][4]) const {
         if (!(info.flags & SPLIT)) {
-            load_whole(kda_state_at(&p, &p.initial_state, info.slot, info.head), S, thread());
-            store_whole_checkpoints(p, info.n, info.head, 0, 0, S, 0, thread());
+            load_whole(kda_state_before(&p, info.n, info.slot, info.head), S, thread());
+            if constexpr (keeps)
+                store_whole_checkpoints(p, info.n, info.head, 0, 0, S, 0, thread());
             return measured(S);
         }
         bool &identity = shared.identity[thread() / 32], now = !(identity || info.flags & REHEARSAL);
@@ -348,7 +351,8 @@ struct RangePolicy {
         return info.flags & SPLIT && shared.identity[thread() / 32] ? KDA_BF16 : p.out.dtype;
     }
     __device__ void keep(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
-        store_whole_checkpoints(p, info.n, info.head, 0, info.position, S, exponent, thread());
+        if constexpr (keeps)
+            store_checkpoints(p, info, S, exponent);
     }
     __device__ void after(const ChunkInfo &info, float (&S)[DIM / 8][4], int exponent) const {
         int warp = (int)thread() / 32;
@@ -370,7 +374,7 @@ struct RangePolicy {
 };
 
 /* Without checkpoints (keeps is false) their code is left out of a loop that competes for the instruction
- * cache. Ranges have it in any case. */
+ * cache. */
 template <class Config, bool ranges, bool bounded, bool keeps>
 __global__ void __maxnreg__(Config::REGISTERS)
     persistent(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_maps maps,
@@ -407,7 +411,7 @@ __global__ void __maxnreg__(Config::REGISTERS)
         take_registers<Config::CONSUMER_REGISTERS>();
         if constexpr (ranges)
             consume<DIM, true, bounded>(p.out, maps.out, shared, before_first<Config128::STAGES>(),
-                                        RangePolicy{p, shared, work.stream_k});
+                                        RangePolicy<keeps>{p, shared, work.stream_k});
         else
             consume<Config::DIM, true, bounded>(p.out, maps.out, shared, PipelineState<Config::STAGES>(),
                                                 ChainPolicy<Config, keeps>(p, shared));
@@ -427,10 +431,10 @@ cudaError_t launch_config(const kda_prefill *p, const kda_launch *launch, const 
                                  sizeof(Shared<Config>), p->stream, *p, maps, work);
 }
 
-template <class Config, bool bounded>
-cudaError_t launch_chains(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
-    return (p->checkpoints.data ? launch_config<Config, false, bounded, true>
-                                : launch_config<Config, false, bounded, false>)(p, launch, memory);
+template <class Config, bool ranges, bool bounded>
+cudaError_t launch(const kda_prefill *p, const kda_launch *launch, const kda_sm90_memory *memory) {
+    return (p->checkpoints.data ? launch_config<Config, ranges, bounded, true>
+                                : launch_config<Config, ranges, bounded, false>)(p, launch, memory);
 }
 
 } // namespace
@@ -439,15 +443,16 @@ cudaError_t launch_chains(const kda_prefill *p, const kda_launch *launch, const 
 cudaError_t kda_sm90_persistent(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
                                 const kda_sm90_memory *memory) {
     using namespace kda;
-    auto launch_64 =
-        launch->config == Config64::CTAS ? launch_chains<Config64, true> : launch_chains<FewConfig64, true>;
-    auto launch_128 = is_bounded(p) ? launch_chains<Config128, true> : launch_chains<Config128, false>;
+    auto launch_64 = launch->config == Config64::CTAS ? kda::launch<Config64, false, true>
+                                                      : kda::launch<FewConfig64, false, true>;
+    auto launch_128 =
+        is_bounded(p) ? kda::launch<Config128, false, true> : kda::launch<Config128, false, false>;
     return (p->key_dim == 128 ? launch_128 : launch_64)(p, launch, memory);
 }
 
 cudaError_t kda_sm90_ranges(const kda_prefill *p, const kda_plan *, const kda_launch *launch,
                             const kda_sm90_memory *memory) {
     using namespace kda;
-    return (is_bounded(p) ? launch_config<Config128, true, true, true>
-                          : launch_config<Config128, true, false, true>)(p, launch, memory);
+    return (is_bounded(p) ? kda::launch<Config128, true, true> : kda::launch<Config128, true, false>)(p, launch,
+                                                                                                      memory);
 }

@@ -25,6 +25,13 @@ inline void barrier_wait(int barrier, int threads) { emulator::arrive_at_named(b
 inline void barrier_arrive(int barrier, int threads) { emulator::arrive_at_named(barrier, threads, false); }
 void arrive_at(uint64_t &barrier, int rank);
 
+/* Kernels run one after another: a count that is not there yet never comes. */
+inline void count_up(uint32_t *count) { ++*count; }
+inline void wait_for_count(const uint32_t *count, uint32_t wanted) {
+    if (*count != wanted)
+        emulator::fail("%u are waited for, and %u are counted", (unsigned)wanted, (unsigned)*count);
+}
+
 /* ---- Shared memory ---- */
 
 inline uint32_t shared_address(const void *x) { return emulator::shared_address(x); }
