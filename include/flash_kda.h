@@ -55,6 +55,8 @@
  *     flash_kda_last_error() says in a sentence which argument was wrong.
  *  5. Go on from the states it left, one token or a few at a time, with flash_kda_decode().
  *  6. Or train: flash_kda_backward() gives the gradients of everything that a prefill reads.
+ *  7. Share one long sequence among several GPUs or machines: prefill and backward run in two halves, between which the
+ *     caller exchanges small summaries and flash_kda_fold() makes states of them. docs/parallel.md shows it.
  *
  * The library never prints, aborts, exits or keeps a reference to an argument. Every function may be called
  * from several threads at once, as long as the calls do not write the same memory, and in a child after fork.
@@ -98,7 +100,7 @@ typedef enum flash_kda_status {
     FLASH_KDA_ERROR_UNSUPPORTED = 2,         /* backend, device or level not in this build or machine */
     FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL = 3, /* see flash_kda_prefill_workspace_size */
     FLASH_KDA_ERROR_CUDA = 4,                /* an error of the CUDA runtime that this call saw, by name */
-    FLASH_KDA_ERROR_OUT_OF_MEMORY = 5,       /* decode in host memory could not allocate its scratch */
+    FLASH_KDA_ERROR_OUT_OF_MEMORY = 5,       /* decode or fold in host memory: no scratch */
 } flash_kda_status;
 
 /* Name of a status, for example "FLASH_KDA_ERROR_UNSUPPORTED". Never NULL. */
@@ -186,6 +188,14 @@ typedef enum flash_kda_flags {
     /* padding_slot is given. Not in backward. */
     FLASH_KDA_PADDING_SLOT = 1 << 3,
 } flash_kda_flags;
+
+/* What a call does of a prefill or backward whose sequences may begin or go on in other calls, as a rule those of other
+ * ranks: a sequence's tokens are cut into ranges, and each call has one range of it. */
+typedef enum flash_kda_phase {
+    FLASH_KDA_PHASE_WHOLE = 0,  /* all of it: no sequence crosses a border */
+    FLASH_KDA_PHASE_BEGIN = 1,  /* what does not depend on other calls, and the summaries for them */
+    FLASH_KDA_PHASE_FINISH = 2, /* the rest, once the states from other calls are there */
+} flash_kda_phase;
 
 /*
  * Arguments of prefill. Every pointer may be NULL unless it says "required"; what is NULL costs nothing.
@@ -291,6 +301,21 @@ typedef struct flash_kda_prefill_args {
     const DLTensor *norm_gate;                 /* float [B, T, HV, V], with norm_weight; NULL: no gate */
     flash_kda_norm_activation norm_activation; /* of norm_gate */
     double norm_eps;                           /* above 0 with norm_weight */
+    /* -- Sequences that begin or go on in other calls: BEGIN, then FINISH with the same arguments. Between the two nothing
+     * may touch the workspace, out, final_state or checkpoints. A row is a sequence of this call, 0 to N - 1. BEGIN runs
+     * all rows that do not come in. FINISH runs those that do, whose initial_state is never read, whatever
+     * has_initial_state says, and whose rows of out, final_state and checkpoints mean nothing until then. A row's
+     * final_state is its state after its last token here. Convolutions and norm are left to the caller: their weights
+     * must be NULL -- */
+    flash_kda_phase phase;
+    const DLTensor *incoming_rows; /* int32 [C]: rows whose state before their first token comes from elsewhere, no row
+                                      twice; -1: none */
+    const DLTensor *outgoing_rows; /* int32 [S]: rows that go on elsewhere, no row twice; -1: none, its summary is 0 */
+    const DLTensor *summaries;     /* fp32 [S, HV, V + K, K], with outgoing_rows, written by BEGIN: B [V, K], then M
+                                      [K, K]. A state X [V, K] before the row is X M + B after it. For a row that does
+                                      not come in, B is its final state and M is 0. With FLASH_KDA_STATE_K_FIRST
+                                      [S, HV, K, V + K] */
+    const DLTensor *incoming;      /* fp32 [C, HV, V, K], with incoming_rows, read by FINISH */
 } flash_kda_prefill_args;
 
 #ifdef __cplusplus
@@ -319,7 +344,8 @@ FLASH_KDA_API flash_kda_status flash_kda_prefill_workspace_size(const flash_kda_
  * other call may use it meanwhile. It may be NULL if that size is 0. What it holds before and after means
  * nothing.
  *
- * The same arguments on the same machine give the same bits in every run.
+ * The same arguments on the same machine give the same bits in every run. Between BEGIN and FINISH what the workspace
+ * holds does mean something: no other call may use it.
  *
  * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT, FLASH_KDA_ERROR_UNSUPPORTED and
  * FLASH_KDA_ERROR_WORKSPACE_TOO_SMALL. Everything is checked before anything is written. On CUDA there is also
@@ -524,6 +550,17 @@ typedef struct flash_kda_backward_args {
     flash_kda_backend backend;
     int32_t num_threads; /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
     void *stream;        /* CUDA backend: a cudaStream_t of q's device; NULL is the default stream */
+
+    /* -- Sequences that begin or go on in other calls, as for prefill, whose roles are exchanged: BEGIN runs all rows
+     * that do not go on, FINISH those that do, whose d_final_state is never read. initial_state of a row that comes in
+     * is the `incoming` of its prefill. Sums over tokens are written by FINISH, for both halves -- */
+    flash_kda_phase phase;
+    const DLTensor *incoming_rows; /* int32 [C] */
+    const DLTensor *outgoing_rows; /* int32 [S] */
+    const DLTensor *summaries;     /* fp32 [C, HV, V, K], with incoming_rows, written by BEGIN. A gradient R [V, K] of
+                                      the state after the row is R M^T + summary before it, with the row's M of
+                                      prefill. For a row that does not go on it is its d_initial_state; of -1 it is 0 */
+    const DLTensor *incoming;      /* fp32 [S, HV, V, K], with outgoing_rows, read by FINISH: R after each row */
 } flash_kda_backward_args;
 
 #ifdef __cplusplus
@@ -562,6 +599,66 @@ FLASH_KDA_API flash_kda_status flash_kda_backward(const flash_kda_backward_args 
  * ended by 0. Errors: as flash_kda_backward(). */
 FLASH_KDA_API flash_kda_status flash_kda_backward_describe(const flash_kda_backward_args *args, char *text,
                                                            size_t size);
+
+/* ---- Fold -------------------------------------------------------------------------------------- */
+
+typedef enum flash_kda_fold_flags {
+    FLASH_KDA_FOLD_ADJOINT = 1 << 0, /* X <- X M_j^T + B_j, for gradients of states */
+} flash_kda_fold_flags;
+
+/*
+ * Arguments of fold, which takes states through summaries: X <- X M_j + B_j for one j after the other. Together with the
+ * two halves of prefill and backward it shares a sequence among ranks: each rank's BEGIN leaves summaries, the caller
+ * brings them where they are needed, fold makes the state before each rank's tokens of them, and FINISH reads it.
+ *
+ * Arithmetic is fp32. A state's bits depend on its chain, on initial_state and on the values of the summaries alone: not
+ * on the other rows and heads of the call, nor on num_threads. So ranks that fold the same chain find the same bits.
+ *
+ * Memory: states and prefixes may overlap neither each other nor an input, but states may be initial_state itself (same
+ * address, dtype and strides). Devices, index tensors and what holds on CUDA are as for prefill.
+ */
+typedef struct flash_kda_fold_args {
+    size_t struct_size; /* sizeof(flash_kda_fold_args), set by FLASH_KDA_FOLD_ARGS_INIT; as for prefill */
+
+    const DLTensor *bias;        /* required, fp32 [J, HV, V, K], any strides: B of each summary, 1 <= K <= 256 */
+    const DLTensor *transitions; /* required, fp32 [J, HV, K, K], any strides: M of each */
+    const DLTensor *chains;      /* required, int32 [R, L]: the summaries that each row goes through, in order; -1: skip */
+    const DLTensor *initial_state; /* fp32 or bf16 [R, HV, V, K] or, with state_indices, [slots, HV, V, K]; NULL: 0 */
+    const DLTensor *state_indices; /* int32 [R]: the slot of each row in initial_state and states, no slot twice; -1:
+                                      padding, the row is neither read nor written */
+    const DLTensor *states;        /* fp32 or bf16, shape of initial_state, written: after each row's chain. NULL: not,
+                                      then prefixes is required */
+    const DLTensor *prefixes;      /* fp32 [R, L, HV, V, K], written: the state before each link of each chain */
+    uint32_t flags;                /* flash_kda_fold_flags */
+    flash_kda_state_layout state_layout; /* of states and summaries: with FLASH_KDA_STATE_K_FIRST every [V, K] above is
+                                            [K, V], and M is transposed, as prefill writes it */
+    flash_kda_backend backend;           /* AUTO: by the device of bias */
+    int32_t num_threads;                 /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
+    void *stream; /* CUDA backend: a cudaStream_t of bias's device; NULL is the default stream */
+} flash_kda_fold_args;
+
+#ifdef __cplusplus
+static inline flash_kda_fold_args flash_kda_fold_args_init() {
+    flash_kda_fold_args args = flash_kda_fold_args();
+    args.struct_size = sizeof args;
+    return args;
+}
+#define FLASH_KDA_FOLD_ARGS_INIT flash_kda_fold_args_init()
+#else
+#define FLASH_KDA_FOLD_ARGS_INIT \
+    { .struct_size = sizeof(flash_kda_fold_args) }
+#endif
+
+/* Takes the state of every row through its chain. Needs no workspace.
+ *
+ * Errors: FLASH_KDA_ERROR_INVALID_ARGUMENT and FLASH_KDA_ERROR_UNSUPPORTED, in host memory also
+ * FLASH_KDA_ERROR_OUT_OF_MEMORY. Everything is checked before anything is written. On CUDA there is also
+ * FLASH_KDA_ERROR_CUDA, as for flash_kda_prefill(). */
+FLASH_KDA_API flash_kda_status flash_kda_fold(const flash_kda_fold_args *args);
+
+/* Describes in one line how flash_kda_fold() would run these arguments. Writes at most size bytes to text, always ended
+ * by 0. Errors: as flash_kda_fold(). */
+FLASH_KDA_API flash_kda_status flash_kda_fold_describe(const flash_kda_fold_args *args, char *text, size_t size);
 
 #ifdef __cplusplus
 }

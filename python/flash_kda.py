@@ -5,4 +5,9 @@ A module and no package: where FlashKDA is installed too, Python takes its folde
 came first, and neither distribution overwrites a file of the other.
 """
 
+import libflashkda
 from libflashkda import *  # noqa: F403
+
+
+def __getattr__(name: str) -> object:
+    return getattr(libflashkda, name)

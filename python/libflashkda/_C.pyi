@@ -10,6 +10,7 @@ VERSION: str
 QK_NORM: int
 BATCH_INVARIANT: int
 KEEP_STATE: int
+FOLD_ADJOINT: int
 PADDING_SLOT: int
 MAX_DECODE_TOKENS: int
 TENSORS: tuple[str, ...]
@@ -22,6 +23,7 @@ BACKENDS: dict[str, int]
 GATES: dict[str, int]
 BETA_MODES: dict[str, int]
 STATE_LAYOUTS: dict[str, int]
+PHASES: dict[str, int]
 NORM_ACTIVATIONS: dict[str, int]
 
 # prefill, decode and backward return those of the arrays that were written.
@@ -32,6 +34,11 @@ decode: Function  # uses no workspace
 decode_describe: Function
 backward: Function
 backward_describe: Function
+prefill_half: Function  # and phase, incoming_rows, outgoing_rows, summaries, incoming
+prefill_half_workspace_size: Function
+backward_half: Function  # likewise
+backward_half_workspace_size: Function
+fold: Function  # uses no workspace
 def fwd_workspace_size(T_total: int, H: int, N: int, /) -> int: ...
 def as_bfloat16(capsule: Any, /) -> Any: ...
 def has_exchange(type: type, /) -> bool: ...

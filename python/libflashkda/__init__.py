@@ -6,6 +6,7 @@ backward      its gradients, for array libraries without autograd
 decode        goes on from the states it left, one token or a few at a time
 fwd           FlashKDA's interface: same name, order and in-place outputs
 chunk_kda     flash-linear-attention's interface; differentiable
+ContextParallel  sequences that lie on several ranks of a torch.distributed group
 fla           puts flash-linear-attention on this package
 transformers  puts Hugging Face's transformers on this package
 plot          draws inputs and benchmarks: python -m libflashkda.plot
@@ -25,6 +26,15 @@ from ._prefill import prefill, prefill_describe, prefill_workspace_size
 
 __all__ = ["__version__", "backward", "backward_describe", "chunk_kda", "decode", "decode_describe", "fla", "fwd",
            "get_workspace_size", "prefill", "prefill_describe", "prefill_workspace_size", "transformers"]
+
+
+def __getattr__(name: str) -> object:
+    if name != "ContextParallel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ._parallel import ContextParallel  # it needs torch
+
+    return ContextParallel
+
 
 # Programs that torch.export saved need the custom ops. torch.compiler: not while torch is still importing itself; at the
 # end of that it calls libflashkda_torch.register().

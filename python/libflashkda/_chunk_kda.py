@@ -64,6 +64,10 @@ def chunk_kda(
         state_v_first: every state is [.., V, K] instead of [.., K, V].
         cu_seqlens: int64, here also int32, [N + 1]: packed sequences, B is 1.
         cu_seqlens_cpu: the same on the CPU: h is sized from it, without waiting for the GPU.
+        cp_context: what fla's build_cp_context() makes, "contiguous" or "zigzag": the sequences lie on several ranks of its
+            group, this call has the rank's own tokens, and all ranks make it. Its boundaries take the place of cu_seqlens.
+            Unlike fla's, this takes initial_state, not read where a sequence comes from another rank, and gives final
+            states, those at the border where it goes on. Gradients of A_log and dt_bias are sums over the rank's tokens.
         use_graph: h is sized from T and N alone, for capture in a CUDA graph; rows that no sequence reaches are
             undefined. Every call can be captured otherwise.
         max_num_seqs: with use_graph: N.
@@ -77,13 +81,11 @@ def chunk_kda(
 
     Raises:
         NotImplementedError: a tensor has a tangent, or requires grad where there is no backward pass (as prefill());
-            cp_context is given.
+            cp_context is given with return_intermediate_states.
         ValueError, TypeError and others: as prefill().
     """
     import torch
 
-    if cp_context is not None:
-        raise NotImplementedError("cp_context is given, but libflashkda runs a sequence on one device only")
     check_tensors(_TENSORS, (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu))
     if transpose_state_layout is not None:
         state_v_first = _renamed(state_v_first, transpose_state_layout)
@@ -98,6 +100,8 @@ def chunk_kda(
     call = {**gate, "qk_norm": use_qk_l2norm_in_kernel, "scale": scale, "cu_seqlens": cu_seqlens,
             "beta_mode": _beta_mode(use_beta_sigmoid_in_kernel, allow_neg_eigval), "initial_state": initial_state,
             "output_final_state": output_final_state, "state_layout": "v_first" if state_v_first else "k_first"}
+    if cp_context is not None:
+        return _in_parallel(q, k, v, g, beta, call, cp_context, return_intermediate_states)
     if return_intermediate_states or v.dtype != q.dtype or (
             output_final_state and initial_state is not None and initial_state.dtype != torch.float32):
         if library_of(q).differentiated(q, k, v, g, beta, A_log, dt_bias, initial_state):
@@ -122,6 +126,26 @@ def chunk_kda(
         h = chunks.with_initial(states, initial_state)
     pair = result if output_final_state else (result, None)
     return pair if h is None else (*pair, h.to(k.dtype))
+
+
+def _in_parallel(q: Array, k: Array, v: Array, g: Array, beta: Array, call: dict[str, Any], context: Any,
+                 return_intermediate_states: bool) -> tuple[Array, Array | None]:
+    """With fla's context of a sequence on several ranks, whose boundaries take the place of cu_seqlens. fla refuses states
+    there; here a row of initial_state that comes from another rank is not read."""
+    from ._parallel import ContextParallel
+
+    if return_intermediate_states:
+        raise NotImplementedError("return_intermediate_states is given with cp_context; expected one of them")
+    kept = getattr(context, "_libflashkda", None)
+    tokens = q.shape[1] if q.ndim > 1 else 0
+    if kept is None or kept.tokens != tokens:
+        kept = context._libflashkda = ContextParallel.of_fla(context, tokens)
+    if call["initial_state"] is not None:
+        call["initial_state"] = call["initial_state"].float()
+    call = {**call, "cu_seqlens": None, "parallel": kept}
+    result = prefill(q, k, v, g, beta, **call)
+    out, final_state = result if call["output_final_state"] else (result, None)
+    return out.to(q.dtype), final_state
 
 
 def _from_new_tensors(q: Array, k: Array, v: Array, g: Array, beta: Array,

@@ -17,6 +17,12 @@ def written_names(function: _C.Function, options: Options) -> tuple[str, ...]:
     """Names of the tensors that a call with these options writes."""
     if function in (_C.decode, _C.decode_describe):
         return ("out",) if options["flags"] & _C.KEEP_STATE else _C.DECODE_WRITTEN
+    if function is _C.fold:
+        return ("states", "prefixes")
+    if function in (_C.prefill_half, _C.prefill_half_workspace_size):
+        return (*_C.WRITTEN, "summaries")
+    if function in (_C.backward_half, _C.backward_half_workspace_size):
+        return (*_C.BACKWARD_WRITTEN, "summaries")
     return _C.BACKWARD_WRITTEN if function in (_C.backward, _C.backward_describe) else _C.WRITTEN
 
 

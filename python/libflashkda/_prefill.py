@@ -162,6 +162,9 @@ def prefill(
     backend: str = "auto",
     num_threads: int = 0,
     workspace: Array | None = None,
+    parallel: Any = None,
+    exchange: str = "auto",
+    final: str = "local",
 ) -> Array | tuple[Array, Array]:
     """Runs Kimi Delta Attention over whole sequences.
 
@@ -226,6 +229,15 @@ def prefill(
         num_threads: of the CPU backend; 0: as many as may be used, docs/threads.md.
         workspace: contiguous array on q's device of at least prefill_workspace_size() bytes, contents undefined; None:
             memory from the library that q is from (on torch its caching allocator).
+        parallel: a ContextParallel: the tokens are this rank's part of sequences that lie on several ranks of a
+            torch.distributed group, every rank of which makes this call (docs/parallel.md). Of the arguments above,
+            initial_state has a row for each of parallel.sequences, not read where the sequence comes from another
+            rank. cu_seqlens is parallel's; what names places to write to, slots or checkpoints is not taken.
+        exchange: with parallel: how summaries travel: "allgather"; "transposed", twice as few bytes and less from 8 ranks
+            on; "chain", the fewest, in turn; "exact": each rank runs after the one before it, with the bits of one process
+            if ranges begin at multiples of 32 tokens; "auto": what is fastest for so many ranks.
+        final: with parallel: final states of this rank's rows, "local", where those that go on elsewhere are the states at
+            the border; or of all sequences, on every rank, "everywhere".
 
     Returns:
         out; or (out, final_state) if output_final_state is true or final_state is given.
@@ -251,6 +263,17 @@ def prefill(
     library = library_of(q)
     options = _options(gate, lower_bound, beta_mode, qk_norm, scale, state_layout, backend, num_threads,
                        batch_invariant, checkpoint_every)
+    if parallel is not None:
+        for name, given in (("cu_seqlens", cu_seqlens), ("final_state", final_state), ("state_indices", state_indices),
+                            ("checkpoints", checkpoints), ("out", out), ("workspace", workspace),
+                            ("has_initial_state", has_initial_state), ("q_conv_weight", q_conv_weight),
+                            ("k_conv_weight", k_conv_weight), ("v_conv_weight", v_conv_weight),
+                            ("norm_weight", norm_weight), ("padding_slot", padding_slot)):
+            if given is not None:
+                raise ValueError(f"{name} is given with parallel; expected None")
+        del options["checkpoint_every"]
+        return parallel.prefill({"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias,
+                                 "initial_state": initial_state}, output_final_state, options, exchange, final)
     mark_padding(options, padding_slot)
     if output_final_state and final_state is None and state_indices is not None:
         raise ValueError("final_state is None with state_indices; expected the states that the indices refer to")

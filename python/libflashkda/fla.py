@@ -59,8 +59,8 @@ def verdict(signature: inspect.Signature, arguments: Any, keywords: Any) -> tupl
         reason = recurrent_refusal(**{name: call.arguments[name] for name in names})
         if _needs_grad(call.arguments):
             reason = "libflashkda has no backward pass of fused_recurrent_kda"
-    elif not reason and call.arguments["cp_context"] is not None:
-        reason = "libflashkda runs a sequence on one device only"
+    elif not reason and call.arguments["cp_context"] is not None and call.arguments["return_intermediate_states"]:
+        reason = "libflashkda has no intermediate states of a sequence on several ranks"
     return reason is None, reason
 
 

@@ -26,12 +26,18 @@ static const struct call_tensor tensors[] = {
     {MEMBER(dA_log), CALL_WRITTEN},
     {MEMBER(d_dt_bias), CALL_WRITTEN},
     {MEMBER(d_initial_state), CALL_WRITTEN},
+    /* Of the halves alone. */
+    {MEMBER(incoming_rows), CALL_READ},
+    {MEMBER(outgoing_rows), CALL_READ},
+    {MEMBER(summaries), CALL_WRITTEN},
+    {MEMBER(incoming), CALL_READ},
 };
 
 static const struct call_option options[] = {
     {MEMBER(gate), CALL_CHOICE},    {MEMBER(lower_bound), CALL_NUMBER}, {MEMBER(beta_mode), CALL_CHOICE},
     {MEMBER(scale), CALL_NUMBER},   {MEMBER(flags), CALL_FLAGS},        {MEMBER(state_layout), CALL_CHOICE},
     {MEMBER(backend), CALL_CHOICE}, {MEMBER(num_threads), CALL_INT32},  {MEMBER(checkpoint_every), CALL_INT64},
+    {MEMBER(phase), CALL_CHOICE}, /* of the halves alone */
 };
 
 static void init(union call_args *args) {
@@ -50,17 +56,31 @@ static flash_kda_status describe(const union call_args *args, char *text, size_t
     return flash_kda_backward_describe(&args->backward, text, size);
 }
 
-enum { TENSORS = sizeof tensors / sizeof *tensors, OPTIONS = sizeof options / sizeof *options };
+enum { TENSORS = sizeof tensors / sizeof *tensors, OPTIONS = sizeof options / sizeof *options, OF_HALVES = 4 };
 _Static_assert((int)TENSORS <= (int)CALL_TENSORS, "more tensors than a call has room for");
 static PyObject *names[TENSORS + OPTIONS];
 const struct call_operation call_backward = {.name = "backward",
                                              .tensors = tensors,
-                                             .tensor_count = TENSORS,
+                                             .tensor_count = TENSORS - OF_HALVES,
                                              .options = options,
-                                             .option_count = OPTIONS,
+                                             .option_count = OPTIONS - 1,
                                              .names = names,
                                              .stream = offsetof(flash_kda_backward_args, stream),
                                              .init = init,
                                              .run = run,
                                              .workspace_size = workspace_size,
                                              .describe = describe};
+
+/* The two halves of a call that shares its sequences with others: the same, and four tensors and the phase more. */
+static PyObject *half_names[TENSORS + OPTIONS];
+const struct call_operation call_backward_half = {.name = "backward_half",
+                                                  .tensors = tensors,
+                                                  .tensor_count = TENSORS,
+                                                  .options = options,
+                                                  .option_count = OPTIONS,
+                                                  .names = half_names,
+                                                  .stream = offsetof(flash_kda_backward_args, stream),
+                                                  .init = init,
+                                                  .run = run,
+                                                  .workspace_size = workspace_size,
+                                                  .describe = describe};

@@ -30,12 +30,13 @@ union call_args {
     flash_kda_prefill_args prefill;
     flash_kda_decode_args decode;
     flash_kda_backward_args backward;
+    flash_kda_fold_args fold;
 };
 
 /* An operation of the library, in a file of its own. */
 struct call_operation {
     const char *name;
-    const struct call_tensor *tensors; /* the first is q */
+    const struct call_tensor *tensors; /* the first, q or bias, tells the device */
     int tensor_count;
     const struct call_option *options;
     int option_count;
@@ -48,8 +49,9 @@ struct call_operation {
 };
 
 extern const struct call_operation call_prefill, call_decode, call_backward;
+extern const struct call_operation call_prefill_half, call_backward_half, call_fold;
 
-enum { CALL_TENSORS = 28 }; /* of any operation, at most */
+enum { CALL_TENSORS = 32 }; /* of any operation, at most */
 
 struct call {
     const struct call_operation *operation;

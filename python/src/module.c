@@ -68,6 +68,11 @@ ENTRY(decode, run, call_decode)
 ENTRY(decode_describe, describe, call_decode)
 ENTRY(backward, run, call_backward)
 ENTRY(backward_describe, describe, call_backward)
+ENTRY(prefill_half, run, call_prefill_half)
+ENTRY(prefill_half_workspace_size, workspace_size, call_prefill_half)
+ENTRY(backward_half, run, call_backward_half)
+ENTRY(backward_half_workspace_size, workspace_size, call_backward_half)
+ENTRY(fold, run, call_fold)
 
 /* ---- What this build and this machine have ----------------------------------------------------- */
 
@@ -141,6 +146,11 @@ static PyMethodDef methods[] = {
     FAST(decode_describe),
     FAST(backward),
     FAST(backward_describe),
+    FAST(prefill_half),
+    FAST(prefill_half_workspace_size),
+    FAST(backward_half),
+    FAST(backward_half_workspace_size),
+    FAST(fold),
     FAST(fwd_workspace_size),
     FAST(any_true),
     {"as_bfloat16", array_as_bfloat16, METH_O, NULL},
@@ -177,6 +187,8 @@ static int add_names(PyObject *module) {
                                 FLASH_KDA_GATE_SOFTPLUS, "sigmoid", FLASH_KDA_GATE_SIGMOID)},
         {"BETA_MODES", Py_BuildValue("{s:i,s:i,s:i}", "given", FLASH_KDA_BETA_GIVEN, "sigmoid",
                                      FLASH_KDA_BETA_SIGMOID, "twice_sigmoid", FLASH_KDA_BETA_TWICE_SIGMOID)},
+        {"PHASES", Py_BuildValue("{s:i,s:i,s:i}", "whole", FLASH_KDA_PHASE_WHOLE, "begin",
+                                 FLASH_KDA_PHASE_BEGIN, "finish", FLASH_KDA_PHASE_FINISH)},
         {"NORM_ACTIVATIONS",
          Py_BuildValue("{s:i,s:i}", "sigmoid", FLASH_KDA_NORM_SIGMOID, "silu", FLASH_KDA_NORM_SILU)},
         {"STATE_LAYOUTS",
@@ -192,6 +204,8 @@ static int add_names(PyObject *module) {
 
 static int execute(PyObject *module) {
     if (!call_prepare(&call_prefill) || !call_prepare(&call_decode) || !call_prepare(&call_backward) ||
+        !call_prepare(&call_prefill_half) || !call_prepare(&call_backward_half) || !call_prepare(&call_fold) ||
+        PyModule_AddIntConstant(module, "FOLD_ADJOINT", FLASH_KDA_FOLD_ADJOINT) ||
         PyModule_AddStringConstant(module, "VERSION", flash_kda_version()) ||
         PyModule_AddIntConstant(module, "QK_NORM", FLASH_KDA_QK_NORM) ||
         PyModule_AddIntConstant(module, "BATCH_INVARIANT", FLASH_KDA_BATCH_INVARIANT) ||

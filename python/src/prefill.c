@@ -33,6 +33,11 @@ static const struct call_tensor tensors[] = {
     {MEMBER(v_conv_state), CALL_WRITTEN},
     {MEMBER(norm_weight), CALL_READ},
     {MEMBER(norm_gate), CALL_READ},
+    /* Of the halves alone. */
+    {MEMBER(incoming_rows), CALL_READ},
+    {MEMBER(outgoing_rows), CALL_READ},
+    {MEMBER(summaries), CALL_WRITTEN},
+    {MEMBER(incoming), CALL_READ},
 };
 
 static const struct call_option options[] = {
@@ -48,6 +53,7 @@ static const struct call_option options[] = {
     {MEMBER(padding_slot), CALL_INT64},
     {MEMBER(norm_activation), CALL_CHOICE},
     {MEMBER(norm_eps), CALL_NUMBER},
+    {MEMBER(phase), CALL_CHOICE}, /* of the halves alone */
 };
 
 static void init(union call_args *args) { args->prefill = (flash_kda_prefill_args)FLASH_KDA_PREFILL_ARGS_INIT; }
@@ -64,17 +70,31 @@ static flash_kda_status describe(const union call_args *args, char *text, size_t
     return flash_kda_prefill_describe(&args->prefill, text, size);
 }
 
-enum { TENSORS = sizeof tensors / sizeof *tensors, OPTIONS = sizeof options / sizeof *options };
+enum { TENSORS = sizeof tensors / sizeof *tensors, OPTIONS = sizeof options / sizeof *options, OF_HALVES = 4 };
 _Static_assert((int)TENSORS <= (int)CALL_TENSORS, "more tensors than a call has room for");
 static PyObject *names[TENSORS + OPTIONS];
 const struct call_operation call_prefill = {.name = "prefill",
                                             .tensors = tensors,
-                                            .tensor_count = TENSORS,
+                                            .tensor_count = TENSORS - OF_HALVES,
                                             .options = options,
-                                            .option_count = OPTIONS,
+                                            .option_count = OPTIONS - 1,
                                             .names = names,
                                             .stream = offsetof(flash_kda_prefill_args, stream),
                                             .init = init,
                                             .run = run,
                                             .workspace_size = workspace_size,
                                             .describe = describe};
+
+/* The two halves of a call that shares its sequences with others: the same, and four tensors and the phase more. */
+static PyObject *half_names[TENSORS + OPTIONS];
+const struct call_operation call_prefill_half = {.name = "prefill_half",
+                                                 .tensors = tensors,
+                                                 .tensor_count = TENSORS,
+                                                 .options = options,
+                                                 .option_count = OPTIONS,
+                                                 .names = half_names,
+                                                 .stream = offsetof(flash_kda_prefill_args, stream),
+                                                 .init = init,
+                                                 .run = run,
+                                                 .workspace_size = workspace_size,
+                                                 .describe = describe};

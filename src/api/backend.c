@@ -39,7 +39,8 @@ static bool on_cuda(DLDevice device) {
     return device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged;
 }
 
-flash_kda_status kda_backend_for(flash_kda_backend backend, DLDevice device, const struct kda_backend **out) {
+flash_kda_status kda_backend_for(flash_kda_backend backend, const char *name, DLDevice device,
+                                 const struct kda_backend **out) {
     if (!known(backend))
         return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT, "backend is %d; expected a flash_kda_backend",
                         (int)backend);
@@ -50,8 +51,8 @@ flash_kda_status kda_backend_for(flash_kda_backend backend, DLDevice device, con
                         names[backend]);
     if (backends[backend]->on_host ? !kda_on_host(device) : !on_cuda(device))
         return kda_fail(FLASH_KDA_ERROR_UNSUPPORTED,
-                        "q is on DLPack device %d:%d, where backend %s does not work; expected %s memory (%d)",
-                        (int)device.device_type, device.device_id, backends[backend]->name,
+                        "%s is on DLPack device %d:%d, where backend %s does not work; expected %s memory (%d)",
+                        name, (int)device.device_type, device.device_id, backends[backend]->name,
                         backends[backend]->on_host ? "host" : "CUDA",
                         backends[backend]->on_host ? (int)kDLCPU : (int)kDLCUDA);
     *out = backends[backend];

@@ -5,6 +5,7 @@
 
 #include "api/backward_problem.h"
 #include "api/decode_problem.h"
+#include "api/fold_problem.h"
 #include "api/workspace.h"
 
 #include <stddef.h>
@@ -24,10 +25,13 @@ struct kda_backend {
     flash_kda_status (*backward_workspace_size)(const struct kda_backward *b, size_t *bytes);
     flash_kda_status (*backward)(const struct kda_backward *b, void *workspace);
     flash_kda_status (*backward_describe)(const struct kda_backward *b, char *text, size_t size);
+    /* At least one row and one head. */
+    flash_kda_status (*fold)(const struct kda_fold *f);
+    flash_kda_status (*fold_describe)(const struct kda_fold *f, char *text, size_t size);
 };
 
-/* The backend that runs tensors on this device. */
-flash_kda_status kda_backend_for(flash_kda_backend backend, DLDevice device, const struct kda_backend **out);
+/* The backend that runs tensors on this device, which is that of the argument `name`. */
+flash_kda_status kda_backend_for(flash_kda_backend backend, const char *name, DLDevice device, const struct kda_backend **out);
 
 extern const struct kda_backend kda_reference_backend;
 extern const struct kda_backend kda_cpu_backend;
@@ -51,6 +55,12 @@ flash_kda_status kda_cuda_decode_describe(const struct kda_decode *d, char *text
 flash_kda_status kda_cuda_backward_workspace_size(const struct kda_backward *b, size_t *bytes);
 flash_kda_status kda_cuda_backward(const struct kda_backward *b, void *workspace);
 flash_kda_status kda_cuda_backward_describe(const struct kda_backward *b, char *text, size_t size);
+flash_kda_status kda_reference_fold(const struct kda_fold *f);
+flash_kda_status kda_reference_fold_describe(const struct kda_fold *f, char *text, size_t size);
+flash_kda_status kda_cpu_fold(const struct kda_fold *f);
+flash_kda_status kda_cpu_fold_describe(const struct kda_fold *f, char *text, size_t size);
+flash_kda_status kda_cuda_fold(const struct kda_fold *f);
+flash_kda_status kda_cuda_fold_describe(const struct kda_fold *f, char *text, size_t size);
 
 /* Can the host read memory of this device? */
 bool kda_on_host(DLDevice device);

@@ -63,7 +63,7 @@ static flash_kda_status check_gradients(const flash_kda_backward_args *a, struct
         {"dA_log", "[HV]", a->dA_log, 1, like_g + 2, true, false, &b->dA_log},
         {"d_dt_bias", "[HV, K]", a->d_dt_bias, 2, like_g + 2, false, false, &b->d_dt_bias},
     };
-    if (!a->d_out && !a->d_final_state)
+    if (!a->d_out && !a->d_final_state && !a->outgoing_rows)
         return INVALID("d_out is NULL without d_final_state; expected one of them");
     if (a->dA_log && !a->A_log)
         return INVALID("dA_log is given without A_log; expected NULL");
@@ -80,10 +80,23 @@ static flash_kda_status check_gradients(const flash_kda_backward_args *a, struct
     return FLASH_KDA_OK;
 }
 
+static flash_kda_status check_border(const flash_kda_backward_args *a, struct kda_backward *b) {
+    const struct kda_border_args border = {.phase = a->phase,
+                                           .awaiting_name = "outgoing_rows",
+                                           .awaiting_form = "[S]",
+                                           .giving_name = "incoming_rows",
+                                           .giving_form = "[C]",
+                                           .awaiting_rows = a->outgoing_rows,
+                                           .giving_rows = a->incoming_rows,
+                                           .summaries = a->summaries,
+                                           .states = a->incoming};
+    return kda_check_border(&border, &a->q->device, &b->forward.base, &b->border);
+}
+
 /* ---- Memory ------------------------------------------------------------------------------------ */
 
 /* Those that are written first. */
-enum { WRITTEN = 8, TENSORS = 21 };
+enum { WRITTEN = 9, TENSORS = 25 };
 
 static void list_tensors(const struct kda_backward *b, const struct kda_tensor *list[TENSORS]) {
     const struct kda_prefill *p = &b->forward;
@@ -95,6 +108,7 @@ static void list_tensors(const struct kda_backward *b, const struct kda_tensor *
                                                    &b->dA_log,
                                                    &b->d_dt_bias,
                                                    &b->d_initial_state,
+                                                   &b->border.summaries,
                                                    &b->d_out,
                                                    &b->d_final_state,
                                                    &p->q,
@@ -107,7 +121,10 @@ static void list_tensors(const struct kda_backward *b, const struct kda_tensor *
                                                    &p->cu_seqlens,
                                                    &p->initial_state,
                                                    &p->checkpoints,
-                                                   &p->checkpoint_cu_starts};
+                                                   &p->checkpoint_cu_starts,
+                                                   &b->border.awaiting_rows,
+                                                   &b->border.giving_rows,
+                                                   &b->border.states};
     memcpy(list, all, sizeof all);
 }
 
@@ -148,6 +165,7 @@ static flash_kda_status check_all(const flash_kda_backward_args *given, struct k
     TRY(check_states(&args, b));
     TRY(check_checkpoints(&args, &b->forward));
     TRY(check_gradients(&args, b));
+    TRY(check_border(&args, b));
     return check_aliasing(b);
 }
 
@@ -179,6 +197,8 @@ flash_kda_status flash_kda_backward(const flash_kda_backward_args *args, void *w
     TRY(workspace_size(&b, backend, &needed));
     list_tensors(&b, tensors);
     TRY(kda_check_workspace(tensors, TENSORS, workspace, workspace_bytes, needed, &aligned));
+    if (b.forward.on_host)
+        kda_clear_summaries(&b.forward.base, &b.border);
     return backend->backward(&b, aligned);
 }
 

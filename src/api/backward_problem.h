@@ -12,6 +12,7 @@ struct kda_backward {
     struct kda_tensor d_out, d_final_state; /* each may not be given: 0 */
     /* Written; each may not be given. */
     struct kda_tensor dq, dk, dv, dg, dbeta, dA_log, d_dt_bias, d_initial_state;
+    struct kda_border border; /* forward's own is not used */
 };
 
 /* The state that prefill kept of sequence n after `position` tokens; data is NULL if it kept none. */

@@ -300,7 +300,7 @@ flash_kda_status kda_check_tokens(const struct kda_token_args *a, struct kda_tok
                                   const struct kda_backend **backend) {
     TRY(check_options(a, x));
     TRY(check_required(a));
-    TRY(kda_backend_for(a->backend, a->q->device, backend));
+    TRY(kda_backend_for(a->backend, "q", a->q->device, backend));
     x->on_host = kda_on_host(a->q->device);
     x->device = a->q->device.device_id;
     TRY(check_inputs(a, x));

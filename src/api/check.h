@@ -127,6 +127,21 @@ struct kda_checkpoint_args {
 flash_kda_status kda_check_checkpoint_rows(const struct kda_checkpoint_args *a, const DLDevice *device,
                                            struct kda_prefill *p);
 
+/* The arguments by which sequences begin or go on in other calls; names and forms of the rows for messages. */
+struct kda_border_args {
+    flash_kda_phase phase;
+    const char *awaiting_name, *awaiting_form, *giving_name, *giving_form;
+    const DLTensor *awaiting_rows, *giving_rows, *summaries, *states;
+    bool with_transitions; /* summaries are prefill's */
+};
+
+/* All of them, into *border. */
+flash_kda_status kda_check_border(const struct kda_border_args *a, const DLDevice *device,
+                                  const struct kda_tokens *x, struct kda_border *border);
+
+/* In host memory: all summaries become 0, if they are to be written at all. */
+void kda_clear_summaries(const struct kda_tokens *x, const struct kda_border *border);
+
 /* Bytes of which `needed` ones can be aligned to KDA_WORKSPACE_ALIGNMENT; 0 if none are needed. */
 size_t kda_with_alignment(size_t needed);
 

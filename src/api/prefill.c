@@ -108,6 +108,26 @@ static flash_kda_status check_checkpoints(const flash_kda_prefill_args *a, struc
     return kda_check_checkpoint_rows(&rows, &a->q->device, p);
 }
 
+static flash_kda_status check_border(const flash_kda_prefill_args *a, struct kda_prefill *p) {
+    const struct kda_border_args border = {.phase = a->phase,
+                                           .awaiting_name = "incoming_rows",
+                                           .awaiting_form = "[C]",
+                                           .giving_name = "outgoing_rows",
+                                           .giving_form = "[S]",
+                                           .awaiting_rows = a->incoming_rows,
+                                           .giving_rows = a->outgoing_rows,
+                                           .summaries = a->summaries,
+                                           .states = a->incoming,
+                                           .with_transitions = true};
+    if (a->phase != FLASH_KDA_PHASE_WHOLE && p->fused)
+        return INVALID("%s is given with %s; expected NULL: convolutions and norm are the caller's there",
+                       a->norm_weight ? "norm_weight" : a->q_conv_weight ? "q_conv_weight"
+                                                    : a->k_conv_weight ? "k_conv_weight"
+                                                                       : "v_conv_weight",
+                       a->phase == FLASH_KDA_PHASE_BEGIN ? "FLASH_KDA_PHASE_BEGIN" : "FLASH_KDA_PHASE_FINISH");
+    return kda_check_border(&border, &a->q->device, &p->base, &p->border);
+}
+
 /* ---- Memory ------------------------------------------------------------------------------------ */
 
 static bool shared_pool(const struct kda_prefill *p) {
@@ -116,11 +136,11 @@ static bool shared_pool(const struct kda_prefill *p) {
 }
 
 /* Those that are written first. */
-enum { WRITTEN = 3 + KDA_CONVOLUTIONS, TENSORS = 17 + KDA_FUSED_TENSORS };
+enum { WRITTEN = 4 + KDA_CONVOLUTIONS, TENSORS = 21 + KDA_FUSED_TENSORS };
 
 static void list_tensors(const struct kda_prefill *p, const struct kda_tensor *list[TENSORS]) {
     static const struct kda_fused none = {.norm_eps = 0};
-    enum { FIRST = 3 };
+    enum { FIRST = 4 };
     const struct kda_tensor *const all[TENSORS - FIRST - KDA_FUSED_TENSORS] = {&p->q,
                                                                                &p->k,
                                                                                &p->v,
@@ -134,10 +154,14 @@ static void list_tensors(const struct kda_prefill *p, const struct kda_tensor *l
                                                                                &p->has_initial_state,
                                                                                &p->checkpoint_cu_starts,
                                                                                &p->checkpoint_indices,
-                                                                               &p->checkpoint_offsets};
+                                                                               &p->checkpoint_offsets,
+                                                                               &p->border.awaiting_rows,
+                                                                               &p->border.giving_rows,
+                                                                               &p->border.states};
     list[0] = &p->out;
     list[1] = &p->final_state;
     list[2] = &p->checkpoints;
+    list[3] = &p->border.summaries;
     kda_list_fused(p->fused ? p->fused : &none, list + FIRST);
     memcpy(list + FIRST + KDA_FUSED_TENSORS, all, sizeof all);
 }
@@ -234,6 +258,7 @@ static flash_kda_status check_all(const flash_kda_prefill_args *given, struct kd
     TRY(check_states(&args, p));
     TRY(check_fused(&args, p, fused));
     TRY(check_checkpoints(&args, p));
+    TRY(check_border(&args, p));
     TRY(check_all_slots(p, NULL));
     return check_aliasing(p);
 }
@@ -274,8 +299,11 @@ flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *args, void *wor
     TRY(check_all_slots(&p, aligned));
     bool keeps = p.final_state.data || p.checkpoints.data || (p.fused && kda_has_convolution(p.fused));
     bool nothing_to_write = p.tokens == 0 && !keeps;
-    if (nothing_to_write || p.sequences == 0)
+    bool begins = p.border.phase == FLASH_KDA_PHASE_BEGIN && p.border.summaries.data;
+    if ((nothing_to_write || p.sequences == 0) && !begins)
         return FLASH_KDA_OK;
+    if (p.on_host)
+        kda_clear_summaries(&p.base, &p.border);
     return backend->prefill(&p, aligned);
 }
 

@@ -3,8 +3,8 @@
 #ifndef KDA_API_PROBLEM_H
 #define KDA_API_PROBLEM_H
 
+#include "api/border.h"
 #include "api/fused.h"
-#include "api/tokens.h"
 
 struct kda_prefill {
     union {
@@ -16,6 +16,7 @@ struct kda_prefill {
     struct kda_tensor initial_state, final_state, state_indices, has_initial_state;
     struct kda_tensor checkpoints, checkpoint_cu_starts, checkpoint_indices, checkpoint_offsets;
     int64_t checkpoint_every;
+    struct kda_border border;
     int64_t slots; /* of the states, with state_indices */
     bool has_padding_slot;
     int64_t padding_slot;          /* if it has one: in state_indices the same as -1 */
@@ -39,10 +40,14 @@ KDA_INLINE struct kda_state kda_state_at(const struct kda_prefill *p, const stru
     return kda_state_in(&p->base, t, slot, head);
 }
 
-/* The state that a head of sequence n starts from, given its slot; data is NULL where that is zero. */
+/* The state that a head of sequence n starts from, given its slot; data is NULL where that is zero. One that came in from
+ * another call has no other. */
 KDA_INLINE struct kda_state kda_state_before(const struct kda_prefill *p, int64_t n, int64_t slot,
                                              int64_t head) {
     struct kda_state none = {NULL, KDA_F32, 0, false};
+    int64_t awaited = kda_awaited_by(&p->border, n);
+    if (awaited >= 0)
+        return kda_state_at(p, &p->border.states, awaited, head);
     return kda_starts_from_zero(&p->has_initial_state, n) ? none
                                                           : kda_state_at(p, &p->initial_state, slot, head);
 }

@@ -168,8 +168,13 @@ static void run_apart(const struct call *call, int64_t i, int member) {
     const struct kda_prefill *p = &call->b->forward;
     const struct plan *plan = &call->plan;
     int64_t n = i / p->heads, first = i % p->heads * plan->group;
+    enum kda_work work = kda_work_on(&call->b->border, n);
     for (int64_t head = first; head < first + plan->group; head++) {
         const struct kda_backward_head h = head_of(call, n, head, member);
+        if (work == KDA_WORK_SUMMARY)
+            plan->level->backward->summarise(call->b, &h, 0, plan->tiles, scratch_of(call, member));
+        if (work != KDA_WORK_ALL)
+            continue;
         if (plan->ways == 2)
             plan->level->backward->there(call->b, &h, 0, plan->tiles, scratch_of(call, member));
         plan->level->backward->gradients(call->b, &h, 0, segments_of(p, n), scratch_of(call, member));
@@ -183,6 +188,11 @@ static void run_way(const struct call *call, int64_t i, int member) {
     int64_t part = i % plan->parts, way = i / plan->parts % plan->ways, chain = i / plan->parts / plan->ways;
     int64_t first = part * plan->tiles / plan->parts, end = (part + 1) * plan->tiles / plan->parts;
     const struct kda_backward_head h = head_of(call, chain / p->value_heads, chain % p->value_heads, member);
+    enum kda_work work = kda_work_on(&call->b->border, h.sequence);
+    if (work == KDA_WORK_SUMMARY && way == 0)
+        plan->level->backward->summarise(call->b, &h, first, end, scratch_of(call, member));
+    if (work != KDA_WORK_ALL)
+        return;
     if (way == 0)
         plan->level->backward->back(call->b, &h, first, end, scratch_of(call, member));
     else
@@ -208,7 +218,7 @@ static void run_segment(const struct call *call, int64_t i, int member) {
     const struct plan *plan = &call->plan;
     int64_t slot = i / p->heads, first = i % p->heads * plan->group;
     int64_t n = sequence_at(p, slot), segment = slot - first_slot(p, n), segments = segments_of(p, n);
-    if (segment > 0 && segment >= segments)
+    if ((segment > 0 && segment >= segments) || kda_work_on(&call->b->border, n) != KDA_WORK_ALL)
         return;
     for (int64_t head = first; head < first + plan->group; head++) {
         const struct kda_backward_head h = head_of(call, n, head, member);
@@ -275,7 +285,8 @@ flash_kda_status kda_cpu_backward(const struct kda_backward *b, void *workspace)
     lay_out(&call, workspace);
     call.stage = call.plan.parts ? WAYS : APART;
     kda_pool_run(call.plan.threads, claims(&call), work, next_stage, &call);
-    store_sums(&call);
+    if (b->border.phase != FLASH_KDA_PHASE_BEGIN) /* FINISH adds those that BEGIN has left */
+        store_sums(&call);
     return FLASH_KDA_OK;
 }
 
@@ -293,8 +304,8 @@ flash_kda_status kda_cpu_backward_describe(const struct kda_backward *b, char *t
     flash_kda_status status = make_plan(b, &plan);
     if (status)
         return status;
-    snprintf(text, size, "cpu: level %s, fp32 products, %d thread%s for %" PRId64 " head%s, %s to each",
+    snprintf(text, size, "cpu: level %s, fp32 products, %d thread%s for %" PRId64 " head%s, %s to each%s",
              plan.level->name, plan.threads, plan.threads == 1 ? "" : "s", plan.heads,
-             plan.heads == 1 ? "" : "s", plan.parts ? "all" : "one");
+             plan.heads == 1 ? "" : "s", plan.parts ? "all" : "one", kda_phase_text(&b->border));
     return FLASH_KDA_OK;
 }

@@ -418,8 +418,17 @@ static inline void carry_back(const struct head *h, const struct step *s) {
     }
 }
 
-static inline void load_d_final_state(const struct head *h) {
-    load_matrix(h, kda_state_in(&h->p->base, &h->b->d_final_state, h->chain.sequence, h->chain.head), h->m.R);
+/* R after the last token: from elsewhere, or d_final_state. */
+static inline void load_last_R(const struct head *h) {
+    int64_t n = h->chain.sequence, place = kda_awaited_by(&h->b->border, n);
+    const struct kda_tensor *from = place >= 0 ? &h->b->border.states : &h->b->d_final_state;
+    load_matrix(h, kda_state_in(&h->p->base, from, place >= 0 ? place : n, h->chain.head), h->m.R);
+}
+
+static inline void store_summary(const struct head *h) {
+    int64_t place = kda_summary_of(&h->b->border, h->chain.sequence);
+    if (place >= 0)
+        store_matrix(h, kda_state_in(&h->p->base, &h->b->border.summaries, place, h->chain.head), h->m.R);
 }
 
 static inline void copy_R(const struct head *h, const float *from, float *to) {
@@ -427,23 +436,39 @@ static inline void copy_R(const struct head *h, const float *from, float *to) {
     memcpy(to + first, from + first, (size_t)(end - first) * sizeof *to);
 }
 
+/* R through chunk i. */
+static inline void go_back(const struct head *h, int64_t i, struct step *step) {
+    prefetch_chunk(h, (i - 1) * KDA_CHUNK);
+    prefetch_values(h, &h->b->d_out, (i - 1) * KDA_CHUNK);
+    begin_step(h, i * KDA_CHUNK, true, step);
+    give_back(h, step);
+    carry_back(h, step);
+}
+
 static void back(const struct kda_backward *b, const struct kda_backward_head *kept, int64_t first, int64_t end,
                  void *scratch) {
     const struct head h = head_of(b, kept, first, end, scratch);
     struct step step = h.m.steps[0];
     int64_t length = h.chain.tokens.length, chunks = (length + KDA_CHUNK - 1) / KDA_CHUNK;
-    load_d_final_state(&h);
+    load_last_R(&h);
     for (int64_t i = chunks - 1; i >= 0; i--) {
         if (i + 1 == chunks || (i + 1) % CHUNKS == 0)
             copy_R(&h, h.m.R, kept->R + i / CHUNKS * h.state);
         if (i == 0)
             break;
-        prefetch_chunk(&h, (i - 1) * KDA_CHUNK);
-        prefetch_values(&h, &b->d_out, (i - 1) * KDA_CHUNK);
-        begin_step(&h, i * KDA_CHUNK, true, &step);
-        give_back(&h, &step);
-        carry_back(&h, &step);
+        go_back(&h, i, &step);
     }
+}
+
+static void summarise(const struct kda_backward *b, const struct kda_backward_head *kept, int64_t first,
+                      int64_t end, void *scratch) {
+    const struct head h = head_of(b, kept, first, end, scratch);
+    struct step step = h.m.steps[0];
+    const struct kda_state none = {.data = NULL};
+    load_matrix(&h, none, h.m.R);
+    for (int64_t i = (h.chain.tokens.length + KDA_CHUNK - 1) / KDA_CHUNK - 1; i >= 0; i--)
+        go_back(&h, i, &step);
+    store_summary(&h);
 }
 
 static inline void store_dv(const struct head *h, const struct step *s) {
@@ -764,7 +789,7 @@ static void gradients(const struct kda_backward *b, const struct kda_backward_he
     if (kept->R && first < end)
         copy_R(&h, kept->R + (end - 1) * h.state, h.m.R);
     else
-        load_d_final_state(&h);
+        load_last_R(&h);
     for (int64_t segment = end - 1; segment >= first; segment--) {
         double *sums = kept->sums + segment * kept->sums_stride;
         memset(sums, 0, (size_t)(h.p->key_dim + 1) * sizeof *sums);
@@ -786,8 +811,10 @@ static void gradients(const struct kda_backward *b, const struct kda_backward_he
     }
     if (first == 0 && b->d_initial_state.data)
         store_matrix(&h, kda_state_in(&h.p->base, &b->d_initial_state, kept->sequence, kept->head), h.m.R);
+    if (first == 0)
+        store_summary(&h);
 }
 
 /* The table of a level's backward.c. */
 #define KDA_BACKWARD_KERNELS \
-    { .lay_out = lay_out, .there = there, .back = back, .gradients = gradients }
+    { .lay_out = lay_out, .there = there, .back = back, .summarise = summarise, .gradients = gradients }

@@ -45,7 +45,7 @@ struct plan {
     const struct kda_cpu_kernels *kernels;
     int64_t chains;
     int64_t tiles;          /* of V, of one chain */
-    int64_t identity_tiles; /* of K, for a segment's A; 0 without segments */
+    int64_t identity_tiles; /* of K, for a segment's A or a summary's M; 0 without them */
     int threads, segments, batch;
     bool grows;    /* a segment's A may grow: keys, steps or decays are the caller's */
     int64_t group; /* tiles of a run that one piece takes through a batch */
@@ -61,11 +61,12 @@ struct batch {
 
 struct run {
     struct kda_chain chain;
-    int64_t position;  /* first token that is not planned */
-    int64_t pace;      /* chunks of a batch, such that all runs of a pass end together; at most plan.batch */
-    float growth;      /* of the batches that are prepared, see MAX_GROWTH */
-    bool has_identity; /* also runs the identity, without outputs: the first pass over a segment */
-    bool resumed;      /* its tiles already hold the state to start from */
+    int64_t position; /* first token that is not planned */
+    int64_t pace;     /* chunks of a batch, such that all runs of a pass end together; at most plan.batch */
+    float growth;     /* of the batches that are prepared, see MAX_GROWTH */
+    bool
+        has_identity; /* also runs the identity, without outputs: the first pass over a segment, or a summary */
+    bool resumed;     /* its tiles already hold the state to start from */
     struct batch batches[PLANNED];
     struct kda_chunk *operands; /* memory for the chunks of two batches: one being prepared, one applied */
     struct kda_tile *tiles;
@@ -152,7 +153,10 @@ static flash_kda_status make_plan(const struct kda_prefill *p, struct plan *plan
      * 4 tiles on, with no more of them in A; else it takes three. */
     int64_t fill = plan->threads / columns, segments = kda_min64(fill * 3 / 2, most);
     int64_t least = plan->tiles < 4 || kda_tiles(p->key_dim) > plan->tiles ? 3 : 2;
-    if (fill >= least && segments >= 3 && !p->batch_invariant) {
+    bool whole = p->border.phase == FLASH_KDA_PHASE_WHOLE;
+    if (!whole && p->border.summaries.data)
+        plan->identity_tiles = kda_tiles(p->key_dim);
+    if (fill >= least && segments >= 3 && !p->batch_invariant && whole) {
         plan->segments = (int)segments;
         plan->identity_tiles = kda_tiles(p->key_dim);
         plan->grows = !p->qk_norm || p->beta_mode == FLASH_KDA_BETA_GIVEN || p->gate == FLASH_KDA_GATE_NONE;
@@ -254,6 +258,8 @@ static struct kda_chain chain_segment(const struct kda_prefill *p, const struct 
                               .prepares_next = !plan->together,
                               .fused = plan->fused};
     chain.tokens = kda_sequence(p, chain.sequence);
+    if (kda_work_on(&p->border, chain.sequence) == KDA_WORK_NONE)
+        chain.tokens.slot = -1;
     int64_t length = chain.tokens.slot < 0 ? 0 : chain.tokens.length;
     chain.begin = segment_begin(plan, length, s);
     chain.end = s + 1 < plan->segments ? segment_begin(plan, length, s + 1) : length;
@@ -261,6 +267,10 @@ static struct kda_chain chain_segment(const struct kda_prefill *p, const struct 
 }
 
 static bool is_padding(const struct run *run) { return run->chain.tokens.slot < 0; }
+
+static bool finds_summary(const struct kda_prefill *p, const struct run *run) {
+    return !is_padding(run) && kda_work_on(&p->border, run->chain.sequence) == KDA_WORK_SUMMARY;
+}
 
 static void start_run(struct run *run, struct kda_chain chain) {
     run->chain = chain;
@@ -271,9 +281,9 @@ static void start_run(struct run *run, struct kda_chain chain) {
 
 static struct kda_tile_io tile_io(const struct kda_prefill *p, const struct plan *plan, const struct run *run,
                                   int64_t tile) {
+    int64_t column = (tile < plan->tiles ? tile : tile - plan->tiles) * KDA_TILE;
     if (tile >= plan->tiles)
-        return (struct kda_tile_io){.column = (tile - plan->tiles) * KDA_TILE, .columns = KDA_TILE};
-    int64_t column = tile * KDA_TILE;
+        return (struct kda_tile_io){.column = column, .columns = kda_min64(KDA_TILE, p->key_dim - column)};
     return (struct kda_tile_io){.column = column,
                                 .columns = kda_min64(KDA_TILE, p->value_dim - column),
                                 .has_values = true,
@@ -288,12 +298,21 @@ static void store_checkpoints(const struct kda_prefill *p, const struct plan *pl
         plan->kernels->store_state(p, state, io, tile);
 }
 
+/* After the run's last token, to final_state and to the summary. */
 static void store_final(const struct kda_prefill *p, const struct plan *plan, const struct run *run,
                         const struct kda_tile_io *io, const struct kda_tile *tile) {
     const struct kda_chain *chain = &run->chain;
+    int64_t place = kda_summary_of(&p->border, chain->sequence);
     struct kda_state state = kda_state_at(p, &p->final_state, chain->tokens.slot, chain->head);
-    if (state.data && chain->end == chain->tokens.length)
+    if (chain->end != chain->tokens.length)
+        return;
+    if (state.data && io->has_outputs)
         plan->kernels->store_state(p, state, io, tile);
+    if (place >= 0)
+        plan->kernels->store_state(p,
+                                   (io->has_values ? kda_summary_bias : kda_summary_transition)(
+                                       &p->base, &p->border, place, chain->head),
+                                   io, tile);
 }
 
 static void set_identity(const struct kda_prefill *p, const struct plan *plan, const struct kda_tile_io *io,
@@ -313,16 +332,14 @@ static void begin_tile(const struct kda_prefill *p, const struct plan *plan, str
     bool first = chain->begin == 0 && !run->has_identity;
     if (is_padding(run) || run->resumed || (!first && !run->has_identity))
         return;
-    if (!io.has_values) {
-        set_identity(p, plan, &io, tile);
-        return;
-    }
     struct kda_state none = {.data = NULL};
-    plan->kernels->load_state(
-        p, first ? kda_state_before(p, chain->sequence, chain->tokens.slot, chain->head) : none, &io, tile);
+    if (io.has_values)
+        plan->kernels->load_state(p, first ? kda_state_before(p, chain->sequence, chain->tokens.slot, chain->head) : none, &io, tile);
+    else
+        set_identity(p, plan, &io, tile);
     if (first)
         store_checkpoints(p, plan, run, 0, &io, tile);
-    if (first && chain->end == 0) /* an empty sequence is done at once */
+    if (chain->end == 0) /* an empty sequence is done at once */
         store_final(p, plan, run, &io, tile);
 }
 
@@ -386,7 +403,7 @@ static void advance_tiles(const struct kda_prefill *p, const struct plan *plan, 
             plan->kernels->apply(p, &run->chain, chunk, &io, tile);
             if (io.has_outputs)
                 store_checkpoints(p, plan, run, position, &io, tile);
-            if (io.has_outputs && position == run->chain.end)
+            if (position == run->chain.end)
                 store_final(p, plan, run, &io, tile);
         }
     if (normed)
@@ -400,12 +417,14 @@ static void run_chain(const struct call *call, int member, int64_t i) {
     const struct plan *plan = call->plan;
     struct run *run = &call->runs[member];
     start_run(run, chain_segment(p, plan, i, 0));
-    for (int64_t tile = 0; tile < plan->tiles; tile++)
+    run->has_identity = finds_summary(p, run);
+    int64_t tiles = plan->tiles + (run->has_identity ? plan->identity_tiles : 0);
+    for (int64_t tile = 0; tile < tiles; tile++)
         begin_tile(p, plan, run, tile);
     for (plan_batch(p, plan, run, 0); run->batches[0].count; plan_batch(p, plan, run, 0)) {
         for (int64_t n = 0; n < plan->batch; n++)
             prepare_chunk(call, member, run, 0, n);
-        advance_tiles(p, plan, run, 0, 0, plan->tiles);
+        advance_tiles(p, plan, run, 0, 0, tiles);
     }
 }
 
@@ -502,7 +521,8 @@ static void scan_segments(const struct kda_prefill *p, const struct plan *plan, 
                           int64_t tile) {
     int last = last_start(plan, runs);
     for (int s = 1; s < last; s++)
-        plan->kernels->compose(p, runs[s].tiles + plan->tiles, &runs[s - 1].tiles[tile], &runs[s].tiles[tile]);
+        plan->kernels->compose(p->key_dim, runs[s].tiles + plan->tiles, &runs[s - 1].tiles[tile],
+                               &runs[s].tiles[tile]);
 }
 
 /* First pass: every chain's first segment as it is, the others but the last for their (A, B). */
@@ -511,8 +531,8 @@ static void start_first_pass(const struct kda_prefill *p, const struct plan *pla
         for (int s = 0; s < plan->segments; s++) {
             struct run *run = &runs[i * plan->segments + s];
             start_run(run, chain_segment(p, plan, i, s));
-            run->has_identity = s > 0;
-            run->chain.bounds_growth = run->has_identity && plan->grows;
+            run->has_identity = s > 0 || finds_summary(p, run);
+            run->chain.bounds_growth = s > 0 && plan->grows;
             if (s > 0 && s == plan->segments - 1)
                 run->chain.end = run->chain.begin;
         }
@@ -655,10 +675,10 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
     char parts[40] = "";
     if (plan.segments > 1)
         snprintf(parts, sizeof parts, ", its tokens in %d parts", plan.segments);
-    snprintf(text, size, "cpu: level %s, %s products, %d thread%s for %lld head%s, %s to each%s%s",
+    snprintf(text, size, "cpu: level %s, %s products, %d thread%s for %lld head%s, %s to each%s%s%s",
              plan.level->name, plan.kernels == plan.level->bf16 ? "bf16" : "fp32", plan.threads,
              plan.threads == 1 ? "" : "s", (long long)plan.chains, plan.chains == 1 ? "" : "s",
-             plan.together ? "all" : "one", parts, kda_fused_words(p->fused));
+             plan.together ? "all" : "one", parts, kda_fused_words(p->fused), kda_phase_text(&p->border));
     return FLASH_KDA_OK;
 }
 
@@ -674,4 +694,6 @@ const struct kda_backend kda_cpu_backend = {.name = "cpu",
                                             .decode_describe = kda_cpu_decode_describe,
                                             .backward_workspace_size = kda_cpu_backward_workspace_size,
                                             .backward = kda_cpu_backward,
-                                            .backward_describe = kda_cpu_backward_describe};
+                                            .backward_describe = kda_cpu_backward_describe,
+                                            .fold = kda_cpu_fold,
+                                            .fold_describe = kda_cpu_fold_describe};

@@ -79,13 +79,14 @@ struct kda_cpu_kernels {
     void (*store_state)(const struct kda_prefill *p, struct kda_state state, const struct kda_tile_io *io,
                         const struct kda_tile *tile);
     /* to += A from, for one tile of columns; A is given as tiles of its own columns. */
-    void (*compose)(const struct kda_prefill *p, const struct kda_tile *A, const struct kda_tile *from,
-                    struct kda_tile *to);
+    void (*compose)(int64_t key_dim, const struct kda_tile *A, const struct kda_tile *from, struct kda_tile *to);
 };
 
-static inline int64_t kda_padded_key_dim(const struct kda_prefill *p) {
-    return (p->key_dim + KDA_KEY_MULTIPLE - 1) / KDA_KEY_MULTIPLE * KDA_KEY_MULTIPLE;
+static inline int64_t kda_pad_key_dim(int64_t key_dim) {
+    return (key_dim + KDA_KEY_MULTIPLE - 1) / KDA_KEY_MULTIPLE * KDA_KEY_MULTIPLE;
 }
+
+static inline int64_t kda_padded_key_dim(const struct kda_prefill *p) { return kda_pad_key_dim(p->key_dim); }
 
 /* Four fp32 rows for each token of a chunk, and what a convolution reads. */
 static inline size_t kda_prepare_scratch(const struct kda_prefill *p) {

@@ -205,17 +205,16 @@ static void store_state(const struct kda_prefill *p, struct kda_state state, con
     store_tile(p, state, io, tile->S);
 }
 
-static void compose(const struct kda_prefill *p, const struct kda_tile *A, const struct kda_tile *from,
-                    struct kda_tile *to) {
-    for (int64_t row = 0; row < p->key_dim; row++)
-        for (int64_t c = 0; c < p->key_dim; c++) {
+static void compose(int64_t key_dim, const struct kda_tile *A, const struct kda_tile *from, struct kda_tile *to) {
+    for (int64_t row = 0; row < key_dim; row++)
+        for (int64_t c = 0; c < key_dim; c++) {
             vf a = vf_set1(A[c / KDA_TILE].S[row * KDA_TILE + c % KDA_TILE]);
             for (int j = 0; j < KDA_TILE; j += LANES) {
                 float *S = to->S + row * KDA_TILE + j;
                 vf_store(S, vf_fma(a, vf_load(from->S + c * KDA_TILE + j), vf_load(S)));
             }
         }
-    refresh(p, to);
+    refresh_products(to, kda_pad_key_dim(key_dim));
 }
 
 /* The table of a level's prefill.c. */

@@ -56,6 +56,9 @@ flash_kda_status kda_cuda_backward(const struct kda_backward *b, void *workspace
         status = kda_cuda_enter(b->forward.device, &previous);
     if (status)
         return status;
+    if (b->border.phase == FLASH_KDA_PHASE_BEGIN && b->border.summaries.data)
+        status = kda_cuda_status(kda_sm80_clear_summaries(&b->border, b->forward.stream),
+                                 "backward, kernel clear_summaries");
     for (int i = 0; i < plan.count && !status; i++) {
         char what[64];
         struct kda_backward_launch launch = level->backward_launch_at(b, &plan, i);
@@ -73,12 +76,12 @@ flash_kda_status kda_cuda_backward_describe(const struct kda_backward *b, char *
     if (!status)
         snprintf(text, size,
                  "cuda: level %s, bf16 products, %" PRId64 " chains in %" PRId64 " segments of up to %" PRId64
-                 " tokens a head, %" PRId64 " at a time, states %s, launches: %d",
+                 " tokens a head, %" PRId64 " at a time, states %s, launches: %d%s",
                  level->name, b->forward.sequences * b->forward.value_heads, plan.segments, plan.segment,
                  plan.slab_segments,
                  plan.finds_states      ? "found again"
                  : plan.needs_gradients ? "as they were kept"
                                         : "not needed",
-                 plan.count);
+                 plan.count, kda_phase_text(&b->border));
     return status;
 }

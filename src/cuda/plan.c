@@ -29,6 +29,8 @@ const char *kda_kernel_name(enum kda_kernel kernel) {
         [KDA_KERNEL_CLUSTER_LOCAL] = "cluster_local",
         [KDA_KERNEL_CLUSTER_SCAN] = "cluster_scan",
         [KDA_KERNEL_ADD_HISTORY] = "add_history",
+        [KDA_KERNEL_TAKE_INCOMING] = "take_incoming",
+        [KDA_KERNEL_CLUSTER_SUMMARIES] = "cluster_summaries",
         [KDA_KERNEL_CLUSTER_AGAIN] = "cluster_again",
     };
     return names[kernel];

@@ -32,6 +32,8 @@ enum kda_kernel {
     KDA_KERNEL_CLUSTER_LOCAL, /* on segments: each from zero, the scan to true states, their history added */
     KDA_KERNEL_CLUSTER_SCAN,
     KDA_KERNEL_ADD_HISTORY,
+    KDA_KERNEL_TAKE_INCOMING, /* a state from another call; what a chain's segments together do to any state */
+    KDA_KERNEL_CLUSTER_SUMMARIES,
     KDA_KERNEL_CLUSTER_AGAIN, /* whole chains, where a segment may have grown a state */
     KDA_KERNELS
 };

@@ -81,7 +81,11 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
         status = kda_cuda_enter(p->device, &previous);
     if (status)
         return status;
-    status = launch_all(p, &call, workspace);
+    if (p->border.phase == FLASH_KDA_PHASE_BEGIN && p->border.summaries.data)
+        status = kda_cuda_status(kda_sm80_clear_summaries(&p->border, p->stream),
+                                 "prefill, kernel clear_summaries");
+    if (!status && p->sequences)
+        status = launch_all(p, &call, workspace);
     kda_cuda_leave(p->device, previous);
     return status;
 }
@@ -96,10 +100,10 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
     kda_plan_kernels(&call.plan, kernels, sizeof kernels);
     snprintf(text, size,
              "cuda: level %s, plan %s%s, bf16 products, %" PRId64 " chains in %" PRId64
-             " chunks of up to %d tokens a head, kernels and CTAs: %s%s%s",
+             " chunks of up to %d tokens a head, kernels and CTAs: %s%s%s%s",
              call.level->name, name, kda_fused_words(p->fused), p->sequences * p->value_heads, call.plan.chunks,
              KDA_CUDA_CHUNK, call.fused.conv_tokens ? "convolve, " : "", kernels,
-             call.fused.finishes ? ", finish" : "");
+             call.fused.finishes ? ", finish" : "", kda_phase_text(&p->border));
     return FLASH_KDA_OK;
 }
 
@@ -126,4 +130,6 @@ const struct kda_backend kda_cuda_backend = {.name = "cuda",
                                              .decode_describe = kda_cuda_decode_describe,
                                              .backward_workspace_size = kda_cuda_backward_workspace_size,
                                              .backward = kda_cuda_backward,
-                                             .backward_describe = kda_cuda_backward_describe};
+                                             .backward_describe = kda_cuda_backward_describe,
+                                             .fold = kda_cuda_fold,
+                                             .fold_describe = kda_cuda_fold_describe};

@@ -198,6 +198,42 @@ static void run_segment(const struct chain *c, int64_t first) {
     }
 }
 
+/* R after the last token: from elsewhere, or d_final_state. */
+static void load_last_R(const struct chain *c) {
+    int64_t awaited = kda_awaited_by(&c->b->border, c->n);
+    const struct kda_tensor *from = awaited >= 0 ? &c->b->border.states : &c->b->d_final_state;
+    kda_load_state(c->x, kda_state_in(c->x, from, awaited >= 0 ? awaited : c->n, c->head),
+                   (struct kda_columns){0, c->x->value_dim}, c->m->R);
+}
+
+static void store_summary(const struct chain *c) {
+    int64_t place = kda_summary_of(&c->b->border, c->n);
+    if (place >= 0)
+        kda_store_state(c->x, kda_state_in(c->x, &c->b->border.summaries, place, c->head),
+                        (struct kda_columns){0, c->x->value_dim}, c->m->R);
+}
+
+/* What R becomes on its way back from 0; no gradient of a token needs the states. */
+static void summarise_chain(const struct chain *c) {
+    int64_t K = c->x->key_dim, V = c->x->value_dim;
+    double *R = c->m->R, *du = c->m->du, *d_out = c->m->d_out;
+    memset(R, 0, (size_t)(K * V) * sizeof *R);
+    for (int64_t t = c->s.length - 1; t >= 0; t--) {
+        const struct kda_token x = kda_load_token(c->x, c->s.batch, c->s.first + t, c->head);
+        load_values(c, &c->b->d_out, t, d_out);
+        memset(du, 0, (size_t)V * sizeof *du);
+        for (int64_t i = 0; i < K; i++)
+            for (int64_t j = 0; j < V; j++) {
+                R[i * V + j] += c->x->scale * x.q[i] * d_out[j];
+                du[j] += R[i * V + j] * x.k[i];
+            }
+        for (int64_t i = 0; i < K; i++)
+            for (int64_t j = 0; j < V; j++)
+                R[i * V + j] = x.decay[i] * (R[i * V + j] - x.k[i] * x.beta * du[j]);
+    }
+    store_summary(c);
+}
+
 static void run_chain(const struct chain *c) {
     const struct kda_columns all = {0, c->x->value_dim};
     int64_t KV = c->x->key_dim * c->x->value_dim, first = 0;
@@ -208,13 +244,14 @@ static void run_chain(const struct chain *c) {
             memcpy(c->m->kept + t / SEGMENT * KV, S, (size_t)KV * sizeof *S);
         advance(c, t, S);
     }
-    kda_load_state(c->x, kda_state_in(c->x, &c->b->d_final_state, c->n, c->head), all, c->m->R);
+    load_last_R(c);
     while (first + SEGMENT < c->s.length)
         first += SEGMENT;
     for (; c->s.length && first >= 0; first -= SEGMENT)
         run_segment(c, first);
     if (c->b->d_initial_state.data)
         kda_store_state(c->x, kda_state_in(c->x, &c->b->d_initial_state, c->n, c->head), all, c->m->R);
+    store_summary(c);
 }
 
 /* A q/k head of a sequence, with all value heads that read it. */
@@ -222,6 +259,11 @@ static void run_head(const struct kda_backward *b, struct memory *m, int64_t n, 
     const struct kda_tokens *x = &b->forward.base;
     const struct kda_sequence s = kda_tokens_of(x, n);
     int64_t group = x->value_heads / x->heads, K = x->key_dim;
+    enum kda_work work = kda_work_on(&b->border, n);
+    for (int64_t i = 0; work == KDA_WORK_SUMMARY && i < group; i++)
+        summarise_chain(&(struct chain){.b = b, .x = x, .m = m, .n = n, .head = head * group + i, .s = s});
+    if (work != KDA_WORK_ALL)
+        return;
     memset(m->dq, 0, (size_t)(s.length * K) * sizeof *m->dq);
     memset(m->dk, 0, (size_t)(s.length * K) * sizeof *m->dk);
     for (int64_t i = 0; i < group; i++)
@@ -247,12 +289,15 @@ flash_kda_status kda_reference_backward(const struct kda_backward *b, void *work
     const struct kda_tokens *x = &b->forward.base;
     struct memory m;
     lay_out(x, workspace, &m);
-    memset(m.dA_log, 0, (size_t)x->value_heads * sizeof *m.dA_log);
-    memset(m.d_dt_bias, 0, (size_t)(x->value_heads * x->key_dim) * sizeof *m.d_dt_bias);
+    if (b->border.phase != FLASH_KDA_PHASE_FINISH) { /* or it goes on with BEGIN's sums */
+        memset(m.dA_log, 0, (size_t)x->value_heads * sizeof *m.dA_log);
+        memset(m.d_dt_bias, 0, (size_t)(x->value_heads * x->key_dim) * sizeof *m.d_dt_bias);
+    }
     for (int64_t n = 0; n < x->sequences; n++)
         for (int64_t head = 0; head < x->heads; head++)
             run_head(b, &m, n, head);
-    store_sums(b, &m);
+    if (b->border.phase != FLASH_KDA_PHASE_BEGIN)
+        store_sums(b, &m);
     return FLASH_KDA_OK;
 }
 
@@ -263,7 +308,7 @@ flash_kda_status kda_reference_backward_workspace_size(const struct kda_backward
 }
 
 flash_kda_status kda_reference_backward_describe(const struct kda_backward *b, char *text, size_t size) {
-    snprintf(text, size, "reference: token recurrence in fp64, %" PRId64 " chains on 1 thread",
-             b->forward.sequences * b->forward.value_heads);
+    snprintf(text, size, "reference: token recurrence in fp64, %" PRId64 " chains on 1 thread%s",
+             b->forward.sequences * b->forward.value_heads, kda_phase_text(&b->border));
     return FLASH_KDA_OK;
 }

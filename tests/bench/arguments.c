@@ -15,9 +15,14 @@ struct arguments arguments_of_backward(const flash_kda_backward_args *args) {
     return (struct arguments){.kind = KIND_BACKWARD, .backward = *args};
 }
 
+struct arguments arguments_of_fold(const flash_kda_fold_args *args) {
+    return (struct arguments){.kind = KIND_FOLD, .fold = *args};
+}
+
 flash_kda_backend arguments_backend(const struct arguments *a) {
     return a->kind == KIND_DECODE     ? a->decode.backend
            : a->kind == KIND_BACKWARD ? a->backward.backend
+           : a->kind == KIND_FOLD     ? a->fold.backend
                                       : a->prefill.backend;
 }
 
@@ -25,6 +30,7 @@ int prefill_list(flash_kda_prefill_args *a, struct argument list[MAX_ARGUMENTS])
     const struct argument all[PREFILL_ARGUMENTS] = {{"out", &a->out, true},
                                                     {"final_state", &a->final_state, true},
                                                     {"checkpoints", &a->checkpoints, true},
+                                                    {"summaries", &a->summaries, true},
                                                     {"q_conv_state", &a->q_conv_state, true},
                                                     {"k_conv_state", &a->k_conv_state, true},
                                                     {"v_conv_state", &a->v_conv_state, true},
@@ -49,7 +55,10 @@ int prefill_list(flash_kda_prefill_args *a, struct argument list[MAX_ARGUMENTS])
                                                     {"v_conv_weight", &a->v_conv_weight, false},
                                                     {"v_conv_bias", &a->v_conv_bias, false},
                                                     {"norm_weight", &a->norm_weight, false},
-                                                    {"norm_gate", &a->norm_gate, false}};
+                                                    {"norm_gate", &a->norm_gate, false},
+                                                    {"incoming_rows", &a->incoming_rows, false},
+                                                    {"outgoing_rows", &a->outgoing_rows, false},
+                                                    {"incoming", &a->incoming, false}};
     memcpy(list, all, sizeof all);
     return PREFILL_ARGUMENTS;
 }
@@ -94,6 +103,7 @@ int backward_list(flash_kda_backward_args *a, struct argument list[MAX_ARGUMENTS
                                                      {"dA_log", &a->dA_log, true},
                                                      {"d_dt_bias", &a->d_dt_bias, true},
                                                      {"d_initial_state", &a->d_initial_state, true},
+                                                     {"summaries", &a->summaries, true},
                                                      {"d_out", &a->d_out, false},
                                                      {"d_final_state", &a->d_final_state, false},
                                                      {"q", &a->q, false},
@@ -106,14 +116,30 @@ int backward_list(flash_kda_backward_args *a, struct argument list[MAX_ARGUMENTS
                                                      {"cu_seqlens", &a->cu_seqlens, false},
                                                      {"initial_state", &a->initial_state, false},
                                                      {"checkpoints", &a->checkpoints, false},
-                                                     {"checkpoint_cu_starts", &a->checkpoint_cu_starts, false}};
+                                                     {"checkpoint_cu_starts", &a->checkpoint_cu_starts, false},
+                                                     {"incoming_rows", &a->incoming_rows, false},
+                                                     {"outgoing_rows", &a->outgoing_rows, false},
+                                                     {"incoming", &a->incoming, false}};
     memcpy(list, all, sizeof all);
     return BACKWARD_ARGUMENTS;
+}
+
+int fold_list(flash_kda_fold_args *a, struct argument list[MAX_ARGUMENTS]) {
+    const struct argument all[FOLD_ARGUMENTS] = {{"states", &a->states, true},
+                                                 {"prefixes", &a->prefixes, true},
+                                                 {"initial_state", &a->initial_state, false},
+                                                 {"bias", &a->bias, false},
+                                                 {"transitions", &a->transitions, false},
+                                                 {"chains", &a->chains, false},
+                                                 {"state_indices", &a->state_indices, false}};
+    memcpy(list, all, sizeof all);
+    return FOLD_ARGUMENTS;
 }
 
 int arguments_list(struct arguments *a, struct argument list[MAX_ARGUMENTS]) {
     return a->kind == KIND_DECODE     ? decode_list(&a->decode, list)
            : a->kind == KIND_BACKWARD ? backward_list(&a->backward, list)
+           : a->kind == KIND_FOLD     ? fold_list(&a->fold, list)
                                       : prefill_list(&a->prefill, list);
 }
 
@@ -137,6 +163,13 @@ struct tensor *decode_tensor(const flash_kda_decode_args *a, const char *name) {
     flash_kda_decode_args args = *a;
     struct argument list[MAX_ARGUMENTS];
     int count = decode_list(&args, list);
+    return find(list, count, name);
+}
+
+struct tensor *backward_tensor(const flash_kda_backward_args *a, const char *name) {
+    flash_kda_backward_args args = *a;
+    struct argument list[MAX_ARGUMENTS];
+    int count = backward_list(&args, list);
     return find(list, count, name);
 }
 

@@ -6,18 +6,20 @@
 #include "flash_kda.h"
 #include "tensor.h"
 
-enum operation_kind { KIND_PREFILL, KIND_DECODE, KIND_BACKWARD };
+enum operation_kind { KIND_PREFILL, KIND_DECODE, KIND_BACKWARD, KIND_FOLD };
 
 struct arguments {
     enum operation_kind kind; /* whose arguments count */
     flash_kda_prefill_args prefill;
     flash_kda_decode_args decode;
     flash_kda_backward_args backward;
+    flash_kda_fold_args fold;
 };
 
 struct arguments arguments_of_prefill(const flash_kda_prefill_args *args);
 struct arguments arguments_of_decode(const flash_kda_decode_args *args);
 struct arguments arguments_of_backward(const flash_kda_backward_args *args);
+struct arguments arguments_of_fold(const flash_kda_fold_args *args);
 
 flash_kda_backend arguments_backend(const struct arguments *a);
 
@@ -29,9 +31,10 @@ struct argument {
 };
 
 enum {
-    PREFILL_ARGUMENTS = 28,
+    PREFILL_ARGUMENTS = 32,
     DECODE_ARGUMENTS = 25,
-    BACKWARD_ARGUMENTS = 21,
+    BACKWARD_ARGUMENTS = 25,
+    FOLD_ARGUMENTS = 7,
     MAX_ARGUMENTS = PREFILL_ARGUMENTS
 };
 
@@ -40,10 +43,12 @@ int arguments_list(struct arguments *a, struct argument list[MAX_ARGUMENTS]);
 int prefill_list(flash_kda_prefill_args *a, struct argument list[MAX_ARGUMENTS]);
 int decode_list(flash_kda_decode_args *a, struct argument list[MAX_ARGUMENTS]);
 int backward_list(flash_kda_backward_args *a, struct argument list[MAX_ARGUMENTS]);
+int fold_list(flash_kda_fold_args *a, struct argument list[MAX_ARGUMENTS]);
 
 /* The tensor of that name, NULL where there is none; the DLTensor must be a struct tensor's. */
 struct tensor *prefill_tensor(const flash_kda_prefill_args *a, const char *name);
 struct tensor *decode_tensor(const flash_kda_decode_args *a, const char *name);
+struct tensor *backward_tensor(const flash_kda_backward_args *a, const char *name);
 
 /* Decode of the same tensors in the same way; its states are final_state. */
 flash_kda_decode_args decode_of_prefill(const flash_kda_prefill_args *args);

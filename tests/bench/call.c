@@ -108,7 +108,7 @@ static bool place_tensors(struct call *c) {
 
 /* At an odd address: any alignment will do, says the header. */
 static bool make_workspace(struct call *c, int fill) {
-    if (c->args.kind == KIND_DECODE)
+    if (c->args.kind == KIND_DECODE || c->args.kind == KIND_FOLD)
         return true;
     if (c->args.kind == KIND_BACKWARD
             ? flash_kda_backward_workspace_size(&c->args.backward, &c->workspace_bytes)
@@ -125,7 +125,7 @@ bool call_make(struct call *c, const struct arguments *args, enum memory memory,
     if (memory == MEMORY_HOST)
         return make_workspace(c, fill);
     c->stream = device_stream();
-    c->args.prefill.stream = c->args.decode.stream = c->args.backward.stream = c->stream;
+    c->args.prefill.stream = c->args.decode.stream = c->args.backward.stream = c->args.fold.stream = c->stream;
     return c->stream && place_tensors(c) && make_workspace(c, fill) && device_wait(NULL);
 }
 
@@ -158,8 +158,9 @@ int64_t arguments_bytes(const struct arguments *args) {
 bool call_launch(struct call *c, void *stream) {
     struct arguments *a = &c->args;
     void *workspace = c->workspace_bytes ? c->workspace.data : NULL;
-    a->prefill.stream = a->decode.stream = a->backward.stream = stream ? stream : c->stream;
+    a->prefill.stream = a->decode.stream = a->backward.stream = a->fold.stream = stream ? stream : c->stream;
     flash_kda_status status = a->kind == KIND_DECODE ? flash_kda_decode(&a->decode)
+                              : a->kind == KIND_FOLD ? flash_kda_fold(&a->fold)
                               : a->kind == KIND_BACKWARD
                                   ? flash_kda_backward(&a->backward, workspace, c->workspace_bytes)
                                   : flash_kda_prefill(&a->prefill, workspace, c->workspace_bytes);

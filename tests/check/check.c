@@ -15,8 +15,8 @@
 /* What ctest counts as skipped. */
 enum { EXIT_SKIPPED = 77 };
 
-static const struct operation *const operations[] = {&prefill_operation, &decode_operation,
-                                                     &backward_operation};
+static const struct operation *const operations[] = {&prefill_operation, &decode_operation, &backward_operation,
+                                                     &fold_operation, &parallel_operation};
 enum { OPERATIONS = sizeof operations / sizeof *operations };
 
 /* ---- Cases ------------------------------------------------------------------------------------- */

@@ -32,7 +32,8 @@ struct operation {
     void (*run)(struct check *check);
 };
 
-extern const struct operation prefill_operation, decode_operation, backward_operation;
+extern const struct operation prefill_operation, decode_operation, backward_operation, fold_operation,
+    parallel_operation;
 
 /* Whether the case of this name is to run now. Prints the name instead for --list. */
 bool check_wanted(const struct check *check, const char *name);

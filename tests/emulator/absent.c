@@ -41,6 +41,8 @@ ABSENT(kda_sm90_cluster)
 ABSENT(kda_sm90_cluster_local)
 ABSENT(kda_sm90_cluster_scan)
 ABSENT(kda_sm90_add_history)
+ABSENT(kda_sm90_take_incoming)
+ABSENT(kda_sm90_cluster_summaries)
 ABSENT(kda_sm90_cluster_again)
 
 cudaError_t kda_sm90_decode(const struct kda_decode *d, int processors) {

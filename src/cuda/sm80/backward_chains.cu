@@ -378,7 +378,7 @@ __global__ void __launch_bounds__(THREADS<KP>, CTAS<KP>)
         return;
     const Chain &chain = way.chain;
     int64_t end = min(way.end, way.segments - 1); /* nothing begins after the last segment */
-    if (way.begin >= end)
+    if (way.begin >= end || kda_work_on(&b.border, chain.n) != KDA_WORK_ALL)
         return;
     State<KP> S;
     if (way.begin > 0)
@@ -409,7 +409,8 @@ __device__ void run_segment(const kda_backward &b, const Slab &slab, const Backw
     Way way;
     int64_t head = number % b.forward.value_heads, segment = slab.begin + number / b.forward.value_heads;
     SlabSegment s = find_segment(b, slab, segment);
-    if (!find_way<KP>(b, slab, s, head, way) || s.within < 0 || s.within >= way.segments)
+    if (!find_way<KP>(b, slab, s, head, way) || s.within < 0 || s.within >= way.segments ||
+        kda_work_on(&b.border, s.n) != KDA_WORK_ALL)
         return;
     const Chain &chain = way.chain;
     State<KP> S;
@@ -485,6 +486,15 @@ __device__ void go_back(const kda_tensor &d_out, const Chain &chain, const Stage
     add_product<KP>(R, u, operands.keys);
 }
 
+/* The gradient of the state after a chain's last token. */
+inline __device__ struct kda_state last_R(const kda_backward &b, const Chain &chain, bool whole) {
+    int64_t awaited = kda_awaited_by(&b.border, chain.n);
+    struct kda_state none = {nullptr, KDA_F32, 0, false};
+    return !whole         ? none
+           : awaited >= 0 ? kda_state_in(&b.forward.base, &b.border.states, awaited, chain.head)
+                          : kda_state_at(&b.forward, &b.d_final_state, chain.n, chain.head);
+}
+
 /* Takes the gradient of a chain's state back through its chunks in the slab; writes dV and keeps it after every chunk,
  * and Z. */
 template <int KP>
@@ -494,12 +504,15 @@ __device__ void run_back(const kda_backward &b, const Slab &slab, const Backward
     if (!find_chain_in_slab<KP>(b, slab, number, way))
         return;
     const Chain &chain = way.chain;
+    kda_work work = kda_work_on(&b.border, chain.n);
+    bool whole = work == KDA_WORK_ALL; /* or only the summary: from 0 on, nothing else is written */
+    if (work == KDA_WORK_NONE)
+        return;
     State<KP> R;
     if (way.end < way.segments)
         take_carried<KP>(carried_at<KP>(b, slab, memory.carried_R, !slab.turn, way), R);
     else
-        load_state<CHANNELS<KP>>(b.forward, chain,
-                                 kda_state_at(&b.forward, &b.d_final_state, chain.n, chain.head), R);
+        load_state<CHANNELS<KP>>(b.forward, chain, last_R(b, chain, whole), R);
     int64_t first = way.begin * slab.chunks;
     int count = (int)(min(way.end * slab.chunks, kda_chunks_of(chain.sequence.length)) - first);
     walk<KP, BACK_BEGIN<KP>, BACK_END<KP>>(
@@ -507,12 +520,12 @@ __device__ void run_back(const kda_backward &b, const Slab &slab, const Backward
         [&](int64_t chunk, const Stage<KP> &stage) {
             int64_t at = chain.first_operands + chunk;
             float Z[CHUNK / 8][4] = {};
-            if (memory.R)
+            if (memory.R && whole)
                 keep_state<KP>(state_at<KP>(memory.R, slab, at, way.tile), R);
             go_back<KP>(b.d_out, chain, stage, R, Z);
-            if (memory.R)
+            if (memory.R && whole)
                 keep_rows<KP>(memory.Z + (at * slab.tiles + way.tile) * ROWS_ELEMENTS, Z);
-            if (b.dv.data && part<KP>() == 0) {
+            if (b.dv.data && whole && part<KP>() == 0) {
                 times_steps(Z, 1.f, stage.operands);
                 store_outputs<COLUMNS>(b.dv, chain, kda_span_of_chunk(chain.sequence.length, chunk), Z);
             }
@@ -520,8 +533,14 @@ __device__ void run_back(const kda_backward &b, const Slab &slab, const Backward
     struct kda_state initial = kda_state_at(&b.forward, &b.d_initial_state, chain.n, chain.head);
     if (way.begin > 0)
         leave_carried<KP>(carried_at<KP>(b, slab, memory.carried_R, slab.turn, way), R);
-    else if (initial.data)
-        store_state<CHANNELS<KP>>(b.forward, chain, initial, R);
+    else {
+        int64_t place = kda_summary_of(&b.border, chain.n);
+        if (initial.data && whole)
+            store_state<CHANNELS<KP>>(b.forward, chain, initial, R);
+        if (place >= 0)
+            store_state<CHANNELS<KP>>(
+                b.forward, chain, kda_state_in(&b.forward.base, &b.border.summaries, place, chain.head), R);
+    }
 }
 
 template <int KP>

@@ -845,6 +845,8 @@ __device__ void run_chunk(const kda_backward &b, const Slab &slab, const Backwar
                 sums_of(head)[c] = 0;
         return;
     }
+    if (kda_work_on(&b.border, work.segment.n) != KDA_WORK_ALL)
+        return;
     Position at;
     at.block = threadIdx.x / KP, at.c = threadIdx.x % KP;
     at.batch = work.segment.sequence.batch;

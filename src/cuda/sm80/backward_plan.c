@@ -68,17 +68,22 @@ bool kda_sm80_backward_takes(const struct kda_backward *b) {
     return true;
 }
 
+/* FINISH adds the sums of both halves. */
+static bool adds_sums(const struct kda_backward *b, const struct kda_backward_plan *plan) {
+    return plan->needs_sums && b->border.phase != FLASH_KDA_PHASE_BEGIN;
+}
+
 void kda_sm80_backward_plan(const struct kda_backward *b, struct kda_backward_plan *plan) {
     struct kda_sm80_backward_memory memory;
     int64_t segment = b->forward.value_heads * chunks_of_segment(plan);
-    bool chains = plan->needs_gradients || b->dv.data || b->d_initial_state.data;
+    bool chains = plan->needs_gradients || b->dv.data || b->d_initial_state.data || b->border.summaries.data;
     int64_t segments = chains ? plan->segments : 0;
     if (segments) {
         int64_t room = ((int64_t)plan->multiprocessors * CHUNKS_OF_PROCESSOR + segment / 2) / segment;
         plan->slab_segments = smaller(segments, room > 1 ? room : 1);
         plan->slabs = (segments + plan->slab_segments - 1) / plan->slab_segments;
     }
-    plan->count = (int)plan->slabs * (2 + plan->needs_gradients) + plan->needs_sums;
+    plan->count = (int)plan->slabs * (2 + plan->needs_gradients) + adds_sums(b, plan);
     if (plan->finds_states && plan->slabs)
         plan->count += 2 * (int)plan->slabs - 1;
     plan->workspace = kda_sm80_backward_lay_out(b, plan, NULL, &memory);
@@ -95,11 +100,12 @@ int64_t kda_sm80_chains_in_slab(const struct kda_backward *b, const struct kda_b
 }
 
 /* Kernel and slab of launch number i. */
-static void find_step(const struct kda_backward_plan *plan, int i, struct kda_backward_launch *launch) {
+static void find_step(const struct kda_backward *b, const struct kda_backward_plan *plan, int i,
+                      struct kda_backward_launch *launch) {
     static const int back[] = {KDA_SM80_BACKWARD_PREPARE, KDA_SM80_BACKWARD_CHAINS,
                                KDA_SM80_BACKWARD_GRADIENTS};
     int slabs = (int)plan->slabs, each = 2 + plan->needs_gradients;
-    if (i == plan->count - 1 && plan->needs_sums) {
+    if (i == plan->count - 1 && adds_sums(b, plan)) {
         launch->kernel = KDA_SM80_BACKWARD_SUMS;
         return;
     }
@@ -125,7 +131,7 @@ struct kda_backward_launch kda_sm80_backward_launch_at(const struct kda_backward
                                         "backward_gradients", "backward_sums"};
     struct kda_backward_launch launch = {.slab = 0};
     const struct kda_prefill *p = &b->forward;
-    find_step(plan, i, &launch);
+    find_step(b, plan, i, &launch);
     launch.overlaps = plan->overlaps && i > 0 && launch.kernel != KDA_SM80_BACKWARD_SUMS;
     int64_t chains = kda_sm80_chains_in_slab(b, plan, launch.slab), tiles = kda_sm80_tiles(b);
     int64_t segments = segments_in(plan, launch.slab), chunks = segments * chunks_of_segment(plan);

@@ -7,6 +7,9 @@
  * the first operand of the next:
  *     [W | Y]^T = S^T [KT; QT]^T    X^T = V^T - W^T    U^T = X^T INV^T    O^T = Y^T + U^T M^T
  *     S^T <- S^T diag(1 + carry) + U^T KR
+ *
+ * A sequence of which only a summary is wanted starts from zero; CTAs beyond the columns of V take the identity through
+ * it, with v = 0.
  */
 #include "cuda/chain.cuh"
 #include "cuda/launch.cuh"
@@ -35,7 +38,7 @@ template <int KP> __host__ __device__ constexpr int stage_bytes(int size) {
 /* Starts to copy one chunk's operands and values; nothing after the sequence's end. */
 template <int KP>
 __device__ void fetch(const kda_prefill &p, const Chain &chain, const Operands<KP> *all, int64_t chunk,
-                      struct kda_span span, Stage<KP> &stage) {
+                      struct kda_span span, bool has_values, Stage<KP> &stage) {
     if (!span.count)
         return;
     const char *from = reinterpret_cast<const char *>(&all[chain.first_operands + chunk]);
@@ -43,7 +46,36 @@ __device__ void fetch(const kda_prefill &p, const Chain &chain, const Operands<K
     for (int i = threadIdx.x * 16; i < (int)sizeof(Operands<KP>); i += THREADS * 16)
         copy_async(to + i, from + i);
 
+    if (!has_values)
+        span.count = 0;
     fetch_values<THREADS, COLUMNS>(p.v, chain, span, stage.values);
+}
+
+/* The state that a chain starts from. */
+template <int KP>
+__device__ void load_first_state(const kda_prefill &p, const Chain &chain, kda_work work, bool identity,
+                                 float (&S)[KP / 8][4]) {
+    struct kda_state none = {nullptr, KDA_F32, 0, false};
+    load_state<KP>(p, chain,
+                   work == KDA_WORK_SUMMARY ? none
+                                            : kda_state_before(&p, chain.n, chain.sequence.slot, chain.head),
+                   S);
+    if (identity)
+        each_element<KP>(p, chain, S, [](float &s, int channel, int column) { s = channel == column; });
+}
+
+template <int KP>
+__device__ void store_last_state(const kda_prefill &p, const Chain &chain, kda_work work, bool identity,
+                                 float (&S)[KP / 8][4]) {
+    int64_t place = kda_summary_of(&p.border, chain.n);
+    struct kda_state final_state = kda_state_at(&p, &p.final_state, chain.sequence.slot, chain.head);
+    if (final_state.data && work == KDA_WORK_ALL)
+        store_state<KP>(p, chain, final_state, S);
+    if (place >= 0)
+        store_state<KP>(p, chain,
+                        identity ? kda_summary_transition(&p.base, &p.border, place, chain.head)
+                                 : kda_summary_bias(&p.base, &p.border, place, chain.head),
+                        S);
 }
 
 /* sum^T [16][CHUNK] += u^T [16][CHUNK] M^T; M is lower triangular. */
@@ -130,15 +162,22 @@ __global__ void __launch_bounds__(THREADS)
         return *reinterpret_cast<Stage<KP> *>(memory + i % STAGES * bytes);
     };
     Chain chain = find_chain<COLUMNS>(p, blockIdx.x, chunks);
-    if (chain.sequence.slot < 0)
+    kda_work work = kda_work_on(&p.border, chain.n);
+    bool identity = chain.column >= p.value_dim, whole = work == KDA_WORK_ALL;
+    if (chain.sequence.slot < 0 || work == KDA_WORK_NONE || (identity && whole))
         return;
+    if (identity) { /* columns of M */
+        chain.column -= (int)(p.value_dim + COLUMNS - 1) / COLUMNS * COLUMNS;
+        chain.columns = (int)min(p.key_dim - chain.column, (int64_t)COLUMNS);
+    }
 
     float S[KP / 8][4], o[CHUNK / 8][4];
-    load_state<KP>(p, chain, kda_state_before(&p, chain.n, chain.sequence.slot, chain.head), S);
-    store_checkpoints<KP>(p, chain, 0, S);
+    load_first_state<KP>(p, chain, work, identity, S);
+    if (whole)
+        store_checkpoints<KP>(p, chain, 0, S);
     int64_t length = chain.sequence.length;
     for (int i = 0; i < STAGES - 1; i++) {
-        fetch<KP>(p, chain, operands, i, kda_chunk_span(&p, chain.n, length, i), stage(i));
+        fetch<KP>(p, chain, operands, i, kda_chunk_span(&p, chain.n, length, i), !identity, stage(i));
         copy_async_commit();
     }
     for (int64_t chunk = 0;; chunk++) {
@@ -148,15 +187,15 @@ __global__ void __launch_bounds__(THREADS)
         copy_async_wait<STAGES - 2>();
         __syncthreads(); /* this chunk has arrived for all; the stage of the last one is free */
         int64_t next = chunk + STAGES - 1;
-        fetch<KP>(p, chain, operands, next, kda_chunk_span(&p, chain.n, length, next), stage(next));
+        fetch<KP>(p, chain, operands, next, kda_chunk_span(&p, chain.n, length, next), !identity, stage(next));
         copy_async_commit();
         advance<KP>(p, chain, stage(chunk), S, o);
+        if (!whole)
+            continue;
         store_outputs<COLUMNS>(p.out, chain, span, o);
         store_checkpoints<KP>(p, chain, span.first + span.count, S);
     }
-    struct kda_state final_state = kda_state_at(&p, &p.final_state, chain.sequence.slot, chain.head);
-    if (final_state.data)
-        store_state<KP>(p, chain, final_state, S);
+    store_last_state<KP>(p, chain, work, identity, S);
 }
 
 } // namespace

@@ -4,6 +4,7 @@
 #define KDA_CUDA_SM80_KERNELS_H
 
 #include "api/decode_problem.h"
+#include "api/fold_problem.h"
 #include "cuda/backward_plan.h"
 #include "cuda/fused.h"
 #include "cuda/plan.h"
@@ -37,6 +38,12 @@ cudaError_t kda_sm80_decode_fused(const struct kda_decode *d, bool aligned);
 
 /* The PTX that the level's kernels on the current device were made of: 80 for sm_80's. */
 cudaError_t kda_sm80_ptx_version(int *version);
+
+/* Takes the state of every row through its chain of summaries. */
+cudaError_t kda_sm80_fold(const struct kda_fold *f);
+
+/* All summaries become 0. */
+cudaError_t kda_sm80_clear_summaries(const struct kda_border *border, void *stream);
 
 /* The kernels of backward (backward_plan.h). */
 typedef cudaError_t kda_sm80_backward_launcher(const struct kda_backward *b,

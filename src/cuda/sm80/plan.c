@@ -9,7 +9,8 @@ size_t kda_sm80_operands(const struct kda_prefill *p) {
 }
 
 void kda_sm80_plan_prepare(const struct kda_prefill *p, struct kda_plan *plan) {
-    if (p->tokens)
+    /* What BEGIN has prepared is still there when FINISH runs. */
+    if (p->tokens && p->border.phase != FLASH_KDA_PHASE_FINISH)
         kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_PREPARE,
                                                  .grid = {(unsigned)plan->chunks, (unsigned)p->value_heads}});
 }
@@ -26,6 +27,8 @@ void kda_sm80_plan(const struct kda_prefill *p, int multiprocessors, const struc
     plan->workspace = kda_sm80_operands(p);
     kda_sm80_plan_prepare(p, plan);
     int64_t columns = (p->value_dim + KDA_SM80_COLUMNS - 1) / KDA_SM80_COLUMNS;
+    if (p->border.phase == FLASH_KDA_PHASE_BEGIN && p->border.summaries.data)
+        columns += (p->key_dim + KDA_SM80_COLUMNS - 1) / KDA_SM80_COLUMNS;
     kda_add_launch(plan,
                    (struct kda_launch){.kernel = KDA_KERNEL_GENERAL,
                                        .grid = {(unsigned)(p->sequences * p->value_heads), (unsigned)columns}});

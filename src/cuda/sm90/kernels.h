@@ -37,6 +37,10 @@ kda_sm90_launcher kda_sm90_cluster, kda_sm90_cluster_again;
  * of V in eights; of add_history, the CTAs that share a segment. */
 kda_sm90_launcher kda_sm90_cluster_local, kda_sm90_cluster_scan, kda_sm90_add_history;
 
+/* For sequences that begin or go on in other calls: before the scan, the state that has come in goes to where it starts from;
+ * after the local pass, what all segments of a chain do to any state becomes its summary. */
+kda_sm90_launcher kda_sm90_take_incoming, kda_sm90_cluster_summaries;
+
 /* Does kda_sm90_decode take this problem, whose states' rows are whole pieces of 16 bytes? It needs one token
  * in every sequence, no index tensor but state_indices, and bits that may depend on the batch; K = 128 and V a
  * multiple of it; states V first with contiguous columns, and few states if they are in fp32; q, k, v, g, beta

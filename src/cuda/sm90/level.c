@@ -23,6 +23,8 @@ static kda_sm90_launcher *const launchers[KDA_KERNELS] = {
     [KDA_KERNEL_CLUSTER_LOCAL] = kda_sm90_cluster_local,
     [KDA_KERNEL_CLUSTER_SCAN] = kda_sm90_cluster_scan,
     [KDA_KERNEL_ADD_HISTORY] = kda_sm90_add_history,
+    [KDA_KERNEL_TAKE_INCOMING] = kda_sm90_take_incoming,
+    [KDA_KERNEL_CLUSTER_SUMMARIES] = kda_sm90_cluster_summaries,
     [KDA_KERNEL_CLUSTER_AGAIN] = kda_sm90_cluster_again,
 };
 

@@ -10,14 +10,6 @@ static int64_t chains_of(const struct kda_prefill *p) { return p->sequences * p-
 
 /* ---- What the level takes ------------------------------------------------------------------------ */
 
-bool kda_sm90_takes(const struct kda_prefill *p) {
-    bool aligned = (uintptr_t)p->v.data % ALIGNMENT == 0;
-    for (int i = 0; i < 3; i++)
-        aligned = aligned && p->v.stride[i] % ALIGNMENT == 0;
-    return p->key_dim <= 128 && p->value_dim % KDA_SM90_GENERAL_COLUMNS == 0 && p->v.dtype == KDA_BF16 &&
-           aligned;
-}
-
 bool kda_sm90_can_map(const struct kda_tensor *t) {
     const int64_t longest_stride = INT64_C(1) << 40, longest_dimension = INT64_C(1) << 31;
     bool good = (uintptr_t)t->data % ALIGNMENT == 0;
@@ -47,6 +39,23 @@ static bool has_tiles(const struct kda_prefill *p) {
 static bool may_split(const struct kda_prefill *p) {
     return !p->batch_invariant && p->tokens && p->sequences && !kda_splits_chunks(p) &&
            !kda_checkpoint_splits(p) && p->key_dim % 4 == 0; /* the scan copies 16 bytes at a time */
+}
+
+static bool is_half(const struct kda_prefill *p) { return p->border.phase != FLASH_KDA_PHASE_WHOLE; }
+
+/* Segments give a half both its summary and what its outputs owe to the state that it waits for. A given beta may grow a
+ * state; chains of which that is so must not be split. */
+static bool takes_half(const struct kda_prefill *p) {
+    return has_tiles(p) && p->key_dim == KDA_SM90_DIM && may_split(p) && p->beta_mode != FLASH_KDA_BETA_GIVEN &&
+           !p->checkpoint_offsets.data;
+}
+
+bool kda_sm90_takes(const struct kda_prefill *p) {
+    bool aligned = (uintptr_t)p->v.data % ALIGNMENT == 0;
+    for (int i = 0; i < 3; i++)
+        aligned = aligned && p->v.stride[i] % ALIGNMENT == 0;
+    return p->key_dim <= 128 && p->value_dim % KDA_SM90_GENERAL_COLUMNS == 0 && p->v.dtype == KDA_BF16 &&
+           aligned && (!is_half(p) || takes_half(p));
 }
 
 /* ---- The schedule -------------------------------------------------------------------------------- */
@@ -86,6 +95,15 @@ static void choose_for_128(const struct kda_prefill *p, const struct kda_segment
         plan->stream_k = kda_split_evenly(p, ranges);
 }
 
+/* One segment more than the cost model wants: the first is empty where a state comes in. */
+static void choose_for_half(const struct kda_segment_problem *problem, const struct kda_override *override,
+                            struct kda_plan *plan) {
+    double cost;
+    int segments = override->segments ? override->segments : kda_cluster_segments(problem, &cost);
+    plan->schedule = KDA_SCHEDULE_CLUSTER;
+    plan->segments = segments < KDA_MAX_SEGMENTS ? segments + 1 : KDA_MAX_SEGMENTS;
+}
+
 static void choose(const struct kda_prefill *p, int multiprocessors, const struct kda_override *override,
                    struct kda_plan *plan) {
     bool packed = p->cu_seqlens.data;
@@ -98,6 +116,10 @@ static void choose(const struct kda_prefill *p, int multiprocessors, const struc
                                           .ctas_per_chain = general_ctas(p->value_dim),
                                           .ctas_per_identity = general_ctas(p->key_dim),
                                           .processors = multiprocessors};
+    if (is_half(p)) {
+        choose_for_half(&problem, override, plan);
+        return;
+    }
     if (!has_tiles(p) || override->schedule == KDA_SCHEDULE_GENERAL) {
         plan->schedule = KDA_SCHEDULE_GENERAL;
         plan->segments = kda_general_segments(&problem);
@@ -174,6 +196,19 @@ static void plan_history(const struct kda_prefill *p, int multiprocessors, struc
                                              .overlaps = true});
 }
 
+static void plan_incoming(const struct kda_prefill *p, struct kda_plan *plan) {
+    unsigned rows = p->border.states.data ? (unsigned)p->border.states.shape[0] : 0;
+    if (rows)
+        kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_TAKE_INCOMING,
+                                                 .grid = {rows, (unsigned)p->value_heads}});
+}
+
+static void plan_summaries(const struct kda_prefill *p, struct kda_plan *plan) {
+    kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_CLUSTER_SUMMARIES,
+                                             .grid = {(unsigned)chains_of(p), 2 * KDA_SM90_DIM / KDA_SM90_SUMMARY_ROWS},
+                                             .overlaps = true});
+}
+
 static void plan_cluster(const struct kda_prefill *p, int multiprocessors, struct kda_plan *plan) {
     enum { SHORT = 1024 /* tokens of a segment */ };
     int64_t chains = chains_of(p);
@@ -189,7 +224,12 @@ static void plan_cluster(const struct kda_prefill *p, int multiprocessors, struc
     }
     struct kda_launch local = cluster, again = cluster;
     local.kernel = KDA_KERNEL_CLUSTER_LOCAL;
-    kda_add_launch(plan, local);
+    if (p->border.phase == FLASH_KDA_PHASE_FINISH)
+        plan_incoming(p, plan);
+    else
+        kda_add_launch(plan, local);
+    if (p->border.phase == FLASH_KDA_PHASE_BEGIN && p->border.summaries.data)
+        plan_summaries(p, plan);
     int columns = scan_columns(chains);
     kda_add_launch(
         plan, (struct kda_launch){.kernel = KDA_KERNEL_CLUSTER_SCAN,
@@ -255,7 +295,7 @@ static void lay_out_ranges(const struct kda_prefill *p, struct kda_arena *arena,
 
 /* Tokens of every sequence's first segment, where all have as many; else 0. */
 static int64_t tokens_of_first(const struct kda_prefill *p, int segments) {
-    if (p->cu_seqlens.data)
+    if (p->cu_seqlens.data || is_half(p))
         return 0;
     int64_t chunks = kda_begin_of_segment((int)kda_chunks_of(p->tokens), segments, 1);
     return kda_min64(chunks * KDA_CUDA_CHUNK, p->tokens - 1);

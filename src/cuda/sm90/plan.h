@@ -25,6 +25,9 @@ enum { KDA_SM90_EXPONENT_COLUMNS = 16, KDA_SM90_EXPONENTS = KDA_SM90_DIM / KDA_S
 /* Columns of V that a CTA scans: in the general schedule; in the cluster schedule, times launch.config. */
 enum { KDA_SM90_GENERAL_SCAN_COLUMNS = 8, KDA_SM90_CLUSTER_SCAN_COLUMNS = 8 };
 
+/* cluster_summaries: rows of B, or of M, that a CTA takes through all segments. */
+enum { KDA_SM90_SUMMARY_ROWS = 16 };
+
 /* add_history: warps of a CTA, CTAs on a multiprocessor, and tokens that a warp works at a time. */
 enum { KDA_SM90_HISTORY_WARPS = 8, KDA_SM90_HISTORY_CTAS = 2, KDA_SM90_HISTORY_TOKENS = 16 };
 
@@ -97,7 +100,7 @@ size_t kda_sm90_lay_out(const struct kda_prefill *p, const struct kda_plan *plan
 bool kda_sm90_can_map(const struct kda_tensor *t);
 
 /* Can the level run this problem? It needs K <= 128, V a multiple of 64, and v in bf16 with rows that start at
- * multiples of 16 bytes. */
+ * multiples of 16 bytes. Of a prefill in two halves it takes what the cluster schedule can split. */
 bool kda_sm90_takes(const struct kda_prefill *p);
 
 /* Plans a problem that the level takes. */

@@ -47,9 +47,10 @@ __device__ Segment find_segment(const kda_prefill &p, const kda_sm90_stream_k &s
     s.sequence = kda_sequence(&p, s.n);
     s.state = (int64_t)chain * memory.segments + segment;
     int all = (int)kda_chunks_of(s.sequence.length);
-    s.begin = kda_begin_of_segment(all, memory.segments, segment);
-    bool wanted = s.sequence.slot >= 0 && is_pending(p, stream_k, s.n, s.head) && !grows(memory, chain);
-    s.end = wanted ? min(kda_begin_of_segment(all, memory.segments, segment + 1), all) : 0;
+    bool incoming = comes_in(p, s.n), mine = kda_work_on(&p.border, s.n) == KDA_WORK_ALL;
+    s.begin = begin_of_segment(incoming, all, memory.segments, segment);
+    bool wanted = s.sequence.slot >= 0 && mine && is_pending(p, stream_k, s.n, s.head) && !grows(memory, chain);
+    s.end = wanted ? min(begin_of_segment(incoming, all, memory.segments, segment + 1), all) : 0;
     return s;
 }
 

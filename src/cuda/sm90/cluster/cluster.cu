@@ -21,9 +21,10 @@ __host__ __device__ int segments_of(const kda_sm90_cluster_memory &memory) {
     return memory.again ? 1 : memory.segments;
 }
 
-/* whole: the chain has a segment that may grow a state, and is worked whole, as a first segment. */
+/* whole: the chain has a segment that may grow a state, and is worked whole, as a first segment. local: the segment starts
+ * from zero, so that it matters not whether its true state is known. */
 __device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &stream_k,
-                              const kda_sm90_cluster_memory &memory, int64_t all_chunks, bool whole) {
+                              const kda_sm90_cluster_memory &memory, int64_t all_chunks, bool whole, bool local) {
     int segments = segments_of(memory), chain = blockIdx.x / CTAS / segments;
     WorkTile work;
     work.n = chain / (int)p.value_heads, work.head = chain % (int)p.value_heads;
@@ -35,8 +36,11 @@ __device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &str
     bool wanted = whole || !memory.again;
     work.slot = wanted && is_pending(p, stream_k, work.n, work.head) ? (int)sequence.slot : -1;
     int chunks = (int)kda_chunk_count(&p, work.n, sequence.length);
-    work.begin = kda_begin_of_segment(chunks, segments, work.segment);
-    int end = kda_begin_of_segment(chunks, segments, work.segment + 1);
+    bool incoming = comes_in(p, work.n);
+    work.begin = begin_of_segment(incoming, chunks, segments, work.segment);
+    int end = begin_of_segment(incoming, chunks, segments, work.segment + 1);
+    if ((incoming && work.segment == 0) || (!local && kda_work_on(&p.border, work.n) != KDA_WORK_ALL))
+        work.slot = -1;
     work.chunks = max(min(end, chunks) - work.begin, 1);
     work.exponents =
         memory.output_exponents +
@@ -385,7 +389,7 @@ __global__ void __cluster_dims__(CTAS) __maxnreg__(REGISTERS<split>)
     bool whole = !split && threadIdx.x < 32 && grows(memory, blockIdx.x / CTAS / segments_of(memory));
     if (threadIdx.x == 0) {
         prefetch_maps(maps);
-        shared.work = find_work(p, stream_k, memory, chunks, whole);
+        shared.work = find_work(p, stream_k, memory, chunks, whole, split);
         for (int i = 0; i < PRODUCERS; i++)
             ptx::mbarrier_init(&shared.arrived[i], 1);
         for (int i = 0; i < STAGES<split>; i++) {

@@ -18,6 +18,20 @@ inline __device__ uint16_t *state_before(const kda_sm90_cluster_memory &memory, 
 }
 constexpr int STATE_ROW = KDA_SM90_DIM * sizeof(float); /* bytes from column to column */
 
+/* Does the state before sequence n come from another call? */
+inline __device__ bool comes_in(const kda_prefill &p, int64_t n) {
+    return p.border.phase != FLASH_KDA_PHASE_WHOLE && kda_place_of(&p.border.awaiting_rows, n) >= 0;
+}
+
+/* The first chunk of a segment of a sequence of so many chunks. Where its first state comes from another call the first
+ * segment is empty, for the others alone find what they do to any state. That state then lies where the first segment's
+ * last one would. */
+inline __device__ int begin_of_segment(bool incoming, int chunks, int segments, int segment) {
+    if (!incoming)
+        return kda_begin_of_segment(chunks, segments, segment);
+    return segment == 0 ? 0 : kda_begin_of_segment(chunks, segments - 1, segment - 1);
+}
+
 /* May a segment's A grow a state? Then the chain is worked whole, as errors of A would grow likewise. All lanes
  * of a warp ask. */
 inline __device__ bool grows(const kda_sm90_cluster_memory &memory, int64_t chain) {
