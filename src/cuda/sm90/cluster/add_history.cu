@@ -307,7 +307,8 @@ __device__ void make_operands(const uint4 (&A)[BLOCKS], const uint4 &exponents, 
 /* Stores 16 channels of a column of V, of which the lane has a pair of the lower 8 and one of the upper 8. */
 __device__ void store_sixteen(const kda_state &to, int column, int channel, float2 lower, float2 upper) {
     int own = channel + threadIdx.x % 4 * 2;
-    if (in_channels(to)) {
+    bool aligned = (reinterpret_cast<uintptr_t>(to.data) | to.stride) % sizeof(uint2) == 0;
+    if (to.dtype == KDA_BF16 && to.v_first && aligned) {
         store_channels(element(to, column, channel), pack_bf16(lower.x, lower.y), pack_bf16(upper.x, upper.y));
     } else if (to.dtype == KDA_F32 && as_pairs(to)) {
         __stcs(reinterpret_cast<float2 *>(element(to, column, own)), lower);
@@ -324,8 +325,9 @@ __device__ void store_sixteen(const kda_state &to, int column, int channel, floa
 __device__ void finish_checkpoint(const kda_sm90_cluster_memory &memory, int64_t number, const kda_state &to,
                                   const SharedState &shared) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint4 *own_A = kept_pieces(memory, number, true, warp * STATE_THREADS + lane),
-                *own_B = kept_pieces(memory, number, false, warp * STATE_THREADS + lane);
+    uint32_t place_of_A = place_of_kept(number, true), place_of_B = place_of_kept(number, false);
+    const uint4 *own_A = kept_pieces(memory, place_of_A, warp * STATE_THREADS + lane),
+                *own_B = kept_pieces(memory, place_of_B, warp * STATE_THREADS + lane);
     uint4 A[BLOCKS], B[BLOCKS];
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++)
@@ -333,8 +335,8 @@ __device__ void finish_checkpoint(const kda_sm90_cluster_memory &memory, int64_t
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++)
         B[i] = __ldcs(&own_B[i * 32]);
-    uint4 of_A = __ldcg(reinterpret_cast<const uint4 *>(kept_exponents(memory, number, true))),
-          of_B = __ldcg(reinterpret_cast<const uint4 *>(kept_exponents(memory, number, false)));
+    uint4 of_A = __ldcg(reinterpret_cast<const uint4 *>(kept_exponents(memory, place_of_A))),
+          of_B = __ldcg(reinterpret_cast<const uint4 *>(kept_exponents(memory, place_of_B)));
     int largest = largest_exponent(of_A);
     float factor_of_sums = power_of_two(largest);
     uint32_t operands[BLOCKS][4];
