@@ -10,8 +10,8 @@ fastest way that examples/kimi_linear/attention.py has at hand, found anew for e
 CUDA graph. Its parts are graphs of their own, of one kind of layer's work with all its projections; the rest is what is
 left of a step. The largest batch fits beside the weights on one GPU; several GPUs would have more room for caches.
 
-Writes benchmarks/results/DEVICE/model.json, or FILE, after each model ("complete" is false until the end). --tiny: a tiny model on the CPU, to see that all this runs; it
-needs FILE. benchmarks/plot.py draws the figure.
+Writes benchmarks/results/DEVICE/model.json, or FILE, after each model ("complete" is false until the end). --tiny: a
+tiny model on the CPU, to see that all this runs; it needs FILE. benchmarks/plot.py draws the figure.
 """
 
 import argparse
