@@ -53,7 +53,7 @@ inline __device__ float store_halves(uint4 *to, const float (&S)[DIM / 8][4], fl
             halves[i] = pack_half(pair[0] * factor, pair[1] * factor);
             largest[i % 2] = __hmax2(largest[i % 2], __habs2(*reinterpret_cast<__half2 *>(&halves[i])));
         }
-        __stcs(to, make_uint4(halves[0], halves[1], halves[2], halves[3]));
+        *to = make_uint4(halves[0], halves[1], halves[2], halves[3]);
     }
     float2 pair = __half22float2(__hmax2(largest[0], largest[1]));
     return fmaxf(pair.x, pair.y);
