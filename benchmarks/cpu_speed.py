@@ -4,8 +4,9 @@
 usage: cpu_speed.py [ARGUMENT...]      (through ./dev bench)
 
 Without arguments: the whole table of `flashkda bench` on every level; writes results/cpu/CPU.json and draws
-results/cpu/speed.svg; then that of decode, beside the rate of a copy, and writes results/cpu/CPU-decode.json. With
-arguments, which go to `flashkda bench`: prints, and writes nothing.
+results/cpu/speed.svg; then that of decode, beside the rate of a copy, and writes results/cpu/CPU-decode.json; then
+that of backward on every level, and writes results/cpu/CPU-backward.json. With arguments, which go to `flashkda
+bench`: prints, and writes nothing.
 """
 
 import json
@@ -82,6 +83,7 @@ def main():
     plot.draw(measured, cpu_cells.RESULTS / "speed.svg")
     print(f"drew {(cpu_cells.RESULTS / 'speed.svg').relative_to(ROOT)}")
     cpu_cells.record(bench(["--decode"]), "decode")
+    cpu_cells.record(bench(["--backward", "--level", "all"]), "backward")
 
 
 if __name__ == "__main__":

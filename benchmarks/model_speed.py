@@ -10,8 +10,8 @@ fastest way that examples/kimi_linear/attention.py has at hand, found anew for e
 CUDA graph. Its parts are graphs of their own, of one kind of layer's work with all its projections; the rest is what is
 left of a step. The largest batch fits beside the weights on one GPU; several GPUs would have more room for caches.
 
-Writes benchmarks/results/DEVICE/model.json, or FILE. --tiny: a tiny model on the CPU, to see that all this runs; it
-needs FILE. benchmarks/plot.py draws the figure.
+Writes benchmarks/results/DEVICE/model.json, or FILE, after each model ("complete" is false until the end). --tiny: a
+tiny model on the CPU, to see that all this runs; it needs FILE. benchmarks/plot.py draws the figure.
 """
 
 import argparse
@@ -239,6 +239,10 @@ def main():
     gpu = None if options.tiny else device.describe(options.build.resolve())
     if options.tiny:
         torch.set_num_threads(1)
+    path = options.output or device.results(gpu) / "model.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"version": libflashkda.__version__, "commit": device.commit(options.commit), "device": gpu,
+             "python": sys.version.split()[0], "torch": torch.__version__, "model": what.name}
     results = {}
     with torch.inference_mode():
         for name, config in (("kimi_linear", what.config), ("mla", what.config.with_mla_alone())):
@@ -248,6 +252,7 @@ def main():
             clean(what)
             print(f"  first token of {what.prompt:,} after {results[name]['first_token']['seconds']:.2f} s; "
                   f"measured in {time.perf_counter() - begin:.0f} s", flush=True)
+            path.write_text(json.dumps({**about, "complete": False, "results": results}, indent=2) + "\n")
     told = summary(results)
     for tokens, saved in told["cache_saved"].items():
         size = results["kimi_linear"]["cache_bytes"][tokens]
@@ -255,12 +260,7 @@ def main():
     for tokens, ratio in told["throughput"].items():
         print(f"{tokens:9,} tokens: {ratio:.2f} times the tokens/s at the largest batches")
     print(f"first token {told['first_token']:.2f} times as fast")
-    path = options.output or device.results(gpu) / "model.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({
-        "version": libflashkda.__version__, "commit": device.commit(options.commit), "device": gpu,
-        "python": sys.version.split()[0], "torch": torch.__version__, "model": what.name, "results": results,
-        "summary": told}, indent=2) + "\n")
+    path.write_text(json.dumps({**about, "complete": True, "results": results, "summary": told}, indent=2) + "\n")
     print(f"wrote {path}")
 
 

@@ -34,11 +34,18 @@ static bool has_tiles(const struct kda_prefill *p) {
     return good;
 }
 
+/* Has the cluster schedule numbers for all checkpoints, whose places in the workspace are 32-bit? */
+static bool may_keep(const struct kda_prefill *p) {
+    const int64_t most = INT64_C(1) << 20;
+    return !p->checkpoints.data || kda_first_checkpoint(p, 0, p->tokens, p->sequences) <= most / p->value_heads;
+}
+
 /* No sequence is split if its bits may not depend on the others, or where checkpoints fall between whole
  * chunks. */
 static bool may_split(const struct kda_prefill *p) {
     return !p->batch_invariant && p->tokens && p->sequences && !kda_splits_chunks(p) &&
-           !kda_checkpoint_splits(p) && p->key_dim % 4 == 0; /* the scan copies 16 bytes at a time */
+           !kda_checkpoint_splits(p) && may_keep(p) &&
+           p->key_dim % 4 == 0; /* the scan copies 16 bytes at a time */
 }
 
 static bool is_half(const struct kda_prefill *p) { return p->border.phase != FLASH_KDA_PHASE_WHOLE; }

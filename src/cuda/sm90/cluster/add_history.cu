@@ -308,7 +308,8 @@ __device__ void make_operands(const uint4 (&A)[BLOCKS], const uint4 &exponents, 
 /* Stores 16 channels of a column of V, of which the lane has a pair of the lower 8 and one of the upper 8. */
 __device__ void store_sixteen(const kda_state &to, int column, int channel, float2 lower, float2 upper) {
     int own = channel + threadIdx.x % 4 * 2;
-    if (in_channels(to)) {
+    bool aligned = (reinterpret_cast<uintptr_t>(to.data) | to.stride) % sizeof(uint2) == 0;
+    if (to.dtype == KDA_BF16 && to.v_first && aligned) {
         store_channels(element(to, column, channel), pack_bf16(lower.x, lower.y), pack_bf16(upper.x, upper.y));
     } else if (to.dtype == KDA_F32 && as_pairs(to)) {
         __stcs(reinterpret_cast<float2 *>(element(to, column, own)), lower);
@@ -321,25 +322,30 @@ __device__ void store_sixteen(const kda_state &to, int column, int channel, floa
     }
 }
 
+/* The warp's channels of A and B up to a checkpoint, and exponents of all. */
+struct Kept {
+    uint4 A[BLOCKS], B[BLOCKS], of_A, of_B;
+};
+
+__device__ void load_kept(const kda_sm90_cluster_memory &memory, int64_t number, Kept &kept) {
+    uint32_t A = place_of_kept(number, true), B = place_of_kept(number, false);
+    int thread = threadIdx.x / 32 * STATE_THREADS + threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++)
+        kept.A[i] = __ldcs(kept_pieces(memory, A, thread) + i * 32);
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++)
+        kept.B[i] = __ldcs(kept_pieces(memory, B, thread) + i * 32);
+    kept.of_A = __ldcg(reinterpret_cast<const uint4 *>(kept_exponents(memory, A)));
+    kept.of_B = __ldcg(reinterpret_cast<const uint4 *>(kept_exponents(memory, B)));
+}
+
 /* B + A S in the warp's channels. */
-__device__ void finish_checkpoint(const kda_sm90_cluster_memory &memory, int64_t number, const kda_state &to,
-                                  const SharedState &shared) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint4 *own_A = kept_pieces(memory, number, true, warp * STATE_THREADS + lane),
-                *own_B = kept_pieces(memory, number, false, warp * STATE_THREADS + lane);
-    uint4 A[BLOCKS], B[BLOCKS];
-#pragma unroll
-    for (int i = 0; i < BLOCKS; i++)
-        A[i] = __ldcs(&own_A[i * 32]);
-#pragma unroll
-    for (int i = 0; i < BLOCKS; i++)
-        B[i] = __ldcs(&own_B[i * 32]);
-    uint4 of_A = __ldcg(reinterpret_cast<const uint4 *>(kept_exponents(memory, number, true))),
-          of_B = __ldcg(reinterpret_cast<const uint4 *>(kept_exponents(memory, number, false)));
-    int largest = largest_exponent(of_A);
+__device__ void finish_checkpoint(const Kept &kept, const kda_state &to, const SharedState &shared) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, largest = largest_exponent(kept.of_A);
     float factor_of_sums = power_of_two(largest);
     uint32_t operands[BLOCKS][4];
-    make_operands(A, of_A, largest, operands);
+    make_operands(kept.A, kept.of_A, largest, operands);
     uint32_t row = shared_address(&shared.rows[lane % 16][lane / 16 * 8]);
 #pragma unroll
     for (int m = 0; m < BLOCKS; m++) {
@@ -351,8 +357,8 @@ __device__ void finish_checkpoint(const kda_sm90_cluster_memory &memory, int64_t
             mma_half<true>(sums[0], S, operands[j][0], operands[j][1]);
             mma_half<true>(sums[1], S, operands[j][2], operands[j][3]);
         }
-        float factor_of_B = power_of_two(exponent_at(of_B, m));
-        const uint32_t pairs[2][2] = {{B[m].x, B[m].z}, {B[m].y, B[m].w}};
+        float factor_of_B = power_of_two(exponent_at(kept.of_B, m));
+        const uint32_t pairs[2][2] = {{kept.B[m].x, kept.B[m].z}, {kept.B[m].y, kept.B[m].w}};
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             int column = m * 16 + n * 8 + lane / 4;
@@ -381,12 +387,17 @@ __device__ void finish_checkpoints(const kda_prefill &p, const kda_sm90_cluster_
         return;
     load_rows(memory, s.state, shared);
     int64_t number = first_kept(p, memory, s.sequence.first, s.n, s.head);
+    Kept kept;
+    load_kept(memory, number + first, kept);
     copy_async_wait<0>();
     __syncthreads();
-    for (int row = first; row < end; row += s.pieces) {
+    for (int row = first; row < end;) {
         struct kda_state to = kda_checkpoint_row(&p, s.n, row, s.head);
         if (to.data)
-            finish_checkpoint(memory, number + row, to, shared);
+            finish_checkpoint(kept, to, shared);
+        row += s.pieces;
+        if (row < end)
+            load_kept(memory, number + row, kept);
     }
 }
 

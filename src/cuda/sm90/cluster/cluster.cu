@@ -24,7 +24,8 @@ __host__ __device__ int segments_of(const kda_sm90_cluster_memory &memory) {
 /* whole: the chain has a segment that may grow a state, and is worked whole, as a first segment. local: the segment starts
  * from zero, so that it matters not whether its true state is known. */
 __device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &stream_k,
-                              const kda_sm90_cluster_memory &memory, int64_t all_chunks, bool whole, bool local) {
+                              const kda_sm90_cluster_memory &memory, int64_t all_chunks, bool whole, bool local,
+                              int rank) {
     int segments = segments_of(memory), chain = blockIdx.x / CTAS / segments;
     WorkTile work;
     work.n = chain / (int)p.value_heads, work.head = chain % (int)p.value_heads;
@@ -46,7 +47,7 @@ __device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &str
         memory.output_exponents +
         (work.head * all_chunks + kda_first_chunk(&p, work.first, work.n)) * (2 * KDA_SM90_EXPONENTS);
     if (segments > 1 && memory.kept)
-        work.kept = first_kept(p, memory, work.first, work.n, work.head);
+        work.kept = place_of_kept(first_kept(p, memory, work.first, work.n, work.head), rank);
     return work;
 }
 
@@ -63,8 +64,13 @@ __device__ ChunkInfo find_info(const kda_prefill &p, const WorkTile &work, int c
         info.count = (int)span.count;
     }
     info.flags = find_flags(info, i == 0, i + 1 == work.chunks, keeps);
-    if (keeps)
-        find_checkpoint(p, work.length, info);
+    if (keeps) {
+        int row = find_row(p, work.length, info);
+        if (row >= 0 && work.segment > 0)
+            info.flags |= PLACED, info.place = work.kept + (uint32_t)row * KEPT_PIECES;
+        else if (row >= 0)
+            place_checkpoint<DIM>(p, row, info);
+    }
     return info;
 }
 
@@ -327,7 +333,7 @@ template <bool keeps> struct LocalPolicy : DefaultPolicy<DIM> {
             if (shared.work.segment == 0)
                 store_checkpoints(p, info, S, exponent);
             else
-                keep_state(memory, shared.work.kept + info.row, identity, S, exponent);
+                keep_state(memory, info.place, S, exponent);
         }
     }
     __device__ void after(const ChunkInfo &, float (&S)[DIM / 8][4], int exponent) const {
@@ -389,7 +395,7 @@ __global__ void __cluster_dims__(CTAS) __maxnreg__(REGISTERS<split>)
     bool whole = !split && threadIdx.x < 32 && grows(memory, blockIdx.x / CTAS / segments_of(memory));
     if (threadIdx.x == 0) {
         prefetch_maps(maps);
-        shared.work = find_work(p, stream_k, memory, chunks, whole, split);
+        shared.work = find_work(p, stream_k, memory, chunks, whole, split, rank);
         for (int i = 0; i < PRODUCERS; i++)
             ptx::mbarrier_init(&shared.arrived[i], 1);
         for (int i = 0; i < STAGES<split>; i++) {

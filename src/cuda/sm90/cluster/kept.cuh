@@ -24,16 +24,21 @@ inline __device__ int64_t first_kept(const kda_prefill &p, const kda_sm90_cluste
     return head * of_head + kda_first_checkpoint(&p, memory.skipped, first, n) - absent;
 }
 
-/* A if `transition`, else B: a thread's piece of the first 16 channels; that of the next 16 is STATE_THREADS further. */
-inline __device__ uint4 *kept_pieces(const kda_sm90_cluster_memory &memory, int64_t number, bool transition,
-                                     uint32_t thread) {
-    return reinterpret_cast<uint4 *>(memory.kept + (number * 2 + transition) * DIM * DIM) + thread;
+/* Pieces of 16 bytes of both. */
+constexpr uint32_t KEPT_PIECES = 2 * DIM * DIM / 8;
+
+/* The place of A if `transition`, else of B, in pieces. From it on each thread has one of the first 16 channels; those of
+ * the next 16 are STATE_THREADS further. */
+inline __device__ uint32_t place_of_kept(int64_t number, bool transition) {
+    return (uint32_t)number * KEPT_PIECES + transition * (KEPT_PIECES / 2);
+}
+inline __device__ uint4 *kept_pieces(const kda_sm90_cluster_memory &memory, uint32_t place, uint32_t thread) {
+    return reinterpret_cast<uint4 *>(memory.kept) + place + thread;
 }
 
-/* Their exponents: one for a warp's columns of V, or of A. */
-inline __device__ int16_t *kept_exponents(const kda_sm90_cluster_memory &memory, int64_t number,
-                                          bool transition) {
-    return memory.kept_exponents + (number * 2 + transition) * KDA_SM90_EXPONENTS;
+/* Its exponents: one for a warp's columns of V, or of A. */
+inline __device__ int16_t *kept_exponents(const kda_sm90_cluster_memory &memory, uint32_t place) {
+    return memory.kept_exponents + place / (KEPT_PIECES / 2) * KDA_SM90_EXPONENTS;
 }
 
 /* Stores a thread's share in fp16, times `factor`; returns its largest element. */
@@ -48,23 +53,23 @@ inline __device__ float store_halves(uint4 *to, const float (&S)[DIM / 8][4], fl
             halves[i] = pack_half(pair[0] * factor, pair[1] * factor);
             largest[i % 2] = __hmax2(largest[i % 2], __habs2(*reinterpret_cast<__half2 *>(&halves[i])));
         }
-        __stcs(to, make_uint4(halves[0], halves[1], halves[2], halves[3]));
+        *to = make_uint4(halves[0], halves[1], halves[2], halves[3]);
     }
     float2 pair = __half22float2(__hmax2(largest[0], largest[1]));
     return fmaxf(pair.x, pair.y);
 }
 
-/* Keeps A or B. */
-inline __device__ void keep_state(const kda_sm90_cluster_memory &memory, int64_t number, bool transition,
+/* Keeps A or B at its place. */
+inline __device__ void keep_state(const kda_sm90_cluster_memory &memory, uint32_t place,
                                   const float (&S)[DIM / 8][4], int exponent) {
-    uint4 *to = kept_pieces(memory, number, transition, thread());
+    uint4 *to = kept_pieces(memory, place, thread());
     if (__builtin_expect(!fits_half(store_halves(to, S, 1)), 0)) {
         int further = exponent_of(largest_that_counts(largest_of_tiles(S)));
         store_halves(to, S, power_of_two(-further));
         exponent += further;
     }
     if (thread() % 32 == 0)
-        kept_exponents(memory, number, transition)[thread() / 32] = (int16_t)exponent;
+        kept_exponents(memory, place)[thread() / 32] = (int16_t)exponent;
 }
 
 } // namespace kda

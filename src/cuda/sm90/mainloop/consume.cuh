@@ -374,28 +374,35 @@ inline __device__ void store_channels(char *channels, uint32_t lower, uint32_t u
         odd ? make_uint2(other, upper) : make_uint2(lower, other);
 }
 
-/* Can they be stored so? */
-inline __device__ bool in_channels(const kda_state &state) {
-    bool aligned = (reinterpret_cast<uintptr_t>(state.data) | state.stride) % sizeof(uint2) == 0;
-    return state.dtype == KDA_BF16 && state.v_first && aligned;
-}
-
+/* Stores a state that lies densely, V first and at a multiple of 16 bytes. All addresses are one and a constant. */
 template <int TILES>
-__device__ void store_in_channels(const kda_state &state, const float (&S)[TILES][4], int exponent) {
-    uint32_t factors = (uint32_t)(127 + exponent) * 0x800080; /* 2^exponent in bf16, twice */
-    int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+__device__ void store_dense(char *state, bool fp32, const float (&S)[TILES][4], int exponent) {
+    constexpr int CHANNELS = TILES * 8;
+    int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4;
+    if (fp32) {
+        float factor = power_of_two(exponent);
+        float2 *own = reinterpret_cast<float2 *>(state) + column * (CHANNELS / 2) + lane % 4;
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
-        char *row = state.data + (column + n * 8) * state.stride;
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int c = 0; c < TILES; c++)
+                own[n * 8 * (CHANNELS / 2) + c * 4] =
+                    make_float2(S[c][2 * n] * factor, S[c][2 * n + 1] * factor);
+        return;
+    }
+    uint32_t factors = (uint32_t)(127 + exponent) * 0x800080; /* 2^exponent in bf16, twice */
+    char *own = state + column * (CHANNELS * 2);
+#pragma unroll
+    for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int c = 0; c < TILES; c += 2)
-            store_channels(row + c * 16, multiply_pair(pack_bf16(S[c][2 * n], S[c][2 * n + 1]), factors),
+            store_channels(own + n * 8 * (CHANNELS * 2) + c * 16,
+                           multiply_pair(pack_bf16(S[c][2 * n], S[c][2 * n + 1]), factors),
                            multiply_pair(pack_bf16(S[c + 1][2 * n], S[c + 1][2 * n + 1]), factors));
-    }
 }
 
-/* Stores checkpoints at a position: at 0 the state that the chain starts from, else the one after that token.
- * It takes few registers, for loops that are short of them; store_checkpoints is faster. */
+/* Stores checkpoints at a position, wherever they lie: at 0 the state that the chain starts from, else the one after
+ * that token. */
 template <int TILES>
 __device__ void store_whole_checkpoints(const kda_prefill &p, int n, int head, int column, int position,
                                         float (&S)[TILES][4], int exponent, uint32_t thread = threadIdx.x) {
@@ -422,7 +429,9 @@ enum : uint32_t {
     SPLIT = 128, /* the chain is split in front of it */
     SPLIT_AFTER = 256,
     FROM_SPLIT = 512, /* LAST, and the CTA's part of the chain starts at a split */
-    REHEARSAL = 1024  /* with SPLIT and BEGINS: no real chunk */
+    REHEARSAL = 1024, /* with SPLIT and BEGINS: no real chunk */
+    PLACED = 2048,    /* with CHECKPOINT: there is one, at `place` */
+    IN_FP32 = 4096    /* with PLACED: it is in fp32, not in bf16 */
 };
 
 /* What a scout says of a chunk. */
@@ -431,7 +440,7 @@ struct ChunkInfo {
     int batch, token; /* where it begins in the tensors */
     int position;     /* where it ends in its sequence */
     int slot;         /* of its state; kernel cluster knows it without */
-    int row;          /* of the checkpoint after the chunk, where CHECKPOINT is set; -1: not known */
+    uint32_t place;   /* where PLACED is set: of the checkpoint after the chunk, in pieces of 16 bytes */
     int16_t column;   /* first of the CTA's columns of V */
     int16_t count;    /* tokens; -1: see ENDS */
     uint32_t flags;
@@ -445,38 +454,42 @@ inline __device__ uint32_t find_flags(const ChunkInfo &info, bool first, bool la
            (info.position % MEASURED < CHUNK ? MEASURE : 0) | (keeps ? CHECKPOINT : 0) | (last ? LAST : 0);
 }
 
-/* Finds whether there is a checkpoint after a chunk and its row, where checkpoints are in equal steps. Scouts do it,
- * because consumers are what all wait for. length: of the sequence. */
-inline __device__ void find_checkpoint(const kda_prefill &p, int length, ChunkInfo &info) {
-    info.row = -1;
+/* The row of the checkpoint after a chunk, where checkpoints are in equal steps; -1: there is none, or it is not known.
+ * length: of the sequence. Scouts find it, because consumers are what all wait for. */
+inline __device__ int find_row(const kda_prefill &p, int length, ChunkInfo &info) {
     if (!(info.flags & CHECKPOINT) || p.checkpoint_offsets.data)
-        return;
+        return -1;
     int every = (int)kda_min64(p.checkpoint_every, INT32_MAX), row = (info.position - 1) / every;
     bool here = info.position > 0 && (info.position - row * every == every || info.position == length);
     if (here && row < kda_checkpoint_count(&p, info.n))
-        info.row = row;
-    else
-        info.flags &= ~CHECKPOINT;
+        return row;
+    info.flags &= ~CHECKPOINT;
+    return -1;
 }
 
-/* Stores the checkpoint after a chunk, or all that are there if its row is not known. */
+/* Finds where row `row` lies, from the CTA's first column of V on, if store_dense can store it. */
+template <int DIM> __device__ void place_checkpoint(const kda_prefill &p, int row, ChunkInfo &info) {
+    struct kda_state state = kda_checkpoint_row(&p, info.n, row, info.head);
+    bool fp32 = state.dtype == KDA_F32;
+    int64_t bytes = fp32 ? sizeof(float) : sizeof(__nv_bfloat16);
+    uint64_t offset = (uint64_t)(state.data - p.checkpoints.data + info.column * DIM * bytes);
+    if (!state.data)
+        info.flags &= ~CHECKPOINT;
+    else if (state.v_first && state.stride == DIM * bytes && !(offset >> 36) &&
+             (reinterpret_cast<uintptr_t>(state.data) | offset) % sizeof(uint4) == 0)
+        info.flags |= fp32 ? PLACED | IN_FP32 : PLACED, info.place = (uint32_t)(offset / sizeof(uint4));
+}
+
+/* Stores the checkpoint after a chunk, or all that are there. */
 template <int TILES>
 __device__ void store_checkpoints(const kda_prefill &p, const ChunkInfo &info, float (&S)[TILES][4],
                                   int exponent) {
-    int64_t cursor = 0;
-    do {
-        struct kda_state state = info.row >= 0
-                                     ? kda_checkpoint_row(&p, info.n, info.row, info.head)
-                                     : kda_checkpoint_at(&p, info.n, info.position, info.head, &cursor);
-        if (!state.data)
-            return;
-        state = from_column(state, info.column);
-        if (in_channels(state))
-            store_in_channels(state, S, exponent);
-        else
-            store_whole(state, S, exponent);
+    if (__builtin_expect(info.flags & PLACED, 1)) {
+        store_dense(p.checkpoints.data + info.place * sizeof(uint4), info.flags & IN_FP32, S, exponent);
         pin(S);
-    } while (info.row < 0);
+    } else {
+        store_whole_checkpoints(p, info.n, info.head, info.column, info.position, S, exponent, thread());
+    }
 }
 
 /* Waits until rows are free: what was sent has left them, but for the last `later` times. */

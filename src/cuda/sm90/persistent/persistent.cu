@@ -124,8 +124,11 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Con
     }
     bool first = chunk == 0, last = chunk + 1 == scout.chunks;
     info.flags = find_flags(info, first, last, keeps);
-    if (keeps)
-        find_checkpoint(p, scout.length, info);
+    if (keeps) {
+        int row = find_row(p, scout.length, info);
+        if (row >= 0)
+            place_checkpoint<Config::DIM>(p, row, info);
+    }
     if (ranges && info.count >= 0)
         info.flags |= (first && scout.slice.begin ? SPLIT : 0) | (last && scout.slice.begin ? FROM_SPLIT : 0) |
                       (last && kda_split_after(&scout.slice) ? SPLIT_AFTER : 0);
