@@ -580,7 +580,7 @@ static inline flash_kda_backward_args flash_kda_backward_args_init() {
  * depend on the data. On the CPU each thread needs room for a state every 128 tokens of T, but for none where prefill
  * kept them every 32, 64 or 128. On CUDA the portable kernels need such room for all heads, in bf16, but none where
  * prefill kept states at most 512 tokens apart; the rest does not grow with T. Hopper's own kernels (docs/hopper.md)
- * need 1.8 KB for each token of a value head, or 2.8 KB where HV is above H. Errors: as flash_kda_backward(). */
+ * need 2.0 KB for each token of a value head, or 3.0 KB where HV is above H. Errors: as flash_kda_backward(). */
 FLASH_KDA_API flash_kda_status flash_kda_backward_workspace_size(const flash_kda_backward_args *args,
                                                                  size_t *bytes);
 

@@ -122,11 +122,13 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
 __device__ __forceinline__ void count_up(uint32_t *count) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
-__device__ __forceinline__ void wait_for_count(const uint32_t *count, uint32_t wanted) {
+/* Is it there within so many looks, of some hundred nanoseconds each? */
+__device__ __forceinline__ bool wait_for_count(const uint32_t *count, uint32_t wanted, int looks) {
     uint32_t x;
     do
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(count) : "memory");
-    while (x < wanted);
+    while (x < wanted && --looks > 0);
+    return x >= wanted;
 }
 
 /* Arrives at the barrier of the cluster's CTA `rank` that lies where `barrier` does here, after all earlier

@@ -132,9 +132,9 @@ __device__ void send_outputs(const kda_backward &b, const CUtensorMap &map, cons
 
 /* What of a chunk does not wait for R. */
 struct Begun {
-    uint64_t P;
+    uint64_t P, W, KT, QT;
     Values dO;
-    float dX[CHUNK / 8][4];  /* what P's diagonal makes of dO */
+    float dX[CHUNK / 8][4]; /* what P's diagonal makes of dO */
 };
 
 __device__ const ChunkOperands &operands_of(const AdjointStage &stage) {
@@ -145,6 +145,9 @@ __device__ void begin_chunk(const AdjointStage &stage, int count, Begun &begun) 
     const ChunkOperands &in = operands_of(stage);
     alignas(16) float own[CHUNK / 4];
     begun.P = wgmma_operand(in.P, 0, 8 * PAIR_ROW, SWIZZLE_64);
+    begun.W = wgmma_operand(in.W, 0, 8 * ROW, SWIZZLE_128);
+    begun.KT = wgmma_operand(in.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
+    begun.QT = wgmma_operand(in.QT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
     load_values<COLUMNS>(stage.d_out, begun.dO);
     load_scales(in.own, own);
     clear_values(begun.dO, count);
@@ -167,21 +170,22 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
     auto begin = [&](int chunk) {
         wait(shared.full[pipe.stage], pipe.parity);
         begin_chunk(shared.stages[pipe.stage], chunk_of_chain(work, chunk).count, begun);
-    };
-    if (work.chunks)
-        begin(work.chunks - 1);
-    for (int chunk = work.chunks - 1; chunk >= 0; chunk--) {
-        const ChunkOperands &in = operands_of(shared.stages[pipe.stage]);
-        uint64_t &read = shared.empty[pipe.stage];
-        pipe.next();
-        uint64_t W = wgmma_operand(in.W, 0, 8 * ROW, SWIZZLE_128);
-        uint64_t KT = wgmma_operand(in.KT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
-        uint64_t QT = wgmma_operand(in.QT, TOKENS * 2, 8 * ROW, SWIZZLE_128);
         pin(dX);
         wgmma_fence();
 #pragma unroll
         for (int t = 0; t < CHUNK / 16; t++)
             wgmma<true, true>(dX, begun.dO[t], advanced(begun.P, t * 16 * PAIR_ROW));
+        wgmma_commit();
+    };
+    if (work.chunks)
+        begin(work.chunks - 1);
+    wgmma_wait<0>();
+    pin(dX);
+    for (int chunk = work.chunks - 1; chunk >= 0; chunk--) {
+        const ChunkOperands &in = operands_of(shared.stages[pipe.stage]);
+        uint64_t &read = shared.empty[pipe.stage];
+        pipe.next();
+        uint64_t W = begun.W, KT = begun.KT, QT = begun.QT;
         /* In halves, or the compiler runs all of the decay before the products, and not beside them. */
         uint32_t rounded[DIM / 16][4];
 #pragma unroll
@@ -233,6 +237,7 @@ __device__ void take_chunks(const kda_backward &b, const CUtensorMap &dv, Adjoin
             begin(chunk - 1);
         wgmma_wait<0>();
         pin(R);
+        pin(dX);
         ptx::mbarrier_arrive(&read);
     }
     if (warp == 0 && elected())

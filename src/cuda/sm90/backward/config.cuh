@@ -2,7 +2,7 @@
 /*
  * Backward on Hopper, for K = V = 128. Letters as in docs/maths.md; R is the gradient of a state.
  *
- * prepare    A CTA makes what the chunks of a segment need besides states, and leaves it in the workspace.
+ * prepare    A CTA makes what some chunks need besides states, and leaves it in the workspace.
  * adjoint    A CTA takes 64 columns of V of R through a chain's chunks, from the last to the first, in the
  *            accumulators of a warpgroup, as R^T [V][K]. It stores R at the end of every chunk, and dX = dv.
  * gradients  A CTA takes S through a segment of 128 tokens from the segment's checkpoint on, and makes all other

@@ -76,9 +76,12 @@ inline __device__ uint32_t load_state_pair(const kda_state &state, int column, i
     return pack_bf16(load_one(state, column, channel), load_one(state, column, channel + 1));
 }
 
-/* Waits until kernel adjoint has stored all of a segment. */
+/* Waits until kernel adjoint has stored all of a segment, or, should that take long, until it has ended: no count can
+ * make a CTA wait for ever. */
 inline __device__ void wait_for_adjoint(const uint32_t *done) {
-    wait_for_count(done, HALVES);
+    constexpr int LOOKS = 400;
+    if (!wait_for_count(done, HALVES, LOOKS))
+        wait_for_kernel_before();
     ptx::fence_proxy_async(ptx::space_global);
 }
 
@@ -634,7 +637,6 @@ inline __device__ void finish_products(GradientsShared &shared, int chunk, int w
             load_half(tiles[KEYS], warp, j / 2, RK);
             load_half(tiles[GATES], warp, j / 2, CK);
         }
-        along[2 * j] = along[2 * j + 1] = along[CHUNK / 4 + 2 * j] = along[CHUNK / 4 + 2 * j + 1] = 0;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int n = j % 2 * 2 + r;
@@ -646,7 +648,9 @@ inline __device__ void finish_products(GradientsShared &shared, int chunk, int w
                 float of_row = (e ? rk.y : rk.x) * -T2;
                 float of_column = (e ? ck.y : ck.x) * own;
                 float x = decayed[j][r][e];
-                along[2 * j + e] += of_q, along[CHUNK / 4 + 2 * j + e] += of_row + of_column;
+                float &along_q = along[2 * j + e], &along_k = along[CHUNK / 4 + 2 * j + e];
+                along_q = r ? along_q + of_q : of_q;
+                along_k = r ? along_k + (of_row + of_column) : of_row + of_column;
                 T1 *= x;
                 T2 = fmaf(-x, T2, reciprocal_approximate(x) * own);
                 own = of_column - of_q - of_row;
@@ -666,14 +670,14 @@ template <bool bounded>
 __device__ void finish_gates(const Context &c, int chunk, int count, const Gate &gate, const Pairs &g,
                              const float (&h)[2], float (&da)[CHUNK / 8][4], GateSums &sums) {
     int part = (int)(thread() % 4);
+    QuadSums quad;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float sum = h[r];
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; j++) {
-            float first = da[j][2 * r], all, before = sum + sum_before(first + da[j][2 * r + 1], part, all);
+            float first = da[j][2 * r], before = quad.before(sum, first + da[j][2 * r + 1]);
             da[j][2 * r] = before, da[j][2 * r + 1] = before + first;
-            sum += all;
         }
     }
     if (__builtin_expect(count < CHUNK, 0))

@@ -59,6 +59,15 @@ size_t kda_sm90_backward_lay_out(const struct kda_backward *b, const struct kda_
     return arena.used;
 }
 
+/* CTAs that prepare a segment: more of them where there would be few rounds of CTAs, or not even one. */
+static unsigned parts_to_prepare(const struct kda_backward_plan *plan, unsigned segments) {
+    enum { AT_A_TIME = 3, ROUNDS = 4 }; /* CTAs of a multiprocessor */
+    unsigned parts = 1;
+    while (parts < CHUNKS && segments * parts < (unsigned)(ROUNDS * AT_A_TIME * plan->multiprocessors))
+        parts *= 2;
+    return parts;
+}
+
 struct kda_backward_launch kda_sm90_backward_launch_at(const struct kda_backward *b,
                                                        const struct kda_backward_plan *plan, int i) {
     static const char *const names[] = {[KDA_SM90_BACKWARD_PREPARE] = "backward_prepare",
@@ -69,7 +78,7 @@ struct kda_backward_launch kda_sm90_backward_launch_at(const struct kda_backward
     const struct kda_tokens *x = &b->forward.base;
     unsigned segments = (unsigned)plan->segments, chunks = segments * CHUNKS, heads = (unsigned)x->value_heads;
     const unsigned grids[][2] = {
-        [KDA_SM90_BACKWARD_PREPARE] = {segments, heads},
+        [KDA_SM90_BACKWARD_PREPARE] = {segments * parts_to_prepare(plan, segments * heads), heads},
         [KDA_SM90_BACKWARD_ADJOINT] = {(unsigned)x->sequences * heads, DIM / ADJOINT_COLUMNS},
         [KDA_SM90_BACKWARD_GRADIENTS] = {segments * heads, 1},
         [KDA_SM90_BACKWARD_SUMS] = {heads, 1},

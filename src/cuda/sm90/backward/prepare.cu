@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Makes the operands of the chunks of a segment of a value head, which do not depend on states (config.cuh). */
+/* Makes the operands of chunks of a value head, which do not depend on states (config.cuh). */
 #include "cuda/sm90/backward/tiles.cuh"
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/tensor_maps.h"
@@ -309,25 +309,28 @@ __device__ void clear_upper_blocks(OperandsShared &shared) {
         *reinterpret_cast<uint4 *>(&tile[at]) = make_uint4(0, 0, 0, 0);
 }
 
-/* A CTA has a segment. */
+/* A CTA has `chunks` chunks of a segment. */
 template <bool bounded>
 __global__ void __launch_bounds__(THREADS, bounded ? 3 : 2)
-    prepare_segment(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
-                    const __grid_constant__ kda_sm90_backward_memory workspace) {
+    prepare_chunks(const __grid_constant__ kda_backward b, const __grid_constant__ kda_sm90_backward_maps maps,
+                   const __grid_constant__ kda_sm90_backward_memory workspace, int chunks) {
     extern __shared__ __align__(1024) uint8_t memory[];
     OperandsShared &shared = *reinterpret_cast<OperandsShared *>(memory);
     const kda_prefill &p = b.forward;
     let_next_begin();
+    uint32_t parts = CHUNKS / chunks, number = blockIdx.x / parts;
+    int64_t place = (int64_t)blockIdx.y * (gridDim.x / parts) + number; /* of the segment in the workspace */
     if (threadIdx.x == 0)
-        workspace.done[(int64_t)blockIdx.y * gridDim.x + blockIdx.x] = 0;
-    int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
-    Place segment = find_segment(b, blockIdx.x, blockIdx.y);
-    if (segment.count == 0)
+        workspace.done[place] = 0;
+    int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0), first = (int)(blockIdx.x % parts) * chunks;
+    Place segment = find_segment(b, number, blockIdx.y);
+    int end = min(first + chunks, (segment.count + CHUNK - 1) / CHUNK);
+    if (first >= end)
         return;
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(&shared.arrived, 1);
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
-        load_inputs(maps, chunk_of(segment, 0), shared);
+        load_inputs(maps, chunk_of(segment, first), shared);
     }
     clear_upper_blocks(shared);
     Gate gate = find_gates<bounded>(p, (int)segment.head, warp);
@@ -335,14 +338,13 @@ __global__ void __launch_bounds__(THREADS, bounded ? 3 : 2)
         Place at = chunk_of(segment, chunk);
         return warp == 1 ? load_beta(p, at.batch, at.token, at.head, at.count) : 0;
     };
-    uint32_t step = load_step(0);
-    ChunkOperands *to = static_cast<ChunkOperands *>(workspace.operands) +
-                        ((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * CHUNKS;
+    uint32_t step = load_step(first);
+    ChunkOperands *to = static_cast<ChunkOperands *>(workspace.operands) + place * CHUNKS;
     __syncthreads();
 #pragma unroll 1
-    for (int chunk = 0; chunk * CHUNK < segment.count; chunk++) {
+    for (int chunk = first; chunk < end; chunk++) {
         int count = chunk_of(segment, chunk).count;
-        wait(shared.arrived, chunk % 2);
+        wait(shared.arrived, (chunk - first) % 2);
         find_scales(p, shared, count);
         if (warp == 1)
             find_steps(p, count, step, shared.tokens);
@@ -359,7 +361,7 @@ __global__ void __launch_bounds__(THREADS, bounded ? 3 : 2)
             multiply_block(shared, warp % 2, warp < 2 ? 0 : BLOCK, warp < 4 ? 0 : BLOCK);
         fence_shared();
         __syncthreads();
-        if (threadIdx.x == 0 && (chunk + 1) * CHUNK < segment.count)
+        if (threadIdx.x == 0 && chunk + 1 < end)
             load_inputs(maps, chunk_of(segment, chunk + 1), shared);
         __syncwarp();
         if (warp == 1)
@@ -385,16 +387,17 @@ __global__ void __launch_bounds__(THREADS, bounded ? 3 : 2)
 } // namespace
 } // namespace kda
 
-extern "C" cudaError_t kda_sm90_backward_prepare(const struct kda_backward *b, const struct kda_backward_plan *,
+extern "C" cudaError_t kda_sm90_backward_prepare(const struct kda_backward *b,
+                                                 const struct kda_backward_plan *plan,
                                                  const struct kda_launch *launch,
                                                  const struct kda_sm90_backward_memory *memory) {
     using namespace kda;
-    auto *kernel = &prepare_segment<true>;
+    auto *kernel = &prepare_chunks<true>;
     if (!is_bounded(&b->forward))
-        kernel = &prepare_segment<false>;
+        kernel = &prepare_chunks<false>;
     kda_sm90_backward_maps maps;
     cudaError_t error = kda_sm90_map_backward(b, &maps);
     return error ? error
                  : launch_kernel(kernel, *launch, THREADS, sizeof(OperandsShared), b->forward.stream, *b, maps,
-                                 *memory);
+                                 *memory, (int)(CHUNKS * plan->segments / launch->grid[0]));
 }

@@ -81,12 +81,23 @@ struct References {
     bool cut;                                /* is some decay of the warp cut off */
 };
 
-/* Sums x over the lanes of a quad before this one, which is its `part`; `all` over all four. */
-inline __device__ float sum_before(float x, int part, float &all) {
-    float neighbour = __shfl_xor_sync(~0u, x, 1), pair = x + neighbour, other = __shfl_xor_sync(~0u, pair, 2);
-    all = pair + other;
-    return (part & 1 ? neighbour : 0.f) + (part & 2 ? other : 0.f);
-}
+/* Sums over the lanes of a quad before a lane, by 0 and 1 as factors: they take fewer instructions than choices. */
+struct QuadSums {
+    float odd, upper; /* is the lane the second of its pair, or in the second pair */
+
+    __device__ QuadSums() {
+        uint32_t lane = thread();
+        odd = lane & 1 ? 1.f : 0.f, upper = lane & 2 ? 1.f : 0.f;
+    }
+    /* `sum` and x of the lanes before this one; `sum` becomes that of all four. */
+    __device__ float before(float &sum, float x) const {
+        float neighbour = __shfl_xor_sync(~0u, x, 1), pair = x + neighbour,
+              other = __shfl_xor_sync(~0u, pair, 2);
+        float earlier = fmaf(upper, other, fmaf(odd, neighbour, sum));
+        sum += pair + other;
+        return earlier;
+    }
+};
 
 /* Without a bound the factors of a block could leave bf16's range. Within a chunk a token's log2 decay then counts
  * for no less than DEEPEST, as in unbounded.cuh. What is cut off, the rest, is a whole number: states get it, in KT,
@@ -99,7 +110,7 @@ inline __device__ float rest_of(float decay) {
 template <bool bounded> __device__ References find_decays(const Gate &gate, const Pairs &g, Elements &x) {
     References found;
     found.cut = false;
-    int part = (int)(thread() % 4);
+    QuadSums quad;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float sum = 0, offset = r ? gate.offset.y : gate.offset.x;
@@ -113,9 +124,8 @@ template <bool bounded> __device__ References find_decays(const Gate &gate, cons
                 first = max_or_nan(first, -0x1p20f), second = max_or_nan(second, -0x1p20f);
                 first -= rest_of(first), second -= rest_of(second);
             }
-            float all, before = sum + sum_before(first + second, part, all);
+            float before = quad.before(sum, first + second);
             x[j][r][0] = before + first, x[j][r][1] = before + first + second;
-            sum += all;
             if (j % 2 == 0)
                 found.middle[j / 2][r] = rintf(sum);
             if (j == 1)
@@ -133,7 +143,7 @@ template <bool bounded> __device__ References find_decays(const Gate &gate, cons
 
 /* The sums of the rests up to each token, itself included, and over the chunk. */
 inline __device__ void find_rests(const Gate &gate, const Pairs &g, Elements &rests, float (&all)[2]) {
-    int part = (int)(thread() % 4);
+    QuadSums quad;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float sum = 0, offset = r ? gate.offset.y : gate.offset.x;
@@ -142,9 +152,8 @@ inline __device__ void find_rests(const Gate &gate, const Pairs &g, Elements &re
             float2 raw = unpack_bf16(g[j / 2][j % 2 * 2 + r]);
             float first = rest_of(log2_decay<false>(gate, raw.x, offset));
             float second = rest_of(log2_decay<false>(gate, raw.y, offset));
-            float of_tile, before = sum + sum_before(first + second, part, of_tile);
+            float before = quad.before(sum, first + second);
             rests[j][r][0] = before + first, rests[j][r][1] = before + first + second;
-            sum += of_tile;
         }
         all[r] = sum;
     }

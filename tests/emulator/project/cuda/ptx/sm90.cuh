@@ -25,11 +25,12 @@ inline void barrier_wait(int barrier, int threads) { emulator::arrive_at_named(b
 inline void barrier_arrive(int barrier, int threads) { emulator::arrive_at_named(barrier, threads, false); }
 void arrive_at(uint64_t &barrier, int rank);
 
-/* Kernels run one after another: a count that is not there yet never comes. */
 inline void count_up(uint32_t *count) { ++*count; }
-inline void wait_for_count(const uint32_t *count, uint32_t wanted) {
+/* Kernels run one after another: a count that is not there yet never comes. */
+inline bool wait_for_count(const uint32_t *count, uint32_t wanted, int) {
     if (*count != wanted)
         emulator::fail("%u are waited for, and %u are counted", (unsigned)wanted, (unsigned)*count);
+    return true;
 }
 
 /* ---- Shared memory ---- */
