@@ -103,7 +103,7 @@ void prefill_problem_make(struct prefill_problem *p, const struct prefill_case *
 void prefill_problem_free(struct prefill_problem *p);
 
 /* Of a fused case: before the oracle runs, q, k and v become what the convolutions make of them; afterwards its outputs
- * become what the norm makes of them, and args those of the fused call. */
+ * become what the norm makes of them, and args those of the fused call. exact may be NULL. */
 void prefill_fuse_inputs(struct prefill_problem *p, struct random *r);
 void prefill_fuse_outputs(struct prefill_problem *p, struct prefill_results *exact, struct random *r);
 /* NULL, or that states of convolutions are not what they should be after a run. */

@@ -49,6 +49,11 @@ static struct prefill_case case_of_kind(int i) {
     c.final = kinds[i].final;
     c.flags = (enum flags)(i % 4);
     c.padding_slot = i % 2;
+    if (i % 2 == 0) {
+        c.fused = fused_kinds[0];
+        c.fused.conv_type = TYPE_BF16;
+        c.conv_states = true;
+    }
     return c;
 }
 
@@ -98,12 +103,14 @@ static void graphs(struct check *check) {
         struct random r = random_named(check->seed, c.name);
         struct prefill_problem captured, changed;
         prefill_problem_make(&captured, &c, &r);
+        prefill_fuse_outputs(&captured, NULL, &r);
         for (int n = 0; n < c.sequences / 2; n++) {
             int64_t length = c.lengths[n];
             c.lengths[n] = c.lengths[c.sequences - 1 - n];
             c.lengths[c.sequences - 1 - n] = length;
         }
         prefill_problem_make(&changed, &c, &r);
+        prefill_fuse_outputs(&changed, NULL, &r);
         report(check, &c, replay_differs(&captured, &changed), "the same bits as a call");
         prefill_problem_free(&captured);
         prefill_problem_free(&changed);
@@ -146,6 +153,7 @@ static void wild_indices(struct check *check) {
         for (int round = 0; round < ROUNDS && !wrong; round++) {
             struct prefill_problem p;
             prefill_problem_make(&p, &c, &r);
+            prefill_fuse_outputs(&p, NULL, &r);
             wrong = wild_indices_break(&p, &r);
             prefill_problem_free(&p);
         }

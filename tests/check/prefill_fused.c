@@ -94,7 +94,8 @@ void prefill_fuse_outputs(struct prefill_problem *p, struct prefill_results *exa
                         (struct tensor_layout){p->c.inputs, 1, false});
             fill_normal(&p->norm_gate, r, 0, 2);
         }
-        fused_norm(o, &p->norm_weight, &p->norm_gate, p->c.V, &exact->out);
+        if (exact)
+            fused_norm(o, &p->norm_weight, &p->norm_gate, p->c.V, &exact->out);
     }
     if (o->norm || o->conv[0] || o->conv[1] || o->conv[2])
         make_args(p);

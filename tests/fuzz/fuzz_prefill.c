@@ -28,6 +28,13 @@ enum argument {
     CHECKPOINT_INDICES,
     CHECKPOINT_OFFSETS,
     HAS_INITIAL_STATE,
+    Q_CONV_WEIGHT,
+    Q_CONV_BIAS,
+    Q_CONV_STATE,
+    V_CONV_WEIGHT,
+    V_CONV_STATE,
+    NORM_WEIGHT,
+    NORM_GATE,
     ARGUMENTS
 };
 
@@ -190,6 +197,30 @@ static void choose_marks(struct call *c, struct bytes *b) {
     }
 }
 
+static void choose_fused(struct call *c, struct bytes *b) {
+    unsigned given = take(b);
+    bool pool = c->given[STATE_INDICES];
+    int64_t slots = c->N + (pool ? 2 : 0), keys = c->H * c->dim_k, values = c->HV * c->dim_v;
+    c->args.norm_eps = 1e-5;
+    c->args.norm_activation = (flash_kda_norm_activation)(take(b) % 2);
+    if (given % 4 == 3) {
+        describe(c, b, Q_CONV_WEIGHT, float_type(b), 2, (const int64_t[]){keys, 4});
+        if (given & 4)
+            describe(c, b, Q_CONV_BIAS, float_type(b), 1, &keys);
+        if (given & 8)
+            describe(c, b, Q_CONV_STATE, float_type(b), 3, (const int64_t[]){slots, keys, 3});
+    }
+    if ((given & 0x30) == 0x30) {
+        describe(c, b, V_CONV_WEIGHT, float_type(b), 2, (const int64_t[]){values, 4});
+        describe(c, b, V_CONV_STATE, float_type(b), 3, (const int64_t[]){slots, values, 3});
+    }
+    if ((given & 0xc0) == 0xc0) {
+        describe(c, b, NORM_WEIGHT, float_type(b), 1, &c->dim_v);
+        if (take(b) % 2)
+            describe(c, b, NORM_GATE, float_type(b), 4, (const int64_t[]){c->B, c->T, c->HV, c->dim_v});
+    }
+}
+
 /* ---- Damage ----------------------------------------------------------------------------------------- */
 
 static void damage_tensor(struct slot *s, struct bytes *b) {
@@ -228,7 +259,7 @@ static void damage_tensor(struct slot *s, struct bytes *b) {
 }
 
 static void damage_options(struct call *c, struct bytes *b) {
-    switch (take(b) % 11) {
+    switch (take(b) % 12) {
     case 0:
         c->args.struct_size = take(b);
         break;
@@ -260,6 +291,10 @@ static void damage_options(struct call *c, struct bytes *b) {
     }
     case 9:
         c->args.padding_slot = take64(b);
+        break;
+    case 10:
+        c->args.norm_eps = (double)take64(b);
+        c->args.norm_activation = (flash_kda_norm_activation)(take(b) % 4);
         break;
     default:
         c->given[take(b) % ARGUMENTS] ^= true;
@@ -388,9 +423,21 @@ static void fill_values(struct call *c, struct bytes *b) {
     float unit = 1 / sqrtf((float)c->dim_k);
     const struct {
         float low, high;
-    } ranges[ARGUMENTS] = {
-        [Q] = {-unit, unit}, [K] = {-unit, unit}, [V] = {-1, 1},       [G] = {-4, 0},
-        [BETA] = {0, 1},     [A_LOG] = {-1, 1},   [DT_BIAS] = {-1, 1}, [INITIAL_STATE] = {-1, 1}};
+    } ranges[ARGUMENTS] = {[Q] = {-unit, unit},
+                           [K] = {-unit, unit},
+                           [V] = {-1, 1},
+                           [G] = {-4, 0},
+                           [BETA] = {0, 1},
+                           [A_LOG] = {-1, 1},
+                           [DT_BIAS] = {-1, 1},
+                           [INITIAL_STATE] = {-1, 1},
+                           [Q_CONV_WEIGHT] = {-1, 1},
+                           [Q_CONV_BIAS] = {-1, 1},
+                           [Q_CONV_STATE] = {-1, 1},
+                           [V_CONV_WEIGHT] = {-1, 1},
+                           [V_CONV_STATE] = {-1, 1},
+                           [NORM_WEIGHT] = {-1, 1},
+                           [NORM_GATE] = {-2, 2}};
     fill_indices(c, b);
     for (int i = 0; i < ARGUMENTS; i++) {
         if (is_index((enum argument)i))
@@ -432,6 +479,7 @@ static void build(struct call *c, struct bytes *b) {
     choose_states(c, b);
     choose_checkpoints(c, b);
     choose_marks(c, b);
+    choose_fused(c, b);
     damage(c, b);
     make_memory(c);
     fill_values(c, b);
@@ -455,6 +503,13 @@ static void build(struct call *c, struct bytes *b) {
         &a->checkpoint_indices,
         &a->checkpoint_offsets,
         &a->has_initial_state,
+        &a->q_conv_weight,
+        &a->q_conv_bias,
+        &a->q_conv_state,
+        &a->v_conv_weight,
+        &a->v_conv_state,
+        &a->norm_weight,
+        &a->norm_gate,
     };
     for (int i = 0; i < ARGUMENTS; i++)
         *members[i] = c->given[i] ? &c->slots[i].dl : NULL;
@@ -553,6 +608,8 @@ static void compare_with_oracle(const struct call *c, const struct bytes *from) 
     compare(&c->slots[INITIAL_STATE], &oracle.slots[INITIAL_STATE], cancelled);
     compare(&c->slots[FINAL_STATE], &oracle.slots[FINAL_STATE], cancelled);
     compare(&c->slots[CHECKPOINTS], &oracle.slots[CHECKPOINTS], cancelled);
+    compare(&c->slots[Q_CONV_STATE], &oracle.slots[Q_CONV_STATE], cancelled);
+    compare(&c->slots[V_CONV_STATE], &oracle.slots[V_CONV_STATE], cancelled);
     destroy(&oracle);
 }
 

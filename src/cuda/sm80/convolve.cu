@@ -27,8 +27,9 @@ struct Convolution {
     int64_t batch, token, head, weight_stride, slot, channel, past; /* strides in bytes */
     kda_dtype dtype, weight_dtype, bias_dtype, state_dtype;
     int heads, dim;
-    int groups;  /* a thread's channels are a group */
-    bool pieces; /* rows are whole pieces of 16 bytes */
+    int groups;         /* a thread's channels are a group */
+    bool pieces;        /* rows are whole pieces of 16 bytes */
+    bool dense_weights; /* and so are the weights of a group, one channel's after the other's */
 };
 
 struct Convolutions {
@@ -100,12 +101,32 @@ template <class Access> struct Channels {
         int each = c.dim / VEC;
         head = group / each, first = group % each * VEC, channel = head * c.dim + first;
         const char *row = c.weight + channel * c.weight_stride;
+        if (VEC > 1 && c.dense_weights && c.weight_dtype == KDA_F32)
+            load_weights<KDA_F32>(row);
+        else if (VEC > 1 && c.dense_weights && c.weight_dtype == KDA_BF16)
+            load_weights<KDA_BF16>(row);
+        else
 #pragma unroll
-        for (int e = 0; e < VEC; e++, row += c.weight_stride) {
+            for (int e = 0; e < VEC; e++)
 #pragma unroll
-            for (int i = 0; i < KDA_CONV_WIDTH; i++)
-                weight[i][e] = load_float(row, c.weight_dtype, i);
+                for (int i = 0; i < KDA_CONV_WIDTH; i++)
+                    weight[i][e] = load_float(row + e * c.weight_stride, c.weight_dtype, i);
+#pragma unroll
+        for (int e = 0; e < VEC; e++)
             bias[e] = c.bias ? load_float(c.bias, c.bias_dtype, channel + e) : 0.f;
+    }
+
+    /* Those of all channels in pieces of 16 bytes: one by one they would take longer than all tokens. */
+    template <kda_dtype DTYPE> __device__ void load_weights(const char *rows) {
+        constexpr int PIECE = Piece<DTYPE>::VEC;
+#pragma unroll
+        for (int first = 0; first < VEC * KDA_CONV_WIDTH; first += PIECE) {
+            float x[PIECE];
+            Piece<DTYPE>::unpack(DTYPE, Piece<DTYPE>::load(rows + first / PIECE * 16, DTYPE), x);
+#pragma unroll
+            for (int e = 0; e < PIECE; e++)
+                if (first + e < VEC * KDA_CONV_WIDTH)
+                    weight[(first + e) % KDA_CONV_WIDTH][(first + e) / KDA_CONV_WIDTH] = x[e];
         }
     }
 
@@ -272,6 +293,8 @@ Convolution shorten(const kda_convolution &conv, const kda_tensor &x, const kda_
     for (int i = 0; i < 3; i++)
         all |= x.shape[i] > 1 ? (uint64_t)x.stride[i] : 0;
     c.pieces = all % PIECE == 0;
+    int64_t weights = KDA_CONV_WIDTH * (int64_t)kda_dtype_size(conv.weight.dtype);
+    c.dense_weights = conv.weight.stride[0] == weights && (uintptr_t)c.weight % PIECE == 0;
     c.groups = c.heads * c.dim / (int)(c.pieces ? PIECE / size : 1);
     return c;
 }

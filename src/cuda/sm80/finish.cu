@@ -45,21 +45,51 @@ struct Finish {
 
 /* ---- Rows ---------------------------------------------------------------------------------------- */
 
-/* Is token t, counted over all batches, of a sequence that is none of padding? n: a sequence that does not begin after
- * it, moved on. */
-__device__ bool is_worked(const kda_prefill &p, int64_t t, int &n) {
-    if (!p.cu_seqlens.data)
-        return kda_sequence(&p, t / p.tokens).slot >= 0;
-    while (n + 1 < p.sequences && kda_index(&p.cu_seqlens, n + 1, 0) <= t)
-        n++;
-    struct kda_sequence s = kda_sequence(&p, n);
-    return s.slot >= 0 && s.first <= t && t < s.first + s.length;
+/* A row of [B, T, HV, V]. */
+struct Place {
+    unsigned token; /* counted over all batches */
+    int head;
+};
+
+/* Row number first + index. One 64-bit division for all rows of a CTA, and one of 32 bits for each. */
+struct Rows {
+    unsigned token, head; /* of `first` */
+
+    __device__ Rows(const kda_prefill &p, int64_t first)
+        : token((unsigned)(first / p.value_heads)), head((unsigned)(first % p.value_heads)) {}
+    __device__ Place at(const kda_prefill &p, unsigned index) const {
+        unsigned heads = (unsigned)p.value_heads, all = head + index;
+        return {token + all / heads, (int)(all % heads)};
+    }
+};
+
+__device__ char *row_of(const kda_tensor &t, const kda_prefill &p, const Place &place) {
+    unsigned batch = p.batches > 1 ? place.token / (unsigned)p.tokens : 0;
+    return kda_row(&t, batch, place.token - batch * (unsigned)p.tokens, place.head);
 }
 
-__device__ char *row_of(const kda_tensor &t, const kda_prefill &p, int64_t row) {
-    int64_t token = row / p.value_heads, head = row % p.value_heads;
-    return kda_row(&t, token / p.tokens, token % p.tokens, head);
-}
+/* Is a token of a sequence that is not padding? Tokens are asked for from the first on. */
+struct Worked {
+    int n;          /* a sequence that does not begin after the token */
+    unsigned token; /* that `worked` is of */
+    bool worked;
+
+    __device__ Worked(const kda_prefill &p, unsigned first)
+        : n(p.cu_seqlens.data ? find_sequence_of(p, first) : 0), token(first), worked(look(p, first)) {}
+    __device__ bool look(const kda_prefill &p, unsigned t) {
+        if (!p.cu_seqlens.data)
+            return kda_sequence(&p, p.batches > 1 ? t / (unsigned)p.tokens : 0).slot >= 0;
+        while (n + 1 < p.sequences && kda_index(&p.cu_seqlens, n + 1, 0) <= t)
+            n++;
+        struct kda_sequence s = kda_sequence(&p, n);
+        return s.slot >= 0 && s.first <= t && t < s.first + s.length;
+    }
+    __device__ bool has(const kda_prefill &p, unsigned t) {
+        if (t != token)
+            token = t, worked = look(p, t);
+        return worked;
+    }
+};
 
 __device__ float activation(const Finish &f, float z) { return __fdividef(f.silu ? z : 1.f, 1.f + __expf(-z)); }
 
@@ -99,26 +129,30 @@ __device__ void unpack_piece(kda_dtype dtype, const uint4 &raw, float (&x)[VEC])
 
 __device__ void norm_pieces(const kda_prefill &p, const Finish &f, int64_t first, int64_t rows) {
     int lane = threadIdx.x % f.lanes, groups = THREADS / f.lanes, dim = (int)p.value_dim;
-    bool real = lane * VEC < dim;
+    bool has_piece = lane * VEC < dim, real[ROWS];
     uint4 gates[ROWS] = {}, outputs[ROWS] = {};
     float weight[VEC];
-    int64_t row = first + threadIdx.x / f.lanes;
+    Place places[ROWS];
+    const Rows all(p, first);
 #pragma unroll
-    for (int i = 0; i < ROWS; i++)
-        if (f.gate.data && real && row + i * groups < rows)
-            gates[i] = reinterpret_cast<const uint4 *>(row_of(f.gate, p, row + i * groups))[lane];
+    for (int i = 0; i < ROWS; i++) {
+        unsigned index = threadIdx.x / f.lanes + i * groups;
+        places[i] = all.at(p, index);
+        real[i] = has_piece && first + index < rows;
+        if (f.gate.data && real[i])
+            gates[i] = reinterpret_cast<const uint4 *>(row_of(f.gate, p, places[i]))[lane];
+    }
 #pragma unroll
     for (int e = 0; e < VEC; e++)
-        weight[e] = real ? load_float(f.weight, f.weight_dtype, lane * VEC + e) : 0.f;
-    int n = p.cu_seqlens.data ? find_sequence_of(p, first / p.value_heads) : 0;
+        weight[e] = has_piece ? load_float(f.weight, f.weight_dtype, lane * VEC + e) : 0.f;
+    Worked worked(p, all.token);
     wait_for_kernel_before();
 #pragma unroll
     for (int i = 0; i < ROWS; i++)
-        if (real && row + i * groups < rows)
-            outputs[i] = reinterpret_cast<const uint4 *>(row_of(f.raw, p, row + i * groups))[lane];
+        if (real[i])
+            outputs[i] = reinterpret_cast<const uint4 *>(row_of(f.raw, p, places[i]))[lane];
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
-        int64_t own = row + i * groups;
         float o[VEC], z[VEC];
         unpack_piece(f.raw.dtype, outputs[i], o);
         unpack_piece(f.gate.dtype, gates[i], z);
@@ -129,7 +163,7 @@ __device__ void norm_pieces(const kda_prefill &p, const Finish &f, int64_t first
                 squares = fmaf(o[e] * size, o[e] * size, squares);
             return sum_over(squares, f.lanes);
         });
-        if (!real || own >= rows || !is_worked(p, own / p.value_heads, n))
+        if (!real[i] || !worked.has(p, places[i].token))
             continue;
         uint32_t words[4];
 #pragma unroll
@@ -139,7 +173,7 @@ __device__ void norm_pieces(const kda_prefill &p, const Finish &f, int64_t first
         for (int e = 0; e < 4; e++)
             words[e] =
                 p.out.dtype == KDA_BF16 ? pack_bf16(o[2 * e], o[2 * e + 1]) : pack_half(o[2 * e], o[2 * e + 1]);
-        reinterpret_cast<uint4 *>(row_of(p.out, p, own))[lane] =
+        reinterpret_cast<uint4 *>(row_of(p.out, p, places[i]))[lane] =
             make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
@@ -147,14 +181,16 @@ __device__ void norm_pieces(const kda_prefill &p, const Finish &f, int64_t first
 /* Any other rows: a warp has one, and reads it twice. */
 __device__ void norm_elements(const kda_prefill &p, const Finish &f, int64_t first, int64_t rows) {
     int lane = threadIdx.x % 32, dim = (int)p.value_dim;
-    int n = p.cu_seqlens.data ? find_sequence_of(p, first / p.value_heads) : 0;
+    const Rows all(p, first);
+    Worked worked(p, all.token);
     wait_for_kernel_before();
     for (int i = 0; i < ROWS; i++) {
-        int64_t row = first + threadIdx.x / 32 + i * (THREADS / 32);
-        if (row >= rows || !is_worked(p, row / p.value_heads, n))
+        unsigned index = threadIdx.x / 32 + i * (THREADS / 32);
+        const Place place = all.at(p, index);
+        if (first + index >= rows || !worked.has(p, place.token))
             continue;
-        const char *raw = row_of(f.raw, p, row), *gate = f.gate.data ? row_of(f.gate, p, row) : nullptr;
-        char *out = row_of(p.out, p, row);
+        const char *raw = row_of(f.raw, p, place), *gate = f.gate.data ? row_of(f.gate, p, place) : nullptr;
+        char *out = row_of(p.out, p, place);
         float factor = find_factor(f, dim, [&](float size) {
             float squares = 0;
             for (int j = lane; j < dim; j += 32) {
