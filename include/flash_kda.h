@@ -169,6 +169,12 @@ typedef enum flash_kda_state_layout {
     FLASH_KDA_STATE_K_FIRST = 1,
 } flash_kda_state_layout;
 
+/* What the gate of the norm goes through. */
+typedef enum flash_kda_norm_activation {
+    FLASH_KDA_NORM_SIGMOID = 0, /* times sigmoid(norm_gate) */
+    FLASH_KDA_NORM_SILU = 1,    /* times norm_gate sigmoid(norm_gate) */
+} flash_kda_norm_activation;
+
 typedef enum flash_kda_flags {
     /* q and k are divided by sqrt(sum of squares + 1e-6), per token and head. */
     FLASH_KDA_QK_NORM = 1 << 0,
@@ -197,9 +203,10 @@ typedef enum flash_kda_flags {
  * Strides: free and not negative (a stride of 0 on an input repeats it), but the last dimension of q, k,
  * v, g, out, dt_bias and of every state must be contiguous. A strides pointer of NULL means compact.
  *
- * Memory: out, final_state and checkpoints may overlap neither each other nor an input nor the
- * workspace, with two exceptions: final_state may be initial_state itself (same address, dtype and
- * strides: in place), and checkpoints may be the state pool itself if both are addressed by indices.
+ * Memory: out, final_state, checkpoints and the states of convolutions may overlap neither each other nor an
+ * input nor the workspace, but they may interleave, as parts of one page for each slot. There are two exceptions:
+ * final_state may be initial_state itself (same address, dtype and strides: in place), and checkpoints may be the
+ * state pool itself if both are addressed by indices.
  *
  * Every tensor is on the device of q, the index tensors too. In host memory the contents of cu_seqlens,
  * state_indices and the checkpoint_* tensors are checked before anything runs. In CUDA memory the host does not
@@ -269,6 +276,21 @@ typedef struct flash_kda_prefill_args {
                                           holds. NULL: all have a state */
     int64_t padding_slot; /* with FLASH_KDA_PADDING_SLOT and state_indices, else 0: what is padding there as -1
                              is. It may stand there more than once */
+
+    /* -- Before and after, all that a KDA layer does between its projections: as for decode, but a convolution's
+     * states may be left out. The states before a sequence are read where it starts from an initial state, and else
+     * count as 0; those after it are written in any case. They lie in slots as initial_state and final_state do, which
+     * have as many. On CUDA q, k and v are rounded to their dtypes between the two steps, and out to its own, fp16
+     * excepted. Rows of out of no sequence are left as they are -- */
+    const DLTensor *q_conv_weight; /* float [H K, 4] */
+    const DLTensor *q_conv_bias;   /* float [H K]; NULL: 0 */
+    const DLTensor *q_conv_state;  /* float [slots, H K, 3], any strides, read and written; NULL: 0, not kept */
+    const DLTensor *k_conv_weight, *k_conv_bias, *k_conv_state; /* likewise */
+    const DLTensor *v_conv_weight, *v_conv_bias, *v_conv_state; /* likewise, HV V channels */
+    const DLTensor *norm_weight;                                /* float [V], V <= 1024 */
+    const DLTensor *norm_gate;                 /* float [B, T, HV, V], with norm_weight; NULL: no gate */
+    flash_kda_norm_activation norm_activation; /* of norm_gate */
+    double norm_eps;                           /* above 0 with norm_weight */
 } flash_kda_prefill_args;
 
 #ifdef __cplusplus
@@ -316,12 +338,6 @@ FLASH_KDA_API flash_kda_status flash_kda_prefill_describe(const flash_kda_prefil
 
 /* Tokens of a sequence in one call of decode, at most. */
 #define FLASH_KDA_MAX_DECODE_TOKENS 16
-
-/* What the gate of the norm after decode goes through. */
-typedef enum flash_kda_norm_activation {
-    FLASH_KDA_NORM_SIGMOID = 0, /* times sigmoid(norm_gate) */
-    FLASH_KDA_NORM_SILU = 1,    /* times norm_gate sigmoid(norm_gate) */
-} flash_kda_norm_activation;
 
 /*
  * Arguments of decode: 0 to 16 tokens of every sequence. The states lie in a pool and are updated in place. The

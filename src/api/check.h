@@ -82,6 +82,37 @@ flash_kda_status kda_check_state(const DLTensor *t, const char *name, const char
 /* The form of a tensor of states in x's layout. */
 const char *kda_state_form(const struct kda_tokens *x, const char *v_first, const char *k_first);
 
+/* The arguments that become a struct kda_fused. */
+struct kda_fused_args {
+    struct {
+        const DLTensor *weight, *bias, *state;
+    } conv[KDA_CONVOLUTIONS];
+    const DLTensor *norm_weight, *norm_gate;
+    flash_kda_norm_activation norm_activation;
+    double norm_eps;
+    int64_t slots; /* of the convolutions' states; -1: any number, the same for all */
+    bool needs_states, written;
+};
+
+/* Those of an operation's arguments, whose names are the same everywhere; further members may follow. */
+#define KDA_FUSED_ARGS(a, ...)                                                                    \
+    ((struct kda_fused_args){.conv = {{(a)->q_conv_weight, (a)->q_conv_bias, (a)->q_conv_state},  \
+                                      {(a)->k_conv_weight, (a)->k_conv_bias, (a)->k_conv_state},  \
+                                      {(a)->v_conv_weight, (a)->v_conv_bias, (a)->v_conv_state}}, \
+                             .norm_weight = (a)->norm_weight,                                     \
+                             .norm_gate = (a)->norm_gate,                                         \
+                             .norm_activation = (a)->norm_activation,                             \
+                             .norm_eps = (a)->norm_eps,                                           \
+                             __VA_ARGS__})
+
+/* All of them, into *out. */
+flash_kda_status kda_check_fused(const struct kda_fused_args *a, const struct kda_tokens *x,
+                                 const DLDevice *device, struct kda_fused *out);
+
+/* The tensors of a struct kda_fused, those first that are written: the states of the convolutions. */
+enum { KDA_FUSED_TENSORS = 11 };
+void kda_list_fused(const struct kda_fused *f, const struct kda_tensor *list[KDA_FUSED_TENSORS]);
+
 /* A written tensor overlaps no other; each may not be given. but: what the message says besides. */
 flash_kda_status kda_check_overlap(const struct kda_tensor *written, const struct kda_tensor *other,
                                    const char *but);

@@ -4,7 +4,6 @@
 #include "api/check.h"
 #include "api/decode_problem.h"
 
-#include <float.h>
 #include <string.h>
 
 /* ---- Tensors ----------------------------------------------------------------------------------- */
@@ -74,83 +73,6 @@ static flash_kda_status check_state(const flash_kda_decode_args *a, struct kda_d
         return INVALID("out is NULL with FLASH_KDA_KEEP_STATE; expected a tensor, for nothing else is written");
     return kda_check_state(a->state, "state", form, KDA_DTYPES_FLOAT, 4, pool ? -1 : p->sequences, 0,
                            &a->q->device, !d->keep_state, p, &d->state);
-}
-
-/* ---- Before and after -------------------------------------------------------------------------- */
-
-/* A convolution's arguments, and their names. */
-struct convolution_args {
-    const DLTensor *weight, *bias, *state;
-    const char *weight_name, *bias_name, *state_name;
-    const char *weight_form, *bias_form, *state_form;
-    int64_t channels;
-};
-
-static flash_kda_status check_convolution(const struct convolution_args *c, const struct kda_decode *d,
-                                          const DLDevice *device, struct kda_convolution *out) {
-    const int64_t weight_shape[2] = {c->channels, KDA_CONV_WIDTH};
-    const int64_t state_shape[3] = {d->state.shape[0], c->channels, KDA_CONV_PAST};
-    if (!c->weight && (c->bias || c->state))
-        return INVALID("%s is given without %s; expected NULL", c->bias ? c->bias_name : c->state_name,
-                       c->weight_name);
-    if (!c->weight)
-        return FLASH_KDA_OK;
-    if (!c->state)
-        return INVALID("%s is NULL with %s; expected a tensor", c->state_name, c->weight_name);
-    struct kda_tensor_spec weight = kda_floats(c->weight_name, c->weight_form, 2, weight_shape, device);
-    struct kda_tensor_spec bias = kda_floats(c->bias_name, c->bias_form, 1, weight_shape, device);
-    struct kda_tensor_spec state = kda_floats(c->state_name, c->state_form, 3, state_shape, device);
-    state.last_dim_contiguous = false;
-    state.written = !d->keep_state;
-    TRY(kda_tensor_check(c->weight, &weight, &out->weight));
-    if (c->bias)
-        TRY(kda_tensor_check(c->bias, &bias, &out->bias));
-    return kda_tensor_check(c->state, &state, &out->state);
-}
-
-#define CONVOLUTION(x, H, K, count)                                               \
-    (&(struct convolution_args){.weight = a->x##_conv_weight,                     \
-                                .bias = a->x##_conv_bias,                         \
-                                .state = a->x##_conv_state,                       \
-                                .weight_name = #x "_conv_weight",                 \
-                                .bias_name = #x "_conv_bias",                     \
-                                .state_name = #x "_conv_state",                   \
-                                .weight_form = "[" H " " K ", 4]",                \
-                                .bias_form = "[" H " " K "]",                     \
-                                .state_form = "[slots of state, " H " " K ", 3]", \
-                                .channels = (count)})
-
-static flash_kda_status check_convolutions(const flash_kda_decode_args *a, struct kda_decode *d) {
-    const struct kda_tokens *p = &d->tokens;
-    const DLDevice *device = &a->q->device;
-    int64_t keys = p->heads * p->key_dim, values = p->value_heads * p->value_dim;
-    TRY(check_convolution(CONVOLUTION(q, "H", "K", keys), d, device, &d->q_conv));
-    TRY(check_convolution(CONVOLUTION(k, "H", "K", keys), d, device, &d->k_conv));
-    return check_convolution(CONVOLUTION(v, "HV", "V", values), d, device, &d->v_conv);
-}
-
-static flash_kda_status check_norm(const flash_kda_decode_args *a, struct kda_decode *d) {
-    const struct kda_tokens *p = &d->tokens;
-    const int64_t like_v[4] = {p->batches, p->tokens, p->value_heads, p->value_dim};
-    if ((unsigned)a->norm_activation > FLASH_KDA_NORM_SILU)
-        return INVALID("norm_activation is %d; expected a flash_kda_norm_activation", (int)a->norm_activation);
-    if (!a->norm_weight && a->norm_gate)
-        return INVALID("norm_gate is given without norm_weight; expected NULL");
-    if (!a->norm_weight)
-        return FLASH_KDA_OK;
-    if (p->value_dim > KDA_MAX_NORM_DIM)
-        return INVALID("v has V = %lld with norm_weight; expected at most %d", (long long)p->value_dim,
-                       KDA_MAX_NORM_DIM);
-    if (!(a->norm_eps > 0 && a->norm_eps <= FLT_MAX))
-        return INVALID("norm_eps is %g with norm_weight; expected a number above 0", a->norm_eps);
-    const struct kda_tensor_spec weight = kda_floats("norm_weight", "[V]", 1, like_v + 3, &a->q->device);
-    const struct kda_tensor_spec gate = kda_floats("norm_gate", "[B, T, HV, V]", 4, like_v, &a->q->device);
-    TRY(kda_tensor_check(a->norm_weight, &weight, &d->norm_weight));
-    if (a->norm_gate)
-        TRY(kda_tensor_check(a->norm_gate, &gate, &d->norm_gate));
-    d->norm_activation = a->norm_activation;
-    d->norm_eps = (float)a->norm_eps;
-    return FLASH_KDA_OK;
 }
 
 /* ---- What the index tensors hold --------------------------------------------------------------- */
@@ -230,12 +152,7 @@ static flash_kda_status check_values(const struct kda_decode *d) {
 /* No written tensor overlaps another argument. */
 static flash_kda_status check_aliasing(const struct kda_decode *d) {
     const struct kda_tokens *p = &d->tokens;
-    const struct kda_tensor *const all[] = {&p->out,
-                                            &d->state,
-                                            &d->q_conv.state,
-                                            &d->k_conv.state,
-                                            &d->v_conv.state,
-                                            &p->q,
+    const struct kda_tensor *const own[] = {&p->q,
                                             &p->k,
                                             &p->v,
                                             &p->g,
@@ -246,19 +163,14 @@ static flash_kda_status check_aliasing(const struct kda_decode *d) {
                                             &d->accepted,
                                             &d->state_indices,
                                             &d->num_accepted_tokens,
-                                            &d->has_initial_state,
-                                            &d->q_conv.weight,
-                                            &d->q_conv.bias,
-                                            &d->k_conv.weight,
-                                            &d->k_conv.bias,
-                                            &d->v_conv.weight,
-                                            &d->v_conv.bias,
-                                            &d->norm_weight,
-                                            &d->norm_gate};
-    enum { ALL = sizeof all / sizeof *all, OUT = 1, STATES = 4 };
+                                            &d->has_initial_state};
+    enum { OWN = sizeof own / sizeof *own, OUT = 1, STATES = 1 + KDA_CONVOLUTIONS };
+    const struct kda_tensor *all[2 + KDA_FUSED_TENSORS + OWN] = {&p->out, &d->state};
+    kda_list_fused(&d->fused, all + 2);
+    memcpy(all + 2 + KDA_FUSED_TENSORS, own, sizeof own);
     int written = d->keep_state ? OUT : OUT + STATES;
     for (int i = 0; i < written; i++)
-        for (int j = i + 1; j < ALL; j++)
+        for (int j = i + 1; j < 2 + KDA_FUSED_TENSORS + OWN; j++)
             TRY(kda_check_overlap(all[i], all[j], ""));
     return FLASH_KDA_OK;
 }
@@ -283,8 +195,9 @@ static flash_kda_status check_all(const flash_kda_decode_args *given, struct kda
     TRY(check_accepted(&args, d));
     TRY(check_state_indices(&args, d));
     TRY(check_state(&args, d));
-    TRY(check_convolutions(&args, d));
-    TRY(check_norm(&args, d));
+    const struct kda_fused_args fused =
+        KDA_FUSED_ARGS(&args, .slots = d->state.shape[0], .needs_states = true, .written = !d->keep_state);
+    TRY(kda_check_fused(&fused, &d->tokens, &args.q->device, &d->fused));
     TRY(check_values(d));
     return check_aliasing(d);
 }

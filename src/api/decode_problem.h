@@ -3,17 +3,8 @@
 #ifndef KDA_API_DECODE_PROBLEM_H
 #define KDA_API_DECODE_PROBLEM_H
 
+#include "api/fused.h"
 #include "api/tokens.h"
-
-enum { KDA_CONV_WIDTH = 4, KDA_CONV_PAST = KDA_CONV_WIDTH - 1, KDA_MAX_NORM_DIM = 1024 };
-
-/* The convolution of q, k or v; weight.data is NULL without one. */
-struct kda_convolution {
-    struct kda_tensor weight; /* [channels, KDA_CONV_WIDTH] */
-    struct kda_tensor bias;   /* [channels], or not given */
-    struct kda_tensor
-        state; /* [slots, channels, KDA_CONV_PAST], in any strides: inputs before, the oldest first */
-};
 
 struct kda_decode {
     struct kda_tokens tokens;
@@ -26,10 +17,12 @@ struct kda_decode {
     bool keep_state;                       /* states are only read */
     bool has_padding_slot;
     int64_t padding_slot; /* if it has one: in state_indices the same as -1 */
-    struct kda_convolution q_conv, k_conv, v_conv;
-    struct kda_tensor norm_weight, norm_gate; /* [V], [B, T, HV, V]; each may not be given */
-    flash_kda_norm_activation norm_activation;
-    float norm_eps;
+    union {
+        struct kda_fused fused;
+        struct {
+            KDA_FUSED_MEMBERS
+        };
+    };
 };
 
 /* The slot in column `column` of sequence n's row of state_indices; -1 for what is no slot of the pool. */

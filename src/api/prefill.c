@@ -10,15 +10,34 @@
 static flash_kda_status check_slot_indices(const flash_kda_prefill_args *a, struct kda_prefill *p) {
     if (a->state_indices) {
         const int64_t like[1] = {p->sequences};
-        if (!a->initial_state && !a->final_state)
+        if (!a->initial_state && !a->final_state && !a->q_conv_state && !a->k_conv_state && !a->v_conv_state)
             return INVALID(
-                "state_indices is given without initial_state and final_state; expected one of them");
+                "state_indices is given without initial_state, final_state and states of convolutions; "
+                "expected one of them");
         TRY(kda_check_indices(a->state_indices, "state_indices", "[N]", 1, like, &a->q->device,
                               &p->state_indices));
     }
     TRY(kda_check_padding_slot(a->flags, a->padding_slot, a->state_indices));
     p->has_padding_slot = a->flags & FLASH_KDA_PADDING_SLOT;
     p->padding_slot = a->padding_slot;
+    return FLASH_KDA_OK;
+}
+
+/* Convolutions, whose states have the slots of the others, and the norm. */
+static flash_kda_status check_fused(const flash_kda_prefill_args *a, struct kda_prefill *p,
+                                    struct kda_fused *fused) {
+    int64_t slots = p->initial_state.data   ? p->initial_state.shape[0]
+                    : p->final_state.data   ? p->final_state.shape[0]
+                    : p->state_indices.data ? -1
+                                            : p->sequences;
+    const struct kda_fused_args args = KDA_FUSED_ARGS(a, .slots = slots, .written = true);
+    TRY(kda_check_fused(&args, &p->base, &a->q->device, fused));
+    if (kda_has_convolution(fused) || fused->norm_weight.data)
+        p->fused = fused;
+    for (int i = 0; i < KDA_CONVOLUTIONS && slots < 0; i++)
+        if (kda_convolution_of(fused, i)->state.data)
+            slots = kda_convolution_of(fused, i)->state.shape[0];
+    p->slots = slots;
     return FLASH_KDA_OK;
 }
 
@@ -97,27 +116,30 @@ static bool shared_pool(const struct kda_prefill *p) {
 }
 
 /* Those that are written first. */
-enum { WRITTEN = 3, TENSORS = 17 };
+enum { WRITTEN = 3 + KDA_CONVOLUTIONS, TENSORS = 17 + KDA_FUSED_TENSORS };
 
 static void list_tensors(const struct kda_prefill *p, const struct kda_tensor *list[TENSORS]) {
-    const struct kda_tensor *const all[TENSORS] = {&p->out,
-                                                   &p->final_state,
-                                                   &p->checkpoints,
-                                                   &p->q,
-                                                   &p->k,
-                                                   &p->v,
-                                                   &p->g,
-                                                   &p->beta,
-                                                   &p->A_log,
-                                                   &p->dt_bias,
-                                                   &p->initial_state,
-                                                   &p->cu_seqlens,
-                                                   &p->state_indices,
-                                                   &p->has_initial_state,
-                                                   &p->checkpoint_cu_starts,
-                                                   &p->checkpoint_indices,
-                                                   &p->checkpoint_offsets};
-    memcpy(list, all, sizeof all);
+    static const struct kda_fused none = {.norm_eps = 0};
+    enum { FIRST = 3 };
+    const struct kda_tensor *const all[TENSORS - FIRST - KDA_FUSED_TENSORS] = {&p->q,
+                                                                               &p->k,
+                                                                               &p->v,
+                                                                               &p->g,
+                                                                               &p->beta,
+                                                                               &p->A_log,
+                                                                               &p->dt_bias,
+                                                                               &p->initial_state,
+                                                                               &p->cu_seqlens,
+                                                                               &p->state_indices,
+                                                                               &p->has_initial_state,
+                                                                               &p->checkpoint_cu_starts,
+                                                                               &p->checkpoint_indices,
+                                                                               &p->checkpoint_offsets};
+    list[0] = &p->out;
+    list[1] = &p->final_state;
+    list[2] = &p->checkpoints;
+    kda_list_fused(p->fused ? p->fused : &none, list + FIRST);
+    memcpy(list + FIRST + KDA_FUSED_TENSORS, all, sizeof all);
 }
 
 /* No written tensor overlaps another argument, but for the two exceptions that the header names. */
@@ -131,10 +153,13 @@ static flash_kda_status check_aliasing(const struct kda_prefill *p) {
         for (int j = i + 1; j < TENSORS; j++) {
             bool state = all[j] == &p->initial_state;
             bool states = all[i] == &p->final_state && state && in_place;
-            bool slots = pool && all[i] != &p->out && (all[j] == &p->checkpoints || (state && in_place));
+            bool of_pool = all[i] == &p->final_state || all[i] == &p->checkpoints;
+            bool slots = pool && of_pool && (all[j] == &p->checkpoints || (state && in_place));
             if (!states && !slots)
                 TRY(kda_check_overlap(all[i], all[j],
-                                      state ? ", or the very same tensor to update it in place" : ""));
+                                      state && all[i] == &p->final_state
+                                          ? ", or the very same tensor to update it in place"
+                                          : ""));
         }
     return FLASH_KDA_OK;
 }
@@ -158,16 +183,12 @@ static flash_kda_status check_slots(const struct kda_tensor *t, int64_t slots, i
     return FLASH_KDA_OK;
 }
 
-static int64_t pool_slots(const struct kda_prefill *p) {
-    return p->initial_state.data ? p->initial_state.shape[0] : p->final_state.shape[0];
-}
-
 static size_t slot_bytes(const struct kda_prefill *p) {
     int64_t slots = 0;
     if (!p->on_host)
         return 0;
     if (p->state_indices.data)
-        slots = pool_slots(p);
+        slots = p->slots;
     if (p->checkpoint_indices.data && p->checkpoints.shape[0] > slots)
         slots = p->checkpoints.shape[0];
     return (size_t)(slots / 8 + (slots > 0));
@@ -180,7 +201,7 @@ static flash_kda_status check_all_slots(const struct kda_prefill *p, unsigned ch
     if (seen)
         memset(seen, 0, slot_bytes(p));
     if (p->state_indices.data)
-        TRY(check_slots(&p->state_indices, pool_slots(p), p->has_padding_slot ? p->padding_slot : -1, seen));
+        TRY(check_slots(&p->state_indices, p->slots, p->has_padding_slot ? p->padding_slot : -1, seen));
     if (p->checkpoint_indices.data) {
         if (seen && !shared_pool(p))
             memset(seen, 0, slot_bytes(p));
@@ -191,9 +212,9 @@ static flash_kda_status check_all_slots(const struct kda_prefill *p, unsigned ch
 
 /* ---- Entries ----------------------------------------------------------------------------------- */
 
-/* Checks everything that needs no workspace; describes the problem in *p and its backend in *backend. */
+/* Checks everything that needs no workspace; describes the problem in *p, with *fused, and its backend in *backend. */
 static flash_kda_status check_all(const flash_kda_prefill_args *given, struct kda_prefill *p,
-                                  const struct kda_backend **backend) {
+                                  struct kda_fused *fused, const struct kda_backend **backend) {
     static const struct kda_args_type type = {.name = "flash_kda_prefill_args",
                                               .init = "FLASH_KDA_PREFILL_ARGS_INIT",
                                               .least = offsetof(flash_kda_prefill_args, gate),
@@ -203,6 +224,7 @@ static flash_kda_status check_all(const flash_kda_prefill_args *given, struct kd
     if (args.checkpoint_every < 0)
         return INVALID("checkpoint_every is %lld; expected 0 or more", (long long)args.checkpoint_every);
     memset(p, 0, sizeof *p);
+    memset(fused, 0, sizeof *fused);
     p->checkpoint_every = args.checkpoint_every;
     const struct kda_token_args tokens =
         KDA_TOKEN_ARGS(&args, .out = args.out, .needs_out = true,
@@ -210,6 +232,7 @@ static flash_kda_status check_all(const flash_kda_prefill_args *given, struct kd
     TRY(kda_check_tokens(&tokens, &p->base, backend));
     TRY(check_slot_indices(&args, p));
     TRY(check_states(&args, p));
+    TRY(check_fused(&args, p, fused));
     TRY(check_checkpoints(&args, p));
     TRY(check_all_slots(p, NULL));
     return check_aliasing(p);
@@ -228,26 +251,29 @@ static flash_kda_status workspace_size(const struct kda_prefill *p, const struct
 
 flash_kda_status flash_kda_prefill_workspace_size(const flash_kda_prefill_args *args, size_t *bytes) {
     struct kda_prefill p;
+    struct kda_fused fused;
     const struct kda_backend *backend = NULL;
     if (!bytes)
         return INVALID("bytes is NULL; expected where to write the size");
-    TRY(check_all(args, &p, &backend));
+    TRY(check_all(args, &p, &fused, &backend));
     return workspace_size(&p, backend, bytes);
 }
 
 flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *args, void *workspace,
                                    size_t workspace_bytes) {
     struct kda_prefill p;
+    struct kda_fused fused;
     const struct kda_backend *backend = NULL;
     const struct kda_tensor *tensors[TENSORS];
     size_t needed = 0;
-    TRY(check_all(args, &p, &backend));
+    TRY(check_all(args, &p, &fused, &backend));
     TRY(workspace_size(&p, backend, &needed));
     list_tensors(&p, tensors);
     unsigned char *aligned = NULL;
     TRY(kda_check_workspace(tensors, TENSORS, workspace, workspace_bytes, needed, &aligned));
     TRY(check_all_slots(&p, aligned));
-    bool nothing_to_write = p.tokens == 0 && !p.final_state.data && !p.checkpoints.data;
+    bool keeps = p.final_state.data || p.checkpoints.data || (p.fused && kda_has_convolution(p.fused));
+    bool nothing_to_write = p.tokens == 0 && !keeps;
     if (nothing_to_write || p.sequences == 0)
         return FLASH_KDA_OK;
     return backend->prefill(&p, aligned);
@@ -255,9 +281,10 @@ flash_kda_status flash_kda_prefill(const flash_kda_prefill_args *args, void *wor
 
 flash_kda_status flash_kda_prefill_describe(const flash_kda_prefill_args *args, char *text, size_t size) {
     struct kda_prefill p;
+    struct kda_fused fused;
     const struct kda_backend *backend = NULL;
     if (!text || !size)
         return INVALID("text is NULL or of size 0; expected where to write");
-    TRY(check_all(args, &p, &backend));
+    TRY(check_all(args, &p, &fused, &backend));
     return backend->prefill_describe(&p, text, size);
 }

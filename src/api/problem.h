@@ -3,6 +3,7 @@
 #ifndef KDA_API_PROBLEM_H
 #define KDA_API_PROBLEM_H
 
+#include "api/fused.h"
 #include "api/tokens.h"
 
 struct kda_prefill {
@@ -15,19 +16,20 @@ struct kda_prefill {
     struct kda_tensor initial_state, final_state, state_indices, has_initial_state;
     struct kda_tensor checkpoints, checkpoint_cu_starts, checkpoint_indices, checkpoint_offsets;
     int64_t checkpoint_every;
+    int64_t slots; /* of the states, with state_indices */
     bool has_padding_slot;
-    int64_t padding_slot; /* if it has one: in state_indices the same as -1 */
+    int64_t padding_slot;          /* if it has one: in state_indices the same as -1 */
+    const struct kda_fused *fused; /* NULL: nothing stands around it. Not for device code */
 };
 
 /* Where the tokens and the state of sequence n are, its slot kept within the states. */
 KDA_INLINE struct kda_sequence kda_sequence(const struct kda_prefill *p, int64_t n) {
     struct kda_sequence s = kda_tokens_of(&p->base, n);
     if (p->state_indices.data) {
-        int64_t slots = p->initial_state.data ? p->initial_state.shape[0] : p->final_state.shape[0];
         s.slot = kda_index(&p->state_indices, n, 0);
-        s.slot = s.slot < slots && !(p->has_padding_slot && s.slot == p->padding_slot) ? s.slot : -1;
+        s.slot = s.slot < p->slots && !(p->has_padding_slot && s.slot == p->padding_slot) ? s.slot : -1;
     }
-    s.from_zero = kda_starts_from_zero(&p->has_initial_state, n);
+    s.from_zero = !p->initial_state.data || kda_starts_from_zero(&p->has_initial_state, n);
     return s;
 }
 

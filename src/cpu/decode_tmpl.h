@@ -9,6 +9,7 @@
  */
 #include "api/convolution.h"
 #include "cpu/decode.h"
+#include "cpu/fused_tmpl.h"
 #include "cpu/rows_tmpl.h"
 #include "cpu/unroll.h"
 
@@ -42,9 +43,8 @@ struct scratch {
     float *k, *dk, *dq, *decay, *dt_bias; /* [tokens][Kp] each, and [Kp] */
     float *S;                             /* a block of the state */
     float *values;                        /* [tokens][width] */
-    float *inputs, *weights,
-        *bias; /* with a convolution: [KDA_CONV_PAST + tokens], [KDA_CONV_WIDTH] and one [channels] */
-    float *outputs, *gate, *weight; /* with a norm: [tokens][Vp], and one [Vp] each */
+    float *inputs, *taps; /* with a convolution: [KDA_CONV_PAST + tokens] and [KDA_CONV_WIDTH + 1][channels] */
+    float *outputs, *weight; /* with a norm: [tokens][Vp], and one [Vp] */
     size_t used;
 };
 
@@ -73,14 +73,12 @@ static struct scratch lay_out(const struct kda_decode *d, char *memory) {
     s.dt_bias = take(&s, memory, s.Kp);
     s.S = take(&s, memory, v_first ? ROWS * s.Kp : p->key_dim * COLUMNS);
     s.values = take(&s, memory, T * s.width);
-    if (d->q_conv.weight.data || d->k_conv.weight.data || d->v_conv.weight.data) {
+    if (kda_has_convolution(&d->fused)) {
         s.inputs = take(&s, memory, (KDA_CONV_PAST + T) * s.channels);
-        s.weights = take(&s, memory, KDA_CONV_WIDTH * s.channels);
-        s.bias = take(&s, memory, s.channels);
+        s.taps = take(&s, memory, (KDA_CONV_WIDTH + 1) * s.channels);
     }
     if (d->norm_weight.data) {
         s.outputs = take(&s, memory, T * s.Vp);
-        s.gate = take(&s, memory, s.Vp);
         s.weight = take(&s, memory, s.Vp);
     }
     return s;
@@ -95,17 +93,10 @@ static void convolve(const struct kda_tensor *x, const struct kda_convolution *c
                      const struct kda_part *part, int64_t head, int64_t first, int64_t count, int64_t padded,
                      const struct scratch *scratch, float *rows) {
     const struct kda_sequence *s = &part->tokens;
-    float *inputs = scratch->inputs, *weights = scratch->weights, *bias = scratch->bias;
-    memset(weights, 0, (size_t)(KDA_CONV_WIDTH * padded) * sizeof *weights);
-    memset(bias, 0, (size_t)padded * sizeof *bias);
-    for (int64_t c = 0; c < count; c++) {
-        int64_t channel = head * x->shape[3] + first + c;
-        const char *weight = conv->weight.data + channel * conv->weight.stride[0];
-        for (int64_t i = 0; i < KDA_CONV_WIDTH; i++)
-            weights[i * padded + c] = kda_load(weight, conv->weight.dtype, i);
-        if (conv->bias.data)
-            bias[c] = kda_load(conv->bias.data, conv->bias.dtype, channel);
-    }
+    float *inputs = scratch->inputs, *taps = scratch->taps;
+    memset(taps, 0, (size_t)((KDA_CONV_WIDTH + 1) * padded) * sizeof *taps);
+    for (int64_t c = 0; c < count; c++)
+        kda_conv_taps(conv, head * x->shape[3] + first + c, padded, taps + c);
     for (int64_t i = 0; i < KDA_CONV_PAST; i++)
         for (int64_t c = 0; c < padded; c++)
             inputs[i * padded + c] =
@@ -114,13 +105,7 @@ static void convolve(const struct kda_tensor *x, const struct kda_convolution *c
         load_row(inputs + (KDA_CONV_PAST + t) * padded,
                  kda_row(x, s->batch, s->first + t, head) + first * (int64_t)kda_dtype_size(x->dtype), x->dtype,
                  count, padded);
-    for (int64_t t = 0; t < s->length; t++)
-        for (int64_t c = 0; c < padded; c += LANES) {
-            vf sum = vf_load(bias + c);
-            UNROLL for (int i = 0; i < KDA_CONV_WIDTH; i++) sum =
-                vf_fma(vf_load(weights + i * padded + c), vf_load(inputs + (t + i) * padded + c), sum);
-            vf_store(rows + t * padded + c, vf_mul(sum, vf_sigmoid(sum)));
-        }
+    convolve_rows(inputs, taps, padded, s->length, padded, rows);
 }
 
 /* The same rows, convolved if they have a convolution. */
@@ -224,38 +209,17 @@ static inline void store_outputs(const struct kda_decode *d, const struct kda_pa
                   p->out.dtype, o, count);
 }
 
-/* row [Vp] of one token, zeros behind V. */
-static inline void norm_row(const struct kda_decode *d, const struct kda_part *part, int64_t token,
-                            const struct scratch *scratch, float *row) {
-    int64_t Vp = scratch->Vp;
-    float *gate = scratch->gate;
-    const struct kda_sequence *s = &part->tokens;
-    float factor = inverse_root(row, Vp, 1 / (float)d->tokens.value_dim, d->norm_eps);
-    if (d->norm_gate.data)
-        load_row(gate, kda_row(&d->norm_gate, s->batch, s->first + token, part->head), d->norm_gate.dtype,
-                 d->tokens.value_dim, Vp);
-    for (int64_t j = 0; j < Vp; j += LANES) {
-        vf y = vf_mul(vf_mul(vf_load(row + j), vf_set1(factor)), vf_load(scratch->weight + j));
-        if (d->norm_gate.data) {
-            vf z = vf_load(gate + j);
-            y = vf_mul(y, vf_sigmoid(z));
-            if (d->norm_activation == FLASH_KDA_NORM_SILU)
-                y = vf_mul(y, z);
-        }
-        vf_store(row + j, y);
-    }
-}
-
 static void store_normed(const struct kda_decode *d, const struct kda_part *part,
                          const struct scratch *scratch) {
     const struct kda_tokens *p = &d->tokens;
     const struct kda_sequence *s = &part->tokens;
     int64_t V = p->value_dim, Vp = scratch->Vp;
+    const struct norm norm = {.weight = scratch->weight, .fused = &d->fused, .dim = V, .padded = Vp};
     load_row(scratch->weight, d->norm_weight.data, d->norm_weight.dtype, V, Vp);
     for (int64_t t = 0; t < s->length; t++) {
         float *row = scratch->outputs + t * Vp;
-        memset(row + V, 0, (size_t)(Vp - V) * sizeof *row);
-        norm_row(d, part, t, scratch, row);
+        norm_row(&norm, d->norm_gate.data ? kda_row(&d->norm_gate, s->batch, s->first + t, part->head) : NULL,
+                 row);
         store_row(kda_row(&p->out, s->batch, s->first + t, part->head), p->out.dtype, row, V);
     }
 }

@@ -14,6 +14,7 @@
 #include "api/status.h"
 #include "api/workspace.h"
 #include "cpu/denormals.h"
+#include "cpu/fused.h"
 #include "cpu/level.h"
 #include "cpu/pool.h"
 #include "cpu/threads.h"
@@ -49,6 +50,7 @@ struct plan {
     bool grows;    /* a segment's A may grow: keys, steps or decays are the caller's */
     int64_t group; /* tiles of a run that one piece takes through a batch */
     bool together;
+    const struct kda_cpu_fused *fused; /* NULL: nothing stands around */
 };
 
 /* Up to plan.batch chunks that follow each other. */
@@ -67,6 +69,8 @@ struct run {
     struct batch batches[PLANNED];
     struct kda_chunk *operands; /* memory for the chunks of two batches: one being prepared, one applied */
     struct kda_tile *tiles;
+    float *outputs; /* of a batch, where a norm follows: [plan.batch][KDA_CHUNK][kda_cpu_fused.padded[2]] */
+    _Atomic int64_t finished; /* tiles of the batch at hand: who finishes the last one norms all rows */
 };
 
 /* Pieces of a step: large ones take a group of tiles through a batch, small ones prepare a chunk. */
@@ -89,6 +93,7 @@ struct call {
     struct run *runs;
     struct share *shares; /* [threads], and one for all together */
     char *scratch;        /* [threads] of kda_prepare_scratch() bytes */
+    struct kda_cpu_fused fused;
     enum stage stage;
     int64_t n;            /* the step of a pass */
     struct group *groups; /* of the runs that have something to do in this pass */
@@ -199,9 +204,14 @@ static void lay_out(const struct kda_prefill *p, const struct plan *plan, struct
     call->groups = kda_take(arena, (size_t)(count * groups_of_run(plan)), sizeof *call->groups);
     call->working = kda_take(arena, (size_t)count, sizeof *call->working);
     call->scratch = kda_take(arena, (size_t)plan->threads, kda_prepare_scratch(p));
+    kda_cpu_lay_out_fused(p, arena, &call->fused);
+    bool normed = p->fused && p->fused->norm_weight.data;
+    size_t outputs = normed ? (size_t)(plan->batch * KDA_CHUNK * call->fused.padded[2]) : 0;
     for (int64_t i = 0; i < count; i++) {
         struct run run = {.operands = kda_take(arena, 2 * (size_t)plan->batch, sizeof(struct kda_chunk)),
                           .tiles = kda_take(arena, tiles, sizeof(struct kda_tile))};
+        if (outputs)
+            run.outputs = kda_take(arena, outputs, sizeof(float));
         for (int n = 0; n < PLANNED; n++)
             run.batches[n].chunks = kda_take(arena, (size_t)plan->batch, sizeof(struct kda_chunk));
         for (int n = 0; n < 2 * plan->batch; n++)
@@ -239,8 +249,10 @@ static int64_t segment_begin(const struct plan *plan, int64_t length, int s) {
 /* Segment s of a chain. */
 static struct kda_chain chain_segment(const struct kda_prefill *p, const struct plan *plan, int64_t index,
                                       int s) {
-    struct kda_chain chain = {
-        .sequence = index / p->value_heads, .head = index % p->value_heads, .prepares_next = !plan->together};
+    struct kda_chain chain = {.sequence = index / p->value_heads,
+                              .head = index % p->value_heads,
+                              .prepares_next = !plan->together,
+                              .fused = plan->fused};
     chain.tokens = kda_sequence(p, chain.sequence);
     int64_t length = chain.tokens.slot < 0 ? 0 : chain.tokens.length;
     chain.begin = segment_begin(plan, length, s);
@@ -342,22 +354,43 @@ static void add_growth(struct run *run, int64_t n) {
         run->growth += run->batches[n % PLANNED].chunks[i].growth;
 }
 
+/* Where the outputs of the batch's chunk number i wait for the norm. */
+static float *outputs_of(const struct plan *plan, const struct run *run, int64_t i) {
+    return run->outputs + i * KDA_CHUNK * plan->fused->padded[2];
+}
+
+/* Counts tiles that are through a batch. The norm needs whole rows: who finishes the last tile takes them through it. */
+static void finish_tiles(const struct kda_prefill *p, const struct plan *plan, struct run *run,
+                         const struct batch *batch, int64_t count) {
+    int64_t before = atomic_fetch_add_explicit(&run->finished, count, memory_order_acq_rel);
+    if (before + count < plan->tiles)
+        return;
+    atomic_store_explicit(&run->finished, 0, memory_order_relaxed);
+    for (int64_t i = 0; i < batch->count; i++)
+        plan->kernels->norm(p, &run->chain, &batch->chunks[i], outputs_of(plan, run, i));
+}
+
 /* Takes tiles first to end - 1 of the state through batch number n. */
-static void advance_tiles(const struct kda_prefill *p, const struct plan *plan, const struct run *run,
-                          int64_t n, int64_t first, int64_t end) {
+static void advance_tiles(const struct kda_prefill *p, const struct plan *plan, struct run *run, int64_t n,
+                          int64_t first, int64_t end) {
     const struct batch *batch = &run->batches[n % PLANNED];
+    bool normed = run->outputs && !run->has_identity && first < plan->tiles;
     for (int64_t i = 0; i < batch->count; i++)
         for (int64_t index = first; index < end; index++) {
             const struct kda_chunk *chunk = &batch->chunks[i];
             struct kda_tile_io io = tile_io(p, plan, run, index);
             struct kda_tile *tile = &run->tiles[index];
             int64_t position = chunk->first + chunk->count;
+            if (normed)
+                io.outputs = outputs_of(plan, run, i);
             plan->kernels->apply(p, &run->chain, chunk, &io, tile);
             if (io.has_outputs)
                 store_checkpoints(p, plan, run, position, &io, tile);
             if (io.has_outputs && position == run->chain.end)
                 store_final(p, plan, run, &io, tile);
         }
+    if (normed)
+        finish_tiles(p, plan, run, batch, end - first);
 }
 
 /* ---- Schedule apart ----------------------------------------------------------------------------- */
@@ -521,6 +554,14 @@ static void work(void *context, uint32_t claim, int member) {
     kda_set_float_mode(mode);
 }
 
+static void work_conv_states(void *context, uint32_t claim, int member) {
+    const struct call *call = context;
+    (void)member;
+    int64_t pieces = kda_cpu_conv_pieces(call->p);
+    for (int64_t i = claim; i < pieces; i += MAX_PIECES)
+        kda_cpu_conv_piece(call->p, i);
+}
+
 static uint32_t begin_step(const struct call *call) {
     for (int i = 0; i <= call->plan->threads; i++)
         for (int kind = 0; kind < KINDS; kind++)
@@ -592,10 +633,17 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
     struct kda_arena arena = {workspace, 0};
     struct call call = {.p = p, .plan = &plan, .stage = APART};
     lay_out(p, &plan, &arena, &call);
+    if (p->fused) {
+        kda_cpu_fill_fused(p, &call.fused);
+        plan.fused = &call.fused;
+    }
     if (plan.together)
         kda_pool_run(plan.threads, begin_pass(&call, FIRST_PASS), work, next_step, &call);
     else
         kda_pool_run(plan.threads, (uint32_t)kda_min64(plan.chains, MAX_PIECES), work, NULL, &call);
+    int64_t states = kda_cpu_conv_pieces(p); /* when nobody reads what they were */
+    if (states)
+        kda_pool_run(plan.threads, (uint32_t)kda_min64(states, MAX_PIECES), work_conv_states, NULL, &call);
     return FLASH_KDA_OK;
 }
 
@@ -607,10 +655,10 @@ static flash_kda_status describe(const struct kda_prefill *p, char *text, size_t
     char parts[40] = "";
     if (plan.segments > 1)
         snprintf(parts, sizeof parts, ", its tokens in %d parts", plan.segments);
-    snprintf(text, size, "cpu: level %s, %s products, %d thread%s for %lld head%s, %s to each%s",
+    snprintf(text, size, "cpu: level %s, %s products, %d thread%s for %lld head%s, %s to each%s%s",
              plan.level->name, plan.kernels == plan.level->bf16 ? "bf16" : "fp32", plan.threads,
              plan.threads == 1 ? "" : "s", (long long)plan.chains, plan.chains == 1 ? "" : "s",
-             plan.together ? "all" : "one", parts);
+             plan.together ? "all" : "one", parts, kda_fused_words(p->fused));
     return FLASH_KDA_OK;
 }
 

@@ -12,6 +12,7 @@
 #define KDA_CPU_PREFILL_H
 
 #include "api/problem.h"
+#include "cpu/fused.h"
 
 enum {
     KDA_CHUNK = 16,        /* tokens */
@@ -43,9 +44,10 @@ struct kda_tile {
 struct kda_chain {
     int64_t sequence, head;
     struct kda_sequence tokens;
-    int64_t begin, end; /* tokens within the sequence */
-    bool prepares_next; /* the thread that applies a chunk will also prepare the next one */
-    bool bounds_growth; /* prepare finds kda_chunk.growth */
+    int64_t begin, end;                /* tokens within the sequence */
+    bool prepares_next;                /* the thread that applies a chunk will also prepare the next one */
+    bool bounds_growth;                /* prepare finds kda_chunk.growth */
+    const struct kda_cpu_fused *fused; /* NULL: nothing stands around */
 };
 
 /* Where a tile's values come from and its outputs go. */
@@ -53,6 +55,8 @@ struct kda_tile_io {
     int64_t column, columns; /* first column of V, and how many, 1 .. KDA_TILE */
     bool has_values;         /* false: v = 0 (the identity run of a segment) */
     bool has_outputs;
+    float *
+        outputs; /* of the chunk, [KDA_CHUNK][kda_cpu_fused.padded[2]], where a norm follows; NULL: they go to out */
 };
 
 /* The kernels of one level for one choice of arithmetic. */
@@ -64,6 +68,9 @@ struct kda_cpu_kernels {
                     void *scratch);
     void (*apply)(const struct kda_prefill *p, const struct kda_chain *chain, const struct kda_chunk *chunk,
                   const struct kda_tile_io *io, struct kda_tile *tile);
+    /* Takes whole rows of outputs of a chunk through the norm to out. */
+    void (*norm)(const struct kda_prefill *p, const struct kda_chain *chain, const struct kda_chunk *chunk,
+                 float *outputs);
     /* Fills a tile from columns of a state in memory (zero if state.data is NULL). */
     void (*load_state)(const struct kda_prefill *p, struct kda_state state, const struct kda_tile_io *io,
                        struct kda_tile *tile);
@@ -80,9 +87,10 @@ static inline int64_t kda_padded_key_dim(const struct kda_prefill *p) {
     return (p->key_dim + KDA_KEY_MULTIPLE - 1) / KDA_KEY_MULTIPLE * KDA_KEY_MULTIPLE;
 }
 
-/* Four fp32 rows for each token of a chunk. */
+/* Four fp32 rows for each token of a chunk, and what a convolution reads. */
 static inline size_t kda_prepare_scratch(const struct kda_prefill *p) {
-    return 4 * KDA_CHUNK * (size_t)kda_padded_key_dim(p) * sizeof(float);
+    size_t rows = 4 * KDA_CHUNK + (p->fused ? KDA_CONV_PAST + KDA_CHUNK : 0);
+    return rows * (size_t)kda_padded_key_dim(p) * sizeof(float);
 }
 
 static inline int64_t kda_tiles(int64_t columns) { return (columns + KDA_TILE - 1) / KDA_TILE; }

@@ -3,7 +3,49 @@
  * The kernels of prefill, written once for all levels. A level's prefill.c includes its simd.h, one of the
  * products headers, and then this file, which defines the static functions that its table of kernels names.
  */
+#include "api/convolution.h"
 #include "cpu/chunk_tmpl.h"
+#include "cpu/fused_tmpl.h"
+
+/* ---- Before: convolutions ------------------------------------------------------------------------ */
+
+/* rows [KDA_CHUNK][padded] = `count` elements, from `first` on, of a head's tokens of the chunk, convolved. inputs:
+ * scratch for KDA_CONV_PAST rows more. */
+static inline void convolve(const struct kda_chain *chain, int i, const struct kda_tensor *x, int64_t head,
+                            const struct kda_chunk *chunk, int64_t first, int64_t count, int64_t padded,
+                            float *inputs, float *rows) {
+    const struct kda_convolution *conv = kda_convolution_of(chain->fused->args, i);
+    const struct kda_sequence *s = &chain->tokens;
+    int64_t size = (int64_t)kda_dtype_size(x->dtype), stride = chain->fused->padded[i];
+    for (int64_t t = -KDA_CONV_PAST; t < chunk->count; t++) {
+        float *row = inputs + (KDA_CONV_PAST + t) * padded;
+        if (chunk->first + t >= 0)
+            load_row(row, kda_row(x, s->batch, s->first + chunk->first + t, head) + first * size, x->dtype,
+                     count, padded);
+        else
+            for (int64_t c = 0; c < padded; c++)
+                row[c] = c < count ? kda_conv_input(x, conv, s, chunk->first + t, head, first + c) : 0;
+    }
+    convolve_rows(inputs, chain->fused->taps[i] + head * (KDA_CONV_WIDTH + 1) * stride + first, stride,
+                  chunk->count, padded, rows);
+}
+
+/* The same for rows of q or k, as load_key leaves them. */
+static inline void convolve_keys(const struct kda_prefill *p, const struct kda_chain *chain, int i,
+                                 const struct kda_chunk *chunk, float factor, int64_t Kp, float *inputs,
+                                 float *rows) {
+    convolve(chain, i, i == 0 ? &p->q : &p->k, chain->head / (p->value_heads / p->heads), chunk, 0, p->key_dim,
+             Kp, inputs, rows);
+    for (int64_t t = 0; t < chunk->count; t++) {
+        float *row = rows + t * Kp, scale = p->qk_norm ? factor * inverse_norm(row, Kp) : factor;
+        if (scale != 1)
+            scale_row(row, Kp, scale);
+    }
+}
+
+static inline bool is_convolved(const struct kda_chain *chain, int i) {
+    return chain->fused && chain->fused->taps[i];
+}
 
 /* ---- Prepare ----------------------------------------------------------------------------------- */
 
@@ -32,9 +74,15 @@ static void prepare(const struct kda_prefill *p, const struct kda_chain *chain, 
     for (int64_t t = 0; t < chunk->count; t++) {
         if (!chain->prepares_next) /* where threads take turns, this one's next chunk is about two on */
             prefetch_keys(p, chain, chunk->first + 2 * KDA_CHUNK + t, 1);
-        load_key(p, &p->k, chain, chunk->first + t, 1, Kp, rows.k + t * Kp);
-        load_key(p, &p->q, chain, chunk->first + t, p->scale, Kp, rows.q + t * Kp);
+        if (!is_convolved(chain, 1))
+            load_key(p, &p->k, chain, chunk->first + t, 1, Kp, rows.k + t * Kp);
+        if (!is_convolved(chain, 0))
+            load_key(p, &p->q, chain, chunk->first + t, p->scale, Kp, rows.q + t * Kp);
     }
+    if (is_convolved(chain, 1))
+        convolve_keys(p, chain, 1, chunk, 1, Kp, memory + 4 * all, rows.k);
+    if (is_convolved(chain, 0))
+        convolve_keys(p, chain, 0, chunk, p->scale, Kp, memory + 4 * all, rows.q);
     memset(rows.k + chunk->count * Kp, 0, (size_t)missing * sizeof *rows.k);
     memset(rows.q + chunk->count * Kp, 0, (size_t)missing * sizeof *rows.q);
     load_decay(p, chain, Kp, chunk, rows.decay);
@@ -87,12 +135,21 @@ __attribute__((always_inline)) static inline void prefetch_next(const struct kda
         prefetch_keys(p, chain, first + share, end - share);
 }
 
+static __attribute__((noinline)) void load_convolved(const struct kda_prefill *p, const struct kda_chain *chain,
+                                                     const struct kda_chunk *chunk,
+                                                     const struct kda_tile_io *io, float *values) {
+    float inputs[(KDA_CONV_PAST + KDA_CHUNK) * KDA_TILE] ALIGNED;
+    convolve(chain, 2, &p->v, chain->head, chunk, io->column, io->columns, KDA_TILE, inputs, values);
+}
+
 static void apply(const struct kda_prefill *p, const struct kda_chain *chain, const struct kda_chunk *chunk,
                   const struct kda_tile_io *io, struct kda_tile *tile) {
     int64_t Kp = kda_padded_key_dim(p), first = chain->tokens.first + chunk->first, batch = chain->tokens.batch;
     float values[KDA_CHUNK * KDA_TILE] ALIGNED, product[2 * KDA_CHUNK * KDA_TILE] ALIGNED;
     int64_t given = io->has_values ? chunk->count : 0;
-    for (int64_t t = 0; t < given; t++)
+    if (given && is_convolved(chain, 2))
+        load_convolved(p, chain, chunk, io, values);
+    for (int64_t t = 0; t < given && !is_convolved(chain, 2); t++)
         load_row(values + t * KDA_TILE,
                  kda_row(&p->v, batch, first + t, chain->head) +
                      io->column * (int64_t)kda_dtype_size(p->v.dtype),
@@ -102,11 +159,33 @@ static void apply(const struct kda_prefill *p, const struct kda_chain *chain, co
     prefetch_next(p, chain, chunk, io);
     multiply_state(chunk->queries_keys, tile, Kp, io->has_outputs ? 2 * KDA_CHUNK : KDA_CHUNK, product);
     solve(chunk, values, io->has_outputs, product);
-    for (int64_t t = 0; io->has_outputs && t < chunk->count; t++)
+    for (int64_t t = 0; io->outputs && t < chunk->count; t++)
+        memcpy(io->outputs + t * chain->fused->padded[2] + io->column, product + (KDA_CHUNK + t) * KDA_TILE,
+               KDA_TILE * sizeof(float));
+    for (int64_t t = 0; io->has_outputs && !io->outputs && t < chunk->count; t++)
         store_row(kda_row(&p->out, batch, first + t, chain->head) +
                       io->column * (int64_t)kda_dtype_size(p->out.dtype),
                   p->out.dtype, product + (KDA_CHUNK + t) * KDA_TILE, io->columns);
     update_state(chunk, product, Kp, tile);
+}
+
+/* ---- After: the norm ----------------------------------------------------------------------------- */
+
+static void norm(const struct kda_prefill *p, const struct kda_chain *chain, const struct kda_chunk *chunk,
+                 float *outputs) {
+    const struct kda_fused *fused = chain->fused->args;
+    const struct norm norm = {.weight = chain->fused->norm_weight,
+                              .fused = fused,
+                              .dim = p->value_dim,
+                              .padded = chain->fused->padded[2]};
+    int64_t first = chain->tokens.first + chunk->first, batch = chain->tokens.batch, head = chain->head;
+    for (int64_t t = 0; t < chunk->count; t++) {
+        float *row = outputs + t * norm.padded;
+        if (fused->norm_gate.data && chunk->first + t + KDA_CHUNK < chain->end) /* of the next chunk */
+            PREFETCH_ROW(fused->norm_gate, batch, first + t + KDA_CHUNK, head, 0, p->value_dim);
+        norm_row(&norm, fused->norm_gate.data ? kda_row(&fused->norm_gate, batch, first + t, head) : NULL, row);
+        store_row(kda_row(&p->out, batch, first + t, head), p->out.dtype, row, p->value_dim);
+    }
 }
 
 /* ---- States in memory -------------------------------------------------------------------------- */
@@ -143,5 +222,6 @@ static void compose(const struct kda_prefill *p, const struct kda_tile *A, const
 #define KDA_KERNELS                                                                                          \
     {                                                                                                        \
         .operand_size = sizeof(operand), .products_size = PRODUCTS_SIZE, .prepare = prepare, .apply = apply, \
-        .load_state = load_state, .refresh = refresh, .store_state = store_state, .compose = compose,        \
+        .norm = norm, .load_state = load_state, .refresh = refresh, .store_state = store_state,              \
+        .compose = compose,                                                                                  \
     }

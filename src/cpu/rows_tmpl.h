@@ -11,6 +11,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 #define ALIGNED __attribute__((aligned(64)))
 

@@ -1,71 +1,24 @@
 /* SPDX-License-Identifier: MIT */
 /* The oracle's decode: the token recurrence in fp64, one head after the other, a few columns of its state at a time. */
 #include "api/backend.h"
-#include "api/convolution.h"
 #include "api/status.h"
-#include "reference/recurrence.h"
+#include "reference/fused.h"
 
 #include <inttypes.h>
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 enum { COLUMNS = 32 };
 
-/* ---- Before: convolutions ------------------------------------------------------------------------ */
-
-/* Element c of a head of q, k or v at token t: convolved and through SiLU if it has a convolution. */
-static double load_input(const struct kda_tensor *x, const struct kda_convolution *conv,
-                         const struct kda_sequence *s, int64_t t, int64_t head, int64_t c) {
-    if (!conv->weight.data)
-        return kda_load(kda_row(x, s->batch, s->first + t, head), x->dtype, c);
-    int64_t channel = head * x->shape[3] + c;
-    const char *weight = conv->weight.data + channel * conv->weight.stride[0];
-    double sum = conv->bias.data ? kda_load(conv->bias.data, conv->bias.dtype, channel) : 0;
-    for (int64_t i = 0; i < KDA_CONV_WIDTH; i++)
-        sum += kda_load(weight, conv->weight.dtype, i) *
-               (double)kda_conv_input(x, conv, s, t - KDA_CONV_PAST + i, head, c);
-    return sum * kda_sigmoid(sum);
-}
-
-static struct kda_token load_token(const struct kda_decode *d, const struct kda_sequence *s, int64_t t,
-                                   int64_t head) {
-    const struct kda_tokens *p = &d->tokens;
-    struct kda_token x = kda_load_token(p, s->batch, s->first + t, head);
-    int64_t key_head = head / (p->value_heads / p->heads);
-    for (int64_t c = 0; c < p->key_dim; c++) {
-        x.q[c] = load_input(&p->q, &d->q_conv, s, t, key_head, c);
-        x.k[c] = load_input(&p->k, &d->k_conv, s, t, key_head, c);
-    }
-    kda_normalise(p, x.q);
-    kda_normalise(p, x.k);
-    return x;
-}
-
 /* After all heads, for several may read one channel. */
 static void advance_convolutions(const struct kda_decode *d, int64_t n) {
     const struct kda_tensor *const inputs[] = {&d->tokens.q, &d->tokens.k, &d->tokens.v};
-    const struct kda_convolution *const convs[] = {&d->q_conv, &d->k_conv, &d->v_conv};
     const struct kda_sequence s = kda_decode_sequence(d, n);
-    for (int i = 0; i < 3 && s.slot >= 0; i++)
-        for (int64_t head = 0; convs[i]->weight.data && head < inputs[i]->shape[2]; head++)
+    for (int i = 0; i < KDA_CONVOLUTIONS && s.slot >= 0; i++)
+        for (int64_t head = 0; kda_convolution_of(&d->fused, i)->weight.data && head < inputs[i]->shape[2];
+             head++)
             for (int64_t c = 0; c < inputs[i]->shape[3]; c++)
-                kda_conv_advance(d, inputs[i], convs[i], n, &s, head, c);
-}
-
-/* ---- After: the norm ----------------------------------------------------------------------------- */
-
-/* What element j of a row of out is, from the recurrence's and the mean square of the row. */
-static double normed(const struct kda_decode *d, const struct kda_sequence *s, int64_t t, int64_t head,
-                     int64_t j, double o, double mean_square) {
-    if (!d->norm_weight.data)
-        return o;
-    double y =
-        o / sqrt(mean_square + (double)d->norm_eps) * kda_load(d->norm_weight.data, d->norm_weight.dtype, j);
-    if (!d->norm_gate.data)
-        return y;
-    double z = kda_load(kda_row(&d->norm_gate, s->batch, s->first + t, head), d->norm_gate.dtype, j);
-    return y * kda_sigmoid(z) * (d->norm_activation == FLASH_KDA_NORM_SILU ? z : 1);
+                kda_conv_advance(d, inputs[i], kda_convolution_of(&d->fused, i), n, &s, head, c);
 }
 
 /* ---- The recurrence ------------------------------------------------------------------------------ */
@@ -87,9 +40,9 @@ static void run_columns(const struct kda_decode *d, struct chain *chain, struct 
     const struct kda_state none = {.data = NULL};
     kda_load_state(p, s->from_zero ? none : kda_state_in(p, &d->state, s->slot, chain->head), columns, S);
     for (int64_t t = 0; t < s->length; t++) {
-        const struct kda_token x = load_token(d, s, t, chain->head);
+        const struct kda_token x = kda_load_fused_token(p, &d->fused, s, t, chain->head);
         for (int64_t j = 0; j < columns.count; j++)
-            u[j] = load_input(&p->v, &d->v_conv, s, t, chain->head, columns.first + j);
+            u[j] = kda_load_input(&p->v, &d->v_conv, s, t, chain->head, columns.first + j);
         kda_recur(p, &x, columns.count, S, u);
         for (int64_t j = 0; j < columns.count; j++) {
             int64_t column = columns.first + j;
@@ -97,7 +50,7 @@ static void run_columns(const struct kda_decode *d, struct chain *chain, struct 
                 chain->mean_square[t] += u[j] * u[j] / (double)p->value_dim;
             else if (p->out.data)
                 kda_store(kda_row(&p->out, s->batch, s->first + t, chain->head), p->out.dtype, column,
-                          (float)normed(d, s, t, chain->head, column, u[j], chain->mean_square[t]));
+                          (float)kda_normed(&d->fused, s, t, chain->head, column, u[j], chain->mean_square[t]));
         }
         int64_t slot = writes ? kda_decode_written_slot(d, chain->n, s, t) : -1;
         if (slot >= 0)

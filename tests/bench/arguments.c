@@ -25,6 +25,9 @@ int prefill_list(flash_kda_prefill_args *a, struct argument list[MAX_ARGUMENTS])
     const struct argument all[PREFILL_ARGUMENTS] = {{"out", &a->out, true},
                                                     {"final_state", &a->final_state, true},
                                                     {"checkpoints", &a->checkpoints, true},
+                                                    {"q_conv_state", &a->q_conv_state, true},
+                                                    {"k_conv_state", &a->k_conv_state, true},
+                                                    {"v_conv_state", &a->v_conv_state, true},
                                                     {"q", &a->q, false},
                                                     {"k", &a->k, false},
                                                     {"v", &a->v, false},
@@ -38,7 +41,15 @@ int prefill_list(flash_kda_prefill_args *a, struct argument list[MAX_ARGUMENTS])
                                                     {"has_initial_state", &a->has_initial_state, false},
                                                     {"checkpoint_cu_starts", &a->checkpoint_cu_starts, false},
                                                     {"checkpoint_indices", &a->checkpoint_indices, false},
-                                                    {"checkpoint_offsets", &a->checkpoint_offsets, false}};
+                                                    {"checkpoint_offsets", &a->checkpoint_offsets, false},
+                                                    {"q_conv_weight", &a->q_conv_weight, false},
+                                                    {"q_conv_bias", &a->q_conv_bias, false},
+                                                    {"k_conv_weight", &a->k_conv_weight, false},
+                                                    {"k_conv_bias", &a->k_conv_bias, false},
+                                                    {"v_conv_weight", &a->v_conv_weight, false},
+                                                    {"v_conv_bias", &a->v_conv_bias, false},
+                                                    {"norm_weight", &a->norm_weight, false},
+                                                    {"norm_gate", &a->norm_gate, false}};
     memcpy(list, all, sizeof all);
     return PREFILL_ARGUMENTS;
 }

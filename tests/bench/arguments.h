@@ -29,10 +29,10 @@ struct argument {
 };
 
 enum {
-    PREFILL_ARGUMENTS = 17,
+    PREFILL_ARGUMENTS = 28,
     DECODE_ARGUMENTS = 25,
     BACKWARD_ARGUMENTS = 21,
-    MAX_ARGUMENTS = DECODE_ARGUMENTS
+    MAX_ARGUMENTS = PREFILL_ARGUMENTS
 };
 
 /* Fills the list and returns how many there are; those that are written come first. */

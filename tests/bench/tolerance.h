@@ -60,6 +60,11 @@ struct bf16_tolerance {
 #define BF16_ANY \
     (struct bf16_tolerance) { 5.1e-3, 5.1e-3, 4 }
 
+/* The same fused: where q, k and v are rounded to bf16 between the convolutions and the recurrence, and outputs between it
+ * and the norm, each adds ROUNDING_BF16_RMS, in squares: four of them to an output, two to a state. */
+#define BF16_FUSED \
+    (struct bf16_tolerance) { 6.1e-3, 5.6e-3, 4 }
+
 /* Gradients by bf16 products, by an emulation that rounds every operand of every product of backward to bf16, states
  * and their gradients every 128 tokens: dq, dk, dv, dg, dbeta, dA_log, d_dt_bias, d_initial_state, as the check program
  * orders them. dA_log by the measure of TOLERANCE_DA_LOG, which says nothing where keys are equal: its sum is 0 then.

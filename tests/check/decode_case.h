@@ -5,6 +5,7 @@
 #define CHECK_DECODE_CASE_H
 
 #include "check.h"
+#include "fused.h"
 #include "prefill_case.h"
 
 enum { MAX_COLUMNS = FLASH_KDA_MAX_DECODE_TOKENS };
@@ -16,21 +17,7 @@ struct decode_case {
     bool num_accepted, accepted; /* whether these tensors are given */
     bool keep_state, no_out;
 
-    /* Fused: which of q, k and v have a convolution, whether its channels have a bias, how its states are stored. */
-    bool conv[3], conv_bias;
-    DLDataType conv_type; /* of weights, biases and states */
-    bool norm, norm_gate;
-    flash_kda_norm_activation norm_activation;
-};
-
-#define DECODE_NORM_EPS 1e-5
-
-enum { CONV_WIDTH = 4, CONV_PAST = CONV_WIDTH - 1 };
-
-/* One convolution: of q, k or v. */
-struct decode_convolution {
-    struct tensor raw;                 /* what the call reads; the problem's q, k or v is what becomes of it */
-    struct tensor weight, bias, state; /* state: as it is before a call, like decode_problem.state */
+    struct fused_options fused;
 };
 
 /* A small plain case to change from: two sequences of three tokens in a pool, everything fp32. */
@@ -45,7 +32,8 @@ struct decode_problem {
     int64_t processed[MAX_SEQUENCES]; /* tokens; 0 for padding */
     struct tensor state;              /* as it is before a call: NaN where nothing is to be read */
     struct tensor state_indices, num_accepted_tokens, accepted;
-    struct decode_convolution conv[3]; /* of q, k, v; absent where the case has none */
+    struct fused_convolution
+        conv[CONVOLUTIONS]; /* of q, k, v; absent where the case has none; state like decode_problem.state */
     struct tensor norm_weight, norm_gate;
     bool *out_written, *state_written; /* rows [B T] of out, slots of state */
     flash_kda_decode_args args;        /* everything but out and state */

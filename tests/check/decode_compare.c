@@ -47,7 +47,7 @@ static const char *rest_touched(const struct decode_problem *d, const struct dec
 static const char *conv_states_differ(const struct decode_problem *d, const struct decode_results *r) {
     for (int i = 0; i < 3; i++) {
         struct tensor expected;
-        if (!d->c.conv[i])
+        if (!d->c.fused.conv[i])
             continue;
         tensor_clone(&expected, &d->conv[i].state);
         int64_t channels = expected.shape[1];
@@ -93,7 +93,7 @@ static void compare_level(struct check *check, const struct decode_problem *d, c
                           const char *level) {
     struct decode_results r, before;
     char text[800] = "";
-    bool convolved = d->c.conv[0] || d->c.conv[1] || d->c.conv[2];
+    bool convolved = d->c.fused.conv[0] || d->c.fused.conv[1] || d->c.fused.conv[2];
     double allowed = strcmp(level, "reference") ? d->c.tokens.fp32_tolerance
                      : convolved                ? TOLERANCE_ORACLE_CONVOLVED
                                                 : TOLERANCE_ORACLE;

@@ -4,7 +4,6 @@
 #include "decode_case.h"
 #include "decode_families.h"
 
-#include <math.h>
 #include <stdio.h>
 
 /* ---- Convolutions -------------------------------------------------------------------------------- */
@@ -14,18 +13,8 @@ static struct tensor *input_of(struct prefill_problem *p, int i) {
     return inputs[i];
 }
 
-/* A tensor points to its own shape. */
-static void move(struct tensor *to, struct tensor *from) {
-    *to = *from;
-    to->dl.shape = to->shape;
-    to->dl.strides = from->dl.strides ? to->strides : NULL;
-    *from = (struct tensor){.block = NULL};
-}
-
-static double silu(double x) { return x / (1 + exp(-x)); }
-
 double decode_conv_input(const struct decode_problem *d, int i, int64_t n, int64_t t, int64_t channel) {
-    const struct decode_convolution *conv = &d->conv[i];
+    const struct fused_convolution *conv = &d->conv[i];
     int64_t channels = conv->weight.shape[0], dim = conv->raw.shape[3];
     if (t >= 0)
         return tensor_get(&conv->raw,
@@ -37,28 +26,18 @@ double decode_conv_input(const struct decode_problem *d, int i, int64_t n, int64
 }
 
 static double convolved(const struct decode_problem *d, int i, int64_t n, int64_t t, int64_t channel) {
-    const struct decode_convolution *conv = &d->conv[i];
-    double sum = conv->bias.block ? tensor_get(&conv->bias, channel) : 0;
+    double inputs[CONV_WIDTH];
     for (int64_t j = 0; j < CONV_WIDTH; j++)
-        sum += tensor_get(&conv->weight, channel * CONV_WIDTH + j) *
-               decode_conv_input(d, i, n, t - CONV_PAST + j, channel);
-    return silu(sum);
+        inputs[j] = decode_conv_input(d, i, n, t - CONV_PAST + j, channel);
+    return fused_convolve(&d->conv[i], channel, inputs);
 }
 
-/* Weights, and states that are NaN but for those of the sequences. Their last two dimensions lie either way round. */
+/* Weights, and states that are NaN but for those of the sequences. */
 static void make_convolution(struct decode_problem *d, int i, struct random *r) {
-    struct decode_convolution *conv = &d->conv[i];
-    int64_t channels = conv->raw.shape[2] * conv->raw.shape[3];
-    const int64_t weight[2] = {channels, CONV_WIDTH}, state[3] = {d->slots, channels, CONV_PAST};
-    tensor_make(&conv->weight, d->c.conv_type, 2, weight, (struct tensor_layout){SPACING_FUSED, 0, false});
-    tensor_make(&conv->state, d->c.conv_type, 3, state,
-                (struct tensor_layout){
-                    d->c.tokens.inputs == SPACING_COMPACT ? SPACING_FUSED : SPACING_HEADS_FIRST, 0, true});
-    fill_normal(&conv->weight, r, 0, 0.5);
-    if (d->c.conv_bias) {
-        tensor_make(&conv->bias, d->c.conv_type, 1, weight, (struct tensor_layout){SPACING_COMPACT, 0, false});
-        fill_normal(&conv->bias, r, 0, 0.3);
-    }
+    struct fused_convolution *conv = &d->conv[i];
+    fused_make_weights(conv, &d->c.fused, r);
+    fused_make_states(conv, &d->c.fused, d->slots, d->c.tokens.inputs != SPACING_COMPACT);
+    int64_t channels = conv->state.shape[1];
     for (int64_t n = 0; n < d->p.N; n++)
         for (int64_t j = 0; j < channels * CONV_PAST && d->p.slot[n] >= 0 && !d->p.fresh[n]; j++)
             tensor_set(&conv->state, d->slot[n][d->column[n]] * channels * CONV_PAST + j, random_normal(r));
@@ -66,11 +45,11 @@ static void make_convolution(struct decode_problem *d, int i, struct random *r) 
 
 void decode_fuse_inputs(struct decode_problem *d, struct random *r) {
     for (int i = 0; i < 3; i++) {
-        struct decode_convolution *conv = &d->conv[i];
+        struct fused_convolution *conv = &d->conv[i];
         struct tensor *input = input_of(&d->p, i);
-        if (!d->c.conv[i])
+        if (!d->c.fused.conv[i])
             continue;
-        move(&conv->raw, input);
+        fused_move(&conv->raw, input);
         make_convolution(d, i, r);
         tensor_make(input, TYPE_FP32, 4, conv->raw.shape, (struct tensor_layout){SPACING_COMPACT, 0, false});
         int64_t dim = conv->raw.shape[3], channels = conv->weight.shape[0];
@@ -84,51 +63,23 @@ void decode_fuse_inputs(struct decode_problem *d, struct random *r) {
 
 /* ---- The norm ------------------------------------------------------------------------------------ */
 
-static double activated(const struct decode_problem *d, double z) {
-    return d->c.norm_activation == FLASH_KDA_NORM_SILU ? silu(z) : 1 / (1 + exp(-z));
-}
-
 void decode_fuse_outputs(struct decode_problem *d, struct random *r) {
     int64_t V = d->c.tokens.V;
     struct tensor *out = &d->exact.out;
-    if (!d->c.norm)
+    if (!d->c.fused.norm)
         return;
     tensor_make(&d->norm_weight, d->c.tokens.parameter_type, 1, &V,
                 (struct tensor_layout){SPACING_COMPACT, 0, false});
     fill_normal(&d->norm_weight, r, 1, 0.3);
-    if (d->c.norm_gate) {
+    if (d->c.fused.norm_gate) {
         tensor_make(&d->norm_gate, d->c.tokens.g_type, 4, out->shape,
                     (struct tensor_layout){d->c.tokens.inputs, 1, false});
         fill_normal(&d->norm_gate, r, 0, 2);
     }
-    for (int64_t row = 0; V && row < tensor_count(out) / V; row++) {
-        double squares = 0;
-        for (int64_t j = row * V; j < (row + 1) * V; j++)
-            squares += tensor_get(out, j) * tensor_get(out, j);
-        double factor = 1 / sqrt(squares / (double)V + DECODE_NORM_EPS);
-        for (int64_t j = row * V; j < (row + 1) * V; j++) {
-            double y = tensor_get(out, j) * factor * tensor_get(&d->norm_weight, j % V);
-            tensor_set(out, j, d->c.norm_gate ? y * activated(d, tensor_get(&d->norm_gate, j)) : y);
-        }
-    }
+    fused_norm(&d->c.fused, &d->norm_weight, &d->norm_gate, V, out);
 }
 
 /* ---- Cases --------------------------------------------------------------------------------------- */
-
-static const struct {
-    bool conv[3], bias, norm, gate;
-    flash_kda_norm_activation activation;
-    const char *name;
-} parts[] = {
-    {{true, true, true}, true, true, true, FLASH_KDA_NORM_SIGMOID, "all"},
-    {{true, true, true}, false, true, true, FLASH_KDA_NORM_SILU, "all, no bias, SiLU"},
-    {{true, false, false}, true, false, false, FLASH_KDA_NORM_SIGMOID, "convolution of q"},
-    {{false, true, false}, true, false, false, FLASH_KDA_NORM_SIGMOID, "convolution of k"},
-    {{false, false, true}, true, false, false, FLASH_KDA_NORM_SIGMOID, "convolution of v"},
-    {{false, false, false}, false, true, false, FLASH_KDA_NORM_SIGMOID, "norm"},
-    {{false, false, false}, false, true, true, FLASH_KDA_NORM_SILU, "norm and SiLU"},
-};
-enum { PARTS = sizeof parts / sizeof *parts };
 
 /* How it is called: as in pairwise_cases.c. */
 static const struct {
@@ -178,21 +129,16 @@ static struct decode_case case_of(int part, int way, int variant) {
     c.accepted = ways[way].accepted;
     c.keep_state = ways[way].keep_state;
     c.no_out = ways[way].no_out;
-    for (int i = 0; i < 3; i++)
-        c.conv[i] = parts[part].conv[i];
-    c.conv_bias = parts[part].bias;
-    c.conv_type = types[variant % 3];
-    c.norm = parts[part].norm;
-    c.norm_gate = parts[part].gate;
-    c.norm_activation = parts[part].activation;
+    c.fused = fused_kinds[part];
+    c.fused.conv_type = types[variant % 3];
     snprintf(c.tokens.name, sizeof c.tokens.name, "fused, %s, %s, H %lld x%lld, K %lld, V %lld, %s state, %s",
-             parts[part].name, ways[way].name, (long long)dim[0], (long long)dim[1], (long long)dim[2],
+             fused_kinds[part].name, ways[way].name, (long long)dim[0], (long long)dim[1], (long long)dim[2],
              (long long)dim[3], type_name(c.state_type), variant % 2 ? "K first" : "V first");
     return c;
 }
 
 void decode_fused(struct check *check) {
-    for (int part = 0, variant = 0; part < PARTS; part++)
+    for (int part = 0, variant = 0; part < FUSED_KINDS; part++)
         for (int way = 0; way < WAYS; way++, variant++) {
             const struct decode_case c = case_of(part, way, variant);
             decode_compare(check, &c);

@@ -142,11 +142,11 @@ static void make_args(struct decode_problem *d) {
     a->accepted = indices.accepted;
     a->padding_slot = indices.padding_slot;
     a->flags |= d->c.keep_state ? FLASH_KDA_KEEP_STATE : 0;
-    if (d->c.conv[0])
+    if (d->c.fused.conv[0])
         a->q = &d->conv[0].raw.dl;
-    if (d->c.conv[1])
+    if (d->c.fused.conv[1])
         a->k = &d->conv[1].raw.dl;
-    if (d->c.conv[2])
+    if (d->c.fused.conv[2])
         a->v = &d->conv[2].raw.dl;
     a->q_conv_weight = optional(&d->conv[0].weight);
     a->q_conv_bias = optional(&d->conv[0].bias);
@@ -156,8 +156,8 @@ static void make_args(struct decode_problem *d) {
     a->v_conv_bias = optional(&d->conv[2].bias);
     a->norm_weight = optional(&d->norm_weight);
     a->norm_gate = optional(&d->norm_gate);
-    a->norm_activation = d->c.norm_activation;
-    a->norm_eps = DECODE_NORM_EPS;
+    a->norm_activation = d->c.fused.norm_activation;
+    a->norm_eps = FUSED_NORM_EPS;
 }
 
 const char *decode_problem_make(struct decode_problem *d, const struct decode_case *c, bool formula,
@@ -210,7 +210,7 @@ void decode_results_make(struct decode_results *r, const struct decode_problem *
                 (struct tensor_layout){d->c.tokens.outputs, 0, false});
     tensor_clone(&r->state, &d->state);
     for (int i = 0; i < 3; i++)
-        if (d->c.conv[i])
+        if (d->c.fused.conv[i])
             tensor_clone(&r->conv_state[i], &d->conv[i].state);
 }
 

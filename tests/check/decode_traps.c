@@ -89,7 +89,7 @@ void decode_traps(struct check *check) {
     }
     for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++) {
         struct decode_case c = trap(FLASH_KDA_GATE_SIGMOID, outputs[i], fill_large_values);
-        c.norm = true;
+        c.fused.norm = true;
         snprintf(name, sizeof name, "a norm of outputs of %g", outputs[i]);
         both_layouts(check, c, name);
     }

@@ -182,7 +182,8 @@ static void decode_one(struct check *check, struct decode_case c, const char *wh
     struct decode_results exact;
     struct prefill_case *tokens = &c.tokens;
     snprintf(tokens->name, sizeof tokens->name, "decode, %s in %s, gate %s, %s%s", bad->name, what,
-             prefill_gate_names[tokens->gate], tokens->layout ? "K first" : "V first", c.norm ? ", fused" : "");
+             prefill_gate_names[tokens->gate], tokens->layout ? "K first" : "V first",
+             c.fused.norm ? ", fused" : "");
     if (!check_wanted(check, tokens->name))
         return;
     struct random r = random_named(check->seed, tokens->name);
@@ -225,8 +226,9 @@ void decode_nonfinite(struct check *check) {
                 decode_one(check, c, "A_log", &nan_or_inf[0]);
                 decode_one(check, c, "dt_bias", &nan_or_inf[0]);
             }
-            c.conv[0] = c.conv[1] = c.conv[2] = c.conv_bias = c.norm = c.norm_gate = true;
-            c.conv_type = TYPE_FP32;
+            c.fused.conv[0] = c.fused.conv[1] = c.fused.conv[2] = c.fused.conv_bias = c.fused.norm =
+                c.fused.norm_gate = true;
+            c.fused.conv_type = TYPE_FP32;
             for (size_t i = 0; i < sizeof fused / sizeof *fused; i++)
                 decode_one(check, c, fused[i], &nan_or_inf[0]);
         }

@@ -10,6 +10,7 @@ static void run(struct check *check) {
     }
     prefill_lengths(check);
     prefill_marks(check);
+    prefill_fused(check);
     prefill_pairwise(check);
     prefill_traps(check);
     prefill_nonfinite(check);

@@ -5,6 +5,7 @@
 #define CHECK_PREFILL_CASE_H
 
 #include "call.h"
+#include "fused.h"
 #include "random.h"
 #include "tensor.h"
 #include "tolerance.h"
@@ -26,6 +27,7 @@ enum { CHECKPOINT_COLUMNS = 3 };
 enum flags { FLAGS_NONE, FLAGS_BOOL, FLAGS_INT8, FLAGS_INT32 }; /* the dtype of has_initial_state */
 
 struct prefill_problem;
+struct prefill_results;
 
 struct prefill_case {
     char name[160];
@@ -52,6 +54,9 @@ struct prefill_case {
 
     DLDataType q_type, k_type, v_type, g_type, beta_type, out_type, parameter_type;
     enum spacing inputs, outputs;
+
+    struct fused_options fused;
+    bool conv_states; /* whether convolutions have states */
 
     /* Sets the values of q, k, v, g, beta and, where given, A_log and dt_bias; NULL: fill_ordinary. */
     void (*fill)(struct prefill_problem *p, struct random *r);
@@ -86,6 +91,8 @@ struct prefill_problem {
     int64_t starts[MAX_SEQUENCES]; /* packed: its first token */
     struct tensor q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, state_indices, has_initial_state;
     struct tensor checkpoint_cu_starts, checkpoint_indices, checkpoint_offsets;
+    struct fused_convolution conv[CONVOLUTIONS]; /* of q, k, v; absent where the case has none */
+    struct tensor norm_weight, norm_gate;
     struct prefill_output out, final, checkpoints;
     int64_t *checkpoint_sequence, *checkpoint_position; /* [checkpoints.rows]: what a written row holds */
     flash_kda_prefill_args args;                        /* everything but the written tensors */
@@ -94,6 +101,13 @@ struct prefill_problem {
 /* Shapes, index tensors and random inputs of a case; the stream r decides all of it. */
 void prefill_problem_make(struct prefill_problem *p, const struct prefill_case *c, struct random *r);
 void prefill_problem_free(struct prefill_problem *p);
+
+/* Of a fused case: before the oracle runs, q, k and v become what the convolutions make of them; afterwards its outputs
+ * become what the norm makes of them, and args those of the fused call. */
+void prefill_fuse_inputs(struct prefill_problem *p, struct random *r);
+void prefill_fuse_outputs(struct prefill_problem *p, struct prefill_results *exact, struct random *r);
+/* NULL, or that states of convolutions are not what they should be after a run. */
+const char *prefill_conv_states_differ(const struct prefill_problem *p, const struct prefill_results *r);
 
 /* Makes PADDING_SLOT the last of shuffled slots, which no sequence has. */
 void prefill_spare_padding(int64_t *order, int64_t slots);
@@ -116,7 +130,7 @@ void fill_normal(struct tensor *t, struct random *r, double mean, double deviati
 void fill_uniform(struct tensor *t, struct random *r, double low, double high);
 
 struct prefill_results {
-    struct tensor out, final, checkpoints;
+    struct tensor out, final, checkpoints, conv_state[CONVOLUTIONS];
     bool in_place, shared_pool; /* final starts as the initial state; final is also the checkpoints */
 };
 

@@ -7,6 +7,7 @@
 
 void prefill_lengths(struct check *check);    /* odd lengths, empty sequences, head dims, segments */
 void prefill_marks(struct check *check);      /* sequences from zero, a padding slot, int64 indices */
+void prefill_fused(struct check *check);      /* convolutions before and a gated norm after */
 void prefill_pairwise(struct check *check);   /* all options together */
 void prefill_traps(struct check *check);      /* numerical traps of a few hundred tokens */
 void prefill_nonfinite(struct check *check);  /* one NaN or infinity, in every tensor */

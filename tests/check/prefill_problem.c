@@ -375,11 +375,20 @@ void prefill_problem_make(struct prefill_problem *p, const struct prefill_case *
     free(slots);
     make_inputs(p, r);
     make_args(p);
+    prefill_fuse_inputs(p, r);
 }
 
 void prefill_problem_free(struct prefill_problem *p) {
     const struct arguments args = arguments_of_prefill(&p->args);
     arguments_free(&args);
+    for (int i = 0; i < CONVOLUTIONS; i++) { /* those that are not among args, or were not yet */
+        struct tensor *const all[] = {&p->conv[i].raw, &p->conv[i].weight, &p->conv[i].bias, &p->conv[i].state};
+        for (size_t n = 0; n < sizeof all / sizeof *all; n++)
+            tensor_free(all[n]);
+    }
+    tensor_free(&p->q);
+    tensor_free(&p->k);
+    tensor_free(&p->v);
     free(p->out.written);
     free(p->final.written);
     free(p->checkpoints.written);

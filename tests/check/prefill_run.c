@@ -20,6 +20,9 @@ void prefill_results_make(struct prefill_results *r, const struct prefill_proble
         make_output(&r->final, &p->final, p->final.type, states);
     if (!r->shared_pool)
         make_output(&r->checkpoints, &p->checkpoints, p->checkpoints.type, states);
+    for (int i = 0; i < CONVOLUTIONS; i++)
+        if (p->conv[i].state.block)
+            tensor_clone(&r->conv_state[i], &p->conv[i].state);
 }
 
 void prefill_results_make_exact(struct prefill_results *r, const struct prefill_problem *p) {
@@ -33,6 +36,8 @@ void prefill_results_free(struct prefill_results *r) {
     tensor_free(&r->out);
     tensor_free(&r->final);
     tensor_free(&r->checkpoints);
+    for (int i = 0; i < CONVOLUTIONS; i++)
+        tensor_free(&r->conv_state[i]);
 }
 
 const struct tensor *prefill_checkpoints(const struct prefill_results *r) {
@@ -40,6 +45,9 @@ const struct tensor *prefill_checkpoints(const struct prefill_results *r) {
 }
 
 bool prefill_same(const struct prefill_results *a, const struct prefill_results *b) {
+    for (int i = 0; i < CONVOLUTIONS; i++)
+        if (!tensor_same(&a->conv_state[i], &b->conv_state[i]))
+            return false;
     return tensor_same(&a->out, &b->out) && tensor_same(&a->final, &b->final) &&
            tensor_same(&a->checkpoints, &b->checkpoints);
 }
@@ -58,6 +66,9 @@ flash_kda_prefill_args prefill_bind(const struct prefill_problem *p, struct pref
     args.checkpoints = p->checkpoints.ndim ? &prefill_checkpoints(r)->dl : NULL;
     if (r->in_place)
         args.initial_state = &r->final.dl;
+    args.q_conv_state = args.q_conv_weight && r->conv_state[0].block ? &r->conv_state[0].dl : NULL;
+    args.k_conv_state = args.k_conv_weight && r->conv_state[1].block ? &r->conv_state[1].dl : NULL;
+    args.v_conv_state = args.v_conv_weight && r->conv_state[2].block ? &r->conv_state[2].dl : NULL;
     return args;
 }
 

@@ -128,7 +128,7 @@ static void test_packed(void **state) {
         p.cu_seqlens = indices(starts, count + 1);
         p.state_indices = indices(slots, count);
         p.initial_state.data = (char *)starts; /* never read */
-        p.initial_state.shape[0] = count;
+        p.initial_state.shape[0] = p.slots = count;
         if (p.tokens)
             check_all_counts(&p);
     }

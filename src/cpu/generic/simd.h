@@ -28,6 +28,8 @@ static inline vf vf_add(vf a, vf b) { return a + b; }
 static inline vf vf_sub(vf a, vf b) { return a - b; }
 static inline vf vf_mul(vf a, vf b) { return a * b; }
 static inline vf vf_div(vf a, vf b) { return a / b; }
+/* 1 / x to 11 bits or more; 0 if that is denormal. */
+static inline vf vf_about_inverse(vf x) { return vf_div(vf_set1(1), x); }
 static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 static inline vf vf_fnma(vf a, vf b, vf c) { return c - a * b; }
 /* What the rounded product of a and b has lost, exactly. */

@@ -25,6 +25,11 @@ static inline vf vf_add(vf a, vf b) { return vaddq_f32(a, b); }
 static inline vf vf_sub(vf a, vf b) { return vsubq_f32(a, b); }
 static inline vf vf_mul(vf a, vf b) { return vmulq_f32(a, b); }
 static inline vf vf_div(vf a, vf b) { return vdivq_f32(a, b); }
+/* 1 / x to 11 bits or more; 0 if that is denormal. */
+static inline vf vf_about_inverse(vf x) {
+    vf about = vrecpeq_f32(x); /* 8 bits */
+    return vmulq_f32(about, vrecpsq_f32(x, about));
+}
 static inline vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 static inline vf vf_fnma(vf a, vf b, vf c) { return vfmsq_f32(c, a, b); }
 /* What the rounded product of a and b has lost, exactly. */
