@@ -11,6 +11,7 @@ from typing import Any
 
 import libflashkda
 import torch
+from libflashkda._C import MAX_DECODE_TOKENS
 from torch import Tensor
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
@@ -20,7 +21,6 @@ from vllm.platforms import current_platform
 
 NAME = "KimiGatedDeltaNetAttention"
 PADDING = 0
-MAX_TOKENS = 16  # of a sequence in one call of decode
 
 
 class FlashKDAAttention(theirs.KimiGatedDeltaNetAttention):
@@ -29,8 +29,8 @@ class FlashKDAAttention(theirs.KimiGatedDeltaNetAttention):
         if self.num_spec and current_platform.is_cpu():
             raise NotImplementedError("speculative decoding is asked for on a CPU, where vLLM's convolution does not know "
                                       "which drafts were accepted; expected num_speculative_tokens 0")
-        if self.num_spec + 1 > MAX_TOKENS:
-            raise ValueError(f"num_speculative_tokens is {self.num_spec}; expected at most {MAX_TOKENS - 1}")
+        if self.num_spec >= MAX_DECODE_TOKENS:
+            raise ValueError(f"num_speculative_tokens is {self.num_spec}; expected at most {MAX_DECODE_TOKENS - 1}")
 
     @eager_break_during_capture
     def _forward(self, mixed_qkv: Tensor, g1: Tensor, g2: Tensor, beta: Tensor, core_attn_out: Tensor) -> None:
