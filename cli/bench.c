@@ -36,6 +36,7 @@ static const char documentation[] =
     "  flashkda bench --tokens 65536 --heads 1 --threads 1 --out-dtype fp32\n"
     "  flashkda bench --backend cuda -o cuda.json\n"
     "  flashkda bench --backend cuda --decode\n"
+    "  flashkda bench --backend cuda --fused --tokens 8192 --heads 32\n"
     "  flashkda bench --backend cuda --backward --tokens 8192 --heads 32 --checkpoint-every 128\n"
     "  flashkda bench --backend cuda --captured data/small_softplus.safetensors --tokens 8192 --heads 32\n"
     "  flashkda bench --commit $(git rev-parse HEAD) -o cpu.json";
@@ -48,6 +49,7 @@ enum option_key {
     OPTION_DECODE,
     OPTION_BACKWARD,
     OPTION_CHECKPOINT_EVERY,
+    OPTION_FUSED,
 };
 
 static const char *const backend_names[] = {"cpu", "cuda", NULL};
@@ -62,6 +64,8 @@ static const struct argp_option argp_options[] = {
     {"backward", OPTION_BACKWARD, NULL, 0,
      "Backward instead of prefill: every gradient but those of A_log and dt_bias, in the dtype of the inputs",
      0},
+    {"fused", OPTION_FUSED, NULL, 0,
+     "Prefill between short convolutions of q, k and v, without states, and a norm gated by a sigmoid", 0},
     {"checkpoint-every", OPTION_CHECKPOINT_EVERY, "N", 0,
      "States kept every N tokens, a multiple of 32: prefill writes them, --backward reads them", 0},
     {"out-dtype", OPTION_OUT_DTYPE, "NAME", 0, "Only this output dtype: bf16, fp16 or fp32", 0},
@@ -78,7 +82,7 @@ struct bench_options {
     DLDataType out_dtype;     /* where has_out_dtype */
     int backend;              /* in backend_names */
     enum bench_operation operation;
-    bool has_out_dtype, quick, json;
+    bool has_out_dtype, quick, json, fused;
 };
 
 static bool on_cuda(const struct bench_options *options) { return options->backend == 1; }
@@ -90,6 +94,8 @@ static error_t check_options(const struct argp_state *state, const struct bench_
         return argument_error(state, "--out-dtype is of an output: it does not go with --backward");
     if (options->operation == BENCH_DECODE && (options->spec.given || options->has_out_dtype))
         return argument_error(state, "--decode is a table of its own: it does not go with options of a case");
+    if (options->operation != BENCH_PREFILL && options->fused)
+        return argument_error(state, "--fused is of prefill: it does not go with --decode and --backward");
     if (options->commit && !options->json && !options->path)
         return argument_error(state, "--commit is kept in the JSON: it goes with --output or --json");
     if (options->path && is_stream(options->path))
@@ -140,6 +146,9 @@ static error_t parse_option(int key, char *argument, struct argp_state *state) {
         return 0;
     case OPTION_BACKWARD:
         options->operation = BENCH_BACKWARD;
+        return 0;
+    case OPTION_FUSED:
+        options->fused = options->spec.spec.fused = true;
         return 0;
     case OPTION_CHECKPOINT_EVERY:
         options->spec.given = true;
@@ -281,6 +290,7 @@ static bool bench_rows(struct bench *bench) {
     int i = 0;
     for (const struct bench_row *row = NULL; good && (row = next_row(bench->options, &i)) != NULL;) {
         struct case_spec spec = row_spec(row);
+        spec.fused = bench->options->fused;
         good = bench_spec(bench, &spec, row);
     }
     return good;

@@ -90,7 +90,7 @@ static json_t *real(double value) { return isfinite(value) ? json_real(value) : 
 static json_t *case_json(const struct bench_result *result) {
     const struct case_spec *spec = &result->spec;
     return json_pack(
-        "{s:I, s:I, s:s?, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:o, s:s, s:b, s:s, s:I, s:b, s:I}", //
+        "{s:I, s:I, s:s?, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:o, s:s, s:b, s:s, s:I, s:b, s:b, s:I}", //
         "batch", (json_int_t)spec->batch, "tokens", (json_int_t)result->tokens, "lengths", spec->lengths,
         "heads", (json_int_t)spec->heads, "value_heads", (json_int_t)value_heads(spec), "key_dim",
         (json_int_t)spec->key_dim, "value_dim", (json_int_t)spec->value_dim, "dtype", type_name(spec->dtype),
@@ -98,8 +98,8 @@ static json_t *case_json(const struct bench_result *result) {
         spec->gate == FLASH_KDA_GATE_SIGMOID ? real(spec->lower_bound) : json_null(), "regime",
         regime_names[spec->regime], "initial_state", spec->initial_state, "state_dtype",
         type_name(spec->bf16_state ? TYPE_BF16 : TYPE_FP32), "checkpoint_every",
-        (json_int_t)spec->checkpoint_every, "batch_invariant", spec->batch_invariant, "seed",
-        (json_int_t)spec->seed);
+        (json_int_t)spec->checkpoint_every, "batch_invariant", spec->batch_invariant, "fused", spec->fused,
+        "seed", (json_int_t)spec->seed);
 }
 
 static json_t *timing_json(const struct timing *timing) {

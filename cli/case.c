@@ -102,7 +102,8 @@ bool case_prefix(struct kda_case *prefix, const struct kda_case *c, int64_t toke
                                 .flags = c->flags,
                                 .state_layout = c->state_layout,
                                 .bf16_state = c->bf16_state,
-                                .checkpoint_every = c->checkpoint_every};
+                                .checkpoint_every = c->checkpoint_every,
+                                .fused = c->fused};
     memcpy(prefix->regime, c->regime, sizeof prefix->regime);
     const struct {
         struct tensor *view;

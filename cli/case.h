@@ -35,6 +35,7 @@ struct kda_case {
     flash_kda_state_layout state_layout;
     bool bf16_state;          /* of the final state */
     int64_t checkpoint_every; /* tokens between states that are kept, of a dense case; 0: none is */
+    bool fused;               /* prefill is between convolutions and a gated norm (trial.h) */
 };
 
 void case_free(struct kda_case *c);

@@ -40,7 +40,7 @@ struct tolerance trial_tolerance(const struct trial *trial, const struct trial *
         return gradient_tolerance(trial, oracle, collinear);
     if (!trial->by_token && trial->call.args.kind != KIND_DECODE &&
         level_rounds(level_of(args->backend), args)) {
-        const struct bf16_tolerance bf16 = collinear ? BF16_COLLINEAR : BF16_ANY;
+        const struct bf16_tolerance bf16 = collinear ? BF16_COLLINEAR : trial->c->fused ? BF16_FUSED : BF16_ANY;
         tolerance.output = TOLERANCE_BF16_MARGIN * bf16.out;
         tolerance.state = TOLERANCE_BF16_MARGIN * bf16.state;
     } else {

@@ -197,7 +197,8 @@ bool case_generate(struct kda_case *c, const struct case_spec *spec) {
                            .flags = FLASH_KDA_QK_NORM,
                            .state_layout = FLASH_KDA_STATE_V_FIRST,
                            .bf16_state = spec->bf16_state,
-                           .checkpoint_every = spec->checkpoint_every};
+                           .checkpoint_every = spec->checkpoint_every,
+                           .fused = spec->fused};
     if (spec->batch_invariant)
         c->flags |= FLASH_KDA_BATCH_INVARIANT;
     snprintf(c->regime, sizeof c->regime, "%s", regime_names[spec->regime]);
@@ -225,7 +226,8 @@ void case_spec_name(const struct case_spec *spec, char *name, size_t size) {
         snprintf(dims, sizeof dims, "-K%lld-V%lld", (long long)spec->key_dim, (long long)spec->value_dim);
     if (spec->checkpoint_every)
         snprintf(every, sizeof every, "-every%lld", (long long)spec->checkpoint_every);
-    snprintf(name, size, "%sT%lld-H%lld%s%s-%s-%s%s%s%s", batch, (long long)tokens, (long long)spec->heads,
+    snprintf(name, size, "%sT%lld-H%lld%s%s-%s-%s%s%s%s%s", batch, (long long)tokens, (long long)spec->heads,
              value_heads, dims, gate_names[spec->gate], regime_names[spec->regime],
-             spec->bf16_state ? "-bf16state" : "", every, spec->batch_invariant ? "-invariant" : "");
+             spec->bf16_state ? "-bf16state" : "", every, spec->batch_invariant ? "-invariant" : "",
+             spec->fused ? "-fused" : "");
 }

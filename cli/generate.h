@@ -30,6 +30,7 @@ struct case_spec {
     double constant_g; /* of regime uniform */
     bool initial_state, bf16_state, batch_invariant;
     int64_t checkpoint_every; /* of a dense case; 0: no checkpoints */
+    bool fused;               /* prefill between convolutions and a gated norm */
     uint64_t seed;
 };
 

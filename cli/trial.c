@@ -33,6 +33,42 @@ static bool allocate(struct trial *trial, const struct kda_case *c, DLDataType o
             tensor_alloc(&trial->checkpoints, exact ? TYPE_FP32 : TYPE_BF16, 5, checkpoints));
 }
 
+/* Each row has a generator of its own, so that a part of a case has the values of the whole. */
+static void fill_rows(struct tensor *t, double mean, double deviation) {
+    int dims = t->dl.ndim;
+    int64_t width = t->shape[dims - 1], heads = dims > 2 ? t->shape[2] : 1,
+            tokens = dims > 2 ? t->shape[1] : INT64_MAX;
+    for (int64_t row = 0, i = 0; i < tensor_count(t); row++) {
+        int64_t token = row / heads % tokens, batch = row / heads / tokens;
+        struct random r = {(uint64_t)(batch << 48 ^ token << 16 ^ row % heads)};
+        for (int64_t j = 0; j < width; j++)
+            tensor_set(t, i++, mean + deviation * random_normal(&r));
+    }
+}
+
+static bool make_fused(struct trial *trial, const struct kda_case *c, flash_kda_prefill_args *args) {
+    const int64_t keys[] = {c->heads * c->key_dim, 4}, values[] = {c->value_heads * c->value_dim, 4};
+    int64_t gate[TENSOR_MAX_DIMS];
+    case_out_shape(c, gate);
+    for (int i = 0; i < 3; i++)
+        if (!tensor_alloc(&trial->conv_weight[i], c->q.dl.dtype, 2, i < 2 ? keys : values))
+            return false;
+    if (!tensor_alloc(&trial->norm_weight, TYPE_FP32, 1, &c->value_dim) ||
+        !tensor_alloc(&trial->norm_gate, c->v.dl.dtype, 4, gate))
+        return false;
+    for (int i = 0; i < 3; i++)
+        fill_rows(&trial->conv_weight[i], 0, 0.5);
+    fill_rows(&trial->norm_weight, 1, 0.3);
+    fill_rows(&trial->norm_gate, 0, 1);
+    args->q_conv_weight = &trial->conv_weight[0].dl;
+    args->k_conv_weight = &trial->conv_weight[1].dl;
+    args->v_conv_weight = &trial->conv_weight[2].dl;
+    args->norm_weight = &trial->norm_weight.dl;
+    args->norm_gate = &trial->norm_gate.dl;
+    args->norm_eps = 1e-5;
+    return true;
+}
+
 bool trial_prefill(struct trial *trial, const struct kda_case *c, DLDataType out_type,
                    flash_kda_backend backend, int32_t threads) {
     *trial = (struct trial){.c = c};
@@ -42,6 +78,8 @@ bool trial_prefill(struct trial *trial, const struct kda_case *c, DLDataType out
     args.out = &trial->out.dl;
     args.final_state = &trial->state.dl;
     args.checkpoints = c->checkpoint_every ? &trial->checkpoints.dl : NULL;
+    if (c->fused && !make_fused(trial, c, &args))
+        return no_memory(trial);
     args.backend = backend;
     args.num_threads = threads;
     const struct arguments all = arguments_of_prefill(&args);
@@ -106,17 +144,6 @@ static bool allocate_gradients(struct trial *trial, const struct kda_case *c, DL
            tensor_alloc(&trial->gradients[TRIAL_DBETA], type, 3, like_g);
 }
 
-/* Each row has a generator of its own. */
-static void fill_d_out(struct tensor *d_out) {
-    const int64_t *shape = d_out->shape;
-    for (int64_t row = 0, i = 0; row < shape[0] * shape[1] * shape[2]; row++) {
-        int64_t token = row / shape[2] % shape[1], batch = row / shape[2] / shape[1];
-        struct random r = {(uint64_t)(batch << 48 ^ token << 16 ^ row % shape[2])};
-        for (int64_t v = 0; v < shape[3]; v++)
-            tensor_set(d_out, i++, random_normal(&r));
-    }
-}
-
 /* The states that prefill keeps, in host memory. */
 static bool keep_states(struct trial *trial, const struct kda_case *c, flash_kda_backend backend,
                         int32_t threads) {
@@ -139,7 +166,7 @@ bool trial_backward(struct trial *trial, const struct kda_case *c, flash_kda_bac
     *trial = (struct trial){.c = c};
     if (!allocate_gradients(trial, c, exact ? TYPE_FP32 : c->q.dl.dtype))
         return no_memory(trial);
-    fill_d_out(&trial->d_out);
+    fill_rows(&trial->d_out, 0, 1);
     const flash_kda_prefill_args prefill = case_args(c);
     flash_kda_backward_args args = backward_of_prefill(&prefill);
     if (c->checkpoint_every && !exact) {
@@ -275,6 +302,10 @@ void trial_free(struct trial *trial) {
     tensor_free(&trial->checkpoints);
     tensor_free(&trial->state_indices);
     tensor_free(&trial->d_out);
+    tensor_free(&trial->norm_weight);
+    tensor_free(&trial->norm_gate);
+    for (int i = 0; i < 3; i++)
+        tensor_free(&trial->conv_weight[i]);
     for (int i = 0; i < TRIAL_GRADIENTS; i++)
         tensor_free(&trial->gradients[i]);
 }

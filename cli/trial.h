@@ -26,6 +26,9 @@ struct trial {
     struct tensor
         checkpoints; /* of prefill, [B, rows, HV, V, K] or [B, rows, HV, K, V]; absent if the case has none */
     struct tensor state_indices; /* of decode, [B] or [B, T] */
+    /* Of a fused prefill: weights of the convolutions of q, k and v, which start from zero and keep no states; and the
+     * norm's. */
+    struct tensor conv_weight[3], norm_weight, norm_gate;
     /* Of backward: dO as given; what is written beside out and state, which are dv and d_initial_state. */
     struct tensor d_out, gradients[TRIAL_GRADIENTS];
     enum decode_way way;
@@ -34,7 +37,9 @@ struct trial {
     struct call call;
 };
 
-/* Prefill. The oracle's states and checkpoints are fp32, others as the case says. On failure nothing is left to free. */
+/* Prefill, of a fused case between convolutions and a norm gated by a sigmoid, whose values are the same for the same
+ * channel, token and head of any case. The oracle's states and checkpoints are fp32, others as the case says. On failure
+ * nothing is left to free. */
 bool trial_prefill(struct trial *trial, const struct kda_case *c, DLDataType out_type,
                    flash_kda_backend backend, int32_t threads);
 

@@ -8,18 +8,10 @@ from typing import Any
 
 from . import _C
 from ._libraries import Library, library_of
-from ._prefill import Array, _value, mark_padding, new_out, refuse_written, shared_options
+from ._prefill import (Array, Convolution, convolution_tensors, mark_padding, new_out, norm_options, refuse_written,
+                       shared_options)
 
-Convolution = tuple[Array, Array | None, Array]  #: weight, bias, states
-
-
-_NO_CONVOLUTION = (None, None, None)
-
-
-def _convolution(given: Convolution | None, name: str) -> tuple[Array | None, ...]:
-    if not isinstance(given, (tuple, list)) or len(given) != 3:
-        raise TypeError(f"{name} is of type {type(given)}; expected weight, bias or None, and states")
-    return tuple(given)
+_STATES = ("q_conv_state", "k_conv_state", "v_conv_state")
 
 
 def _call(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, A_log: Array | None,
@@ -34,26 +26,20 @@ def _call(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, A_l
     flags = (_C.QK_NORM if qk_norm else 0) | (_C.KEEP_STATE if keep_state else 0)
     options = shared_options(gate, lower_bound, beta_mode, flags, scale, state_layout, backend, num_threads)
     options["max_tokens"] = max_tokens
-    options["norm_activation"] = _value(_C.NORM_ACTIVATIONS, norm_activation, "norm_activation")
-    options["norm_eps"] = norm_eps
+    options.update(norm_options(norm_activation, norm_eps))
     mark_padding(options, padding_slot)
     if out is not None and not output:
         raise ValueError("out is given with output=False; expected None")
-    q_conv = _NO_CONVOLUTION if q_conv is None else _convolution(q_conv, "q_conv")
-    k_conv = _NO_CONVOLUTION if k_conv is None else _convolution(k_conv, "k_conv")
-    v_conv = _NO_CONVOLUTION if v_conv is None else _convolution(v_conv, "v_conv")
+    convolutions = convolution_tensors(q_conv, k_conv, v_conv)
     if not library.writable:
         if not keep_state:
-            refuse_written(state=state, q_conv=q_conv[2], k_conv=k_conv[2], v_conv=v_conv[2])
+            refuse_written(state=state, **{name: convolutions[name] for name in _STATES if name in convolutions})
         refuse_written(out=out)
     if out is None and output:
         out = new_out(library, q, v)
     tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "out": out,
                "cu_seqlens": cu_seqlens, "accepted": accepted, "state": state, "state_indices": state_indices,
-               "num_accepted_tokens": num_accepted_tokens,
-               "q_conv_weight": q_conv[0], "q_conv_bias": q_conv[1], "q_conv_state": q_conv[2],
-               "k_conv_weight": k_conv[0], "k_conv_bias": k_conv[1], "k_conv_state": k_conv[2],
-               "v_conv_weight": v_conv[0], "v_conv_bias": v_conv[1], "v_conv_state": v_conv[2],
+               "num_accepted_tokens": num_accepted_tokens, **convolutions,
                "norm_weight": norm_weight, "norm_gate": norm_gate, "has_initial_state": has_initial_state}
     return library, tensors, options, out
 

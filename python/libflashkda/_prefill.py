@@ -11,6 +11,7 @@ from ._libraries import Library, library_of
 from ._shapes import shape_of, state_shape
 
 Array = Any  #: a torch.Tensor, numpy.ndarray, cupy.ndarray or jax.Array
+Convolution = tuple[Array, Array | None, Array | None]  #: weight, bias, states
 
 # The C interface reads a scale of 0 as the default. This one is 0 in fp32, where the arithmetic is.
 _SCALE_ZERO = 1e-60
@@ -73,6 +74,23 @@ def mark_padding(options: dict[str, Any], padding_slot: int | None) -> None:
         options["padding_slot"] = padding_slot
 
 
+def convolution_tensors(q_conv: Convolution | None, k_conv: Convolution | None, v_conv: Convolution | None,
+                        ) -> dict[str, Array | None]:
+    """Those that are given, by the names of their arguments."""
+    tensors = {}
+    for name, given in (("q_conv", q_conv), ("k_conv", k_conv), ("v_conv", v_conv)):
+        if given is None:
+            continue
+        if not isinstance(given, (tuple, list)) or len(given) != 3:
+            raise TypeError(f"{name} is of type {type(given)}; expected weight, bias or None, and states")
+        tensors[f"{name}_weight"], tensors[f"{name}_bias"], tensors[f"{name}_state"] = given
+    return tensors
+
+
+def norm_options(norm_activation: str, norm_eps: float) -> dict[str, Any]:
+    return {"norm_activation": _value(_C.NORM_ACTIVATIONS, norm_activation, "norm_activation"), "norm_eps": norm_eps}
+
+
 _GATES, _BETA_MODES, _STATE_LAYOUTS, _BACKENDS = _C.GATES, _C.BETA_MODES, _C.STATE_LAYOUTS, _C.BACKENDS
 
 
@@ -132,6 +150,13 @@ def prefill(
     checkpoint_cu_starts: Array | None = None,
     checkpoint_indices: Array | None = None,
     checkpoint_offsets: Array | None = None,
+    q_conv: Convolution | None = None,
+    k_conv: Convolution | None = None,
+    v_conv: Convolution | None = None,
+    norm_weight: Array | None = None,
+    norm_gate: Array | None = None,
+    norm_activation: str = "sigmoid",
+    norm_eps: float = 1e-5,
     out: Array | None = None,
     batch_invariant: bool = False,
     backend: str = "auto",
@@ -188,7 +213,13 @@ def prefill(
             checkpoint_cu_starts[n] to checkpoint_cu_starts[n + 1] - 1.
         checkpoint_indices: int32 or int64 [rows], with checkpoint_cu_starts: row r is written to
             checkpoints[checkpoint_indices[r]]; -1: not at all.
-        out: float [B, T, HV, V], written; None: a new array of v's dtype. An fp32 out keeps the arithmetic in fp32 on
+        q_conv, k_conv, v_conv: weight, bias or None, and states or None of a short causal convolution with SiLU that q, k or
+            v goes through first: float [channels, 4], [channels] and [slots, channels, 3], channels being H K or HV V. The
+            states are the last inputs, the oldest first, in any strides, in slots as initial_state. They are read where a
+            sequence has an initial state, and else count as 0, as None does; they are written in any case.
+        norm_weight: float [V], V <= 1024: RMS norm of every row of out, with norm_eps.
+        norm_gate: float [B, T, HV, V], with norm_weight: times "sigmoid" or "silu", norm_activation, of this.
+        out: float [B, T, HV, V], written; None: a new array of v's dtype. Rows of no sequence keep what they hold. An fp32 out keeps the arithmetic in fp32 on
             CPUs that would otherwise multiply in bf16.
         batch_invariant: a sequence's bits do not depend on what it is batched with, nor on num_threads.
         backend: "auto", by the device of q; "reference", the fp64 oracle; "cpu"; "cuda".
@@ -224,13 +255,18 @@ def prefill(
     if output_final_state and final_state is None and state_indices is not None:
         raise ValueError("final_state is None with state_indices; expected the states that the indices refer to")
     traced = library.traced(q)
-    if out is None and final_state is None and checkpoints is None and workspace is None and (
+    around = convolution_tensors(q_conv, k_conv, v_conv)
+    if norm_weight is not None or norm_gate is not None:
+        around.update(norm_weight=norm_weight, norm_gate=norm_gate)
+        options.update(norm_options(norm_activation, norm_eps))
+    if not around and out is None and final_state is None and checkpoints is None and workspace is None and (
             traced or library.differentiated(q, k, v, g, beta, A_log, dt_bias, initial_state)):
         return library.record_prefill(
             {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "cu_seqlens": cu_seqlens,
              "initial_state": initial_state, "state_indices": state_indices, "has_initial_state": has_initial_state}, output_final_state, options)
     if not library.writable:
-        refuse_written(out=out, final_state=final_state, checkpoints=checkpoints)
+        refuse_written(out=out, final_state=final_state, checkpoints=checkpoints,
+                       **{name: array for name, array in around.items() if name.endswith("_state")})
     out, final_state = _outputs(library, q, v, cu_seqlens, options["state_layout"], initial_state, final_state,
                                 output_final_state, out)
     run = library.record if traced else library.run
@@ -239,7 +275,7 @@ def prefill(
          "cu_seqlens": cu_seqlens, "initial_state": initial_state, "final_state": final_state,
          "state_indices": state_indices, "checkpoints": checkpoints, "checkpoint_cu_starts": checkpoint_cu_starts,
          "checkpoint_indices": checkpoint_indices, "checkpoint_offsets": checkpoint_offsets,
-         "has_initial_state": has_initial_state}, options, workspace)
+         "has_initial_state": has_initial_state, **around}, options, workspace)
     return out if final_state is None else (out, final_state)
 
 
@@ -269,4 +305,6 @@ def _ask(function: _C.Function, arguments: tuple[Any, ...], keywords: dict[str, 
     mark_padding(options, a["padding_slot"])
     a["out"], a["final_state"] = _outputs(library, a["q"], a["v"], a["cu_seqlens"], options["state_layout"],
                                           a["initial_state"], a["final_state"], a["output_final_state"], a["out"])
-    return library.run(function, {name: a[name] for name in _C.TENSORS}, options, None)
+    around = convolution_tensors(a["q_conv"], a["k_conv"], a["v_conv"])
+    options.update(norm_options(a["norm_activation"], a["norm_eps"]))
+    return library.run(function, {name: a.get(name, around.get(name)) for name in _C.TENSORS}, options, None)

@@ -167,6 +167,7 @@ _OPTIONS = ("int gate, float lower_bound, int beta_mode, float scale, int flags,
             "int num_threads=0")
 _BACKWARD_OPTIONS = f"{_OPTIONS}, int checkpoint_every=0"
 _PREFILL_OPTIONS = f"{_BACKWARD_OPTIONS}, int padding_slot=0"
+_INTO_OPTIONS = f"{_PREFILL_OPTIONS}, int norm_activation=0, float norm_eps=0.0"
 
 
 def _tensors(names: tuple[str, ...], written: tuple[str, ...], required: tuple[str, ...]) -> str:
@@ -225,7 +226,7 @@ def _run_kept(function, tensors, options):
 
 
 @torch.library.custom_op("libflashkda::prefill_into", mutates_args=(*_C.WRITTEN, "workspace"), schema=(
-    f"({_tensors((*_C.TENSORS, 'workspace'), (*_C.WRITTEN, 'workspace'), (*_REQUIRED, 'out'))}, *, {_PREFILL_OPTIONS}) "
+    f"({_tensors((*_C.TENSORS, 'workspace'), (*_C.WRITTEN, 'workspace'), (*_REQUIRED, 'out'))}, *, {_INTO_OPTIONS}) "
     "-> ()"))
 def _prefill_into(*arguments, **options):
     with torch.no_grad():

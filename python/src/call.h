@@ -49,7 +49,7 @@ struct call_operation {
 
 extern const struct call_operation call_prefill, call_decode, call_backward;
 
-enum { CALL_TENSORS = 25 }; /* of any operation, at most */
+enum { CALL_TENSORS = 28 }; /* of any operation, at most */
 
 struct call {
     const struct call_operation *operation;

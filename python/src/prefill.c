@@ -22,6 +22,17 @@ static const struct call_tensor tensors[] = {
     {MEMBER(checkpoint_indices), CALL_READ},
     {MEMBER(checkpoint_offsets), CALL_READ},
     {MEMBER(has_initial_state), CALL_READ},
+    {MEMBER(q_conv_weight), CALL_READ},
+    {MEMBER(q_conv_bias), CALL_READ},
+    {MEMBER(q_conv_state), CALL_WRITTEN},
+    {MEMBER(k_conv_weight), CALL_READ},
+    {MEMBER(k_conv_bias), CALL_READ},
+    {MEMBER(k_conv_state), CALL_WRITTEN},
+    {MEMBER(v_conv_weight), CALL_READ},
+    {MEMBER(v_conv_bias), CALL_READ},
+    {MEMBER(v_conv_state), CALL_WRITTEN},
+    {MEMBER(norm_weight), CALL_READ},
+    {MEMBER(norm_gate), CALL_READ},
 };
 
 static const struct call_option options[] = {
@@ -35,6 +46,8 @@ static const struct call_option options[] = {
     {MEMBER(num_threads), CALL_INT32},
     {MEMBER(checkpoint_every), CALL_INT64},
     {MEMBER(padding_slot), CALL_INT64},
+    {MEMBER(norm_activation), CALL_CHOICE},
+    {MEMBER(norm_eps), CALL_NUMBER},
 };
 
 static void init(union call_args *args) { args->prefill = (flash_kda_prefill_args)FLASH_KDA_PREFILL_ARGS_INIT; }

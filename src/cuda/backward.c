@@ -19,22 +19,6 @@ static flash_kda_status check_size(const struct kda_backward *b) {
     return kda_cuda_check_heads(&p->base);
 }
 
-/* Can the portable kernels overlap on this device? They must wait for each other then, and do so only where they were
- * compiled for sm_90 or later: a device may run what its driver made of an earlier one's PTX. */
-static bool can_overlap(int device) {
-    enum { UNKNOWN, NO, YES, DEVICES = 64 };
-    static _Atomic int known[DEVICES];
-    int previous = 0, version = 0, answer = device < DEVICES ? known[device] : UNKNOWN;
-    if (answer != UNKNOWN || kda_cuda_enter(device, &previous))
-        return answer == YES;
-    cudaError_t error = kda_sm80_ptx_version(&version);
-    kda_cuda_leave(device, previous);
-    answer = !error && version >= 90 ? YES : NO;
-    if (!error && device < DEVICES)
-        known[device] = answer;
-    return answer == YES;
-}
-
 static flash_kda_status make_plan(const struct kda_backward *b, const struct kda_cuda_level **level,
                                   struct kda_backward_plan *plan) {
     struct kda_cuda_device device;
@@ -48,7 +32,8 @@ static flash_kda_status make_plan(const struct kda_backward *b, const struct kda
                              (*candidate)->backward_takes(b)))
         candidate++;
     *level = *candidate;
-    *plan = kda_backward_plan_begin(b, (*level)->name, device.multiprocessors, can_overlap(b->forward.device));
+    *plan = kda_backward_plan_begin(b, (*level)->name, device.multiprocessors,
+                                    kda_cuda_can_overlap(b->forward.device));
     (*level)->backward_plan(b, plan);
     return FLASH_KDA_OK;
 }

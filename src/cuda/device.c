@@ -2,6 +2,7 @@
 #include "cuda/device.h"
 
 #include "cuda/level.h"
+#include "cuda/sm80/kernels.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -59,4 +60,18 @@ flash_kda_status kda_cuda_enter(int device, int *previous) {
 void kda_cuda_leave(int device, int previous) {
     if (previous != device)
         cudaSetDevice(previous);
+}
+
+bool kda_cuda_can_overlap(int device) {
+    enum { UNKNOWN, NO, YES, DEVICES = 64 };
+    static _Atomic int known[DEVICES];
+    int previous = 0, version = 0, answer = device < DEVICES ? known[device] : UNKNOWN;
+    if (answer != UNKNOWN || kda_cuda_enter(device, &previous))
+        return answer == YES;
+    cudaError_t error = kda_sm80_ptx_version(&version);
+    kda_cuda_leave(device, previous);
+    answer = !error && version >= 90 ? YES : NO;
+    if (!error && device < DEVICES)
+        known[device] = answer;
+    return answer == YES;
 }

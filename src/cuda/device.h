@@ -27,4 +27,8 @@ flash_kda_status kda_cuda_check_heads(const struct kda_tokens *p);
 flash_kda_status kda_cuda_enter(int device, int *previous);
 void kda_cuda_leave(int device, int previous);
 
+/* Can the portable kernels overlap on this device? They must wait for each other then, and do so only where they were
+ * compiled for sm_90 or later: a device may run what its driver made of an earlier one's PTX. */
+bool kda_cuda_can_overlap(int device);
+
 #endif

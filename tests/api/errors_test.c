@@ -47,14 +47,15 @@ static void expect_error(struct fixture *f, flash_kda_status expected, const cha
 /* ---- Faults that any tensor can have ------------------------------------------------------------ */
 
 /* Tensors whose last dimension may have any stride. */
+#define CONV_STATES (BIT(ARG_Q_CONV_STATE) | BIT(ARG_K_CONV_STATE) | BIT(ARG_V_CONV_STATE))
 #define LOOSE                                                                                    \
     (BIT(ARG_BETA) | BIT(ARG_A_LOG) | BIT(ARG_CU_SEQLENS) | BIT(ARG_STATE_INDICES) |             \
      BIT(ARG_CHECKPOINT_CU_STARTS) | BIT(ARG_CHECKPOINT_INDICES) | BIT(ARG_CHECKPOINT_OFFSETS) | \
-     BIT(ARG_HAS_INITIAL_STATE))
+     BIT(ARG_HAS_INITIAL_STATE) | CONV_STATES)
 #define INDICES                                                                     \
     (BIT(ARG_CU_SEQLENS) | BIT(ARG_STATE_INDICES) | BIT(ARG_CHECKPOINT_CU_STARTS) | \
      BIT(ARG_CHECKPOINT_INDICES) | BIT(ARG_CHECKPOINT_OFFSETS))
-#define NOT_WRITTEN (~(BIT(ARG_OUT) | BIT(ARG_FINAL_STATE) | BIT(ARG_CHECKPOINTS)))
+#define NOT_WRITTEN (~(BIT(ARG_OUT) | BIT(ARG_FINAL_STATE) | BIT(ARG_CHECKPOINTS) | CONV_STATES))
 /* Their sizes are what others are measured by: a wrong one is reported as another tensor's. */
 #define MEASURES                                                                                     \
     (BIT(ARG_Q) | BIT(ARG_V) | BIT(ARG_CU_SEQLENS) | BIT(ARG_INITIAL_STATE) | BIT(ARG_CHECKPOINTS) | \
@@ -103,6 +104,8 @@ static void test_tensor_fault(void **state) {
         fixture_use_offsets(f);
     if (c->argument == ARG_HAS_INITIAL_STATE)
         fixture_use_has_initial_state(f);
+    if (c->argument >= ARG_Q_CONV_WEIGHT)
+        fixture_use_fused(f);
     c->fault->apply(&f->tensor[c->argument]);
     expect_error(f, FLASH_KDA_ERROR_INVALID_ARGUMENT, argument_names[c->argument], ALL_ENTRIES);
     free(f);
@@ -222,6 +225,46 @@ static void slot_twice(struct fixture *f) { f->tensor[ARG_STATE_INDICES].memory.
 static void slots_without_states(struct fixture *f) { f->args.initial_state = f->args.final_state = NULL; }
 static void states_of_different_pools(struct fixture *f) {
     f->tensor[ARG_FINAL_STATE].shape[0] = FIXTURE_SLOTS - 1;
+}
+static void bias_without_weight(struct fixture *f) {
+    fixture_use_fused(f);
+    f->args.k_conv_weight = NULL;
+}
+static void conv_state_without_weight(struct fixture *f) {
+    fixture_use_fused(f);
+    f->args.v_conv_weight = f->args.v_conv_bias = NULL;
+}
+static void norm_gate_without_weight(struct fixture *f) {
+    fixture_use_fused(f);
+    f->args.norm_weight = NULL;
+}
+static void norm_eps_zero(struct fixture *f) {
+    fixture_use_fused(f);
+    f->args.norm_eps = 0;
+}
+static void norm_eps_nan(struct fixture *f) {
+    fixture_use_fused(f);
+    f->args.norm_eps = (double)NAN;
+}
+static void norm_activation_unknown(struct fixture *f) {
+    f->args.norm_activation = (flash_kda_norm_activation)2;
+}
+static void conv_states_of_another_pool(struct fixture *f) {
+    fixture_use_fused(f);
+    f->args.initial_state = f->args.final_state = NULL;
+    f->tensor[ARG_K_CONV_STATE].shape[0] = FIXTURE_SLOTS - 1;
+}
+static void conv_state_over(struct fixture *f, enum argument other) {
+    fixture_use_fused(f);
+    f->tensor[ARG_Q_CONV_STATE].dl.data = f->tensor[other].memory.bytes;
+}
+static void conv_state_over_k(struct fixture *f) { conv_state_over(f, ARG_K); }
+static void conv_state_over_initial_state(struct fixture *f) { conv_state_over(f, ARG_INITIAL_STATE); }
+static void conv_state_over_another(struct fixture *f) { conv_state_over(f, ARG_V_CONV_STATE); }
+static void conv_state_over_weight(struct fixture *f) { conv_state_over(f, ARG_Q_CONV_WEIGHT); }
+static void out_over_norm_gate(struct fixture *f) {
+    fixture_use_fused(f);
+    f->tensor[ARG_OUT].dl.data = f->tensor[ARG_NORM_GATE].memory.bytes;
 }
 static void flags_without_states(struct fixture *f) {
     fixture_use_has_initial_state(f);
@@ -464,6 +507,18 @@ static const struct argument_case {
     INVALID_LATE(slot_twice, "state_indices"),
     INVALID(slots_without_states, "state_indices"),
     INVALID(flags_without_states, "has_initial_state"),
+    INVALID(bias_without_weight, "k_conv_bias"),
+    INVALID(conv_state_without_weight, "v_conv_state"),
+    INVALID(norm_gate_without_weight, "norm_gate"),
+    INVALID(norm_eps_zero, "norm_eps"),
+    INVALID(norm_eps_nan, "norm_eps"),
+    INVALID(norm_activation_unknown, "norm_activation"),
+    INVALID(conv_states_of_another_pool, "k_conv_state"),
+    INVALID(conv_state_over_k, "q_conv_state"),
+    INVALID(conv_state_over_initial_state, "q_conv_state"),
+    INVALID(conv_state_over_another, "q_conv_state"),
+    INVALID(conv_state_over_weight, "q_conv_state"),
+    INVALID(out_over_norm_gate, "norm_gate"),
     INVALID(padding_without_flag, "padding_slot"),
     INVALID(padding_negative, "padding_slot"),
     INVALID(padding_without_indices, "padding_slot"),
@@ -578,6 +633,22 @@ static void test_valid_padding(void **state) {
     }
 }
 
+static void test_valid_fused(void **state) {
+    (void)state;
+    struct fixture *f = fixture_new();
+    fixture_use_fused(f);
+    expect_success(f);
+}
+
+/* States of convolutions alone: state_indices are theirs. */
+static void test_valid_conv_states_alone(void **state) {
+    (void)state;
+    struct fixture *f = fixture_new();
+    fixture_use_fused(f);
+    f->args.initial_state = f->args.final_state = NULL;
+    expect_success(f);
+}
+
 static void test_args_null(void **state) {
     (void)state;
     const flash_kda_status invalid = FLASH_KDA_ERROR_INVALID_ARGUMENT;
@@ -658,7 +729,7 @@ static void test_level_of_another_machine(void **state) {
 /* ---- Running them all ------------------------------------------------------------------------------ */
 
 int main(void) {
-    enum { PLAIN = 9 };
+    enum { PLAIN = 11 };
     static struct CMUnitTest tests[FAULTS * ARGUMENTS + CASES + PLAIN];
     static struct fault_case fault_cases[FAULTS * ARGUMENTS];
     static struct argument_case writable_cases[CASES];
@@ -673,6 +744,8 @@ int main(void) {
                                             cmocka_unit_test(test_valid_offsets),
                                             cmocka_unit_test(test_args_null),
                                             cmocka_unit_test(test_valid_padding),
+                                            cmocka_unit_test(test_valid_fused),
+                                            cmocka_unit_test(test_valid_conv_states_alone),
                                             cmocka_unit_test(test_results_null),
                                             cmocka_unit_test(test_dtype_in_words),
                                             cmocka_unit_test(test_level_unknown),

@@ -112,6 +112,23 @@ void fixture_use_has_initial_state(struct fixture *f) {
     memcpy(f->tensor[ARG_HAS_INITIAL_STATE].memory.int32, has, sizeof has);
 }
 
+void fixture_use_fused(struct fixture *f) {
+    enum { T = FIXTURE_T, KEYS = FIXTURE_H * FIXTURE_K, VALUES = FIXTURE_HV * FIXTURE_V };
+    for (int i = 0; i < 3; i++) {
+        int64_t channels = i < 2 ? KEYS : VALUES;
+        set_tensor(f, (enum argument)(ARG_Q_CONV_WEIGHT + 3 * i), fp32, 2, (int64_t[]){channels, 4});
+        set_tensor(f, (enum argument)(ARG_Q_CONV_BIAS + 3 * i), fp32, 1, (int64_t[]){channels});
+        set_tensor(f, (enum argument)(ARG_Q_CONV_STATE + 3 * i), fp32, 3,
+                   (int64_t[]){FIXTURE_SLOTS, channels, 3});
+    }
+    set_tensor(f, ARG_NORM_WEIGHT, fp32, 1, (int64_t[]){FIXTURE_V});
+    set_tensor(f, ARG_NORM_GATE, fp32, 4, (int64_t[]){1, T, FIXTURE_HV, FIXTURE_V});
+    f->args.norm_eps = 1e-5;
+    for (int argument = ARG_Q_CONV_WEIGHT; argument <= ARG_NORM_GATE; argument++)
+        for (int i = 0; i < FIXTURE_BYTES / 4; i++)
+            f->tensor[argument].memory.fp32[i] = (float)(i * 5 % 11 - 4) / 8;
+}
+
 void fixture_spell_strides(struct fixture_tensor *t) {
     int64_t stride = 1;
     for (int d = t->dl.ndim - 1; d >= 0; d--) {

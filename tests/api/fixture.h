@@ -16,7 +16,11 @@
     X(ARG_INITIAL_STATE, initial_state) X(ARG_FINAL_STATE, final_state) \
     X(ARG_STATE_INDICES, state_indices) X(ARG_CHECKPOINTS, checkpoints) \
     X(ARG_CHECKPOINT_CU_STARTS, checkpoint_cu_starts) X(ARG_CHECKPOINT_INDICES, checkpoint_indices) \
-    X(ARG_CHECKPOINT_OFFSETS, checkpoint_offsets) X(ARG_HAS_INITIAL_STATE, has_initial_state)
+    X(ARG_CHECKPOINT_OFFSETS, checkpoint_offsets) X(ARG_HAS_INITIAL_STATE, has_initial_state) \
+    X(ARG_Q_CONV_WEIGHT, q_conv_weight) X(ARG_Q_CONV_BIAS, q_conv_bias) X(ARG_Q_CONV_STATE, q_conv_state) \
+    X(ARG_K_CONV_WEIGHT, k_conv_weight) X(ARG_K_CONV_BIAS, k_conv_bias) X(ARG_K_CONV_STATE, k_conv_state) \
+    X(ARG_V_CONV_WEIGHT, v_conv_weight) X(ARG_V_CONV_BIAS, v_conv_bias) X(ARG_V_CONV_STATE, v_conv_state) \
+    X(ARG_NORM_WEIGHT, norm_weight) X(ARG_NORM_GATE, norm_gate)
 /* clang-format on */
 
 #define FIXTURE_PLACE(place, member) place,
@@ -61,6 +65,8 @@ void fixture_make_dense(struct fixture *f);
 void fixture_use_offsets(struct fixture *f);
 /* The second of three sequences starts from zero. */
 void fixture_use_has_initial_state(struct fixture *f);
+/* Convolutions of q, k and v, with their states, and a gated norm. */
+void fixture_use_fused(struct fixture *f);
 /* Makes a tensor's strides its compact ones, written out. */
 void fixture_spell_strides(struct fixture_tensor *t);
 

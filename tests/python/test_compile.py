@@ -108,7 +108,7 @@ def test_ops_are_well_formed(device):
                           (q, k, v, g, beta, A_log, dt_bias, None, state, None, None, True), options)
     torch.library.opcheck(torch.ops.libflashkda.prefill_into.default,
                           (q, k, v, g, beta, A_log, dt_bias, torch.empty_like(v), None, state, torch.empty_like(state),
-                           *[None] * 7), options)
+                           *[None] * 18), options)
 
 
 @pytest.mark.parametrize("v_first", [True, False])

@@ -5,6 +5,7 @@
 
 #include "api/decode_problem.h"
 #include "cuda/backward_plan.h"
+#include "cuda/fused.h"
 #include "cuda/plan.h"
 
 #include <cuda_runtime_api.h>
@@ -22,6 +23,11 @@ kda_sm80_launcher kda_sm80_prepare;
 
 /* Takes every state through its chunks: writes out, final_state and checkpoints. */
 kda_sm80_launcher kda_sm80_general;
+
+/* Before a prefill's kernels: writes q, k and v as they are convolved. After them, at every level: the norm of out, and
+ * the states of the convolutions. */
+cudaError_t kda_sm80_convolve(const struct kda_prefill *p, const struct kda_cuda_fused *fused);
+cudaError_t kda_sm80_finish(const struct kda_prefill *p, const struct kda_cuda_fused *fused);
 
 /* Takes every state through its sequence's tokens. aligned: the states' rows are whole pieces of 16 bytes. */
 cudaError_t kda_sm80_decode(const struct kda_decode *d, bool aligned);
