@@ -67,7 +67,10 @@ def _states_without_prefix_caching(vllm_config: Any) -> None:
 
 @contextlib.contextmanager
 def _streams_that_do_nothing() -> Iterator[None]:
-    """The model makes a CUDA stream, on which it runs nothing on a CPU."""
+    """The model makes a CUDA stream, which torch's builds without CUDA refuse, and runs nothing on it on a CPU."""
+    if torch.version.cuda is not None:
+        yield
+        return
     theirs = torch.cuda.Stream
     torch.cuda.Stream = type("Stream", (), {"__init__": lambda self, *arguments, **keywords: None})
     try:

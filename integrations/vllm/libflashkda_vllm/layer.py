@@ -64,18 +64,10 @@ class FlashKDAAttention(theirs.KimiGatedDeltaNetAttention):
                 q[:, None], k[:, None], v[:, None], g[:, None], beta[:, None], state, **self._gates(), **self._convolutions(),
                 **self._norm(norm_gate[:, None]), state_indices=slots[:rows], padding_slot=PADDING, out=out[:, None])
             return
-        q, k, v = (x.contiguous() for x in self._heads(self._convolved(m, mixed_qkv)))
         libflashkda.prefill(
-            q[None], k[None], v[None], g[None], beta[None], **self._gates(), cu_seqlens=m.non_spec_query_start_loc, initial_state=state, final_state=state,
+            q[None], k[None], v[None], g[None], beta[None], **self._gates(), **self._convolutions(),
+            **self._norm(norm_gate[None]), cu_seqlens=m.non_spec_query_start_loc, initial_state=state, final_state=state,
             state_indices=slots, has_initial_state=m.has_initial_state, padding_slot=PADDING, out=out[None])
-        out.copy_(self.o_norm(out, norm_gate))
-
-    def _convolved(self, m: Any, mixed_qkv: Tensor) -> Tensor:
-        return theirs.causal_conv1d_fn(
-            mixed_qkv.transpose(0, 1), self.conv1d.weight.squeeze(1), None, activation="silu",
-            conv_states=self._convolution_states(), has_initial_state=m.has_initial_state,
-            cache_indices=m.non_spec_state_indices_tensor, query_start_loc=m.non_spec_query_start_loc,
-            metadata=m).transpose(0, 1)
 
     def _heads(self, mixed_qkv: Tensor) -> list[Tensor]:
         """q, k and v [T, H, D], rows of which are as far apart as those of mixed_qkv."""
