@@ -54,7 +54,7 @@ TINY = Config(
     moe_intermediate_size=32, routed_scaling_factor=2.446, rms_norm_eps=1e-5)
 
 # What a config.json may say that this model does not do otherwise.
-_FIXED = {"model_type": "kimi_linear", "hidden_act": "silu", "q_lora_rank": None, "mla_use_nope": True,
+_FIXED = {"architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear", "hidden_act": "silu", "q_lora_rank": None, "mla_use_nope": True,
           "moe_layer_freq": 1, "moe_renormalize": True, "moe_router_activation_func": "sigmoid", "num_expert_group": 1,
           "tie_word_embeddings": False}
 _FIXED_LINEAR = {"short_conv_kernel_size": 4, "gate_lower_bound": None}

@@ -8,9 +8,9 @@ from torch.nn import functional
 
 
 @torch.inference_mode()
-def randomise(model) -> None:
+def randomise(model, spread: float = 0.15) -> None:
     """Weights so large that every part of a layer moves the logits, norms that are not 1, a router that has a bias."""
-    model.randomise(spread=0.15)
+    model.randomise(spread=spread)
     for name, tensor in model.public():
         if "norm" in name:
             tensor.uniform_(0.5, 1.5)
