@@ -30,8 +30,8 @@ from libflashkda import _parallel
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXCHANGES = ("allgather", "transposed", "chain", "exact")
 MESSAGES = (2**19, 2**21, 2**22, 2**23, 3 * 2**22, 25 * 2**20)  # bytes of a rank
-#: Error ratios to one GPU: bf16 outputs and states, gradients, by kind of memory.
-ALLOWED = {"cuda": {"out": 8e-3, "state": 8e-3, "gradient": 2e-2}, "cpu": {"out": 5e-3, "state": 1e-5, "gradient": 5e-3}}
+#: Error ratios to one GPU, both of which round products to bf16.
+ALLOWED = {"out": 8e-3, "state": 8e-3, "gradient": 2e-2}
 REGIMES = {"slow": (-7, 1), "captured-like": (-4, 2), "strong": (0, 1)}  # mean and deviation of the raw gate
 
 
@@ -114,7 +114,7 @@ def partitions(W):
 
 def prove(rank):
     """Outputs, states and gradients of all ranks beside one GPU's; outputs of a short problem beside the oracle's."""
-    W, rows, kind = dist.get_world_size(), [], rank.place.type
+    W, rows = dist.get_world_size(), []
     tokens, heads = (512, 2) if rank.options.cpu else (8192, 8)
     for regime in REGIMES:
         x, weights, options = problem(rank.place, tokens, heads, regime)
@@ -143,7 +143,7 @@ def prove(rank):
             worst = torch.tensor(errors, device=rank.place, dtype=torch.float64)
             dist.all_reduce(worst, dist.ReduceOp.MAX)
             named = dict(zip(("out", "state", "gradient", "to_oracle"), worst.tolist()))
-            passed = all(named[n] <= ALLOWED[kind][n] for n in ALLOWED[kind]) and named["to_oracle"] <= 1e-2
+            passed = all(named[n] <= most for n, most in ALLOWED.items()) and named["to_oracle"] <= 1e-2
             rows.append({"regime": regime, "partition": name, "exchange": exchange, "passed": passed, **named})
             rank.say(f"{'ok  ' if passed else 'FAIL'} {regime:13} {name:7} {exchange:10} "
                      + ", ".join(f"{n} {e:.1e}" for n, e in named.items()))

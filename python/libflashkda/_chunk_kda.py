@@ -136,10 +136,14 @@ def _in_parallel(q: Array, k: Array, v: Array, g: Array, beta: Array, call: dict
 
     if return_intermediate_states:
         raise NotImplementedError("return_intermediate_states is given with cp_context; expected one of them")
-    kept = getattr(context, "_libflashkda", None)
+    kept = getattr(context, "_libflashkda", None)  # fla gives the same object for the same arguments
     tokens = q.shape[1] if q.ndim > 1 else 0
     if kept is None or kept.tokens != tokens:
-        kept = context._libflashkda = ContextParallel.of_fla(context, tokens)
+        try:
+            kept = ContextParallel.of_fla(context, tokens)
+        except AttributeError:
+            raise TypeError(f"cp_context is of type {type(context)}; expected what fla's build_cp_context() makes") from None
+        context._libflashkda = kept
     if call["initial_state"] is not None:
         call["initial_state"] = call["initial_state"].float()
     call = {**call, "cu_seqlens": None, "parallel": kept}

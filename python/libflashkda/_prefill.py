@@ -266,8 +266,8 @@ def prefill(
     if parallel is not None:
         for name, given in (("cu_seqlens", cu_seqlens), ("final_state", final_state), ("state_indices", state_indices),
                             ("checkpoints", checkpoints), ("out", out), ("workspace", workspace),
-                            ("has_initial_state", has_initial_state), ("q_conv_weight", q_conv_weight),
-                            ("k_conv_weight", k_conv_weight), ("v_conv_weight", v_conv_weight),
+                            ("has_initial_state", has_initial_state), ("q_conv", q_conv),
+                            ("k_conv", k_conv), ("v_conv", v_conv), ("norm_gate", norm_gate),
                             ("norm_weight", norm_weight), ("padding_slot", padding_slot)):
             if given is not None:
                 raise ValueError(f"{name} is given with parallel; expected None")

@@ -148,7 +148,8 @@ def test_intermediate_states_of_packed_sequences(lengths, initial_state, sizes_f
 
 
 @pytest.mark.parametrize("exception, message, more", [
-    (NotImplementedError, "cp_context", {"cp_context": object()}),
+    (NotImplementedError, "cp_context", {"cp_context": object(), "return_intermediate_states": True}),
+    (TypeError, "^cp_context is of type", {"cp_context": object()}),
     (ValueError, "^A_log is None", {"use_gate_in_kernel": True}),
     (ValueError, "^lower_bound is None",
      {"use_gate_in_kernel": True, "safe_gate": True, "A_log": torch.zeros(2)}),

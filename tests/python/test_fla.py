@@ -554,7 +554,7 @@ def test_layer_on_a_cpu(registered, recurrent, more):
 
 
 @pytest.mark.parametrize("more", [
-    {"cp_context": object()},
+    {"cp_context": object(), "return_intermediate_states": True},
     {"use_gate_in_kernel": True, "lower_bound": -7.0},
     {"unheard_of": 1},
 ], ids=str)
