@@ -494,7 +494,7 @@ __device__ void find_checkpoints(const kda_prefill &p, int n, int head, int colu
 
 /* end: chunks of the sequence up to this one's end; last: it is the sequence's last one. */
 inline __device__ void place_checkpoint(const Checkpoints &x, int end, bool last, ChunkInfo &info) {
-    int quotient = x.inverse ? (int)__umulhi((uint32_t)end, x.inverse) : end / x.every;
+    int quotient = x.inverse ? (int)((uint64_t)end * x.inverse >> 32) : end / x.every;
     bool exact = quotient * x.every == end;
     int row = quotient - exact;
     info.flags &= ~CHECKPOINT;
