@@ -40,16 +40,20 @@ KDA_INLINE int64_t kda_first_chunk(const struct kda_prefill *p, int64_t first, i
     return n * each;
 }
 
+/* The tokens of a chunk where all but a sequence's last one are whole. */
+KDA_INLINE struct kda_span kda_whole_chunk(int64_t length, int64_t chunk) {
+    struct kda_span span = {chunk * KDA_CUDA_CHUNK, 0};
+    if (span.first < length)
+        span.count = kda_min64(length - span.first, KDA_CUDA_CHUNK);
+    return span;
+}
+
 /* The tokens of chunk number `chunk`, counted within sequence n. */
 KDA_INLINE struct kda_span kda_chunk_span(const struct kda_prefill *p, int64_t n, int64_t length,
                                           int64_t chunk) {
     int64_t begin = 0, end = length;
-    if (!p->checkpoints.data) { /* the common case, in few instructions */
-        struct kda_span span = {chunk * KDA_CUDA_CHUNK, 0};
-        if (span.first < length)
-            span.count = kda_min64(length - span.first, KDA_CUDA_CHUNK);
-        return span;
-    }
+    if (!p->checkpoints.data) /* the common case, in few instructions */
+        return kda_whole_chunk(length, chunk);
     if (kda_splits_chunks(p)) {
         int64_t each = kda_chunks_of(p->checkpoint_every);
         begin = chunk / each * p->checkpoint_every;

@@ -28,8 +28,8 @@ static const struct step WITH_OUTPUTS = {1.2, 2.0}, SUMMARISING = {0.95, 1.4};
 #define CLUSTER_SCAN_STEP 0.4
 #define NOT_FIRST         1.78 /* on one multiprocessor */
 /* A checkpoint: stored by a step; of segments that are not first, also finished, on one multiprocessor. */
-#define KEEP   0.4
-#define FINISH 4.0
+#define KEEP   0.6
+#define FINISH 4.5
 /* Stream-K: time per chunk; all its kernels and the identity through the first chunk; a probe in vain. */
 #define STEP_RANGE 2.40
 #define STREAM_K   30.0

@@ -29,12 +29,12 @@ kda_sm90_launcher kda_sm90_probe, kda_sm90_ranges, kda_sm90_fixup;
 /* All of prefill in one kernel. config: CTAs on a multiprocessor. */
 kda_sm90_launcher kda_sm90_persistent;
 
-/* A cluster of two CTAs works a chain or, where sequences are split, a segment from the state that the scan
- * left. _again: only chains with a segment that may grow a state, whole. */
+/* A cluster of two CTAs works a chain. _again: where sequences are split, chains with a segment that may grow a state,
+ * whole. */
 kda_sm90_launcher kda_sm90_cluster, kda_sm90_cluster_again;
 
-/* Local pass; scan to true states, final ones included; outputs += O_A S. config: of the scan, a CTA's columns
- * of V in eights; of add_history, the CTAs that share a segment. */
+/* Local pass; scan to true states, final ones included; outputs += O_A S, checkpoints = B + A S. config: of the scan,
+ * a CTA's columns of V in eights; of add_history, the CTAs that share a segment. */
 kda_sm90_launcher kda_sm90_cluster_local, kda_sm90_cluster_scan, kda_sm90_add_history;
 
 /* For sequences that begin or go on in other calls: before the scan, the state that has come in goes to where it starts from;

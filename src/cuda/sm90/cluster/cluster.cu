@@ -24,8 +24,7 @@ __host__ __device__ int segments_of(const kda_sm90_cluster_memory &memory) {
 /* whole: the chain has a segment that may grow a state, and is worked whole, as a first segment. local: the segment starts
  * from zero, so that it matters not whether its true state is known. */
 __device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &stream_k,
-                              const kda_sm90_cluster_memory &memory, int64_t all_chunks, bool whole, bool local,
-                              int rank) {
+                              const kda_sm90_cluster_memory &memory, int64_t all_chunks, bool whole, bool local) {
     int segments = segments_of(memory), chain = blockIdx.x / CTAS / segments;
     WorkTile work;
     work.n = chain / (int)p.value_heads, work.head = chain % (int)p.value_heads;
@@ -46,31 +45,27 @@ __device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &str
     work.exponents =
         memory.output_exponents +
         (work.head * all_chunks + kda_first_chunk(&p, work.first, work.n)) * (2 * KDA_SM90_EXPONENTS);
-    if (segments > 1 && memory.kept)
-        work.kept = place_of_kept(first_kept(p, memory, work.first, work.n, work.head), rank);
     return work;
 }
 
 /* Describes chunk number i of the work, or says that there is none. */
 template <bool keeps>
-__device__ ChunkInfo find_info(const kda_prefill &p, const WorkTile &work, int column, int i) {
+__device__ ChunkInfo find_info(const kda_prefill &p, const WorkTile &work, const Checkpoints &checkpoints,
+                               int column, int i) {
     ChunkInfo info;
     info.n = work.n, info.head = work.head, info.batch = work.batch;
     info.column = column;
     info.count = -1;
     if (i < work.chunks) {
-        struct kda_span span = kda_chunk_span(&p, work.n, work.length, work.begin + i);
+        struct kda_span span = keeps && checkpoints.every
+                                   ? kda_whole_chunk(work.length, work.begin + i)
+                                   : kda_chunk_span(&p, work.n, work.length, work.begin + i);
         info.token = work.first + (int)span.first, info.position = (int)(span.first + span.count);
         info.count = (int)span.count;
     }
     info.flags = find_flags(info, i == 0, i + 1 == work.chunks, keeps);
-    if (keeps) {
-        int row = find_row(p, work.length, info);
-        if (row >= 0 && work.segment > 0)
-            info.flags |= PLACED, info.place = work.kept + (uint32_t)row * KEPT_PIECES;
-        else if (row >= 0)
-            place_checkpoint<DIM>(p, row, info);
-    }
+    if (keeps && info.count > 0 && checkpoints.every)
+        place_checkpoint(checkpoints, work.begin + i + 1, info.position == work.length, info);
     return info;
 }
 
@@ -103,6 +98,7 @@ template <bool split, bool bounded, bool keeps> struct Producer {
 
     const kda_prefill &p;
     const kda_sm90_maps &maps;
+    const kda_sm90_cluster_memory &memory;
     Shared<split> &shared;
     int rank, group;
     uint8_t *grown; /* where to say whether beta makes a transition grow; NULL: it cannot, or nobody asks */
@@ -115,14 +111,29 @@ template <bool split, bool bounded, bool keeps> struct Producer {
         const int32_t at[4] = {channel, head, info.token, info.batch};
         bring_box(to, map, at, *barrier, policy);
     }
+    /* Those of the sequence; in segments that are not first, where the CTA keeps A or B up to each. */
+    __device__ Checkpoints find_all_checkpoints() const {
+        const WorkTile &work = shared.work;
+        int chunks = (int)kda_chunk_count(&p, work.n, work.length);
+        Checkpoints x;
+        if (work.segment == 0) {
+            find_checkpoints<DIM>(p, work.n, work.head, column(), chunks, x);
+            return x;
+        }
+        find_steps(p, work.n, chunks, x);
+        x.flags = PLACED, x.step = KEPT_PIECES;
+        x.place = place_of_kept(first_kept(p, memory, work.first, work.n, work.head), rank);
+        return x;
+    }
+
     /* Describes a chunk and has it brought. The scout opens a chunk whose operands this group makes. The host
      * opens one that the same group of the other CTA makes: it brings the values alone, and grants room for the
      * operands. */
-    __device__ void open(int chunk) {
+    __device__ void open(const Checkpoints &checkpoints, int chunk) {
         bool own = chunk % CTAS == rank;
         ClusterPipelineState<split> pipe(chunk);
         int s = pipe.stage;
-        ChunkInfo info = find_info<keeps>(p, shared.work, column(), chunk);
+        ChunkInfo info = find_info<keeps>(p, shared.work, checkpoints, column(), chunk);
         wait(shared.empty[s], pipe.parity ^ 1);
         bool values = info.count > 0 && brings_values();
         if (values && !own && info.count < CHUNK) {
@@ -209,6 +220,9 @@ template <bool split, bool bounded, bool keeps> struct Producer {
         uint32_t parity = 0;
         bool grows = false;
         Gate gate = find_gate<bounded>(p, shared.work.head, own_channel<DIM>(threadIdx.x));
+        Checkpoints checkpoints;
+        if (keeps && (warp == SCOUT<DIM> || warp == HOST))
+            checkpoints = find_all_checkpoints();
 #pragma unroll 1
         for (int next = rank + CTAS * group;; next += CHUNKS_PER_ROUND) {
             const ClusterPipelineState<split> pipe(next);
@@ -217,7 +231,7 @@ template <bool split, bool bounded, bool keeps> struct Producer {
             if (warp == SCOUT<DIM> || warp == HOST) {
                 int chunk = warp == HOST ? next - (rank ? 1 : CHUNKS_PER_ROUND - 1) : next;
                 if (chunk >= 0 && chunk <= chunks)
-                    open(chunk);
+                    open(checkpoints, chunk);
                 if (warp == SCOUT<DIM> && next <= chunks)
                     beta = load_beta(p, info.batch, info.token, info.head, info.count);
             }
@@ -395,7 +409,7 @@ __global__ void __cluster_dims__(CTAS) __maxnreg__(REGISTERS<split>)
     bool whole = !split && threadIdx.x < 32 && grows(memory, blockIdx.x / CTAS / segments_of(memory));
     if (threadIdx.x == 0) {
         prefetch_maps(maps);
-        shared.work = find_work(p, stream_k, memory, chunks, whole, split, rank);
+        shared.work = find_work(p, stream_k, memory, chunks, whole, split);
         for (int i = 0; i < PRODUCERS; i++)
             ptx::mbarrier_init(&shared.arrived[i], 1);
         for (int i = 0; i < STAGES<split>; i++) {
@@ -420,7 +434,7 @@ __global__ void __cluster_dims__(CTAS) __maxnreg__(REGISTERS<split>)
         uint8_t *grown = nullptr;
         if (memory.grown)
             grown = reinterpret_cast<uint8_t *>(&memory.grown[shared.work.index]) + rank * PRODUCERS + producer;
-        Producer<split, bounded, keeps>{p, maps, shared, rank, producer, grown}.produce();
+        Producer<split, bounded, keeps>{p, maps, memory, shared, rank, producer, grown}.produce();
     } else {
         take_registers<CONSUMER_REGISTERS<split>>();
         if constexpr (!split)

@@ -44,7 +44,6 @@ struct WorkTile {
     int segment, begin, chunks;     /* chunks: at least 1, the first of which may be empty */
     int index;                      /* chain * segments + segment */
     int16_t *exponents;             /* of outputs, from the sequence's first chunk on */
-    uint32_t kept; /* where the CTA keeps A or B up to the sequence's first checkpoint (kept.cuh) */
 };
 
 template <bool split> struct alignas(1024) Shared {

@@ -454,30 +454,52 @@ inline __device__ uint32_t find_flags(const ChunkInfo &info, bool first, bool la
            (info.position % MEASURED < CHUNK ? MEASURE : 0) | (keeps ? CHECKPOINT : 0) | (last ? LAST : 0);
 }
 
-/* The row of the checkpoint after a chunk, where checkpoints are in equal steps; -1: there is none, or it is not known.
- * length: of the sequence. Scouts find it, because consumers are what all wait for. */
-inline __device__ int find_row(const kda_prefill &p, int length, ChunkInfo &info) {
-    if (!(info.flags & CHECKPOINT) || p.checkpoint_offsets.data)
-        return -1;
-    int every = (int)kda_min64(p.checkpoint_every, INT32_MAX), row = (info.position - 1) / every;
-    bool here = info.position > 0 && (info.position - row * every == every || info.position == length);
-    if (here && row < kda_checkpoint_count(&p, info.n))
-        return row;
-    info.flags &= ~CHECKPOINT;
-    return -1;
+/* A sequence's checkpoints, if they are between whole chunks: found once a chain, so that scouts find each in few
+ * instructions. place, step: where they lie in equal steps and store_dense can store them. */
+struct Checkpoints {
+    int every, rows;      /* chunks from one to the next, 0: it is not so; how many there are */
+    uint32_t inverse;     /* 2^32 / every, rounded up; 0: it does not serve */
+    uint32_t place, step; /* of the first, and from one to the next, in pieces of 16 bytes */
+    uint32_t flags;       /* of a chunk that has one after it */
+};
+
+/* chunks: of the sequence. */
+inline __device__ void find_steps(const kda_prefill &p, int n, int chunks, Checkpoints &x) {
+    x = {};
+    if (p.checkpoint_offsets.data || p.checkpoint_every % CHUNK)
+        return;
+    x.every = (int)kda_min64(p.checkpoint_every / CHUNK, INT32_MAX), x.rows = (int)kda_checkpoint_count(&p, n);
+    if ((uint64_t)x.every * (uint64_t)(chunks + 1) <= UINT32_MAX) /* else a quotient by it may be wrong */
+        x.inverse = UINT32_MAX / (uint32_t)x.every + 1;
 }
 
-/* Finds where row `row` lies, from the CTA's first column of V on, if store_dense can store it. */
-template <int DIM> __device__ void place_checkpoint(const kda_prefill &p, int row, ChunkInfo &info) {
-    struct kda_state state = kda_checkpoint_row(&p, info.n, row, info.head);
-    bool fp32 = state.dtype == KDA_F32;
+/* column: the CTA's first of V. */
+template <int DIM>
+__device__ void find_checkpoints(const kda_prefill &p, int n, int head, int column, int chunks,
+                                 Checkpoints &x) {
+    find_steps(p, n, chunks, x);
+    struct kda_state state = x.rows > 0 ? kda_checkpoint_row(&p, n, 0, head) : kda_state{};
+    bool fp32 = state.dtype == KDA_F32, packed = p.checkpoint_cu_starts.data;
     int64_t bytes = fp32 ? sizeof(float) : sizeof(__nv_bfloat16);
-    uint64_t offset = (uint64_t)(state.data - p.checkpoints.data + info.column * DIM * bytes);
-    if (!state.data)
-        info.flags &= ~CHECKPOINT;
-    else if (state.v_first && state.stride == DIM * bytes && !(offset >> 36) &&
-             (reinterpret_cast<uintptr_t>(state.data) | offset) % sizeof(uint4) == 0)
-        info.flags |= fp32 ? PLACED | IN_FP32 : PLACED, info.place = (uint32_t)(offset / sizeof(uint4));
+    uint64_t offset = (uint64_t)(state.data - p.checkpoints.data + column * DIM * bytes),
+             step = packed                   ? p.checkpoints.stride[0]
+                    : p.checkpoints.rank > 4 ? p.checkpoints.stride[1]
+                                             : 0;
+    bool dense = state.data && !p.checkpoint_indices.data && state.v_first && state.stride == DIM * bytes &&
+                 (reinterpret_cast<uintptr_t>(state.data) | offset | step) % sizeof(uint4) == 0 &&
+                 !((offset + step * (uint64_t)x.rows) >> 36);
+    x.flags = !dense ? 0 : fp32 ? PLACED | IN_FP32 : PLACED;
+    x.place = (uint32_t)(offset / sizeof(uint4)), x.step = (uint32_t)(step / sizeof(uint4));
+}
+
+/* end: chunks of the sequence up to this one's end; last: it is the sequence's last one. */
+inline __device__ void place_checkpoint(const Checkpoints &x, int end, bool last, ChunkInfo &info) {
+    int quotient = x.inverse ? (int)((uint64_t)end * x.inverse >> 32) : end / x.every;
+    bool exact = quotient * x.every == end;
+    int row = quotient - exact;
+    info.flags &= ~CHECKPOINT;
+    if ((exact || last) && row < x.rows)
+        info.flags |= CHECKPOINT | x.flags, info.place = x.place + (uint32_t)row * x.step;
 }
 
 /* Stores the checkpoint after a chunk, or all that are there. */

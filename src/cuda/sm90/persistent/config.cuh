@@ -48,7 +48,8 @@ constexpr int SORTED = 256; /* at most so many sequences are sorted; more are wo
 struct Scout {
     int round, chunk, chunks;
     int n, head, key_head, batch, first, length, slot;
-    int count;       /* tokens of the chunk; -1 after the last one */
+    int count; /* tokens of the chunk; -1 after the last one */
+    Checkpoints checkpoints;
     kda_slice slice; /* stream-K: the part of the chain that is in the CTA's range */
 };
 

@@ -54,17 +54,20 @@ struct Work {
 };
 
 /* Moves the scout to the chain of n and head. Returns its chunks: 0 where it is not to be worked. */
-__device__ int enter_chain(const kda_prefill &p, int n, int head, Scout &scout) {
+template <bool keeps, int DIM> __device__ int enter_chain(const kda_prefill &p, int n, int head, Scout &scout) {
     struct kda_sequence sequence = kda_sequence(&p, n);
     scout.n = n, scout.head = head;
     scout.key_head = head / (int)(p.value_heads / p.heads);
     scout.batch = (int)sequence.batch, scout.slot = (int)sequence.slot;
     scout.first = (int)sequence.first, scout.length = (int)sequence.length;
-    return sequence.slot < 0 ? 0 : (int)kda_chunk_count(&p, n, sequence.length);
+    int chunks = sequence.slot < 0 ? 0 : (int)kda_chunk_count(&p, n, sequence.length);
+    if (keeps)
+        find_checkpoints<DIM>(p, n, head, 0, chunks, scout.checkpoints);
+    return chunks;
 }
 
 /* Enters the CTA's next chain, if there is one. */
-template <class Config>
+template <bool keeps, class Config>
 __device__ bool next_chain(const kda_prefill &p, Shared<Config> &shared, const Work &work, Scout &scout) {
     if (scout.round * (int)gridDim.x >= work.items)
         return false;
@@ -75,30 +78,32 @@ __device__ bool next_chain(const kda_prefill &p, Shared<Config> &shared, const W
         if (sorts(p))
             n = shared.order[n];
         if (is_pending(p, work.stream_k, n, head))
-            scout.chunks = enter_chain(p, n, head, scout);
+            scout.chunks = enter_chain<keeps, Config::DIM>(p, n, head, scout);
     }
     return true;
 }
 
 /* Enters the next slice of the CTA's range, if there is one. */
+template <bool keeps>
 __device__ bool next_slice(const kda_prefill &p, const kda_sm90_stream_k &stream_k, Scout &scout) {
     if (scout.round++ == 0)
         scout.slice = stream_k.firsts[blockIdx.x];
     else if (!kda_next_slice(&p, &stream_k.split, blockIdx.x, &scout.slice))
         return false;
-    enter_chain(p, scout.slice.n, scout.slice.head, scout);
+    enter_chain<keeps, DIM>(p, scout.slice.n, scout.slice.head, scout);
     scout.chunks = scout.slice.end - scout.slice.begin;
     return true;
 }
 
 /* Moves some chunks on, through the chains of the CTA. */
-template <bool ranges, class Config>
+template <bool ranges, bool keeps, class Config>
 __device__ void find_next(const kda_prefill &p, Shared<Config> &shared, const Work &work, Scout &scout,
                           int chunks) {
     int chunk = scout.chunk + chunks;
     while (chunk >= scout.chunks) {
         chunk -= scout.chunks;
-        if (!(ranges ? next_slice(p, work.stream_k, scout) : next_chain(p, shared, work, scout))) {
+        if (!(ranges ? next_slice<keeps>(p, work.stream_k, scout)
+                     : next_chain<keeps>(p, shared, work, scout))) {
             scout.count = -1;
             return;
         }
@@ -117,18 +122,18 @@ __device__ void send(const kda_prefill &p, const kda_sm90_maps &maps, Shared<Con
     info.column = 0;
     info.count = scout.count;
     if (info.count >= 0) {
-        struct kda_span span =
-            kda_chunk_span(&p, info.n, scout.length, (ranges ? scout.slice.begin : 0) + chunk);
+        int number = (ranges ? scout.slice.begin : 0) + chunk;
+        struct kda_span span = keeps && scout.checkpoints.every
+                                   ? kda_whole_chunk(scout.length, number)
+                                   : kda_chunk_span(&p, info.n, scout.length, number);
         info.token = scout.first + (int)span.first, info.position = (int)(span.first + span.count);
         info.count = (int)span.count;
     }
     bool first = chunk == 0, last = chunk + 1 == scout.chunks;
     info.flags = find_flags(info, first, last, keeps);
-    if (keeps) {
-        int row = find_row(p, scout.length, info);
-        if (row >= 0)
-            place_checkpoint<Config::DIM>(p, row, info);
-    }
+    if (keeps && info.count > 0 && scout.checkpoints.every)
+        place_checkpoint(scout.checkpoints, (ranges ? scout.slice.begin : 0) + chunk + 1,
+                         info.position == scout.length, info);
     if (ranges && info.count >= 0)
         info.flags |= (first && scout.slice.begin ? SPLIT : 0) | (last && scout.slice.begin ? FROM_SPLIT : 0) |
                       (last && kda_split_after(&scout.slice) ? SPLIT_AFTER : 0);
@@ -172,7 +177,7 @@ __device__ void produce(const kda_prefill &p, const kda_sm90_maps &maps, Shared<
         Scout &scout = scratch.scout;
         __syncwarp(); /* all lanes have read what is overwritten now */
         if (elected() && scout.count >= 0) {
-            find_next<ranges>(p, shared, work, scout, chunks);
+            find_next<ranges, keeps>(p, shared, work, scout, chunks);
             send<ranges, keeps>(p, maps, shared, scout, ahead);
         }
         __syncwarp();
