@@ -11,6 +11,7 @@ namespace kda {
 namespace {
 
 constexpr int COLUMNS = 64, ADJOINT_THREADS = GROUP + 32; /* a warpgroup, and the warp that loads */
+static_assert(DIM / COLUMNS == HALVES, "as kernel gradients counts them");
 enum Barrier { BARRIER_OUTPUTS = 1 };
 
 /* Where two CTAs share a multiprocessor, and where each has its own: a chunk then takes less time than its operands

@@ -26,9 +26,9 @@ inline void barrier_arrive(int barrier, int threads) { emulator::arrive_at_named
 void arrive_at(uint64_t &barrier, int rank);
 
 inline void count_up(uint32_t *count) { ++*count; }
-/* Kernels run one after another: a count that is not there yet never comes. */
+/* Kernels run one after another: a count that is not there yet never comes. Offsets that make no sense may count twice. */
 inline bool wait_for_count(const uint32_t *count, uint32_t wanted, int) {
-    if (*count != wanted)
+    if (*count < wanted)
         emulator::fail("%u are waited for, and %u are counted", (unsigned)wanted, (unsigned)*count);
     return true;
 }
