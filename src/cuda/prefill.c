@@ -19,10 +19,11 @@ static flash_kda_status check_size(const struct kda_prefill *p) {
         return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
                         "q has %lld tokens in %lld sequences; expected at most %d chunks of %d tokens on CUDA",
                         (long long)(p->batches * p->tokens), (long long)p->sequences, INT_MAX, KDA_CUDA_CHUNK);
-    if (p->fused && p->batches > 0 && p->tokens > INT_MAX / p->batches)
-        return kda_fail(FLASH_KDA_ERROR_INVALID_ARGUMENT,
-                        "q has %lld tokens; expected at most %d on CUDA with convolutions or a norm",
-                        (long long)(p->batches * p->tokens), INT_MAX);
+    if (p->fused && p->batches * p->tokens > INT_MAX / p->value_heads)
+        return kda_fail(
+            FLASH_KDA_ERROR_INVALID_ARGUMENT,
+            "v has %lld tokens of %lld heads; expected at most %d rows on CUDA with convolutions or a norm",
+            (long long)(p->batches * p->tokens), (long long)p->value_heads, INT_MAX);
     return kda_cuda_check_heads(&p->base);
 }
 

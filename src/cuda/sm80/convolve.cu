@@ -86,7 +86,7 @@ struct Single {
     __device__ static Raw load(const char *from, kda_dtype dtype) { return load_float(from, dtype, 0); }
 };
 
-inline __device__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
+inline __device__ float silu(float x) { return x * fast_sigmoid(x); }
 
 /* ---- One thread ---------------------------------------------------------------------------------- */
 

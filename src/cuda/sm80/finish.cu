@@ -51,12 +51,12 @@ struct Place {
     int head;
 };
 
-/* Row number first + index. One 64-bit division for all rows of a CTA, and one of 32 bits for each. */
+/* Row number first + index, in 32 bits: a division in 64 would take longer than the row. */
 struct Rows {
     unsigned token, head; /* of `first` */
 
-    __device__ Rows(const kda_prefill &p, int64_t first)
-        : token((unsigned)(first / p.value_heads)), head((unsigned)(first % p.value_heads)) {}
+    __device__ Rows(const kda_prefill &p, unsigned first)
+        : token(first / (unsigned)p.value_heads), head(first % (unsigned)p.value_heads) {}
     __device__ Place at(const kda_prefill &p, unsigned index) const {
         unsigned heads = (unsigned)p.value_heads, all = head + index;
         return {token + all / heads, (int)(all % heads)};
@@ -91,7 +91,7 @@ struct Worked {
     }
 };
 
-__device__ float activation(const Finish &f, float z) { return __fdividef(f.silu ? z : 1.f, 1.f + __expf(-z)); }
+__device__ float activation(const Finish &f, float z) { return fast_sigmoid(z) * (f.silu ? z : 1.f); }
 
 __device__ float sum_over(float x, int lanes) {
     for (int bit = lanes / 2; bit > 0; bit /= 2)
@@ -127,7 +127,7 @@ __device__ void unpack_piece(kda_dtype dtype, const uint4 &raw, float (&x)[VEC])
     }
 }
 
-__device__ void norm_pieces(const kda_prefill &p, const Finish &f, int64_t first, int64_t rows) {
+__device__ void norm_pieces(const kda_prefill &p, const Finish &f, unsigned first, unsigned rows) {
     int lane = threadIdx.x % f.lanes, groups = THREADS / f.lanes, dim = (int)p.value_dim;
     bool has_piece = lane * VEC < dim, real[ROWS];
     uint4 gates[ROWS] = {}, outputs[ROWS] = {};
@@ -179,7 +179,7 @@ __device__ void norm_pieces(const kda_prefill &p, const Finish &f, int64_t first
 }
 
 /* Any other rows: a warp has one, and reads it twice. */
-__device__ void norm_elements(const kda_prefill &p, const Finish &f, int64_t first, int64_t rows) {
+__device__ void norm_elements(const kda_prefill &p, const Finish &f, unsigned first, unsigned rows) {
     int lane = threadIdx.x % 32, dim = (int)p.value_dim;
     const Rows all(p, first);
     Worked worked(p, all.token);
@@ -243,11 +243,11 @@ __global__ void __launch_bounds__(THREADS)
         write_states(p, f, cta - f.norm_ctas);
         return;
     }
-    int64_t rows = p.batches * p.tokens * p.value_heads;
+    unsigned rows = (unsigned)(p.batches * p.tokens * p.value_heads); /* at most INT_MAX, as prefill.c checks */
     if (f.lanes)
-        norm_pieces(p, f, (int64_t)cta * (THREADS / f.lanes * ROWS), rows);
+        norm_pieces(p, f, (unsigned)cta * (unsigned)(THREADS / f.lanes * ROWS), rows);
     else
-        norm_elements(p, f, (int64_t)cta * (THREADS / 32 * ROWS), rows);
+        norm_elements(p, f, (unsigned)cta * (THREADS / 32 * ROWS), rows);
 }
 
 /* ---- Launch -------------------------------------------------------------------------------------- */

@@ -1,11 +1,17 @@
 /* SPDX-License-Identifier: MIT */
-/* Which sequences have tokens of a range, for kernels whose CTAs share out all tokens of a batch. */
+/* For the kernels around a prefill, whose CTAs share out all tokens of a batch: which sequences have tokens of a range. */
 #ifndef KDA_CUDA_SM80_SEQUENCES_CUH
 #define KDA_CUDA_SM80_SEQUENCES_CUH
 
 #include "api/problem.h"
+#include "cuda/ptx/sm80.cuh"
 
 namespace kda {
+
+/* In five instructions, where expf and a division have fifteen, which is more than memory leaves time for. */
+inline __device__ float fast_sigmoid(float x) {
+    return reciprocal_approximate(1.f + exp2_approximate(x * -1.44269504f));
+}
 
 /* The last sequence of a packed batch that begins at `token` or before it: the one that has it, if one has. All lanes of
  * a warp call this, and each step narrows the search to a 32nd. */
