@@ -42,12 +42,9 @@ static const DLTensor *lend(struct tensor *to, const struct ggml_tensor *from, i
 
 /* Compact [n0, n1, n2, n3]. */
 static const DLTensor *compact(struct tensor *to, float *data, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {
-    *to = (struct tensor){.dl = {.data = data,
-                                 .device = {kDLCPU, 0},
-                                 .ndim = 4,
-                                 .dtype = {kDLFloat, 32, 1},
-                                 .shape = to->shape},
-                          .shape = {n0, n1, n2, n3}};
+    *to = (struct tensor){
+        .dl = {.data = data, .device = {kDLCPU, 0}, .ndim = 4, .dtype = {kDLFloat, 32, 1}, .shape = to->shape},
+        .shape = {n0, n1, n2, n3}};
     return &to->dl;
 }
 
@@ -64,7 +61,8 @@ static flash_kda_status run(struct context *context, struct ggml_tensor *node) {
     if (tokens <= FLASH_KDA_MAX_DECODE_TOKENS) {
         memcpy(after, before->data, ggml_nbytes(before));
         flash_kda_decode_args args = FLASH_KDA_DECODE_ARGS_INIT;
-        args.q = tensors[0], args.k = tensors[1], args.v = tensors[2], args.g = tensors[3], args.beta = tensors[4];
+        args.q = tensors[0], args.k = tensors[1], args.v = tensors[2], args.g = tensors[3],
+        args.beta = tensors[4];
         args.out = result, args.state = state, args.num_threads = context->threads;
         return flash_kda_decode(&args);
     }
@@ -146,7 +144,8 @@ static void device_props(ggml_backend_dev_t device, struct ggml_backend_dev_prop
 
 static ggml_backend_t device_init(ggml_backend_dev_t device, const char *params) {
     (void)params;
-    static ggml_guid guid = {0x66, 0x6c, 0x61, 0x73, 0x68, 0x6b, 0x64, 0x61, 0x9d, 0x52, 0x41, 0xe7, 0x0b, 0x3c, 0x88, 0x15};
+    static ggml_guid guid = {0x66, 0x6c, 0x61, 0x73, 0x68, 0x6b, 0x64, 0x61,
+                             0x9d, 0x52, 0x41, 0xe7, 0x0b, 0x3c, 0x88, 0x15};
     struct context *context = calloc(1, sizeof *context);
     ggml_backend_t backend = calloc(1, sizeof *backend);
     if (!context || !backend) {

@@ -14,9 +14,7 @@
 
 enum { INPUTS = 6 };
 
-static float uniform(float low, float high) {
-    return low + (high - low) * (float)rand() / (float)RAND_MAX;
-}
+static float uniform(float low, float high) { return low + (high - low) * (float)rand() / (float)RAND_MAX; }
 
 /* The op on these backends, the first of which the scheduler prefers. Its result is new memory; name: who computed it. */
 static float *run(ggml_backend_t *backends, int count, const int64_t (*ne)[4], float **data, const char **name,
@@ -29,12 +27,14 @@ static float *run(ggml_backend_t *backends, int count, const int64_t (*ne)[4], f
         ggml_set_input(t[i]);
     }
     /* The op between two others, as a model has it. */
-    struct ggml_tensor *op = ggml_gated_delta_net(context, t[0], t[1], ggml_scale(context, t[2], 2.0F), t[3], t[4], t[5], 1);
+    struct ggml_tensor *op =
+        ggml_gated_delta_net(context, t[0], t[1], ggml_scale(context, t[2], 2.0F), t[3], t[4], t[5], 1);
     struct ggml_tensor *result = ggml_scale(context, op, 0.5F);
     ggml_set_output(result);
     struct ggml_cgraph *graph = ggml_new_graph(context);
     ggml_build_forward_expand(graph, result);
-    ggml_backend_sched_t sched = ggml_backend_sched_new(backends, NULL, count, GGML_DEFAULT_GRAPH_SIZE, false, true);
+    ggml_backend_sched_t sched =
+        ggml_backend_sched_new(backends, NULL, count, GGML_DEFAULT_GRAPH_SIZE, false, true);
     ggml_backend_sched_alloc_graph(sched, graph);
     for (int i = 0; i < INPUTS; i++)
         ggml_backend_tensor_set(t[i], data[i], 0, ggml_nbytes(t[i]));
@@ -52,7 +52,10 @@ static float *run(ggml_backend_t *backends, int count, const int64_t (*ne)[4], f
 int main(int argc, char **argv) {
     static const int64_t cases[][5] = {
         /* dim, heads, tokens, sequences, query heads; the last one stays with ggml */
-        {64, 3, 1, 4, 3}, {128, 2, 16, 1, 2}, {128, 4, 300, 2, 4}, {64, 4, 40, 1, 2}};
+        {64, 3, 1, 4, 3},
+        {128, 2, 16, 1, 2},
+        {128, 4, 300, 2, 4},
+        {64, 4, 40, 1, 2}};
     if (argc != 2)
         return 2;
     ggml_backend_load_all_from_path(argv[1]);
@@ -65,9 +68,11 @@ int main(int argc, char **argv) {
     ggml_backend_t both[] = {ggml_backend_dev_init(device, NULL), cpu};
     int failed = 0, total = sizeof cases / sizeof *cases;
     for (int c = 0; c < total; c++) {
-        int64_t dim = cases[c][0], heads = cases[c][1], tokens = cases[c][2], n = cases[c][3], query = cases[c][4];
-        const int64_t ne[INPUTS][4] = {{dim, query, tokens, n}, {dim, query, tokens, n}, {dim, heads, tokens, n},
-                                       {dim, heads, tokens, n}, {1, heads, tokens, n},   {dim, dim, heads, n}};
+        int64_t dim = cases[c][0], heads = cases[c][1], tokens = cases[c][2], n = cases[c][3],
+                query = cases[c][4];
+        const int64_t ne[INPUTS][4] = {{dim, query, tokens, n}, {dim, query, tokens, n},
+                                       {dim, heads, tokens, n}, {dim, heads, tokens, n},
+                                       {1, heads, tokens, n},   {dim, dim, heads, n}};
         const float low[] = {-0.2F, -0.1F, -1, -0.3F, 0, -1}, high[] = {0.2F, 0.1F, 1, 0, 1, 1};
         float *data[INPUTS];
         for (int i = 0; i < INPUTS; i++) {
@@ -78,7 +83,8 @@ int main(int argc, char **argv) {
         }
         const char *by, *alone;
         size_t elements;
-        float *ours = run(both, 2, ne, data, &by, &elements), *theirs = run(&cpu, 1, ne, data, &alone, &elements);
+        float *ours = run(both, 2, ne, data, &by, &elements),
+              *theirs = run(&cpu, 1, ne, data, &alone, &elements);
         double error = 0, size = 0;
         for (size_t j = 0; j < elements; j++) {
             error += pow((double)ours[j] - theirs[j], 2);
@@ -86,9 +92,10 @@ int main(int argc, char **argv) {
         }
         int wanted = query == heads;
         int ok = strcmp(by, wanted ? "flashkda" : alone) == 0 && sqrt(error / size) < 2e-5;
-        printf("%lld channels, %lld heads of %lld, %lld tokens, %lld sequences: by %s, error ratio to %s %.1e%s\n",
-               (long long)dim, (long long)query, (long long)heads, (long long)tokens, (long long)n, by, alone,
-               sqrt(error / size), ok ? "" : ": FAILED");
+        printf(
+            "%lld channels, %lld heads of %lld, %lld tokens, %lld sequences: by %s, error ratio to %s %.1e%s\n",
+            (long long)dim, (long long)query, (long long)heads, (long long)tokens, (long long)n, by, alone,
+            sqrt(error / size), ok ? "" : ": FAILED");
         failed += !ok;
         free(ours);
         free(theirs);
