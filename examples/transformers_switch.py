@@ -54,7 +54,8 @@ def tiny() -> KimiLinearForCausalLM:
     return model
 
 
-def run(model: KimiLinearForCausalLM, tokens: torch.Tensor, functions: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, float]:
+def run(model: KimiLinearForCausalLM, tokens: torch.Tensor,
+        functions: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Logits of the tokens, sixteen tokens that follow a part of them, and seconds for the logits."""
     for name, function in functions.items():
         setattr(modeling, name, function)

@@ -33,7 +33,7 @@ def refusal(q: Array, v: Array, beta: Array, A_log: Array | None, initial_state:
     if indices is not None:
         return f"libflashkda keeps the states after each of up to {_C.MAX_DECODE_TOKENS} tokens of a sequence"
     if inplace_final_state and str(initial_state.dtype) == "torch.float16":
-        return "libflashkda takes fp16 states of long sequences, but writes none"
+        return "libflashkda's prefill writes no states in fp16"
     return None
 
 
@@ -102,10 +102,6 @@ def fused_recurrent_kda_fwd(
                             device=q.device)
     elif writes and not inplace_final_state:
         state = state.to(torch.float32, copy=True)
-    if ssm_state_indices is not None:
-        ssm_state_indices = ssm_state_indices.to(torch.int32)
-    if num_accepted_tokens is not None:
-        num_accepted_tokens = num_accepted_tokens.to(torch.int32)
     decode(q, k, v, g, beta, state, **call, state_indices=ssm_state_indices, num_accepted_tokens=num_accepted_tokens,
            keep_state=not writes)
     return out, state if writes else None

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -123,13 +124,14 @@ def test_what_stays_tritons(kernel, monkeypatch):
 
 
 class StandIn(types.ModuleType):
-    """A module whose every name is None."""
+    """A module that has every name, and nothing behind it."""
 
     __path__: list[str] = []
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
+        return mock.MagicMock()
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -143,7 +145,6 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module):
         pass
------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ def register() -> None:
 
     version = sglang.version.__version__
     if ".".join(version.split(".")[:2]) not in KNOWN:
-        _logger.warning("libflashkda's plug-in is written for SGLang %s, and this is %s, so it changes nothing; a newer plug-in "
-                        "may know it", " and ".join(KNOWN), version)
+        _logger.warning("libflashkda's plug-in is written for SGLang %s, and this is %s, so it changes nothing; a newer "
+                        "plug-in may know it", " and ".join(KNOWN), version)
         return
     from .kernel import FlashKDAKernel
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Prefill and decode over SGLang's pool of states, [slots, HV, V, K], in place. Slot -1 is padding, as in libflashkda."""
+"""Prefill and decode over SGLang's pool of states, [slots, HV, V, K], in place. Slot -1 is padding."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _SNAPSHOTS = ("track_state", "track_chunk_idx")
 _RING = "replayssm_d"  # of buffered decode
 
 
-def _options(A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None, heads: int, raw_beta: bool,
-             ) -> dict[str, Any]:
+def _options(A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None, heads: int,
+             raw_beta: bool) -> dict[str, Any]:
     if A_log is None:  # the caller has made log decays
         gate: dict[str, Any] = {"gate": "none"}
     else:
@@ -64,11 +64,12 @@ class FlashKDAKernel(TritonKDAKernel):
         if more.get(_RING) is not None:
             return super().packed_decode(
                 mixed_qkv, a, b, A_log=A_log, dt_bias=dt_bias, scale=scale, ssm_states=ssm_states,
-                cache_indices=cache_indices, num_v_heads=num_v_heads, head_v_dim=head_v_dim, lower_bound=lower_bound, **more)
+                cache_indices=cache_indices, num_v_heads=num_v_heads, head_v_dim=head_v_dim, lower_bound=lower_bound,
+                **more)
         K = ssm_states.shape[-1]
         values = num_v_heads * head_v_dim
         keys = (mixed_qkv.shape[1] - values) // 2
         q, k, v = (x.unflatten(1, (-1, dim))[None]
                    for x, dim in zip(mixed_qkv.split([keys, keys, values], 1), (K, K, head_v_dim), strict=True))
-        return self.decode(q, k, v, a, b, A_log=A_log, dt_bias=dt_bias, ssm_states=ssm_states, cache_indices=cache_indices,
-                           query_start_loc=None, lower_bound=lower_bound)
+        return self.decode(q, k, v, a, b, A_log=A_log, dt_bias=dt_bias, ssm_states=ssm_states,
+                           cache_indices=cache_indices, query_start_loc=None, lower_bound=lower_bound)

@@ -22,8 +22,8 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if ".".join(vllm.__version__.split(".")[:2]) not in KNOWN:
-        _logger.warning("libflashkda's plug-in is written for vLLM %s, and this is %s, so it changes nothing; a newer plug-in "
-                        "may know it", " and ".join(KNOWN), vllm.__version__)
+        _logger.warning("libflashkda's plug-in is written for vLLM %s, and this is %s, so it changes nothing; a newer "
+                        "plug-in may know it", " and ".join(KNOWN), vllm.__version__)
         return
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         _logger.warning("libflashkda runs on CPUs and CUDA, and vLLM runs on %s here, so the plug-in changes nothing",

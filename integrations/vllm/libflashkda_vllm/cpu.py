@@ -44,8 +44,8 @@ def _reference_attention(vllm_config: Any) -> None:
 
 
 def _blocks_of_any_multiple() -> None:
-    """A block of the cache must be as large as a state, which vLLM arranges; the kernel then takes parts of 16 tokens of
-    it. But CPU_MLA says of blocks above 16 that it does not take them."""
+    """A block of the cache must be as large as a state, which vLLM arranges. The kernel then takes parts of 16 tokens
+    of it, but CPU_MLA says of blocks above 16 that it does not take them."""
     from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
     (part,) = CPUMLABackend.get_supported_kernel_block_sizes()
@@ -114,8 +114,9 @@ def _key_concat(q: Tensor, k_nope: Tensor, k_pe: Tensor, kv_c_normed: Tensor, kv
     return torch.cat([k_nope, shared], -1)
 
 
-def _q_concat(ql_nope: Tensor, q_pe: Tensor, kv_c_normed: Tensor, k_pe: Tensor, kv_cache: Tensor, slot_mapping: Tensor, *,
-              positions: Tensor | None = None, cos_sin_cache: Tensor | None = None, **more: Any) -> Tensor:
+def _q_concat(ql_nope: Tensor, q_pe: Tensor, kv_c_normed: Tensor, k_pe: Tensor, kv_cache: Tensor,
+              slot_mapping: Tensor, *, positions: Tensor | None = None, cos_sin_cache: Tensor | None = None,
+              **more: Any) -> Tensor:
     if cos_sin_cache is not None or any(value is not None and value is not False for value in more.values()):
         raise NotImplementedError("rotary embeddings or a quantised cache are asked for in latent attention on a CPU; "
                                   "expected neither")

@@ -27,8 +27,8 @@ class FlashKDAAttention(theirs.KimiGatedDeltaNetAttention):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         if self.num_spec and current_platform.is_cpu():
-            raise NotImplementedError("speculative decoding is asked for on a CPU, where vLLM's convolution does not know "
-                                      "which drafts were accepted; expected num_speculative_tokens 0")
+            raise NotImplementedError("speculative decoding is asked for on a CPU, where vLLM's convolution does not "
+                                      "know which drafts were accepted; expected num_speculative_tokens 0")
         if self.num_spec >= MAX_DECODE_TOKENS:
             raise ValueError(f"num_speculative_tokens is {self.num_spec}; expected at most {MAX_DECODE_TOKENS - 1}")
 
@@ -61,13 +61,13 @@ class FlashKDAAttention(theirs.KimiGatedDeltaNetAttention):
         if m.num_prefills == 0:
             rows = len(out)
             libflashkda.decode(
-                q[:, None], k[:, None], v[:, None], g[:, None], beta[:, None], state, **self._gates(), **self._convolutions(),
-                **self._norm(norm_gate[:, None]), state_indices=slots[:rows], padding_slot=PADDING, out=out[:, None])
+                q[:, None], k[:, None], v[:, None], g[:, None], beta[:, None], state, **self._gates(),
+                **self._convolutions(), **self._norm(norm_gate[:, None]), state_indices=slots[:rows], padding_slot=PADDING, out=out[:, None])
             return
         libflashkda.prefill(
             q[None], k[None], v[None], g[None], beta[None], **self._gates(), **self._convolutions(),
-            **self._norm(norm_gate[None]), cu_seqlens=m.non_spec_query_start_loc, initial_state=state, final_state=state,
-            state_indices=slots, has_initial_state=m.has_initial_state, padding_slot=PADDING, out=out[None])
+            **self._norm(norm_gate[None]), cu_seqlens=m.non_spec_query_start_loc, initial_state=state,
+            final_state=state, state_indices=slots, has_initial_state=m.has_initial_state, padding_slot=PADDING, out=out[None])
 
     def _heads(self, mixed_qkv: Tensor) -> list[Tensor]:
         """q, k and v [T, H, D], rows of which are as far apart as those of mixed_qkv."""
@@ -97,8 +97,8 @@ class FlashKDAAttention(theirs.KimiGatedDeltaNetAttention):
                 "norm_eps": self.o_norm.eps}
 
     def _verify(self, m: Any, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        """Drafts: a state after each token in a slot of its own. The convolutions' states are longer instead, which vLLM
-        knows how to shift."""
+        """Drafts: a state after each token in a slot of its own. The convolutions' states are longer instead, which
+        vLLM knows how to shift."""
         mixed_qkv, g, norm_gate, beta = inputs
         slots, sequences = m.spec_state_indices_tensor, m.num_spec_decodes
         mixed_qkv = theirs.causal_conv1d_update(
@@ -110,8 +110,8 @@ class FlashKDAAttention(theirs.KimiGatedDeltaNetAttention):
         libflashkda.decode(
             q[None], k[None], v[None], g[None], beta[None], self.kv_cache[1], **self._gates(),
             **self._norm(norm_gate[None]), cu_seqlens=m.spec_query_start_loc[:sequences + 1], max_tokens=slots.shape[1],
-            state_indices=slots[:sequences], num_accepted_tokens=m.num_accepted_tokens[:sequences], padding_slot=PADDING,
-            out=out[None])
+            state_indices=slots[:sequences], num_accepted_tokens=m.num_accepted_tokens[:sequences],
+            padding_slot=PADDING, out=out[None])
 
 
 def install() -> None:
