@@ -36,8 +36,12 @@ DECODE = "-decode"
 DECODE_FORCED = {DECODE + "-sm80": "sm80"}
 BACKWARD = "-backward"
 BACKWARD_FORCED = {BACKWARD + "-sm80": "sm80"}
-JOBS = [name + what for name in ("short", "long", "captured", *TOOLS)
-        for what in ("", *FORCED, DECODE, *DECODE_FORCED, BACKWARD, *BACKWARD_FORCED)]
+# The halves of prefill and backward, and fold: neither has long cases.
+PARALLEL, FOLD = "-parallel", "-fold"
+PARALLEL_FORCED = {PARALLEL + "-sm80": "sm80"}
+JOBS = ([name + what for name in ("short", "long", "captured", *TOOLS)
+         for what in ("", *FORCED, DECODE, *DECODE_FORCED, BACKWARD, *BACKWARD_FORCED)]
+        + [name + what for name in ("short", *TOOLS) for what in (PARALLEL, *PARALLEL_FORCED, FOLD)])
 # Not on Hopper: initcheck does not count copies in bulk from shared memory as writes, so that it finds fault with all that
 # prepare leaves. That backward reads nothing unwritten is what its cases show, with one filling of the workspace and another.
 BLIND = {"initcheck" + BACKWARD}
@@ -53,15 +57,16 @@ def commands(build, seed, quick, op):
     """The commands of every job of one operation. Under a sanitizer the quick cases, without guards: see --bare."""
     check = [build / "flashkda_check", "--level", "cuda", "--seed", str(seed), "--op", op]
     some = ["--quick"] if quick else []
-    jobs = {"short": [[*check, *some]], "long": [[*check, "--long", *some]]}
-    captured = sorted((ROOT / "data").glob("*.safetensors"))
-    if op == "backward":  # whose program is bench: it times nothing that is wrong
-        jobs["captured"] = [[build / "flashkda", "bench", "--backend", "cuda", "--backward", "--captured", path,
-                             "--tokens", "2000", "--heads", "4"] for path in captured]
-    else:
+    jobs = {"short": [[*check, *some]]}
+    if op in ("prefill", "decode", "backward"):
+        jobs["long"] = [[*check, "--long", *some]]
+        captured = sorted((ROOT / "data").glob("*.safetensors"))
         how = ["--decode"] if op == "decode" else []
         jobs["captured"] = [[build / "flashkda", "run", path, "--backend", "cuda", "--check", *how]
                             for path in captured]
+    if op == "backward":  # whose program is bench: it times nothing that is wrong
+        jobs["captured"] = [[build / "flashkda", "bench", "--backend", "cuda", "--backward", "--captured", path,
+                             "--tokens", "2000", "--heads", "4"] for path in captured]
     for tool in TOOLS if SANITIZER else []:
         jobs[tool] = [[SANITIZER, "--tool", tool, *TOOL_OPTIONS[tool], "--error-exitcode", str(TOOL_FOUND_ERRORS),
                        *check, "--quick", "--bare"]]
@@ -72,7 +77,8 @@ def all_jobs(build, gpu, seed, quick):
     """Names to commands and what they get in their environment."""
     jobs = {}
     for op, what, every_way in (("prefill", "", FORCED), ("decode", DECODE, DECODE_FORCED),
-                                ("backward", BACKWARD, BACKWARD_FORCED)):
+                                ("backward", BACKWARD, BACKWARD_FORCED), ("parallel", PARALLEL, PARALLEL_FORCED),
+                                ("fold", FOLD, {})):
         wanted = commands(build, seed, quick, op)
         jobs |= {name + what: (command, {}) for name, command in wanted.items()}
         if gpu["compute_capability"].startswith("9."):
