@@ -95,7 +95,9 @@ inline uint32_t __float_as_uint(float x) { return emulator::bits_as<uint32_t>(x)
 inline int __float_as_int(float x) { return emulator::bits_as<int>(x); }
 inline float __log2f(float x) { return log2f(x); }
 inline float __expf(float x) { return expf(x); }
-inline float __fdividef(float x, float y) { return fabsf(y) < INFINITY ? x / y : fabsf(x) < INFINITY ? 0 : NAN; }
+inline float __fdividef(float x, float y) {
+    return fabsf(y) < INFINITY ? x / y : fabsf(x) < INFINITY ? 0 : NAN;
+}
 inline int __clz(int x) { return x ? __builtin_clz((uint32_t)x) : 32; }
 inline float rsqrtf(float x) { return (float)(1 / sqrt((double)x)); }
 inline int __ffs(uint32_t x) { return __builtin_ffs((int)x); }

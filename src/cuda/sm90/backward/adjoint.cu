@@ -134,7 +134,7 @@ __device__ void send_outputs(const kda_backward &b, const CUtensorMap &map, cons
 struct Begun {
     uint64_t P;
     Values dO;
-    float dX[CHUNK / 8][4];  /* what P's diagonal makes of dO */
+    float dX[CHUNK / 8][4]; /* what P's diagonal makes of dO */
 };
 
 __device__ const ChunkOperands &operands_of(const AdjointStage &stage) {
