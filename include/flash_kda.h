@@ -308,14 +308,16 @@ typedef struct flash_kda_prefill_args {
      * final_state is its state after its last token here. Convolutions and norm are left to the caller: their weights
      * must be NULL -- */
     flash_kda_phase phase;
-    const DLTensor *incoming_rows; /* int32 [C]: rows whose state before their first token comes from elsewhere, no row
+    const DLTensor
+        *incoming_rows; /* int32 [C]: rows whose state before their first token comes from elsewhere, no row
                                       twice; -1: none */
-    const DLTensor *outgoing_rows; /* int32 [S]: rows that go on elsewhere, no row twice; -1: none, its summary is 0 */
-    const DLTensor *summaries;     /* fp32 [S, HV, V + K, K], with outgoing_rows, written by BEGIN: B [V, K], then M
+    const DLTensor
+        *outgoing_rows; /* int32 [S]: rows that go on elsewhere, no row twice; -1: none, its summary is 0 */
+    const DLTensor *summaries; /* fp32 [S, HV, V + K, K], with outgoing_rows, written by BEGIN: B [V, K], then M
                                       [K, K]. A state X [V, K] before the row is X M + B after it. For a row that does
                                       not come in, B is its final state and M is 0. With FLASH_KDA_STATE_K_FIRST
                                       [S, HV, K, V + K] */
-    const DLTensor *incoming;      /* fp32 [C, HV, V, K], with incoming_rows, read by FINISH */
+    const DLTensor *incoming;  /* fp32 [C, HV, V, K], with incoming_rows, read by FINISH */
 } flash_kda_prefill_args;
 
 #ifdef __cplusplus
@@ -557,10 +559,11 @@ typedef struct flash_kda_backward_args {
     flash_kda_phase phase;
     const DLTensor *incoming_rows; /* int32 [C] */
     const DLTensor *outgoing_rows; /* int32 [S] */
-    const DLTensor *summaries;     /* fp32 [C, HV, V, K], with incoming_rows, written by BEGIN. A gradient R [V, K] of
+    const DLTensor
+        *summaries; /* fp32 [C, HV, V, K], with incoming_rows, written by BEGIN. A gradient R [V, K] of
                                       the state after the row is R M^T + summary before it, with the row's M of
                                       prefill. For a row that does not go on it is its d_initial_state; of -1 it is 0 */
-    const DLTensor *incoming;      /* fp32 [S, HV, V, K], with outgoing_rows, read by FINISH: R after each row */
+    const DLTensor *incoming; /* fp32 [S, HV, V, K], with outgoing_rows, read by FINISH: R after each row */
 } flash_kda_backward_args;
 
 #ifdef __cplusplus
@@ -620,21 +623,25 @@ typedef enum flash_kda_fold_flags {
 typedef struct flash_kda_fold_args {
     size_t struct_size; /* sizeof(flash_kda_fold_args), set by FLASH_KDA_FOLD_ARGS_INIT; as for prefill */
 
-    const DLTensor *bias;        /* required, fp32 [J, HV, V, K], any strides: B of each summary, 1 <= K <= 256 */
+    const DLTensor *bias; /* required, fp32 [J, HV, V, K], any strides: B of each summary, 1 <= K <= 256 */
     const DLTensor *transitions; /* required, fp32 [J, HV, K, K], any strides: M of each */
-    const DLTensor *chains;      /* required, int32 [R, L]: the summaries that each row goes through, in order; -1: skip */
-    const DLTensor *initial_state; /* fp32 or bf16 [R, HV, V, K] or, with state_indices, [slots, HV, V, K]; NULL: 0 */
-    const DLTensor *state_indices; /* int32 [R]: the slot of each row in initial_state and states, no slot twice; -1:
+    const DLTensor
+        *chains; /* required, int32 [R, L]: the summaries that each row goes through, in order; -1: skip */
+    const DLTensor
+        *initial_state; /* fp32 or bf16 [R, HV, V, K] or, with state_indices, [slots, HV, V, K]; NULL: 0 */
+    const DLTensor
+        *state_indices;     /* int32 [R]: the slot of each row in initial_state and states, no slot twice; -1:
                                       padding, the row is neither read nor written */
-    const DLTensor *states;        /* fp32 or bf16, shape of initial_state, written: after each row's chain. NULL: not,
+    const DLTensor *states; /* fp32 or bf16, shape of initial_state, written: after each row's chain. NULL: not,
                                       then prefixes is required */
-    const DLTensor *prefixes;      /* fp32 [R, L, HV, V, K], written: the state before each link of each chain */
-    uint32_t flags;                /* flash_kda_fold_flags */
-    flash_kda_state_layout state_layout; /* of states and summaries: with FLASH_KDA_STATE_K_FIRST every [V, K] above is
+    const DLTensor *prefixes; /* fp32 [R, L, HV, V, K], written: the state before each link of each chain */
+    uint32_t flags;           /* flash_kda_fold_flags */
+    flash_kda_state_layout
+        state_layout;          /* of states and summaries: with FLASH_KDA_STATE_K_FIRST every [V, K] above is
                                             [K, V], and M is transposed, as prefill writes it */
-    flash_kda_backend backend;           /* AUTO: by the device of bias */
-    int32_t num_threads;                 /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
-    void *stream; /* CUDA backend: a cudaStream_t of bias's device; NULL is the default stream */
+    flash_kda_backend backend; /* AUTO: by the device of bias */
+    int32_t num_threads;       /* CPU backend: 1 to 1024; 0: flash_kda_cpu_threads() */
+    void *stream;              /* CUDA backend: a cudaStream_t of bias's device; NULL is the default stream */
 } flash_kda_fold_args;
 
 #ifdef __cplusplus
@@ -658,7 +665,8 @@ FLASH_KDA_API flash_kda_status flash_kda_fold(const flash_kda_fold_args *args);
 
 /* Describes in one line how flash_kda_fold() would run these arguments. Writes at most size bytes to text, always ended
  * by 0. Errors: as flash_kda_fold(). */
-FLASH_KDA_API flash_kda_status flash_kda_fold_describe(const flash_kda_fold_args *args, char *text, size_t size);
+FLASH_KDA_API flash_kda_status flash_kda_fold_describe(const flash_kda_fold_args *args, char *text,
+                                                       size_t size);
 
 #ifdef __cplusplus
 }

@@ -31,7 +31,8 @@ struct kda_backend {
 };
 
 /* The backend that runs tensors on this device, which is that of the argument `name`. */
-flash_kda_status kda_backend_for(flash_kda_backend backend, const char *name, DLDevice device, const struct kda_backend **out);
+flash_kda_status kda_backend_for(flash_kda_backend backend, const char *name, DLDevice device,
+                                 const struct kda_backend **out);
 
 extern const struct kda_backend kda_reference_backend;
 extern const struct kda_backend kda_cpu_backend;

@@ -7,10 +7,11 @@
 
 struct kda_border {
     flash_kda_phase phase;
-    struct kda_tensor awaiting_rows; /* wait for a state from elsewhere: incoming_rows; in backward outgoing_rows */
-    struct kda_tensor giving_rows;   /* elsewhere a state of theirs is waited for: the other ones */
-    struct kda_tensor summaries;     /* of each giving row, fp32: [S, HV, V + K, K]; in backward [C, HV, V, K] */
-    struct kda_tensor states;        /* of each awaiting row, fp32 [.., HV, V, K]; may not be given while beginning */
+    struct kda_tensor
+        awaiting_rows; /* wait for a state from elsewhere: incoming_rows; in backward outgoing_rows */
+    struct kda_tensor giving_rows; /* elsewhere a state of theirs is waited for: the other ones */
+    struct kda_tensor summaries;   /* of each giving row, fp32: [S, HV, V + K, K]; in backward [C, HV, V, K] */
+    struct kda_tensor states; /* of each awaiting row, fp32 [.., HV, V, K]; may not be given while beginning */
 };
 
 /* What a call does with a sequence. */

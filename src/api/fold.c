@@ -119,8 +119,8 @@ static flash_kda_status check_states(const flash_kda_fold_args *a, struct kda_fo
                         1u << KDA_F32, 5, f->rows, true, &f->prefixes));
     if (a->state_indices) {
         const int64_t like[1] = {f->rows};
-        TRY(kda_check_indices(a->state_indices, "state_indices", "[R]", 1, like,
-                              &a->bias->device, &f->state_indices));
+        TRY(kda_check_indices(a->state_indices, "state_indices", "[R]", 1, like, &a->bias->device,
+                              &f->state_indices));
         TRY(check_slots(f, outer));
     }
     return FLASH_KDA_OK;

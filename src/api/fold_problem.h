@@ -42,8 +42,8 @@ KDA_INLINE int64_t kda_fold_link(const struct kda_fold *f, int64_t n, int64_t i)
 
 /* Matrix `outer` (or, of prefixes, (outer, inner)) of a head, whose element (i, j) is that of [V, K] or [K, K], whatever the
  * layout in memory. */
-KDA_INLINE struct kda_matrix kda_fold_matrix(const struct kda_fold *f, const struct kda_tensor *t, int64_t outer,
-                                             int64_t inner, int64_t head) {
+KDA_INLINE struct kda_matrix kda_fold_matrix(const struct kda_fold *f, const struct kda_tensor *t,
+                                             int64_t outer, int64_t inner, int64_t head) {
     struct kda_matrix m = {0, KDA_F32, 0, 0};
     if (t->data) {
         int last = t->rank - 1;

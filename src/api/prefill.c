@@ -121,9 +121,10 @@ static flash_kda_status check_border(const flash_kda_prefill_args *a, struct kda
                                            .with_transitions = true};
     if (a->phase != FLASH_KDA_PHASE_WHOLE && p->fused)
         return INVALID("%s is given with %s; expected NULL: convolutions and norm are the caller's there",
-                       a->norm_weight ? "norm_weight" : a->q_conv_weight ? "q_conv_weight"
-                                                    : a->k_conv_weight ? "k_conv_weight"
-                                                                       : "v_conv_weight",
+                       a->norm_weight     ? "norm_weight"
+                       : a->q_conv_weight ? "q_conv_weight"
+                       : a->k_conv_weight ? "k_conv_weight"
+                                          : "v_conv_weight",
                        a->phase == FLASH_KDA_PHASE_BEGIN ? "FLASH_KDA_PHASE_BEGIN" : "FLASH_KDA_PHASE_FINISH");
     return kda_check_border(&border, &a->q->device, &p->base, &p->border);
 }

@@ -35,8 +35,8 @@ struct kda_backward_kernels {
     void (*back)(const struct kda_backward *b, const struct kda_backward_head *h, int64_t first, int64_t end,
                  void *scratch);
     /* The way back from 0, through all tokens, to the summary. */
-    void (*summarise)(const struct kda_backward *b, const struct kda_backward_head *h, int64_t first, int64_t end,
-                      void *scratch);
+    void (*summarise)(const struct kda_backward *b, const struct kda_backward_head *h, int64_t first,
+                      int64_t end, void *scratch);
     /* Gradients of segments `first` to end - 1, the last first. */
     void (*gradients)(const struct kda_backward *b, const struct kda_backward_head *h, int64_t first,
                       int64_t end, void *scratch);

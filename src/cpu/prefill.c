@@ -334,7 +334,8 @@ static void begin_tile(const struct kda_prefill *p, const struct plan *plan, str
         return;
     struct kda_state none = {.data = NULL};
     if (io.has_values)
-        plan->kernels->load_state(p, first ? kda_state_before(p, chain->sequence, chain->tokens.slot, chain->head) : none, &io, tile);
+        plan->kernels->load_state(
+            p, first ? kda_state_before(p, chain->sequence, chain->tokens.slot, chain->head) : none, &io, tile);
     else
         set_identity(p, plan, &io, tile);
     if (first)

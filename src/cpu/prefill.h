@@ -79,7 +79,8 @@ struct kda_cpu_kernels {
     void (*store_state)(const struct kda_prefill *p, struct kda_state state, const struct kda_tile_io *io,
                         const struct kda_tile *tile);
     /* to += A from, for one tile of columns; A is given as tiles of its own columns. */
-    void (*compose)(int64_t key_dim, const struct kda_tile *A, const struct kda_tile *from, struct kda_tile *to);
+    void (*compose)(int64_t key_dim, const struct kda_tile *A, const struct kda_tile *from,
+                    struct kda_tile *to);
 };
 
 static inline int64_t kda_pad_key_dim(int64_t key_dim) {

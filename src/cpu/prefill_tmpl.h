@@ -205,7 +205,8 @@ static void store_state(const struct kda_prefill *p, struct kda_state state, con
     store_tile(p, state, io, tile->S);
 }
 
-static void compose(int64_t key_dim, const struct kda_tile *A, const struct kda_tile *from, struct kda_tile *to) {
+static void compose(int64_t key_dim, const struct kda_tile *A, const struct kda_tile *from,
+                    struct kda_tile *to) {
     for (int64_t row = 0; row < key_dim; row++)
         for (int64_t c = 0; c < key_dim; c++) {
             vf a = vf_set1(A[c / KDA_TILE].S[row * KDA_TILE + c % KDA_TILE]);

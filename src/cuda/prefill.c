@@ -87,8 +87,8 @@ static flash_kda_status prefill(const struct kda_prefill *p, void *workspace) {
     if (status)
         return status;
     if (p->border.phase == FLASH_KDA_PHASE_BEGIN && p->border.summaries.data)
-        status = kda_cuda_status(kda_sm80_clear_summaries(&p->border, p->stream),
-                                 "prefill, kernel clear_summaries");
+        status =
+            kda_cuda_status(kda_sm80_clear_summaries(&p->border, p->stream), "prefill, kernel clear_summaries");
     if (!status && p->sequences)
         status = launch_all(p, &call, workspace);
     kda_cuda_leave(p->device, previous);

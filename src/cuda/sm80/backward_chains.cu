@@ -538,8 +538,8 @@ __device__ void run_back(const kda_backward &b, const Slab &slab, const Backward
         if (initial.data && whole)
             store_state<CHANNELS<KP>>(b.forward, chain, initial, R);
         if (place >= 0)
-            store_state<CHANNELS<KP>>(
-                b.forward, chain, kda_state_in(&b.forward.base, &b.border.summaries, place, chain.head), R);
+            store_state<CHANNELS<KP>>(b.forward, chain,
+                                      kda_state_in(&b.forward.base, &b.border.summaries, place, chain.head), R);
     }
 }
 

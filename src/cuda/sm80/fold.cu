@@ -20,8 +20,8 @@ template <int KP> struct Shared {
     float M[SLAB][KP + 4];
 };
 
-template <int KP> constexpr int SUMS = ROWS * KP / 4 / THREADS;  /* groups of a thread */
-template <int KP> constexpr int AHEAD = SLAB * KP / THREADS;     /* elements of a slab that it fetches */
+template <int KP> constexpr int SUMS = ROWS *KP / 4 / THREADS; /* groups of a thread */
+template <int KP> constexpr int AHEAD = SLAB *KP / THREADS;    /* elements of a slab that it fetches */
 
 __device__ float load(const kda_matrix &m, int64_t i, int64_t j) {
     return load_float(m.data + i * m.row + j * m.column, m.dtype, 0);
@@ -65,7 +65,9 @@ __device__ void fetch_slab(const kda_fold &f, const kda_matrix &M, int first, fl
     }
 }
 
-template <int KP> __device__ void follow_link(const kda_fold &f, int64_t summary, int64_t head, int64_t first, Shared<KP> &shared) {
+template <int KP>
+__device__ void follow_link(const kda_fold &f, int64_t summary, int64_t head, int64_t first,
+                            Shared<KP> &shared) {
     const kda_matrix M = kda_fold_transition(&f, summary, head);
     const kda_matrix B = kda_fold_matrix(&f, &f.bias, summary, 0, head);
     float sums[SUMS<KP>][4], ahead[AHEAD<KP>];
@@ -155,5 +157,6 @@ cudaError_t kda_sm80_fold(const kda_fold *f) {
 cudaError_t kda_sm80_clear_summaries(const kda_border *border, void *stream) {
     const kda_tensor &t = border->summaries;
     unsigned grid[2] = {(unsigned)t.shape[0], (unsigned)t.shape[1]};
-    return grid[0] ? kda::launch_kernel(kda::clear_summaries, grid, kda::THREADS, 0, stream, false, t) : cudaSuccess;
+    return grid[0] ? kda::launch_kernel(kda::clear_summaries, grid, kda::THREADS, 0, stream, false, t)
+                   : cudaSuccess;
 }

@@ -56,10 +56,9 @@ template <int KP>
 __device__ void load_first_state(const kda_prefill &p, const Chain &chain, kda_work work, bool identity,
                                  float (&S)[KP / 8][4]) {
     struct kda_state none = {nullptr, KDA_F32, 0, false};
-    load_state<KP>(p, chain,
-                   work == KDA_WORK_SUMMARY ? none
-                                            : kda_state_before(&p, chain.n, chain.sequence.slot, chain.head),
-                   S);
+    load_state<KP>(
+        p, chain,
+        work == KDA_WORK_SUMMARY ? none : kda_state_before(&p, chain.n, chain.sequence.slot, chain.head), S);
     if (identity)
         each_element<KP>(p, chain, S, [](float &s, int channel, int column) { s = channel == column; });
 }

@@ -211,9 +211,10 @@ static void plan_incoming(const struct kda_prefill *p, struct kda_plan *plan) {
 }
 
 static void plan_summaries(const struct kda_prefill *p, struct kda_plan *plan) {
-    kda_add_launch(plan, (struct kda_launch){.kernel = KDA_KERNEL_CLUSTER_SUMMARIES,
-                                             .grid = {(unsigned)chains_of(p), 2 * KDA_SM90_DIM / KDA_SM90_SUMMARY_ROWS},
-                                             .overlaps = true});
+    kda_add_launch(
+        plan, (struct kda_launch){.kernel = KDA_KERNEL_CLUSTER_SUMMARIES,
+                                  .grid = {(unsigned)chains_of(p), 2 * KDA_SM90_DIM / KDA_SM90_SUMMARY_ROWS},
+                                  .overlaps = true});
 }
 
 static void plan_cluster(const struct kda_prefill *p, int multiprocessors, struct kda_plan *plan) {

@@ -21,8 +21,9 @@ static bool is_moved(const struct kda_tensor *t) {
 bool kda_sm90_backward_takes(const struct kda_backward *b) {
     const struct kda_prefill *p = &b->forward;
     const struct kda_tensor *moved[] = {&p->q, &p->k, &p->v, &p->g, &b->d_out, &b->dq, &b->dk, &b->dv, &b->dg};
-    bool good = b->border.phase == FLASH_KDA_PHASE_WHOLE && p->key_dim == DIM && p->value_dim == DIM && p->gate != FLASH_KDA_GATE_NONE &&
-                p->beta.dtype == KDA_BF16 && b->dbeta.data && p->scale != 0 && p->tokens > 0 && keeps_states(p);
+    bool good = b->border.phase == FLASH_KDA_PHASE_WHOLE && p->key_dim == DIM && p->value_dim == DIM &&
+                p->gate != FLASH_KDA_GATE_NONE && p->beta.dtype == KDA_BF16 && b->dbeta.data && p->scale != 0 &&
+                p->tokens > 0 && keeps_states(p);
     for (size_t i = 0; i < sizeof moved / sizeof *moved; i++)
         good = good && is_moved(moved[i]);
     return good;

@@ -24,7 +24,8 @@ __host__ __device__ int segments_of(const kda_sm90_cluster_memory &memory) {
 /* whole: the chain has a segment that may grow a state, and is worked whole, as a first segment. local: the segment starts
  * from zero, so that it matters not whether its true state is known. */
 __device__ WorkTile find_work(const kda_prefill &p, const kda_sm90_stream_k &stream_k,
-                              const kda_sm90_cluster_memory &memory, int64_t all_chunks, bool whole, bool local) {
+                              const kda_sm90_cluster_memory &memory, int64_t all_chunks, bool whole,
+                              bool local) {
     int segments = segments_of(memory), chain = blockIdx.x / CTAS / segments;
     WorkTile work;
     work.n = chain / (int)p.value_heads, work.head = chain % (int)p.value_heads;

@@ -318,8 +318,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
     int64_t chain = blockIdx.x, n = chain / p.value_heads, slot = kda_sequence(&p, n).slot;
-    if (slot < 0 /* padding */ || kda_work_on(&p.border, n) != KDA_WORK_ALL || !is_pending(p, stream_k, (int)n, (int)(chain % p.value_heads)) ||
-        grows(memory, chain))
+    if (slot < 0 /* padding */ || kda_work_on(&p.border, n) != KDA_WORK_ALL ||
+        !is_pending(p, stream_k, (int)n, (int)(chain % p.value_heads)) || grows(memory, chain))
         return;
     int lane = threadIdx.x % 32, first_column = (int)blockIdx.y * TILES * ROWS;
     Position position = {chain * memory.segments, before_matrices(memory, chain), first_column,

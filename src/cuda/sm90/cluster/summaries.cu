@@ -16,9 +16,9 @@ namespace kda {
 namespace {
 
 constexpr int ROWS = KDA_SM90_SUMMARY_ROWS, WARPS = 8, THREADS = WARPS * 32;
-constexpr int TILES = DIM / 8 / WARPS;               /* of 8 channels, that a warp makes */
-constexpr int PADDED = DIM + 4;                      /* so that rows begin in other banks */
-constexpr uint32_t TF32 = 0xffffe000;                /* the bits that tf32 has */
+constexpr int TILES = DIM / 8 / WARPS; /* of 8 channels, that a warp makes */
+constexpr int PADDED = DIM + 4;        /* so that rows begin in other banks */
+constexpr uint32_t TF32 = 0xffffe000;  /* the bits that tf32 has */
 constexpr int MATRIX_BYTES = DIM * DIM * sizeof(__half);
 
 struct Shared {
@@ -36,8 +36,8 @@ __device__ void fetch(const kda_sm90_cluster_memory &memory, int64_t matrix, uin
 }
 
 /* What a CTA's rows start from: of M the identity's; of B the state after the first segment, unless that comes in later. */
-__device__ float first_element(const kda_sm90_cluster_memory &memory, int64_t chain, bool incoming, bool identity,
-                               int row, int channel) {
+__device__ float first_element(const kda_sm90_cluster_memory &memory, int64_t chain, bool incoming,
+                               bool identity, int row, int channel) {
     if (identity)
         return row == channel;
     return incoming ? 0.f : __ldcg(&memory.local_states[(chain * memory.segments * DIM + row) * DIM + channel]);
@@ -79,8 +79,8 @@ __device__ void multiply(const Shared &shared, int segment, int buffer, float (&
             uint32_t b[2];
 #pragma unroll
             for (int n = 0; n < 2; n++)
-                b[n] = __float_as_uint(__half2float(__ushort_as_half(
-                    shared.A[buffer][swizzled<DIM, DIM>(k + lane % 4 + n * 4, channel)])));
+                b[n] = __float_as_uint(__half2float(
+                    __ushort_as_half(shared.A[buffer][swizzled<DIM, DIM>(k + lane % 4 + n * 4, channel)])));
             mma_tf32(sums[i], high, b[0], b[1]);
             mma_tf32(sums[i], low, b[0], b[1]);
         }
@@ -93,11 +93,13 @@ __device__ void leave_sums(Shared &shared, const float (&sums)[TILES][4]) {
     for (int i = 0; i < TILES; i++)
 #pragma unroll
         for (int n = 0; n < 4; n++)
-            shared.X[lane / 4 + n / 2 * 8][(threadIdx.x / 32 * TILES + i) * 8 + lane % 4 * 2 + n % 2] = sums[i][n];
+            shared.X[lane / 4 + n / 2 * 8][(threadIdx.x / 32 * TILES + i) * 8 + lane % 4 * 2 + n % 2] =
+                sums[i][n];
 }
 
 __global__ void __launch_bounds__(THREADS)
-    cluster_summaries(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_cluster_memory memory) {
+    cluster_summaries(const __grid_constant__ kda_prefill p,
+                      const __grid_constant__ kda_sm90_cluster_memory memory) {
     let_next_begin();
     wait_for_kernel_before();
     extern __shared__ __align__(16) char all[];
@@ -139,7 +141,8 @@ __global__ void __launch_bounds__(THREADS)
 
 /* A state that has come in goes to where the scan expects the one after the first segment. */
 __global__ void __launch_bounds__(THREADS)
-    take_incoming(const __grid_constant__ kda_prefill p, const __grid_constant__ kda_sm90_cluster_memory memory) {
+    take_incoming(const __grid_constant__ kda_prefill p,
+                  const __grid_constant__ kda_sm90_cluster_memory memory) {
     let_next_begin();
     int64_t n = kda_index(&p.border.awaiting_rows, blockIdx.x, 0), head = blockIdx.y;
     if (n < 0 || n >= p.sequences)
