@@ -42,7 +42,7 @@ static struct tolerance gradient_tolerance(const struct trial *trial, const stru
 struct tolerance trial_tolerance(const struct trial *trial, const struct trial *oracle) {
     const flash_kda_prefill_args *args = &trial->call.args.prefill;
     bool collinear = strcmp(trial->c->regime, regime_names[REGIME_NEAR_COLLINEAR]) == 0;
-    struct tolerance tolerance;
+    struct tolerance tolerance = {0};
     if (trial->call.args.kind == KIND_BACKWARD)
         return gradient_tolerance(trial, oracle, collinear);
     if (!trial->by_token && trial->call.args.kind != KIND_DECODE &&

@@ -105,16 +105,16 @@ static void bind_rows(flash_kda_prefill_args *args, struct rows *x) {
     args->incoming = &x->incoming.dl;
 }
 
-/* The rows of an output that a half writes: those of sequences that come in, or of the others. */
+/* The rows of an output that a half may write: those of sequences that come in, or of the others. */
 static void rows_of_half(const struct prefill_problem *p, const struct rows *x, bool finish, bool *out,
                          bool *final, bool *checkpoints) {
     for (int64_t n = 0; n < p->N; n++) {
-        if (p->slot[n] < 0 || x->comes_in[n] != finish)
+        if (p->slot[n] < 0)
             continue;
         int64_t first = p->c.packing == PACKING_DENSE ? n * p->T : p->starts[n];
         for (int64_t t = 0; t < p->c.lengths[n]; t++)
-            out[first + t] = true;
-        if (final)
+            out[first + t] = !finish || x->comes_in[n]; /* BEGIN may leave there what FINISH needs */
+        if (final && x->comes_in[n] == finish)
             final[p->slot[n]] = true;
     }
     for (int64_t i = 0; checkpoints && i < p->checkpoints.rows; i++)
@@ -216,7 +216,8 @@ static void prefill_level(struct check *check, struct prefill_problem *p, const 
     said = halves_finish(&other, &exact_all, !said);
     wrong = wrong ? wrong : said;
     bool rounds = level_rounds(level, &args);
-    double bf16 = TOLERANCE_BF16_MARGIN * (1 + BF16_ANY.few / sqrt((double)p->T)) * BF16_ANY.state;
+    const struct bf16_tolerance any = BF16_ANY;
+    double bf16 = TOLERANCE_BF16_MARGIN * (1 + any.few / sqrt((double)p->T)) * any.state;
     if (!wrong)
         wrong = summaries_wrong(&copy, &x, &y.summaries, rounds ? bf16 : p->c.fp32_tolerance, &error);
     const struct tensor *results[] = {&r.out, &r.final, prefill_checkpoints(&r)};
