@@ -56,7 +56,7 @@ static int64_t tiles_of_part(const struct plan *plan) { return (plan->tiles + pl
 static int64_t tile_floats(const struct kda_fold *f) { return kda_pad_key_dim(f->key_dim) * KDA_TILE; }
 
 /* Returns the bytes. */
-static size_t lay_out(const struct kda_fold *f, const struct plan *plan, char *scratch, struct memory *m) {
+static size_t lay_out(const struct kda_fold *f, const struct plan *plan, void *scratch, struct memory *m) {
     struct kda_arena arena = {scratch, 0};
     size_t floats = (size_t)tile_floats(f), columns = (size_t)tiles_of_part(plan) * floats;
     m->transition = kda_take(&arena, (size_t)kda_tiles(f->key_dim) * floats, sizeof(float));

@@ -51,7 +51,7 @@ static void run_head(const struct kda_fold *f, int64_t n, int64_t slot, int64_t 
 
 flash_kda_status kda_reference_fold(const struct kda_fold *f) {
     size_t matrix = (size_t)(f->value_dim * f->key_dim), bytes = 2 * matrix * sizeof(double);
-    double *X = malloc(bytes);
+    double *X = calloc(1, bytes);
     if (!X)
         return kda_fail(FLASH_KDA_ERROR_OUT_OF_MEMORY, "fold could not allocate %zu bytes of scratch", bytes);
     for (int64_t n = 0; n < f->rows; n++)

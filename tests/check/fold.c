@@ -135,6 +135,33 @@ static void compare_state(const struct fold_problem *p, const struct tensor *t, 
     }
 }
 
+static void compare_prefix(const struct fold_problem *p, int64_t n, int64_t link, int64_t head, const double *X,
+                           struct error *e) {
+    struct tensor row;
+    tensor_view(&row, &p->prefixes.dl);
+    tensor_narrow(&row, 0, n, 1);
+    tensor_narrow(&row, 1, link, 1);
+    for (int d = 1; d < 4; d++) { /* [1, 1, HV, ..] as [1, HV, ..] */
+        row.shape[d] = row.shape[d + 1];
+        row.strides[d] = row.strides[d + 1];
+    }
+    row.dl.ndim = 4;
+    compare_state(p, &row, 0, head, X, e);
+}
+
+/* next = X M + B of summary j. */
+static void follow_link(const struct fold_problem *p, int64_t j, int64_t head, const double *X, double *next) {
+    int64_t K = p->c.K;
+    for (int64_t v = 0; v < p->c.V; v++)
+        for (int64_t to = 0; to < K; to++) {
+            double sum = element(p, &p->bias, j, head, v, to);
+            for (int64_t from = 0; from < K; from++)
+                sum += X[v * K + from] *
+                       element(p, &p->transitions, j, head, p->c.adjoint ? to : from, p->c.adjoint ? from : to);
+            next[v * K + to] = sum;
+        }
+}
+
 /* One head of a row; results are in p's tensors, what they started from in `before`. */
 static void compare_head(const struct fold_problem *p, const struct fold_problem *before, int64_t n,
                          int64_t head, struct error *e) {
@@ -145,28 +172,12 @@ static void compare_head(const struct fold_problem *p, const struct fold_problem
         X[i] = element(p, first, slot, head, i / K, i % K);
     for (int64_t l = 0; l < p->c.L; l++) {
         int64_t j = (int64_t)tensor_get(&p->chains, n * p->c.L + l);
-        if (p->c.prefixes) {
-            struct tensor row;
-            tensor_view(&row, &p->prefixes.dl);
-            tensor_narrow(&row, 0, n, 1);
-            tensor_narrow(&row, 1, l, 1);
-            for (int d = 1; d < 4; d++) { /* [1, 1, HV, ..] as [1, HV, ..] */
-                row.shape[d] = row.shape[d + 1];
-                row.strides[d] = row.strides[d + 1];
-            }
-            row.dl.ndim = 4;
-            compare_state(p, &row, 0, head, X, e);
-        }
-        for (int64_t v = 0; v < V && j >= 0; v++)
-            for (int64_t to = 0; to < K; to++) {
-                double sum = element(p, &p->bias, j, head, v, to);
-                for (int64_t from = 0; from < K; from++)
-                    sum += X[v * K + from] * element(p, &p->transitions, j, head, p->c.adjoint ? to : from,
-                                                     p->c.adjoint ? from : to);
-                next[v * K + to] = sum;
-            }
-        if (j >= 0)
-            memcpy(X, next, (size_t)(V * K) * sizeof *X);
+        if (p->c.prefixes)
+            compare_prefix(p, n, l, head, X, e);
+        if (j < 0)
+            continue;
+        follow_link(p, j, head, X, next);
+        memcpy(X, next, (size_t)(V * K) * sizeof *X);
     }
     compare_state(p, &p->states, slot, head, X, e);
     free(X);
@@ -181,38 +192,44 @@ static bool *slots_written(const struct fold_problem *p) {
     return written;
 }
 
+/* The second half of the heads of row n alone, into `states`. */
+static const char *run_part(const struct fold_problem *p, int64_t n, const struct tensor *states) {
+    enum { OF_HEADS = 4, VIEWS = 6 };
+    struct tensor views[VIEWS];
+    flash_kda_fold_args args = p->args;
+    const DLTensor **const narrowed[VIEWS] = {&args.bias,   &args.transitions, &args.initial_state,
+                                              &args.states, &args.chains,      &args.state_indices};
+    int64_t head = p->c.HV / 2;
+    args.states = &states->dl;
+    args.initial_state = p->c.in_place ? NULL : args.initial_state;
+    args.prefixes = NULL;
+    args.num_threads = 1;
+    for (int i = 0; i < VIEWS; i++) {
+        if (!*narrowed[i])
+            continue;
+        tensor_view(&views[i], *narrowed[i]);
+        if (i < OF_HEADS)
+            tensor_narrow(&views[i], 1, head, p->c.HV - head);
+        if (i >= OF_HEADS || (i > 1 && !p->c.pool))
+            tensor_narrow(&views[i], 0, n, 1);
+        *narrowed[i] = &views[i].dl;
+    }
+    if (p->c.in_place)
+        args.initial_state = args.states;
+    const struct arguments all = arguments_of_fold(&args);
+    return call_run(&all, memory_of(args.backend), FILL_NONE);
+}
+
 /* Whether the parts of a call give the bits of the whole: the second half of the heads, one row. */
 static const char *parts_differ(const struct fold_problem *p, const struct fold_problem *before) {
     const char *wrong = NULL;
+    int64_t size = p->c.V * p->c.K, heads = p->c.HV, from = heads / 2;
     for (int64_t n = 0; n < p->c.R && !wrong; n++) {
-        struct tensor states, views[6];
-        flash_kda_fold_args args = p->args;
-        const DLTensor **const narrowed[] = {&args.bias,   &args.transitions, &args.initial_state,
-                                             &args.states, &args.chains,      &args.state_indices};
-        int64_t head = p->c.HV / 2;
+        struct tensor states;
+        int64_t slot = slot_of(p, n);
         tensor_clone(&states, &before->states);
-        args.states = &states.dl;
-        args.initial_state = p->c.in_place ? args.states : args.initial_state;
-        args.prefixes = NULL;
-        args.num_threads = 1;
-        for (int i = 0; i < 6; i++)
-            if (*narrowed[i]) {
-                if (i == 2 && p->c.in_place) {
-                    continue;
-                }
-                tensor_view(&views[i], *narrowed[i]);
-                if (i < 4)
-                    tensor_narrow(&views[i], 1, head, p->c.HV - head);
-                if (i > 3 || (i > 1 && !p->c.pool))
-                    tensor_narrow(&views[i], 0, n, 1);
-                *narrowed[i] = &views[i].dl;
-            }
-        if (p->c.in_place)
-            args.initial_state = args.states;
-        const struct arguments all = arguments_of_fold(&args);
-        wrong = call_run(&all, memory_of(args.backend), FILL_NONE);
-        int64_t slot = slot_of(p, n), size = p->c.V * p->c.K;
-        for (int64_t i = (slot * p->c.HV + head) * size; !wrong && slot >= 0 && i < (slot + 1) * p->c.HV * size;
+        wrong = run_part(p, n, &states);
+        for (int64_t i = (slot * heads + from) * size; !wrong && slot >= 0 && i < (slot + 1) * heads * size;
              i++)
             if (tensor_get(&states, i) != tensor_get(&p->states, i))
                 wrong = "a row's heads alone gave other bits";

@@ -47,12 +47,10 @@ static const char *const partition_names[PARTITIONS] = {"two slots", "seven slot
 static int cut(const struct prefill_problem *p, enum partition kind, struct random *r,
                int64_t sizes[MAX_SLOTS]) {
     static const int64_t odd[] = {31, 1, 0, 33, 32, 0, 0, 2};
+    const int counts[PARTITIONS] = {
+        [IN_TWO] = 2, [IN_SEVEN] = 7, [ODD] = 9, [AT_BORDERS] = (int)p->N, [MANY] = MAX_SLOTS};
     int64_t left = p->T;
-    int count = kind == IN_TWO     ? 2
-                : kind == IN_SEVEN ? 7
-                : kind == ODD      ? 9
-                : kind == MANY     ? MAX_SLOTS
-                                   : (int)p->N;
+    int count = counts[kind];
     for (int i = 0; i < count; i++) {
         int64_t most = 2 * p->T / MAX_SLOTS + 1, size = kind == AT_BORDERS ? p->c.lengths[i] : p->T / count;
         if (kind == ODD)
@@ -167,7 +165,7 @@ static void make_slot(struct ranks *x, struct slot *s, struct prefill_results *r
 
 static void make_ranks(struct ranks *x, const struct prefill_problem *p, enum partition kind,
                        struct prefill_results *r, flash_kda_backend backend, struct random *random) {
-    int64_t sizes[MAX_SLOTS], first = 0, shape[4];
+    int64_t sizes[MAX_SLOTS] = {0}, first = 0, shape[4];
     *x = (struct ranks){.p = p, .count = cut(p, kind, random, sizes)};
     x->slots = must_allocate(x->count, sizeof *x->slots);
     state_shape(p, x->count, p->c.K, shape);

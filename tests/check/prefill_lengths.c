@@ -162,44 +162,50 @@ static void uneven_segments(struct check *check) {
     prefill_compare(check, &c);
 }
 
+struct kept_kind {
+    enum packing packing;
+    enum checkpoints checkpoints;
+    int64_t every, lengths[3];
+    bool bf16, k_first, given;
+};
+
+static void kept_kind(struct check *check, const struct kept_kind *kind, bool odd, bool remembers) {
+    struct prefill_case c = prefill_case_plain();
+    prefill_case_set_gate(&c, odd ? FLASH_KDA_GATE_SOFTPLUS : FLASH_KDA_GATE_SIGMOID);
+    all_bf16(&c);
+    c.H = 1;
+    c.group = 1 + odd;
+    c.K = c.V = 128;
+    c.fill = remembers ? fill_remembering : fill_ordinary;
+    c.packing = kind->packing;
+    c.sequences = 3;
+    for (int n = 0; n < 3; n++)
+        c.lengths[n] = kind->lengths[n];
+    c.checkpoints = kind->checkpoints;
+    c.every = kind->every;
+    c.checkpoints_bf16 = kind->bf16;
+    c.layout = kind->k_first ? FLASH_KDA_STATE_K_FIRST : FLASH_KDA_STATE_V_FIRST;
+    c.beta_mode = kind->given ? FLASH_KDA_BETA_GIVEN : FLASH_KDA_BETA_SIGMOID;
+    c.pool = kind->checkpoints == CHECKPOINTS_SHARED_POOL;
+    if (c.pool)
+        c.initial = STORAGE_BF16, c.final = STORAGE_IN_PLACE;
+    snprintf(c.name, sizeof c.name, "checkpoints every %lld tokens of up to %lld, %s, %s", (long long)c.every,
+             (long long)(c.lengths[0] > c.lengths[1] ? c.lengths[0] : c.lengths[1]),
+             float_name(c.checkpoints_bf16), remembers ? "remembered" : "forgotten");
+    prefill_compare(check, &c);
+}
+
 /* Checkpoints between whole chunks, in long sequences: those within segments are put together from what lies before. */
 static void kept_segments(struct check *check) {
-    static const struct {
-        enum packing packing;
-        enum checkpoints checkpoints;
-        int64_t every, lengths[3];
-        bool bf16, k_first, given;
-    } kinds[] = {{PACKING_DENSE, CHECKPOINTS_EVERY, 64, {1000, 1000, 1000}, true, false, false},
-                 {PACKING_DENSE, CHECKPOINTS_FEWER, 128, {777, 777, 777}, false, false, true},
-                 {PACKING_INT64, CHECKPOINTS_EVERY, 32, {40, 901, 250}, false, true, false},
-                 {PACKING_INT32, CHECKPOINTS_INDEXED, 96, {513, 0, 640}, true, false, true},
-                 {PACKING_INT64, CHECKPOINTS_SHARED_POOL, 128, {1000, 129, 128}, true, true, false}};
+    static const struct kept_kind kinds[] = {
+        {PACKING_DENSE, CHECKPOINTS_EVERY, 64, {1000, 1000, 1000}, true, false, false},
+        {PACKING_DENSE, CHECKPOINTS_FEWER, 128, {777, 777, 777}, false, false, true},
+        {PACKING_INT64, CHECKPOINTS_EVERY, 32, {40, 901, 250}, false, true, false},
+        {PACKING_INT32, CHECKPOINTS_INDEXED, 96, {513, 0, 640}, true, false, true},
+        {PACKING_INT64, CHECKPOINTS_SHARED_POOL, 128, {1000, 129, 128}, true, true, false}};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
-        for (int remembers = 0; remembers < 2; remembers++) {
-            struct prefill_case c = prefill_case_plain();
-            prefill_case_set_gate(&c, i % 2 ? FLASH_KDA_GATE_SOFTPLUS : FLASH_KDA_GATE_SIGMOID);
-            all_bf16(&c);
-            c.H = 1;
-            c.group = 1 + (int64_t)i % 2;
-            c.K = c.V = 128;
-            c.fill = remembers ? fill_remembering : fill_ordinary;
-            c.packing = kinds[i].packing;
-            c.sequences = 3;
-            for (int n = 0; n < 3; n++)
-                c.lengths[n] = kinds[i].lengths[n];
-            c.checkpoints = kinds[i].checkpoints;
-            c.every = kinds[i].every;
-            c.checkpoints_bf16 = kinds[i].bf16;
-            c.layout = kinds[i].k_first ? FLASH_KDA_STATE_K_FIRST : FLASH_KDA_STATE_V_FIRST;
-            c.beta_mode = kinds[i].given ? FLASH_KDA_BETA_GIVEN : FLASH_KDA_BETA_SIGMOID;
-            c.pool = kinds[i].checkpoints == CHECKPOINTS_SHARED_POOL;
-            if (c.pool)
-                c.initial = STORAGE_BF16, c.final = STORAGE_IN_PLACE;
-            snprintf(c.name, sizeof c.name, "checkpoints every %lld tokens of up to %lld, %s, %s",
-                     (long long)c.every, (long long)(c.lengths[0] > c.lengths[1] ? c.lengths[0] : c.lengths[1]),
-                     float_name(c.checkpoints_bf16), remembers ? "remembered" : "forgotten");
-            prefill_compare(check, &c);
-        }
+        for (int remembers = 0; remembers < 2; remembers++)
+            kept_kind(check, &kinds[i], i % 2, remembers);
 }
 
 /* The pool holds initial states, final states and checkpoints at once. */
