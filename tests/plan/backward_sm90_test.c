@@ -107,11 +107,14 @@ static void test_launches(void **state) {
                                       "backward_sums", "backward_heads"};
     static const char *const few[] = {"backward_prepare", "backward_adjoint", "backward_gradients",
                                       "backward_heads"};
-    const unsigned grids[][2] = {{256, 32}, {32, 2}, {64, 32}, {32, 1}};
-    const unsigned shared[][2] = {{256, 32}, {32, 2}, {64, 32}, {32, 1}, {256, 8}};
-    const unsigned without_sums[][2] = {{256, 32}, {32, 2}, {64, 32}, {256, 8}};
+    const unsigned grids[][2] = {{64, 32}, {32, 2}, {64 * 32, 1}, {32, 1}};
+    const unsigned few_heads[][2] = {{256, 8}, {8, 2}, {64 * 8, 1}, {8, 1}}; /* a CTA prepares a chunk */
+    const unsigned shared[][2] = {{64, 32}, {32, 2}, {64 * 32, 1}, {32, 1}, {256, 8}};
+    const unsigned without_sums[][2] = {{64, 32}, {32, 2}, {64 * 32, 1}, {256, 8}};
     struct kda_backward b = usual(8192, 32, 32);
     expect(&b, 4, all, grids);
+    b = usual(8192, 8, 8);
+    expect(&b, 4, all, few_heads);
     b = usual(8192, 8, 32);
     expect(&b, 5, all, shared);
     b.dA_log.data = NULL;
