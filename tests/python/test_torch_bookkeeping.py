@@ -157,7 +157,7 @@ def test_tangents_are_refused_by_the_ops(call):
     with forward_ad.dual_level(), torch.no_grad():
         inputs[2] = forward_ad.make_dual(inputs[2], torch.ones_like(inputs[2]))
         with pytest.raises(NotImplementedError, match="^v has a tangent"):
-            torch.ops.libflashkda.prefill(*inputs, None, None, None, False, **options)
+            torch.ops.libflashkda.prefill(*inputs, None, None, None, None, False, **options)
 
 
 def test_a_dual_level_alone_changes_nothing(call):

@@ -413,9 +413,10 @@ def test_ops_are_well_formed(device):
     inputs = [named[name] for name in (*INPUTS, "A_log", "dt_bias")]
     options = {**OPTIONS, "checkpoint_every": 128}
     torch.library.opcheck(torch.ops.libflashkda.prefill.default,
-                          (*inputs, None, named["initial_state"], None, True), options)
+                          (*inputs, None, named["initial_state"], None, None, True), options)
     with torch.no_grad():
-        out, state, kept = torch.ops.libflashkda.prefill(*inputs, None, named["initial_state"], None, True, **options)
+        out, state, kept = torch.ops.libflashkda.prefill(*inputs, None, named["initial_state"], None, None, True,
+                                                         **options)
     torch.library.opcheck(torch.ops.libflashkda.backward.default,
                           (*(x.detach() for x in inputs), None, named["initial_state"].detach(), kept, None, out, state,
                            [True, False, True, True, True, True, True, True]), options)
