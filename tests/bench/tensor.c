@@ -170,7 +170,8 @@ void tensor_make(struct tensor *t, DLDataType type, int ndim, const int64_t *sha
 void tensor_clone(struct tensor *copy, const struct tensor *t) {
     *copy = *t;
     copy->block = must_allocate(1, t->block_bytes);
-    memcpy(copy->block, t->block, t->block_bytes);
+    if (t->block) /* else it is absent */
+        memcpy(copy->block, t->block, t->block_bytes);
     point_into_block(copy);
     if (t->dl.strides)
         copy->dl.strides = copy->strides;
